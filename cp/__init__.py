@@ -1,0 +1,1 @@
+"""Context parallelism: who owns which token, and attention over the pieces."""

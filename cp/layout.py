@@ -1,0 +1,76 @@
+"""Which context-parallel rank owns which token: pure functions on numpy arrays, each with its inverse.
+
+`zigzag` cuts every document into 2*cp chunks and gives rank r the chunks r and 2*cp-1-r, so that each
+rank does the same share of every document's causal attention (Llama 3, arXiv:2407.21783, section 3.3.2;
+the same order as Transformer Engine's DUAL_CHUNK_SWAP). A BSHD row is the special case in which every
+document is one sequence.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenation of arange(start, start + length) over all pairs, without a Python loop. int64."""
+    starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def shard_indices(padded_lengths: np.ndarray, *, cp_size: int, cp_rank: int, layout: str) -> np.ndarray:
+    """Positions in the row of the tokens that `cp_rank` owns, in the order in which it stores them.
+
+    Args:
+        padded_lengths: [documents] storage length of each document; they fill the row.
+
+    Returns:
+        [T / cp_size] int64.
+
+    Raises:
+        ValueError: a length that the layout cannot cut, or an unknown layout.
+    """
+    if layout != "zigzag":
+        raise ValueError(f"unknown layout {layout!r}")
+    padded_lengths = np.asarray(padded_lengths, np.int64)
+    bad = padded_lengths[padded_lengths % (2 * cp_size) != 0]
+    if len(bad):
+        raise ValueError(f"a document of padded length {bad[0]} cannot be cut into 2*cp = {2 * cp_size} chunks")
+    chunk = padded_lengths // (2 * cp_size)
+    start = np.cumsum(padded_lengths) - padded_lengths
+    first = start + cp_rank * chunk
+    second = start + (2 * cp_size - 1 - cp_rank) * chunk
+    # [documents, 2] flattened: a document's two chunks lie side by side in this rank's storage.
+    return ranges(np.stack((first, second), 1).ravel(), np.repeat(chunk, 2))
+
+
+def unshard_indices(padded_lengths: np.ndarray, *, cp_size: int, layout: str) -> np.ndarray:
+    """Inverse of `shard_indices`: concatenated shards (rank 0 first) indexed with it give the row back. [T] int64."""
+    owned = np.concatenate(
+        [shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout) for rank in range(cp_size)]
+    )
+    inverse = np.empty_like(owned)
+    inverse[owned] = np.arange(len(owned))
+    return inverse
+
+
+def attention_pairs(lengths: np.ndarray, padded_lengths: np.ndarray, *, cp_size: int, layout: str) -> np.ndarray:
+    """Causal (query, key) pairs of real tokens that each rank computes: the work to balance. [cp_size] int64."""
+    lengths, padded_lengths = np.asarray(lengths, np.int64), np.asarray(padded_lengths, np.int64)
+    start = np.cumsum(padded_lengths) - padded_lengths
+    position = np.arange(padded_lengths.sum()) - np.repeat(start, padded_lengths)
+    # A real query at position p of its document attends to p + 1 keys; padding is not computed.
+    work = np.where(position < np.repeat(lengths, padded_lengths), position + 1, 0)
+    return np.array(
+        [
+            work[shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout)].sum()
+            for rank in range(cp_size)
+        ]
+    )
+
+
+def balance(pairs: np.ndarray) -> float:
+    """max / mean of the ranks' work; 1.0 is perfect, and what an empty row counts as."""
+    mean = float(np.mean(pairs))
+    return float(np.max(pairs)) / mean if mean else 1.0

@@ -1,0 +1,148 @@
+"""Ring attention over the zigzag layout, on PyTorch's flash kernels (`--cp-backend native --cp-comm-type p2p`).
+
+K and V travel the ring once in the forward pass and once in the backward, where the gradients of each
+shard travel behind it and arrive at home after the last hop (Ring Attention, arXiv:2310.01889, with the
+balanced order of Llama 3). The next shard is under way while the present one is computed.
+
+What rank r computes with the shard of rank j, for each document (chunks of the padded length / 2cp):
+
+    j == r  own chunks r and 2cp-1-r: causal, and square, because they lie in order in storage
+    j <  r  all own queries x the first half of j: all of it is earlier, the second half all later
+    j >  r  own second half x all of j: own first half is earlier than all of j
+
+Only real tokens take part, so padding costs nothing, and no block is computed that the mask empties.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cp.kernels import Block, accumulator_dtype, add_rows_, block_backward, block_forward, build_block, spread_rows, take_rows
+from cp.packed_seq import PackedSeq
+from parallel.collectives import start_ring_shift
+
+KV_TAG, GRAD_TAG = 0, 1
+
+
+def plan_ring(packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device) -> list[Block | None]:
+    """The block of each ring step: at step s the shard of rank (cp_rank - s) mod cp_size is here.
+
+    All lengths are known on the host, so no step asks the device for one. None: nothing to compute.
+    """
+    assert packed_seq.layout == "zigzag"
+    lengths = packed_seq.lengths
+    chunk = packed_seq.padded_lengths // (2 * cp_size)
+    start = 2 * (np.cumsum(chunk) - chunk)  # of each document in a rank's storage of T / cp rows
+
+    def real(chunk_index: int) -> np.ndarray:
+        """Real tokens that each document has in one of its chunks; chunks fill in order."""
+        return np.clip(lengths - chunk_index * chunk, 0, chunk)
+
+    first, second = real(cp_rank), real(2 * cp_size - 1 - cp_rank)
+    blocks: list[Block | None] = []
+    for step in range(cp_size):
+        peer = (cp_rank - step) % cp_size
+        keys = real(peer) + real(2 * cp_size - 1 - peer)
+        if peer == cp_rank:
+            segments = (start, first + second, start, keys)
+        elif peer < cp_rank:
+            segments = (start, first + second, start, real(peer))
+        else:
+            segments = (start + chunk, second, start, keys)
+        blocks.append(build_block(*segments, causal=peer == cp_rank, device=device))
+    return blocks
+
+
+def merge_rows_(out: Tensor, lse: Tensor, block: Block, block_out: Tensor, block_lse: Tensor) -> None:
+    """Fold one block's result into the running softmax: out [t, hq, d], lse [t, hq], both in place.
+
+    With w = sigmoid(block_lse - lse): out moves by w towards block_out and lse grows by -log(1 - w).
+    Rows of `block` already hold a finite lse, from the causal block that comes first.
+    """
+    rows = block.q_rows
+    difference = block_lse.to(lse.dtype) - take_rows(lse, rows)
+    weight = torch.sigmoid(difference)[..., None]  # [rows, hq, 1]
+    merged = torch.lerp(take_rows(out, rows), block_out.to(out.dtype), weight)
+    grown = take_rows(lse, rows) + torch.nn.functional.softplus(difference, threshold=60.0)
+    if isinstance(rows, slice):
+        out[rows], lse[rows] = merged, grown
+    else:
+        out.index_copy_(0, rows, merged)
+        lse.index_copy_(0, rows, grown)
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block | None], group: dist.ProcessGroup | None, scale: float
+    ) -> Tensor:
+        cp_size = len(blocks)
+        accumulate = accumulator_dtype(q.dtype)
+        kv = torch.stack((k, v)) if cp_size > 1 else (k, v)  # [2, t, hkv, d]
+        for step, block in enumerate(blocks):
+            shift = start_ring_shift(kv, group, tag=KV_TAG) if step + 1 < cp_size else None
+            if block is not None:
+                block_out, block_lse = block_forward(q, kv[0], kv[1], block, scale)
+                if step == 0:
+                    out = spread_rows(block_out.to(accumulate), block.q_rows, len(q))
+                    lse = spread_rows(block_lse.to(accumulate), block.q_rows, len(q))
+                else:
+                    merge_rows_(out, lse, block, block_out, block_lse)
+            elif step == 0:  # no real token here, hence no later block either
+                out, lse = q.new_zeros(q.shape, dtype=accumulate), q.new_zeros(q.shape[:2], dtype=accumulate)
+            if shift is not None:
+                kv = shift.wait()
+        result = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, result, lse)
+        ctx.blocks, ctx.group, ctx.scale = blocks, group, scale
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = dout.contiguous()
+        blocks, group, cp_size = ctx.blocks, ctx.group, len(ctx.blocks)
+        accumulate = accumulator_dtype(q.dtype)
+        dq = torch.zeros(q.shape, dtype=accumulate, device=q.device)
+        kv = torch.stack((k, v)) if cp_size > 1 else (k, v)
+        dkv_shift = None
+        for step, block in enumerate(blocks):
+            kv_shift = start_ring_shift(kv, group, tag=KV_TAG) if step + 1 < cp_size else None
+            # Filled before the gradient of the same shard arrives from the rank that had it before.
+            dkv = torch.zeros((2, *k.shape), dtype=accumulate, device=q.device)
+            if block is not None:
+                block_dq, block_dk, block_dv = block_backward(dout, q, kv[0], kv[1], out, lse, block, ctx.scale)
+                add_rows_(dq, block.q_rows, block_dq)
+                add_rows_(dkv[0], block.k_rows, block_dk)
+                add_rows_(dkv[1], block.k_rows, block_dv)
+            if dkv_shift is not None:
+                dkv += dkv_shift.wait()
+            if cp_size > 1:
+                dkv_shift = start_ring_shift(dkv, group, tag=GRAD_TAG)  # the last of these hops ends at home
+            if kv_shift is not None:
+                kv = kv_shift.wait()
+        if dkv_shift is not None:
+            dkv = dkv_shift.wait()
+        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None
+
+
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup, *, scale: float
+) -> Tensor:
+    """Causal attention within each document of a row that is cut over `group` in zigzag order.
+
+    Args:
+        q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size, hkv divides hq.
+
+    Returns:
+        [t, hq, d]; 0 in padding. Gradients of padding's q, k and v are 0.
+    """
+    key = ("native_p2p", q.device)
+    if key not in packed_seq.plans:
+        packed_seq.plans[key] = plan_ring(packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device)
+    return _RingAttention.apply(q, k, v, packed_seq.plans[key], group, scale)

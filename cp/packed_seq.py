@@ -1,0 +1,110 @@
+"""`PackedSeq`: the documents of one row. Loader, rope, attention and FLOPs all read this one object.
+
+A row of T tokens is a concatenation of documents. Each is stored in a padded number of tokens and has
+a real length, at most that; the row's unused tail is a document of real length 0. A BSHD row is the
+case where each document is one sequence of exactly `seq_length` tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cp.layout import ranges, shard_indices
+
+# The label of a token that no loss is wanted for.
+IGNORE_LABEL = -100
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PackedSeq:
+    """The documents of a whole row, and the positions of the tokens that this rank holds of it.
+
+    Attributes:
+        lengths: [documents] int64 on the host, real tokens of each document.
+        padded_lengths: [documents] int64 on the host, stored tokens of each; they add up to T.
+        cu_seqlens: [documents + 1] int32, running sum of `lengths`, of the whole row on every rank.
+        cu_seqlens_padded: [documents + 1] int32, running sum of `padded_lengths`.
+        max_seqlen: longest real length.
+        positions: [T / cp_size] int64, index within its document of each token this rank holds.
+        qkv_format: `thd` or `bshd`.
+        layout: how the row is cut over the cp ranks (`cp.layout`).
+        plans: what an attention backend prepared for this row, made once and read by every layer.
+    """
+
+    lengths: np.ndarray
+    padded_lengths: np.ndarray
+    cu_seqlens: Tensor
+    cu_seqlens_padded: Tensor
+    max_seqlen: int
+    positions: Tensor
+    qkv_format: str
+    layout: str
+    plans: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def row_length(self) -> int:
+        """T, tokens in the row, padding included."""
+        return int(self.padded_lengths.sum())
+
+    def move(self, move_tensor: Any) -> PackedSeq:
+        """A copy with every tensor passed through `move_tensor`, without plans."""
+        return PackedSeq(
+            lengths=self.lengths,
+            padded_lengths=self.padded_lengths,
+            cu_seqlens=move_tensor(self.cu_seqlens),
+            cu_seqlens_padded=move_tensor(self.cu_seqlens_padded),
+            max_seqlen=self.max_seqlen,
+            positions=move_tensor(self.positions),
+            qkv_format=self.qkv_format,
+            layout=self.layout,
+        )
+
+
+def _running_sum(lengths: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
+
+
+def build_packed_seq(
+    lengths: np.ndarray,
+    padded_lengths: np.ndarray,
+    *,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+    qkv_format: str = "thd",
+    layout: str = "zigzag",
+) -> tuple[PackedSeq, np.ndarray]:
+    """Describe a row and say which of its tokens this rank holds.
+
+    Args:
+        lengths: [documents] real lengths; 0 is legal (a tail).
+        padded_lengths: [documents] stored lengths.
+
+    Returns:
+        The `PackedSeq` (CPU tensors) and the [T / cp_size] int64 indices into the row of this rank's tokens.
+
+    Raises:
+        ValueError: a real length above its padded one, or a padded one that the layout cannot cut.
+    """
+    lengths, padded_lengths = np.asarray(lengths, np.int64), np.asarray(padded_lengths, np.int64)
+    if lengths.shape != padded_lengths.shape or lengths.ndim != 1:
+        raise ValueError(f"{lengths.shape} real lengths beside {padded_lengths.shape} padded ones")
+    if (lengths > padded_lengths).any() or (lengths < 0).any():
+        raise ValueError("a document's real length must lie between 0 and its padded length")
+    owned = shard_indices(padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=layout)
+    positions = ranges(np.zeros_like(padded_lengths), padded_lengths)[owned]
+    packed_seq = PackedSeq(
+        lengths=lengths,
+        padded_lengths=padded_lengths,
+        cu_seqlens=_running_sum(lengths),
+        cu_seqlens_padded=_running_sum(padded_lengths),
+        max_seqlen=int(lengths.max(initial=0)),
+        positions=torch.from_numpy(positions),
+        qkv_format=qkv_format,
+        layout=layout,
+    )
+    return packed_seq, owned

@@ -1,0 +1,116 @@
+"""Where documents come from: the Python standard library by default, or text files of the user's.
+
+A source yields one text a document, in a fixed order, and says what it was made from, so that what is
+derived from it (tokenizer, tokens) can be cached.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+STDLIB = "the Python standard library"
+# Tests and vendored trees repeat themselves or are absent from some installations.
+STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"})
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".py")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents in files.
+
+    Attributes:
+        name: for people.
+        files: in order. A `.jsonl` file holds a document a line, any other file is one document.
+        json_key: field of a JSONL record that holds the text.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    json_key: str = "text"
+
+    def made_from(self) -> list:
+        """Changes whenever the documents may have."""
+        facts: list = [self.name, self.json_key]
+        if self.name == STDLIB:
+            facts.append(platform.python_version())
+        for file in self.files:
+            stat = file.stat()
+            facts.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
+        return facts
+
+    def texts(self) -> Iterator[str]:
+        """The documents, empty ones left out.
+
+        Raises:
+            ValueError: a record or file that is not what its name says, with file and line.
+        """
+        for file in self.files:
+            if file.suffix == ".jsonl":
+                yield from self._records(file)
+            else:
+                try:
+                    text = file.read_text("utf-8")
+                except UnicodeDecodeError as error:
+                    if self.name == STDLIB:  # a few of its files declare another encoding
+                        text = file.read_text("latin-1")
+                    else:
+                        raise ValueError(f"--data-path: {file} is not UTF-8 text ({error})") from error
+                if text:
+                    yield text
+
+    def _records(self, file: Path) -> Iterator[str]:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"--data-path: {file}:{number} is not a JSON record in UTF-8 ({error})") from error
+                text = record.get(self.json_key) if isinstance(record, dict) else None
+                if not isinstance(text, str):
+                    raise ValueError(f"--data-path: {file}:{number} has no text under the key {self.json_key!r}")
+                if text:
+                    yield text
+
+
+def stdlib_source() -> Source:
+    """The running interpreter's standard library, a document a file: real text with a long tail of lengths.
+
+    Raises:
+        ValueError: an interpreter that ships no sources.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = tuple(
+        sorted(p for p in root.rglob("*.py") if not STDLIB_LEFT_OUT.intersection(p.relative_to(root).parts))
+    )
+    if not files:
+        raise ValueError(f"this Python has no standard library sources under {root}; give --data-path")
+    return Source(STDLIB, files)
+
+
+def open_source(data_path: str | None, json_key: str) -> Source:
+    """The source behind `--data-path`: a text file, a JSONL file, a folder of text files, or None for the default.
+
+    Raises:
+        ValueError: missing, empty, or nothing in it that is text.
+    """
+    if data_path is None:
+        return stdlib_source()
+    path = Path(data_path)
+    if not path.exists():
+        raise ValueError(f"--data-path {data_path}: no such file or folder")
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise ValueError(f"--data-path {data_path}: the file is empty")
+        return Source(data_path, (path,), json_key)
+    suffixes = (*TEXT_SUFFIXES, ".jsonl")
+    files = tuple(sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file() and p.stat().st_size))
+    if not files:
+        raise ValueError(f"--data-path {data_path}: no text in this folder (looked for {', '.join(suffixes)})")
+    return Source(data_path, files, json_key)

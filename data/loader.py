@@ -1,0 +1,265 @@
+"""From sequence numbers to the tokens a rank holds: sequences, rows, batches, and their loader.
+
+Step k reads sequences k * global_batch_size .. + global_batch_size - 1 of an endless run of epochs, so
+what a step sees is a function of the seed and k. A microbatch is one row, the concatenation of
+`micro_batch_size` sequences; every cp and tp rank of a `batch` coordinate builds the same row and keeps
+its own tokens of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cp.packed_seq import IGNORE_LABEL, PackedSeq, build_packed_seq
+from data.cache import build_once, cache_key
+from data.indexed_dataset import IndexedDataset
+from data.packing import PackedEpoch, StreamEpoch, pack_epoch, stream_epoch
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """`seq_length` tokens with their labels. lengths, padded_lengths: of its documents, the tail included."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+    padded_lengths: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One microbatch: this rank's tokens of a row, and facts about the whole row.
+
+    Attributes:
+        tokens, labels: [T / cp] int64; label -100 where no loss is wanted.
+        packed_seq: the row's documents.
+        loss_tokens: labelled tokens of the whole row.
+        real_tokens: tokens of the whole row that are not padding.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    packed_seq: PackedSeq
+    loss_tokens: int
+    real_tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        return self._move(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader."""
+        return self._move(lambda x: x.pin_memory())
+
+    def _move(self, move: Any) -> Batch:
+        return Batch(move(self.tokens), move(self.labels), self.packed_seq.move(move), self.loss_tokens, self.real_tokens)
+
+
+class SequenceDataset:
+    """Sequence n of the endless run of epochs over some documents of a token file.
+
+    Args:
+        documents: [n] which documents of `tokens` belong to this split.
+        packing: `best-fit` or `stream`.
+        alignment: documents are padded to a multiple of it (best-fit).
+        pad_token: id that fills padding; it is never computed on or learned.
+        cache_path: where an epoch's index is kept; None keeps it in memory only.
+    """
+
+    def __init__(
+        self,
+        tokens: IndexedDataset,
+        documents: np.ndarray,
+        *,
+        seq_length: int,
+        packing: str,
+        alignment: int,
+        seed: int,
+        pad_token: int,
+        cache_path: Path | None,
+        cache_name: str,
+    ) -> None:
+        self.tokens, self.documents = tokens, documents
+        self.lengths = np.asarray(tokens.lengths, np.int64)[documents]
+        self.seq_length, self.packing, self.alignment = seq_length, packing, alignment
+        self.seed, self.pad_token = seed, pad_token
+        self.cache_path, self.cache_name = cache_path, cache_name
+        self._epochs: dict[int, PackedEpoch | StreamEpoch] = {}
+        self.sequences_per_epoch = len(self.epoch(0))
+
+    def epoch(self, number: int) -> PackedEpoch | StreamEpoch:
+        """The index of an epoch; the last one asked for is kept."""
+        if number not in self._epochs:
+            if self.packing == "stream":
+                index: PackedEpoch | StreamEpoch = stream_epoch(
+                    self.lengths, seed=self.seed, epoch=number, seq_length=self.seq_length
+                )
+            else:
+                index = self._packed_epoch(number)
+            self._epochs = {number: index}
+        return self._epochs[number]
+
+    def _packed_epoch(self, number: int) -> PackedEpoch:
+        options = dict(seed=self.seed, epoch=number, seq_length=self.seq_length, alignment=self.alignment)
+        if self.cache_path is None:
+            return pack_epoch(self.lengths, **options)
+
+        def build(folder: Path) -> None:
+            index = pack_epoch(self.lengths, **options)
+            np.save(folder / "pieces.npy", index.pieces)
+            np.save(folder / "first.npy", index.first)
+
+        key = cache_key(of=self.cache_name, documents=len(self.documents), **options)
+        folder = build_once(self.cache_path / "packing" / key, build)
+        return PackedEpoch(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "first")))
+
+    def sequence(self, n: int) -> Sequence:
+        """Sequence n; n runs on through the epochs, which all have the same number of sequences."""
+        epoch, at = divmod(n, self.sequences_per_epoch)
+        index = self.epoch(epoch)
+        assert len(index) == self.sequences_per_epoch
+        pieces = index.sequence(at)
+        return self._from_stream(pieces) if self.packing == "stream" else self._from_pieces(pieces)
+
+    def empty_sequence(self) -> Sequence:
+        """All padding: fills the last batch of an evaluation without counting."""
+        tokens = np.full(self.seq_length, self.pad_token, np.int64)
+        whole = np.array([self.seq_length])
+        return Sequence(tokens, np.full(self.seq_length, IGNORE_LABEL, np.int64), np.zeros_like(whole), whole)
+
+    def _from_stream(self, pieces: np.ndarray) -> Sequence:
+        stream = np.concatenate([self.tokens.read(self.documents[d], s, n) for d, s, n in pieces.tolist()])
+        stream = stream.astype(np.int64)
+        whole = np.array([self.seq_length])
+        return Sequence(stream[:-1], stream[1:], whole, whole)
+
+    def _from_pieces(self, pieces: np.ndarray) -> Sequence:
+        tokens = np.full(self.seq_length, self.pad_token, np.int64)
+        labels = np.full(self.seq_length, IGNORE_LABEL, np.int64)
+        lengths, padded_lengths = [], []
+        at = 0
+        for document, start, length in pieces.tolist():
+            # One token ahead if the document goes on; its true end has no label.
+            available = int(self.lengths[document]) - start
+            ids = self.tokens.read(self.documents[document], start, min(length + 1, available))
+            tokens[at : at + length] = ids[:length]
+            labels[at : at + len(ids) - 1] = ids[1:]
+            lengths.append(length)
+            padded_lengths.append(-(-length // self.alignment) * self.alignment)
+            at += padded_lengths[-1]
+        if at < self.seq_length:  # the tail is a document of real length 0
+            lengths.append(0)
+            padded_lengths.append(self.seq_length - at)
+        return Sequence(tokens, labels, np.array(lengths), np.array(padded_lengths))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_epochs": {}}
+
+
+def build_batch(
+    sequences: list[Sequence], *, cp_size: int, cp_rank: int, qkv_format: str, layout: str
+) -> Batch:
+    """The row that `sequences` make up, cut to this rank's tokens."""
+    packed_seq, owned = build_packed_seq(
+        np.concatenate([s.lengths for s in sequences]),
+        np.concatenate([s.padded_lengths for s in sequences]),
+        cp_size=cp_size,
+        cp_rank=cp_rank,
+        qkv_format=qkv_format,
+        layout=layout,
+    )
+    tokens = np.concatenate([s.tokens for s in sequences])
+    labels = np.concatenate([s.labels for s in sequences])
+    return Batch(
+        tokens=torch.from_numpy(tokens[owned]),
+        labels=torch.from_numpy(labels[owned]),
+        packed_seq=packed_seq,
+        loss_tokens=int((labels != IGNORE_LABEL).sum()),
+        real_tokens=int(packed_seq.lengths.sum()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """Which sequences a rank reads, and which of their tokens it keeps."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    batch_size: int  # ranks along the `batch` axis
+    batch_rank: int
+    cp_size: int
+    cp_rank: int
+    qkv_format: str
+    layout: str
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.batch_size)
+
+    def sequence_numbers(self, step: int, microbatch: int) -> range:
+        """The sequences of this rank's row. Over all ranks and microbatches: each of the step's exactly once."""
+        first = step * self.global_batch_size
+        first += (microbatch * self.batch_size + self.batch_rank) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+
+class RowDataset(Dataset):
+    """Batches by (step, microbatch). With `limit`, sequences from that number on are empty ones."""
+
+    def __init__(self, sequences: SequenceDataset, plan: BatchPlan, limit: int | None = None) -> None:
+        self.sequences, self.plan, self.limit = sequences, plan, limit
+
+    def __getitem__(self, at: tuple[int, int]) -> Batch:
+        plan = self.plan
+        row = [
+            self.sequences.empty_sequence() if self.limit is not None and n >= self.limit else self.sequences.sequence(n)
+            for n in plan.sequence_numbers(*at)
+        ]
+        return build_batch(row, cp_size=plan.cp_size, cp_rank=plan.cp_rank, qkv_format=plan.qkv_format, layout=plan.layout)
+
+
+class _StepSampler(Sampler):
+    def __init__(self, first_step: int, last_step: int, num_microbatches: int) -> None:
+        self.steps, self.num_microbatches = range(first_step, last_step), num_microbatches
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for step in self.steps:
+            for microbatch in range(self.num_microbatches):
+                yield step, microbatch
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.num_microbatches
+
+
+def build_loader(
+    sequences: SequenceDataset,
+    plan: BatchPlan,
+    *,
+    first_step: int,
+    last_step: int,
+    num_workers: int,
+    pin_memory: bool,
+    limit: int | None = None,
+) -> DataLoader:
+    """A loader of the microbatches of steps first_step .. last_step - 1, in order.
+
+    Args:
+        num_workers: processes that build batches ahead; 0 builds them in this one. The batches are the same.
+    """
+    return DataLoader(
+        RowDataset(sequences, plan, limit),
+        batch_size=None,
+        sampler=_StepSampler(first_step, last_step, plan.num_microbatches),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+    )

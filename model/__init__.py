@@ -1,0 +1,1 @@
+"""The GPT model: configuration, layers, loss."""

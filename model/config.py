@@ -1,0 +1,47 @@
+"""What a GPT of ours is made of. No torch import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
+    """Smallest multiple of `divisible_by` that holds the vocabulary. It never depends on tp: tp must divide it."""
+    return -(-vocab_size // divisible_by) * divisible_by
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Shape and constants of the model; the layout of a run is no part of it.
+
+    `kv_channels` is the size of one head. `num_query_groups` is the number of key/value heads. Columns
+    `vocab_size .. padded_vocab_size` of the output take no part in the softmax.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    padded_vocab_size: int
+    rotary_base: float = 10000.0
+    norm_epsilon: float = 1e-5
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+    @property
+    def queries_per_group(self) -> int:
+        return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def query_size(self) -> int:
+        """Channels of all query heads together."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the fused QKV weight: for each group its query heads, its key head, its value head."""
+        return self.num_query_groups * (self.queries_per_group + 2) * self.kv_channels

@@ -1,0 +1,80 @@
+"""Cross-entropy from hidden states, a chunk of tokens at a time, so that full logits never exist.
+
+The gradients of a chunk are formed while its logits are at hand and kept in place of them ([t, h] and
+[V, h] instead of [t, V]); the matrix products are the three that any cross-entropy needs, none twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cp.packed_seq import IGNORE_LABEL
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk_size: int, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        real_weight = weight[:vocab_size]  # padded columns take no part in the softmax
+        wants_grad = any(ctx.needs_input_grad[:2])
+        cross_entropy = hidden.new_zeros((), dtype=dtype)
+        penalty = hidden.new_zeros((), dtype=dtype)
+        grad_hidden = torch.empty_like(hidden) if wants_grad else None
+        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wants_grad else None
+        for start in range(0, len(hidden), chunk_size):
+            rows = slice(start, start + chunk_size)
+            counted = labels[rows] != IGNORE_LABEL  # [c]
+            target = labels[rows].clamp(min=0)[:, None]  # [c, 1]
+            logits = (hidden[rows] @ real_weight.T).to(dtype)  # [c, V]
+            log_sum = torch.logsumexp(logits, -1)  # [c]
+            cross_entropy += ((log_sum - logits.gather(1, target)[:, 0]) * counted).sum()
+            if z_loss:
+                penalty += z_loss * (log_sum.square() * counted).sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            # d(-logit[target] + lse) = softmax - onehot, and d(z * lse^2) = 2 z lse softmax.
+            grad = logits.sub_(log_sum[:, None]).exp_()
+            if z_loss:
+                grad *= 1 + 2 * z_loss * log_sum[:, None]
+            grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
+            grad *= counted[:, None]
+            grad = grad.to(hidden.dtype)
+            torch.mm(grad, real_weight, out=grad_hidden[rows])
+            if grad_weight.dtype == grad.dtype:
+                grad_weight[:vocab_size].addmm_(grad.T, hidden[rows])
+            else:
+                grad_weight[:vocab_size] += grad.T @ hidden[rows]
+        if wants_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(cross_entropy)
+        return cross_entropy + penalty, cross_entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor, _: Tensor):  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # In the accumulator's precision first, so that a bf16 weight's gradient is rounded once.
+        return grad_hidden * scale.to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), None, None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, chunk_size: int, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sum over the labelled tokens of -log p(label), plus `z_loss` * log(Z)^2 (PaLM, arXiv:2204.02311).
+
+    Args:
+        hidden: [t, h] after the final norm.
+        weight: [padded vocabulary, h]; rows from `vocab_size` on get gradient 0.
+        labels: [t] int64; `IGNORE_LABEL` where no loss is wanted.
+        chunk_size: tokens whose logits exist at a time.
+
+    Returns:
+        The sum to differentiate, and the cross-entropy part of it without a gradient; both scalars, fp32
+        (fp64 for fp64 inputs).
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk_size, z_loss)

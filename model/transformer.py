@@ -1,0 +1,61 @@
+"""One pre-norm decoder layer: attention, then MLP, each added to the residual stream."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cp.attention import Attention
+from cp.packed_seq import PackedSeq
+from model.config import GPTConfig
+from model.rope import apply_rotary
+from model.torch_layers import LayerNormLinear, LayerNormMLP, Linear, RMSNorm
+
+
+class RowContext(NamedTuple):
+    """What every layer needs to know of the row: made once a microbatch.
+
+    cos, sin: [t, kv_channels / 2] rotary tables of this rank's tokens.
+    """
+
+    packed_seq: PackedSeq
+    cos: Tensor
+    sin: Tensor
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions, over the cp group."""
+
+    def __init__(self, config: GPTConfig, attention: Attention, cp_group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.attention, self.cp_group = config, attention, cp_group
+        eps = config.norm_epsilon
+        self.qkv = LayerNormLinear(config.hidden_size, config.qkv_size, eps=eps, dtype=dtype)
+        self.q_norm = RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
+        self.output = Linear(config.query_size, config.hidden_size, dtype=dtype)
+
+    def forward(self, x: Tensor, row: RowContext) -> Tensor:
+        c = self.config
+        qkv = self.qkv(x).view(len(x), c.num_query_groups, c.queries_per_group + 2, c.kv_channels)  # [t, g, hq/g + 2, d]
+        q, k, v = qkv.split((c.queries_per_group, 1, 1), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = apply_rotary(q, row.cos, row.sin).flatten(1, 2)  # [t, hq, d]
+        k = apply_rotary(k, row.cos, row.sin).flatten(1, 2)  # [t, g, d]
+        out = self.attention(q, k, v.flatten(1, 2), row.packed_seq, self.cp_group)  # [t, hq, d]
+        return self.output(out.flatten(1, 2))
+
+
+class TransformerLayer(nn.Module):
+    def __init__(self, config: GPTConfig, attention: Attention, cp_group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config, attention, cp_group, dtype)
+        self.mlp = LayerNormMLP(config.hidden_size, config.ffn_hidden_size, eps=config.norm_epsilon, dtype=dtype)
+
+    def forward(self, x: Tensor, row: RowContext) -> Tensor:
+        x = x + self.attention(x, row)
+        return x + self.mlp(x)

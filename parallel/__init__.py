@@ -1,0 +1,1 @@
+"""Process groups and what communicates over them. Imports torch only."""

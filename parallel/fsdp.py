@@ -1,0 +1,99 @@
+"""Sharded data parallelism on the grid: FSDP2 over `fsdp` = dp_shard x cp, replicated over dp_replicate.
+
+Gradients are *sums* over both: the loss is divided by the step's global token count before the backward
+pass, so FSDP2's own averaging is switched off (divide factor 1, plain sums on the wire).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from parallel.grid import Grid, device_mesh
+
+
+def shard_model(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    grid: Grid,
+    *,
+    device_type: str,
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool,
+) -> None:
+    """Shard `model` in place, one gather unit for each of `layers` and one, the root, for the rest.
+
+    Parameters keep their dtype; the forward and backward pass see `compute_dtype`; gradients are reduced and
+    accumulated in the parameters' dtype. On a grid of one data-parallel rank that needs no cast, this does
+    nothing: FSDP2 would still copy every weight and gradient once a step.
+    """
+    parameter_dtype = next(model.parameters()).dtype
+    if grid.size("loss") == 1 and compute_dtype == parameter_dtype:
+        return
+    axes = ("dp_replicate", "fsdp") if grid.size("dp_replicate") > 1 else ("fsdp",)
+    mesh = device_mesh(grid, axes, device_type)
+    mixed = compute_dtype != parameter_dtype
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if mixed else None,
+        reduce_dtype=parameter_dtype if mixed else None,
+        cast_forward_inputs=False,  # the rotary tables stay in fp32
+    )
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def set_last_microbatch(model: nn.Module, is_last: bool, *, reshard_between: bool) -> None:
+    """Reduce gradients in the next backward pass only if it is the step's last."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+        model.set_is_last_backward(is_last)
+        model.set_reshard_after_backward(is_last or reshard_between)
+
+
+def local_tensor(x: Tensor) -> Tensor:
+    """This rank's shard of a parameter or gradient."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def local_grads(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+    """This rank's shard of every gradient that exists."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            yield local_tensor(parameter.grad)
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[nn.Parameter], grid: Grid, *, max_norm: float) -> Tensor:
+    """L2 norm of the whole model's gradient, every weight counted once, and gradients scaled to `max_norm`.
+
+    Squares are summed over `fsdp` (the shards) and not over dp_replicate (the copies).
+
+    Args:
+        max_norm: 0 turns clipping off; the norm is still returned.
+
+    Returns:
+        The norm before clipping, a float64 scalar on the gradients' device. No host synchronisation.
+    """
+    grads = [g for g in local_grads(parameters) if g.numel()]
+    device = grads[0].device if grads else torch.device("cpu")
+    norms = torch._foreach_norm(grads) if grads else []
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    if norms:
+        squares = torch.stack([n.to(torch.float64) for n in norms]).square().sum()
+    if grid.size("fsdp") > 1:
+        dist.all_reduce(squares, group=grid.group("fsdp"))
+    norm = squares.sqrt()
+    if max_norm > 0 and grads:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+    return norm

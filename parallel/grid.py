@@ -1,0 +1,165 @@
+"""The process grid: five axes, the groups along them, and nothing else.
+
+The rank arithmetic is plain Python, so it is tested without torch.distributed; `build_grid` then
+makes one `ProcessGroup` an axis with `torch.distributed.new_group`. Axis order is Megatron-LM's
+default (`tp` has stride 1), with its data-parallel axis cut into dp_replicate x dp_shard.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+# Outer to inner. The innermost axis has stride 1.
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+# Axes that several parts of the suite use together.
+DERIVED_AXES: dict[str, tuple[str, ...]] = {
+    "fsdp": ("dp_shard", "cp"),  # parameters are sharded over it
+    "batch": ("dp_replicate", "dp_shard"),  # each coordinate reads its own rows
+    "loss": ("dp_replicate", "dp_shard", "cp"),  # tokens are counted, gradients summed
+    "model": ("pp", "tp"),  # the gradient norm adds the parts of one replica
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSizes:
+    """How many ranks each axis has. All at least 1."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise ValueError(f"{axis} size {getattr(self, axis)} is below 1")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes in the order of `AXES`."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.shape)
+
+    def size(self, axis: str) -> int:
+        """Number of ranks along an axis or a derived axis."""
+        return math.prod(getattr(self, a) for a in DERIVED_AXES.get(axis, (axis,)))
+
+
+def coordinates_of(sizes: GridSizes, rank: int) -> dict[str, int]:
+    """Coordinate of `rank` on each of the five axes."""
+    coordinates = {}
+    for axis in reversed(AXES):
+        rank, coordinates[axis] = divmod(rank, getattr(sizes, axis))
+    assert rank == 0, "rank outside the grid"
+    return coordinates
+
+
+def rank_of(sizes: GridSizes, coordinates: Mapping[str, int]) -> int:
+    """tp + TP*(cp + CP*(dp_shard + DS*(dp_replicate + DR*pp)))."""
+    rank = 0
+    for axis in AXES:
+        rank = rank * getattr(sizes, axis) + coordinates[axis]
+    return rank
+
+
+def ranks_along(sizes: GridSizes, axis: str) -> list[list[int]]:
+    """Every group of ranks that differ only along `axis` (or a derived axis).
+
+    Groups come in ascending order of their first rank, members in ascending rank order, which for a
+    derived axis is row-major over its axes: rank within `fsdp` = dp_shard * CP + cp.
+    """
+    along = DERIVED_AXES.get(axis, (axis,))
+    fixed = [a for a in AXES if a not in along]
+    groups = []
+    for outer in itertools.product(*(range(getattr(sizes, a)) for a in fixed)):
+        at = dict(zip(fixed, outer, strict=True))
+        groups.append(
+            [
+                rank_of(sizes, at | dict(zip(along, inner, strict=True)))
+                for inner in itertools.product(*(range(getattr(sizes, a)) for a in along))
+            ]
+        )
+    return sorted(groups)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This process's place on the grid, and its group along every axis and derived axis."""
+
+    sizes: GridSizes
+    global_rank: int
+    groups: Mapping[str, dist.ProcessGroup]
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        return self.groups[axis]
+
+    def size(self, axis: str) -> int:
+        return self.sizes.size(axis)
+
+    def rank(self, axis: str) -> int:
+        """This process's index within its group along `axis`."""
+        at = coordinates_of(self.sizes, self.global_rank)
+        rank = 0
+        for a in DERIVED_AXES.get(axis, (axis,)):
+            rank = rank * getattr(self.sizes, a) + at[a]
+        return rank
+
+    def describe(self) -> str:
+        """Like `pp 1 x dp_replicate 1 x dp_shard 1 x cp 4 x tp 1`, for logs."""
+        return " x ".join(f"{a} {getattr(self.sizes, a)}" for a in AXES)
+
+
+def build_grid(sizes: GridSizes, *, timeout: timedelta | None = None) -> Grid:
+    """Make the groups of every axis. Collective: every rank calls it, in the same order.
+
+    Each axis has communicators of its own even where two axes hold the same ranks, so that traffic
+    along one (the CP ring) never queues behind traffic along another (FSDP's gathers).
+
+    Raises:
+        ValueError: the sizes do not multiply to the world size.
+    """
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    if sizes.world_size != world_size:
+        raise ValueError(f"grid of {sizes.world_size} ranks on a world of {world_size}")
+    groups: dict[str, dist.ProcessGroup] = {}
+    for axis in (*AXES, *DERIVED_AXES):
+        for ranks in ranks_along(sizes, axis):
+            group = dist.new_group(ranks, timeout=timeout, group_desc=axis)
+            if rank in ranks:
+                groups[axis] = group
+    return Grid(sizes=sizes, global_rank=rank, groups=groups)
+
+
+def device_mesh(grid: Grid, axes: Sequence[str], device_type: str) -> DeviceMesh:
+    """The `DeviceMesh` over some axes, built from the grid's own groups, for libraries that ask for one.
+
+    Args:
+        axes: disjoint axes or derived axes, outer to inner, such as `("dp_replicate", "fsdp")`.
+    """
+    along = [a for axis in axes for a in DERIVED_AXES.get(axis, (axis,))]
+    at = coordinates_of(grid.sizes, grid.global_rank)
+    ranks = [
+        rank_of(grid.sizes, at | dict(zip(along, inner, strict=True)))
+        for inner in itertools.product(*(range(getattr(grid.sizes, a)) for a in along))
+    ]
+    if len(axes) == 1:
+        return DeviceMesh.from_group(grid.group(axes[0]), device_type, mesh_dim_names=(axes[0],))
+    shape = [grid.size(axis) for axis in axes]
+    rows: list = ranks
+    for size in reversed(shape[1:]):
+        rows = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return DeviceMesh.from_group(
+        [grid.group(axis) for axis in axes], device_type, mesh=rows, mesh_dim_names=tuple(axes)
+    )

@@ -1,0 +1,113 @@
+"""A world of gloo ranks that is spawned once and runs many cases.
+
+    with World(4) as world:
+        results = world.run(case, 1, 2)      # case(rank, 1, 2) on every rank; a list of what they returned
+
+`case` is a module-level function: it is sent by name. A rank's exception is raised here with the rank's
+traceback; a rank that dies or hangs fails the case instead of the whole suite.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class RankError(AssertionError):
+    """A rank of the world failed."""
+
+
+def _worker(rank: int, world_size: int, store_path: str, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(store_path, world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    pipe.send(("ready", None))
+    while True:
+        message = pipe.recv()
+        if message is None:
+            break
+        function, args, kwargs = message
+        try:
+            pipe.send(("ok", function(rank, *args, **kwargs)))
+        except BaseException:  # reported to the test, which raises it
+            pipe.send(("error", traceback.format_exc()))
+    # Results are out. gloo's threads abort at teardown now and then, so leave without tearing down.
+    pipe.close()
+    os._exit(0)
+
+
+class World:
+    """`size` gloo ranks of one thread each."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.directory = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        store = os.path.join(self.directory.name, "store")
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(rank, size, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        self._collect(timeout=120.0)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180.0, **kwargs: Any) -> list[Any]:
+        """function(rank, *args, **kwargs) on every rank; what each returned, by rank."""
+        for pipe in self.pipes:
+            pipe.send((function, args, kwargs))
+        return self._collect(timeout)
+
+    def _collect(self, timeout: float) -> list[Any]:
+        results: list[Any] = [None] * self.size
+        failures = []
+        deadline = time.monotonic() + timeout
+        for rank, pipe in enumerate(self.pipes):
+            # Once a rank has failed, its peers may wait for it for ever: give them a moment, not the whole time.
+            left = 5.0 if failures else max(0.0, deadline - time.monotonic())
+            try:
+                if not pipe.poll(left):
+                    failures.append(f"rank {rank} did not answer")
+                    continue
+                status, value = pipe.recv()
+            except EOFError:
+                failures.append(f"rank {rank} died with exit code {self.processes[rank].exitcode}")
+                continue
+            if status == "error":
+                failures.append(f"rank {rank}:\n{value}")
+            results[rank] = value
+        if failures:
+            raise RankError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            try:
+                pipe.send(None)
+            except OSError:
+                continue  # that rank is dead already, and said so in a case
+        for process in self.processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self.directory.cleanup()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

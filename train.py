@@ -1,0 +1,350 @@
+"""Pretrain a GPT on packed documents over five parallel dimensions.
+
+    torchrun --nproc-per-node 4 train.py --cp-size 4
+    python train.py --help
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cp.attention import build_attention
+from cp.layout import attention_pairs, balance
+from data.build import build_tokenizer, build_tokens, split_documents
+from data.corpus import open_source
+from data.loader import BatchPlan, SequenceDataset, build_loader
+from data.tokenizer import Tokenizer
+from model.config import GPTConfig, padded_vocab_size
+from model.gpt import GPT
+from model.init import initialise
+from parallel.collectives import sum_over
+from parallel.fsdp import clip_grad_norm_, set_last_microbatch, shard_model
+from parallel.grid import Grid, GridSizes, build_grid
+from training.arguments import model_config, parse_arguments, parse_split, resolve
+from training.banner import print_banner
+from training.checkpoint import check_same_run, checkpoints, find_checkpoint, load_checkpoint, read_run_facts, save_checkpoint
+from training.evaluate import evaluate
+from training.flops import known_peak_tflops
+from training.initialize import (
+    Launch,
+    broadcast_string,
+    cuda_device_count,
+    initialise_distributed,
+    max_memory_bytes,
+    on_rank_zero_first,
+    read_launch,
+)
+from training.lr_schedule import LRSchedule
+from training.metrics import MetricsLog, row_facts
+from training.optimizer import build_optimizer, set_lr
+from training.sample import generate
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def build_data(args: Namespace) -> tuple[Tokenizer, SequenceDataset, SequenceDataset | None]:
+    """Tokenizer, training and validation sequences; run on rank 0 first, which fills the cache."""
+    cache = Path(args.data_cache_path)
+    source = open_source(args.data_path, args.json_key)
+    tokenizer = build_tokenizer(
+        source,
+        tokenizer_type=args.tokenizer_type,
+        tokenizer_model=args.tokenizer_model,
+        vocab_size=args.tokenizer_vocab_size,
+        cache_path=cache,
+    )
+    tokens = build_tokens(source, tokenizer, cache_path=cache)
+    train, valid, _ = split_documents(len(tokens), parse_split(args.data_split))
+
+    def sequences(documents, name: str) -> SequenceDataset:
+        return SequenceDataset(
+            tokens,
+            documents,
+            seq_length=args.seq_length,
+            packing=args.packing,
+            alignment=args.document_alignment,
+            seed=args.seed,
+            pad_token=tokenizer.eod,
+            cache_path=cache,
+            cache_name=f"{tokens.prefix.parent.name}/{args.data_split}/{name}",
+        )
+
+    if args.eval_interval and not len(valid):
+        raise ValueError(f"--data-split {args.data_split} leaves no validation document out of {len(tokens)}: use --eval-interval 0")
+    train_sequences = sequences(train, "train")
+    valid_sequences = sequences(valid, "valid") if args.eval_interval else None
+    for part, name in ((train_sequences, "train"), (valid_sequences, "validation")):
+        if part is not None and not part.sequences_per_epoch:
+            raise ValueError(f"--seq-length {args.seq_length}: the {name} documents hold {int(part.lengths.sum())} tokens, not one sequence")
+    return tokenizer, train_sequences, valid_sequences
+
+
+def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.device) -> GPT:
+    """The model on this rank: built on the meta device, sharded, then filled shard by shard."""
+    compute_dtype = COMPUTE_DTYPES[args.dtype]
+    parameter_dtype = torch.float64 if args.dtype == "fp64" else torch.float32
+    attention = build_attention(args.cp_backend, args.cp_comm_type, head_dim=config.kv_channels)
+    with torch.device("meta"):
+        model = GPT(
+            config,
+            attention=attention,
+            cp_group=grid.group("cp"),
+            dtype=parameter_dtype,
+            loss_chunk_size=args.loss_chunk_size,
+            z_loss=args.z_loss,
+        )
+    shard_model(
+        model,
+        model.layers,
+        grid,
+        device_type=device.type,
+        compute_dtype=compute_dtype,
+        reshard_after_forward=args.reshard_after_forward == "on",
+    )
+    initialise(model, config, seed=args.seed, device=device)
+    return model
+
+
+def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequences: SequenceDataset) -> dict:
+    """What a run that goes on from a checkpoint must share with the one that wrote it."""
+    data_flags = ("seq_length", "global_batch_size", "document_alignment", "packing", "qkv_format", "data_split", "seed")
+    facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in data_flags}
+    facts |= {f"model {name}": value for name, value in asdict(config).items()}
+    return facts | {"tokenizer": tokenizer.fingerprint, "data": sequences.cache_name}
+
+
+def main(argv: list[str]) -> None:
+    start_time = time.time()
+
+    # ------------------------------------------------------------------------------------------------
+    # Flags, checked before any process group exists
+
+    launch = read_launch()
+    args = parse_arguments(argv)
+    chosen = resolve(
+        args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count
+    )
+    start_from = _find_start(args)
+
+    # ------------------------------------------------------------------------------------------------
+    # Ranks and their grid
+
+    device = initialise_distributed(launch, args.device, timeout_minutes=args.distributed_timeout_minutes)
+    is_writer = launch.rank == 0
+    sizes = GridSizes(
+        pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size
+    )
+    grid = build_grid(sizes)
+    run_dir = Path(args.run_dir or broadcast_string(time.strftime("runs/%Y%m%d-%H%M%S")))
+    save_dir = Path(args.save) if args.save else run_dir / "checkpoints"
+    metrics_file = _optional_path(args.metrics_file, run_dir / "metrics.jsonl")
+    tensorboard_dir = _optional_path(args.tensorboard_dir, run_dir / "tensorboard")
+
+    # ------------------------------------------------------------------------------------------------
+    # Data
+
+    tokenizer, train_sequences, valid_sequences = on_rank_zero_first(lambda: build_data(args))
+    batch_plan = BatchPlan(
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        batch_size=grid.size("batch"),
+        batch_rank=grid.rank("batch"),
+        cp_size=grid.size("cp"),
+        cp_rank=grid.rank("cp"),
+        qkv_format=args.qkv_format,
+        layout=args.cp_layout,
+    )
+
+    # ------------------------------------------------------------------------------------------------
+    # Model, optimiser, schedule, and where they start from
+
+    vocab = padded_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by)
+    config = model_config(args, vocab_size=tokenizer.vocab_size, padded_vocab_size=vocab)
+    model = build_model(args, config, grid, device)
+    optimizer = build_optimizer(
+        model, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay
+    )
+    schedule = LRSchedule(
+        lr=args.lr,
+        min_lr=args.min_lr,
+        warmup_iters=args.lr_warmup_iters,
+        decay_iters=args.lr_decay_iters,
+        style=args.lr_decay_style,
+        wsd_decay_iters=args.lr_wsd_decay_iters,
+    )
+    facts = run_facts(args, config, tokenizer, train_sequences)
+    first_step = 0
+    if start_from is not None:
+        check_same_run(read_run_facts(start_from), facts, start_from)
+        first_step = load_checkpoint(start_from, model, optimizer)
+
+    peak_tflops = args.peak_tflops
+    if peak_tflops is None and device.type == "cuda":
+        peak_tflops = known_peak_tflops(torch.cuda.get_device_name(device))
+    log = MetricsLog(
+        config=config,
+        world_size=launch.world_size,
+        is_writer=is_writer,
+        train_iters=args.train_iters,
+        log_interval=args.log_interval,
+        peak_tflops=peak_tflops,
+        metrics_file=metrics_file,
+        tensorboard_dir=tensorboard_dir,
+        keep_before=first_step if start_from is not None else None,
+    )
+    if is_writer:
+        print_banner(
+            args,
+            grid,
+            chosen=chosen,
+            config=config,
+            device=device,
+            peak_tflops=peak_tflops,
+            train=train_sequences,
+            valid=valid_sequences,
+            start_from=start_from,
+            first_step=first_step,
+            paths={"checkpoints": save_dir, "TensorBoard": tensorboard_dir, "metrics": metrics_file},
+        )
+
+    def validate(step: int) -> None:
+        if valid_sequences is None:
+            return
+        steps = min(args.eval_iters, -(-valid_sequences.sequences_per_epoch // args.global_batch_size))
+        batches = build_loader(
+            valid_sequences,
+            batch_plan,
+            first_step=0,
+            last_step=steps,
+            num_workers=0,
+            pin_memory=False,
+            limit=valid_sequences.sequences_per_epoch,
+        )
+        log.validation(step, *evaluate(model, batches, grid, device))
+
+    def sample(when: str) -> None:
+        if not args.sample_tokens:
+            return
+        prompt = tokenizer.encode(args.sample_prompt).tolist() or [tokenizer.eod]
+        ids = generate(
+            model,
+            prompt,
+            num_tokens=args.sample_tokens,
+            grid=grid,
+            device=device,
+            alignment=args.document_alignment,
+            layout=args.cp_layout,
+            pad_token=tokenizer.eod,
+            eod=tokenizer.eod,
+            seed=args.seed,
+        )
+        if is_writer:
+            print(f"\n----- sample {when} -----\n{args.sample_prompt}{tokenizer.decode(ids)}\n-----\n", flush=True)
+
+    # ------------------------------------------------------------------------------------------------
+    # The loop
+
+    sample("before training")
+    loader = build_loader(
+        train_sequences,
+        batch_plan,
+        first_step=first_step,
+        last_step=args.train_iters,
+        num_workers=args.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches_ahead = iter(loader)
+    log.restart_clock()
+    for step in range(first_step, args.train_iters):
+        # Fetch the step's rows; their global token count divides the loss and so the gradients.
+        fetch_start = time.perf_counter()
+        batches = [next(batches_ahead) for _ in range(batch_plan.num_microbatches)]
+        data_time = time.perf_counter() - fetch_start
+        step_facts = row_facts(batches, [_cp_balance(batch.packed_seq, grid) for batch in batches])
+        step_facts = sum_over(step_facts.to(device, non_blocking=True), grid.group("batch"))
+        loss_tokens = step_facts[0].clamp(min=1)
+
+        # Forward and backward; gradients are summed over the ranks after the last microbatch.
+        cross_entropy = torch.zeros((), dtype=torch.float64, device=device)
+        for number, batch in enumerate(batches):
+            set_last_microbatch(model, number + 1 == len(batches), reshard_between=args.reshard_after_forward == "on")
+            batch = batch.to(device)
+            loss_sum, cross_entropy_sum = model(batch.tokens, batch.packed_seq, labels=batch.labels)
+            (loss_sum / loss_tokens.to(loss_sum.dtype)).backward()
+            cross_entropy += cross_entropy_sum
+
+        # Clip by the global norm and step.
+        grad_norm = clip_grad_norm_(model.parameters(), grid, max_norm=args.clip_grad)
+        lr = schedule.at(step)
+        set_lr(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        loss = sum_over(cross_entropy, grid.group("loss")) / loss_tokens
+        done = step + 1
+        log.step(
+            done, loss=loss, grad_norm=grad_norm, lr=lr, facts=step_facts, data_time=data_time, memory=max_memory_bytes(device)
+        )
+        if args.eval_interval and (done % args.eval_interval == 0 or done == args.train_iters):
+            validate(done)
+            log.restart_clock()
+        if args.save_interval and (done % args.save_interval == 0 or done == args.train_iters):
+            place = save_checkpoint(save_dir, done, model, optimizer, facts=facts)
+            if is_writer:
+                print(f"saved {place}", flush=True)
+            log.restart_clock()
+
+    # ------------------------------------------------------------------------------------------------
+    # The end
+
+    sample("after training")
+    log.close()
+    if is_writer:
+        found = checkpoints(save_dir)
+        print(f"done in {time.time() - start_time:.0f} s")
+        print(f"checkpoint:  {found[-1] if found else 'none (--save-interval 0)'}")
+        print(f"TensorBoard: {tensorboard_dir or 'off'}")
+        print(f"metrics:     {metrics_file or 'off'}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _find_start(args: Namespace) -> Path | None:
+    """The checkpoint to start from, if any; refuses to start anew where another run's checkpoints lie."""
+    if args.load:
+        return find_checkpoint(Path(args.load))
+    save = Path(args.save) if args.save else Path(args.run_dir or "") / "checkpoints"
+    found = checkpoints(save) if args.save or args.run_dir else []
+    if found and not args.resume:
+        raise ValueError(f"--save {save} already holds {found[-1].name}: go on from it with --resume, or choose another folder")
+    return found[-1] if found else None
+
+
+def _optional_path(flag: str | None, default: Path) -> Path | None:
+    return None if flag == "none" else Path(flag) if flag else default
+
+
+def _cp_balance(packed_seq, grid: Grid) -> float:
+    pairs = attention_pairs(packed_seq.lengths, packed_seq.padded_lengths, cp_size=grid.size("cp"), layout=packed_seq.layout)
+    return balance(pairs)
+
+
+def refuse(message: str, launch: Launch) -> None:
+    """One line from local rank 0, and exit code 2 everywhere."""
+    if launch.local_rank == 0:
+        print(f"train.py: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        refuse(str(error), read_launch())

@@ -1,0 +1,1 @@
+"""Everything between the flags and the step: arguments, optimiser, checkpoints, metrics."""

@@ -1,0 +1,439 @@
+"""Flags, presets and their checks. No torch import, so that a refusal is quick.
+
+`parse_arguments` reads flags and YAML; `resolve` replaces every `auto` by what it means here and checks
+everything that can be checked before a process group exists. A check is a small function that raises
+`ValueError` with one line: the flag, the numbers that clash, the nearest legal value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from cp import plan
+from data.corpus import open_source
+from data.packing import PACKINGS, resolve_packing
+from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer
+from model.config import GPTConfig
+from training.lr_schedule import LR_DECAY_STYLES
+
+TRANSFORMER_IMPLS = ("torch",)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the page of usage in front of an error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="train.py",
+        description="Pretrain a GPT on packed documents: torchrun --nproc-per-node 4 train.py --cp-size 4",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="flags from a YAML file (keys as the flags, without dashes in front); the command line wins"
+    )
+    for add in (_add_parallel, _add_model, _add_data, _add_training, _add_checkpoint, _add_logging):
+        add(parser)
+    return parser
+
+
+def _add_parallel(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("parallel: pp x dp_replicate x dp_shard x cp x tp = number of ranks")
+    group.add_argument("--pp-size", type=int, default=1, help="pipeline stages (only 1 so far)")
+    group.add_argument("--dp-replicate-size", type=int, default=1, help="copies of the model, each with its own data")
+    group.add_argument("--dp-shard-size", type=int, default=-1, help="ranks that share one copy, each with its own data; -1: all that are left")
+    group.add_argument("--cp-size", type=int, default=1, help="ranks that share each sequence")
+    group.add_argument("--tp-size", type=int, default=1, help="ranks that share each matrix (only 1 so far)")
+    group.add_argument("--sequence-parallel", action="store_true", help="norms on 1/tp of the tokens (needs --tp-size above 1)")
+    group.add_argument("--cp-backend", choices=("auto", *plan.BACKENDS), default="auto", help="what computes attention over cp ranks")
+    group.add_argument("--cp-comm-type", choices=plan.COMM_TYPES, default="p2p", help="how keys and values travel; p2p: a ring")
+    group.add_argument(
+        "--reshard-after-forward",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="free gathered weights between forward and backward: less memory, one more gather; auto: off within one node",
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+    group.add_argument("--distributed-timeout-minutes", type=float, default=30.0, help="a collective that takes longer ends the run")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--num-layers", type=int, default=6)
+    group.add_argument("--hidden-size", type=int, default=256, help="channels of the residual stream")
+    group.add_argument("--ffn-hidden-size", type=int, help="channels inside the MLP; default: 8/3 of --hidden-size, up to a multiple of 16")
+    group.add_argument("--num-attention-heads", type=int, default=8, help="query heads")
+    group.add_argument("--num-query-groups", type=int, default=4, help="key/value heads; equal to the query heads turns GQA off")
+    group.add_argument("--kv-channels", type=int, help="channels of one head; default: hidden size / heads")
+    group.add_argument("--rotary-base", type=float, default=10000.0, help="base of the rotary frequencies")
+    group.add_argument("--norm-epsilon", type=float, default=1e-5)
+    group.add_argument("--qk-norm", action="store_true", help="RMSNorm on each query and key head")
+    group.add_argument("--tie-embeddings", action="store_true", help="one matrix for embedding and output")
+    group.add_argument("--make-vocab-size-divisible-by", type=int, default=128, help="the vocabulary is padded to a multiple of it")
+    group.add_argument("--init-method-std", type=float, default=0.02, help="standard deviation of initial weights")
+    group.add_argument("--transformer-impl", choices=TRANSFORMER_IMPLS, default="torch", help="whose layers: torch, plain PyTorch")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-path", help="text file, .jsonl file or folder of text; default: Python's standard library")
+    group.add_argument("--json-key", default="text", help="field of a JSONL record that holds its text")
+    group.add_argument("--data-split", default="95,5,0", metavar="TRAIN,VALID,TEST", help="weights by which documents are split")
+    group.add_argument("--data-cache-path", default=".cache", help="folder for tokenizers, tokens and packing indices")
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="sentencepiece")
+    group.add_argument("--tokenizer-model", help="SentencePiece model file; default: one is trained on the data, once")
+    group.add_argument("--tokenizer-vocab-size", type=int, default=4096, help="pieces of a model that is trained here")
+    group.add_argument("--seq-length", type=int, default=2048, help="tokens of one sequence")
+    group.add_argument("--qkv-format", choices=plan.QKV_FORMATS, default="thd", help="thd: packed documents; bshd: one stream, one mask a sequence")
+    group.add_argument("--packing", choices=PACKINGS, default="auto", help="auto: best-fit for thd, stream for bshd")
+    group.add_argument(
+        "--document-alignment", type=int, help="documents are padded to a multiple of it; default: the smallest legal, 2 * cp"
+    )
+    group.add_argument("--num-workers", type=int, help="processes that build batches ahead; 0: none; default: 2 on cuda, 0 on cpu")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--micro-batch-size", type=int, default=1, help="sequences in a row; nothing but speed depends on it")
+    group.add_argument("--global-batch-size", type=int, default=2, help="sequences in a step, over all ranks")
+    group.add_argument("--train-iters", type=int, default=200, help="steps in all")
+    group.add_argument("--seed", type=int, default=1234, help="of the initial weights and of the data's order")
+    group.add_argument(
+        "--dtype", choices=("auto", *plan.DTYPES), default="auto", help="of the computation; fp64: weights too. auto: bf16 on cuda, fp32 on cpu"
+    )
+    group.add_argument("--loss-chunk-size", type=int, default=512, help="tokens whose logits exist at a time")
+    group.add_argument("--z-loss", type=float, default=0.0, help="weight of log(Z)^2 in the loss; 0: off")
+    group.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    group.add_argument("--min-lr", type=float, default=1e-4, help="learning rate at the end of the decay")
+    group.add_argument("--lr-warmup-iters", type=int, default=10, help="steps of linear warm-up; 0: none")
+    group.add_argument("--lr-decay-iters", type=int, help="step at which --min-lr is reached; default: --train-iters")
+    group.add_argument("--lr-decay-style", choices=LR_DECAY_STYLES, default="cosine")
+    group.add_argument("--lr-wsd-decay-iters", type=int, help="last steps in which wsd decays; default: a tenth of --lr-decay-iters")
+    group.add_argument("--weight-decay", type=float, default=0.1, help="on matrices; 0: off")
+    group.add_argument("--adam-beta1", type=float, default=0.9)
+    group.add_argument("--adam-beta2", type=float, default=0.95)
+    group.add_argument("--adam-eps", type=float, default=1e-8)
+    group.add_argument("--clip-grad", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
+    group.add_argument("--eval-interval", type=int, default=100, help="steps between validations; 0: never")
+    group.add_argument("--eval-iters", type=int, default=10, help="global batches in a validation, at most what the held-out documents fill")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("--run-dir", help="folder of the run: checkpoints, metrics, TensorBoard; default: runs/<date-time>")
+    group.add_argument("--save", help="folder for checkpoints; default: <run-dir>/checkpoints")
+    group.add_argument("--save-interval", type=int, default=100, help="steps between checkpoints, and one at the end; 0: none at all")
+    group.add_argument("--load", help="checkpoint, or folder with some, to start from; refused if there is none")
+    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint under --save if there is one, else start fresh")
+
+
+def _add_logging(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("log")
+    group.add_argument("--log-interval", type=int, default=10, help="steps between lines")
+    group.add_argument("--tensorboard-dir", help="default: <run-dir>/tensorboard; none: off")
+    group.add_argument("--metrics-file", help="JSON lines, one a step; default: <run-dir>/metrics.jsonl; none: off")
+    group.add_argument("--peak-tflops", type=float, help="dense peak of one device for MFU; default: known GPUs, else no MFU")
+    group.add_argument("--sample-tokens", type=int, default=48, help="tokens of text generated before and after training; 0: none")
+    group.add_argument("--sample-prompt", default="def ", help="what the sample continues")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Parsing
+
+
+def _flags_from_yaml(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The file's keys as command-line flags, so that types and choices are checked by the same code."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config {path}: must be a mapping of flags to values")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    flags: list[str] = []
+    for key, value in loaded.items():
+        action = actions.get(str(key).replace("-", "_"))
+        if action is None:
+            raise ValueError(f"--config {path}: unknown key {key!r}{_did_you_mean(str(key), actions)}")
+        flag = action.option_strings[0]
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise ValueError(f"--config {path}: {key} must be true or false, not {value!r}")
+            flags += [flag] if value else []
+        elif isinstance(value, (dict, list)) or value is None:
+            raise ValueError(f"--config {path}: {key} must be one value, not {value!r}")
+        else:
+            flags.append(f"{flag}={value}")
+    return flags
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), [k.lstrip("-").replace("-", "_") for k in known], n=1)
+    return f"; did you mean --{close[0].replace('_', '-')}?" if close else ""
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Flags of a run; a YAML preset's first, then the command line's over them.
+
+    Raises:
+        ValueError: one line for a misspelt flag or key, a wrong type or choice.
+    """
+    parser = build_parser()
+    first, _ = _config_parser().parse_known_args(argv)
+    flags = _flags_from_yaml(first.config, parser) if first.config else []
+    args, unknown = parser.parse_known_args([*flags, *argv])
+    if unknown:
+        raise ValueError(f"unknown flag {unknown[0]}{_did_you_mean(unknown[0].split('=')[0], parser._option_string_actions)}")
+    return args
+
+
+def _config_parser() -> OneLineParser:
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------
+# Resolving and checking
+
+
+def resolve(args: argparse.Namespace, *, world_size: int, local_world_size: int, cuda_devices: Callable[[], int]) -> list[str]:
+    """Replace every `auto` and open default in `args`, and refuse what cannot be done.
+
+    Args:
+        cuda_devices: asked only where a CUDA device could be meant.
+
+    Returns:
+        A line for each thing that was chosen, for the banner.
+
+    Raises:
+        ValueError: one line, ready to print.
+    """
+    chosen: list[str] = []
+    _resolve_device(args, local_world_size, cuda_devices, chosen)
+    _resolve_grid(args, world_size, local_world_size, chosen)
+    _check_positive(args)
+    _resolve_model(args)
+    _resolve_attention(args, chosen)
+    _resolve_sequence(args, chosen)
+    _check_batch(args)
+    _resolve_schedule(args)
+    _check_data(args)
+    _check_folders(args)
+    return chosen
+
+
+def _resolve_device(args: argparse.Namespace, local_world_size: int, cuda_devices: Callable[[], int], chosen: list[str]) -> None:
+    if args.device != "cpu":
+        found = cuda_devices()
+        if args.device == "cuda" and not found:
+            raise ValueError("--device cuda: no CUDA device (or a PyTorch without CUDA); use --device cpu")
+        if found and local_world_size > found:
+            raise ValueError(
+                f"{local_world_size} ranks on this node but {found} CUDA devices: use --nproc-per-node {found} or --device cpu"
+            )
+        if args.device == "auto":
+            args.device = "cuda" if found else "cpu"
+            chosen.append(f"--device {args.device}")
+    if args.dtype == "auto":
+        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+        chosen.append(f"--dtype {args.dtype}")
+    if args.num_workers is None:
+        args.num_workers = 2 if args.device == "cuda" else 0
+        chosen.append(f"--num-workers {args.num_workers}")
+
+
+def _resolve_grid(args: argparse.Namespace, world_size: int, local_world_size: int, chosen: list[str]) -> None:
+    for name in ("pp", "dp_replicate", "cp", "tp"):
+        if getattr(args, f"{name}_size") < 1:
+            raise ValueError(f"--{name.replace('_', '-')}-size {getattr(args, f'{name}_size')}: must be at least 1")
+    for name, what in (("pp", "pipeline"), ("tp", "tensor")):
+        if getattr(args, f"{name}_size") > 1:
+            raise ValueError(f"--{name}-size {getattr(args, f'{name}_size')}: {what} parallelism is not there yet; only 1 is legal")
+    if args.sequence_parallel and args.tp_size == 1:
+        raise ValueError("--sequence-parallel needs --tp-size above 1, which is 1")
+    others = args.pp_size * args.dp_replicate_size * args.cp_size * args.tp_size
+    if args.dp_shard_size == -1:
+        if world_size % others:
+            legal = others * max(1, round(world_size / others))
+            raise ValueError(
+                f"{world_size} ranks do not divide by pp * dp_replicate * cp * tp = {others}: use --nproc-per-node {legal}"
+                + (" a node in all" if local_world_size != world_size else "")
+            )
+        args.dp_shard_size = world_size // others
+        chosen.append(f"--dp-shard-size {args.dp_shard_size}")
+    if args.dp_shard_size < 1:
+        raise ValueError(f"--dp-shard-size {args.dp_shard_size}: must be at least 1, or -1 for all ranks that are left")
+    if others * args.dp_shard_size != world_size:
+        raise ValueError(
+            f"the sizes ask for {others * args.dp_shard_size} ranks (pp {args.pp_size} * dp_replicate {args.dp_replicate_size} * "
+            f"dp_shard {args.dp_shard_size} * cp {args.cp_size} * tp {args.tp_size}) but there are {world_size}: "
+            f"use --nproc-per-node {others * args.dp_shard_size}"
+        )
+    if args.reshard_after_forward == "auto":
+        args.reshard_after_forward = "off" if local_world_size == world_size else "on"
+        chosen.append(f"--reshard-after-forward {args.reshard_after_forward}")
+
+
+def _check_positive(args: argparse.Namespace) -> None:
+    at_least_one = (
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+        "make_vocab_size_divisible_by", "tokenizer_vocab_size", "seq_length", "document_alignment", "micro_batch_size",
+        "global_batch_size", "train_iters", "loss_chunk_size", "lr_decay_iters", "eval_iters", "log_interval",
+    )  # fmt: skip
+    not_negative = (
+        "z_loss", "lr", "min_lr", "lr_warmup_iters", "lr_wsd_decay_iters", "weight_decay", "clip_grad", "eval_interval",
+        "save_interval", "sample_tokens", "num_workers", "seed",
+    )  # fmt: skip
+    above_zero = ("rotary_base", "norm_epsilon", "init_method_std", "adam_eps", "peak_tflops", "distributed_timeout_minutes")
+    for names, legal, words in (
+        (at_least_one, lambda x: x >= 1, "at least 1"),
+        (not_negative, lambda x: 0 <= x < float("inf"), "0 or more"),
+        (above_zero, lambda x: 0 < x < float("inf"), "above 0"),
+        (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "from 0 to below 1"),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not legal(value):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be {words}")
+
+
+def _resolve_model(args: argparse.Namespace) -> None:
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if heads % groups:
+        legal = [g for g in range(1, heads + 1) if heads % g == 0]
+        nearest = min(legal, key=lambda g: abs(g - groups))
+        raise ValueError(f"--num-attention-heads {heads} does not divide by --num-query-groups {groups}: nearest legal value {nearest}")
+    if args.kv_channels is None:
+        if args.hidden_size % heads:
+            nearest = heads * max(1, round(args.hidden_size / heads))
+            raise ValueError(
+                f"--hidden-size {args.hidden_size} does not divide by --num-attention-heads {heads}: use {nearest}, or give --kv-channels"
+            )
+        args.kv_channels = args.hidden_size // heads
+    if args.kv_channels % 2:
+        raise ValueError(f"--kv-channels {args.kv_channels}: rotary positions need an even number, such as {args.kv_channels + 1}")
+    if args.ffn_hidden_size is None:
+        args.ffn_hidden_size = -(-args.hidden_size * 8 // 3 // 16) * 16
+
+
+def _resolve_attention(args: argparse.Namespace, chosen: list[str]) -> None:
+    if args.cp_backend == "auto":
+        args.cp_backend = plan.resolve_backend("auto")
+        chosen.append(f"--cp-backend {args.cp_backend}")
+    support = plan.check(
+        backend=args.cp_backend,
+        comm_type=args.cp_comm_type,
+        qkv_format=args.qkv_format,
+        dtype=args.dtype,
+        device=args.device,
+        head_dim=args.kv_channels,
+        heads=args.num_attention_heads,
+        groups=args.num_query_groups,
+    )
+    args.cp_layout = support.layout
+
+
+def _resolve_sequence(args: argparse.Namespace, chosen: list[str]) -> None:
+    if args.packing == "auto":
+        args.packing = resolve_packing("auto", args.qkv_format)
+        chosen.append(f"--packing {args.packing}")
+    if args.packing != resolve_packing("auto", args.qkv_format):
+        raise ValueError(f"--packing {args.packing} is not offered for --qkv-format {args.qkv_format}: use {resolve_packing('auto', args.qkv_format)}")
+    smallest = plan.smallest_alignment(args.cp_size)
+    if args.document_alignment is None:
+        args.document_alignment = smallest
+        chosen.append(f"--document-alignment {smallest}")
+    if args.document_alignment % smallest:
+        nearest = smallest * max(1, round(args.document_alignment / smallest))
+        raise ValueError(
+            f"--document-alignment {args.document_alignment} is not a multiple of 2 * cp = {smallest}: nearest legal value {nearest}"
+        )
+    for unit, name in (
+        (args.document_alignment, "--document-alignment"),
+        (args.cp_size * args.tp_size, "cp * tp ="),
+    ):
+        if args.seq_length % unit:
+            nearest = unit * max(1, round(args.seq_length / unit))
+            raise ValueError(f"--seq-length {args.seq_length} is not a multiple of {name} {unit}: nearest legal value {nearest}")
+
+
+def _check_batch(args: argparse.Namespace) -> None:
+    unit = args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size
+    if args.global_batch_size % unit:
+        nearest = unit * max(1, round(args.global_batch_size / unit))
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} does not divide by micro batch {args.micro_batch_size} * dp_replicate "
+            f"{args.dp_replicate_size} * dp_shard {args.dp_shard_size} = {unit}: nearest legal value {nearest}"
+        )
+
+
+def _resolve_schedule(args: argparse.Namespace) -> None:
+    if args.lr_decay_iters is None:
+        args.lr_decay_iters = args.train_iters
+    if args.lr_wsd_decay_iters is None:
+        args.lr_wsd_decay_iters = max(1, args.lr_decay_iters // 10)
+    if args.min_lr > args.lr:
+        raise ValueError(f"--min-lr {args.min_lr} is above --lr {args.lr}")
+    if args.lr_wsd_decay_iters > args.lr_decay_iters:
+        raise ValueError(f"--lr-wsd-decay-iters {args.lr_wsd_decay_iters} is above --lr-decay-iters {args.lr_decay_iters}")
+
+
+def parse_split(text: str) -> tuple[float, ...]:
+    """`95,5,0` -> (95.0, 5.0, 0.0)."""
+    try:
+        weights = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        weights = ()
+    if len(weights) != 3 or not all(0 <= w < float("inf") for w in weights) or weights[0] <= 0:
+        raise ValueError(f"--data-split {text}: must be three weights TRAIN,VALID,TEST, the first above 0, such as 95,5,0")
+    return weights
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    if args.eval_interval and not parse_split(args.data_split)[1]:
+        raise ValueError(f"--data-split {args.data_split} leaves nothing to validate on: give VALID a weight or use --eval-interval 0")
+    open_source(args.data_path, args.json_key)
+    if args.tokenizer_model is not None:
+        if args.tokenizer_type == "byte":
+            raise ValueError(f"--tokenizer-model {args.tokenizer_model}: --tokenizer-type byte takes no model")
+        if not Path(args.tokenizer_model).is_file():
+            raise ValueError(f"--tokenizer-model {args.tokenizer_model}: no such file")
+        SentencePieceTokenizer(Path(args.tokenizer_model))
+
+
+def _check_folders(args: argparse.Namespace) -> None:
+    if args.resume and args.load:
+        raise ValueError("--resume and --load: give one; --resume looks under --save, --load names a checkpoint")
+    if args.resume and not (args.save or args.run_dir):
+        raise ValueError("--resume needs --save or --run-dir: without one every start has a new folder and nothing to go on from")
+
+
+def model_config(args: argparse.Namespace, *, vocab_size: int, padded_vocab_size: int) -> GPTConfig:
+    """The model that resolved flags ask for."""
+    return GPTConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups,
+        kv_channels=args.kv_channels,
+        vocab_size=vocab_size,
+        padded_vocab_size=padded_vocab_size,
+        rotary_base=args.rotary_base,
+        norm_epsilon=args.norm_epsilon,
+        qk_norm=args.qk_norm,
+        tie_embeddings=args.tie_embeddings,
+        init_std=args.init_method_std,
+    )

@@ -1,0 +1,38 @@
+"""Learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRSchedule:
+    """Linear warm-up to `lr`, then a decay to `min_lr` that ends at step `decay_iters`.
+
+    `cosine` and `linear` decay all the way from the warm-up's end; `constant` does not; `wsd` (warm-up, stable,
+    decay; arXiv:2404.06395) holds `lr` until the last `wsd_decay_iters` steps and then decays linearly.
+    """
+
+    lr: float
+    min_lr: float
+    warmup_iters: int
+    decay_iters: int
+    style: str
+    wsd_decay_iters: int = 0
+
+    def at(self, step: int) -> float:
+        """The rate of step `step`, counted from 0."""
+        done = step + 1
+        if done <= self.warmup_iters:
+            return self.lr * done / self.warmup_iters
+        if self.style == "constant":
+            return self.lr
+        begin = self.decay_iters - self.wsd_decay_iters if self.style == "wsd" else self.warmup_iters
+        if done <= begin:
+            return self.lr
+        share = min(1.0, (done - begin) / max(1, self.decay_iters - begin))
+        height = (1 + math.cos(math.pi * share)) / 2 if self.style == "cosine" else 1 - share
+        return self.min_lr + (self.lr - self.min_lr) * height

@@ -1,0 +1,210 @@
+"""What a run tells: one line every few steps, one JSON object a step, TensorBoard scalars.
+
+Values that live on the device are kept as tensors until a line is due, so that logging does not make a
+step wait for the device.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch
+from model.config import GPTConfig
+from training.flops import training_flops
+
+# Per-row facts that are summed over a step's rows, in this order, in one float64 tensor.
+ROW_FACTS = ("loss_tokens", "real_tokens", "squared_lengths", "row_tokens", "cp_balance", "rows")
+
+
+def row_facts(batches: list[Batch], balances: list[float]) -> Tensor:
+    """[len(ROW_FACTS)] float64 sums over this rank's rows of a step."""
+    sums = [0.0] * len(ROW_FACTS)
+    for batch, balance in zip(batches, balances, strict=True):
+        lengths = batch.packed_seq.lengths
+        facts = (batch.loss_tokens, batch.real_tokens, (lengths**2).sum(), batch.packed_seq.row_length, balance, 1)
+        sums = [a + float(b) for a, b in zip(sums, facts, strict=True)]
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+@dataclass
+class _Pending:
+    """A step that is done but not yet written."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
+    facts: Tensor
+    step_time: float
+    data_time: float
+
+
+class MetricsLog:
+    """Writes a run's metrics. Every rank holds one; only rank 0's writes.
+
+    Args:
+        peak_tflops: of one rank, dense; None leaves MFU out.
+        keep_before: drop records of the metrics file from this step on (a resumed run writes them again);
+            None starts the file anew.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: GPTConfig,
+        world_size: int,
+        is_writer: bool,
+        train_iters: int,
+        log_interval: int,
+        peak_tflops: float | None,
+        metrics_file: Path | None,
+        tensorboard_dir: Path | None,
+        keep_before: int | None,
+    ) -> None:
+        self.config, self.world_size, self.is_writer = config, world_size, is_writer
+        self.train_iters, self.log_interval, self.peak_tflops = train_iters, log_interval, peak_tflops
+        self.pending: list[_Pending] = []
+        self.last_time = time.perf_counter()
+        self.file: TextIO | None = None
+        self.tensorboard: Any = None
+        self.show_bar = is_writer and sys.stdout.isatty()
+        if is_writer and metrics_file is not None:
+            self.file = open_metrics_file(metrics_file, keep_before)
+        if is_writer and tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=keep_before)
+
+    def restart_clock(self) -> None:
+        """Leave out of step times what was done since the last step (validation, a checkpoint)."""
+        self.last_time = time.perf_counter()
+
+    def step(self, step: int, *, loss: Tensor, grad_norm: Tensor, lr: float, facts: Tensor, data_time: float, memory: int) -> None:
+        """Take in one finished step, counted from 1; write when a line is due.
+
+        Args:
+            loss, grad_norm: scalars, already of the whole grid.
+            facts: `row_facts` summed over the `batch` axis.
+            data_time: seconds this rank waited for its batches.
+            memory: peak bytes so far.
+
+        Raises:
+            FloatingPointError: a loss or gradient norm that is not finite.
+        """
+        due = step == 1 or step % self.log_interval == 0 or step == self.train_iters
+        if due and loss.is_cuda:
+            torch.cuda.synchronize()  # a line's times cover finished work
+        now = time.perf_counter()
+        self.pending.append(_Pending(step, loss, grad_norm, lr, facts, now - self.last_time, data_time))
+        self.last_time = now
+        if due:
+            self._write(memory)
+        elif self.show_bar:
+            self._bar(step)
+
+    def _write(self, memory: int) -> None:
+        # A step's own time is only its share where the device runs behind the host: even it out.
+        pending, self.pending = self.pending, []
+        if pending[0].loss.is_cuda:
+            mean = sum(p.step_time for p in pending) / len(pending)
+            for p in pending:
+                p.step_time = mean
+        records = [self._record(p, memory) for p in pending]
+        for record in records:
+            if self.file is not None:
+                self.file.write(json.dumps(record) + "\n")
+            if self.tensorboard is not None:
+                for name, value in record.items():
+                    if name != "step" and value is not None:
+                        self.tensorboard.add_scalar(f"train/{name}", value, record["step"])
+        if self.file is not None:
+            self.file.flush()
+        if self.is_writer:
+            self._print(records, pending)
+        bad = next((r for r in records if not all(abs(r[k]) < float("inf") for k in ("loss", "grad_norm"))), None)
+        if bad is not None:
+            raise FloatingPointError(f"step {bad['step']}: loss {bad['loss']}, gradient norm {bad['grad_norm']}")
+
+    def _record(self, p: _Pending, memory: int) -> dict[str, Any]:
+        facts = dict(zip(ROW_FACTS, p.facts.tolist(), strict=True))
+        flops = training_flops(self.config, tokens=facts["real_tokens"], squared_lengths=facts["squared_lengths"])
+        tflops = flops / p.step_time / 1e12 / self.world_size
+        return {
+            "step": p.step,
+            "loss": p.loss.item(),
+            "grad_norm": p.grad_norm.item(),
+            "lr": p.lr,
+            "tokens": int(facts["real_tokens"]),
+            "loss_tokens": int(facts["loss_tokens"]),
+            "step_time_s": p.step_time,
+            "tokens_per_s": facts["real_tokens"] / p.step_time,
+            "tflops_per_rank": tflops,
+            "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
+            "packing_efficiency": facts["real_tokens"] / facts["row_tokens"],
+            "cp_balance": facts["cp_balance"] / facts["rows"],
+            "data_share": p.data_time / p.step_time,
+            "max_memory_bytes": memory,
+        }
+
+    def _print(self, records: list[dict[str, Any]], pending: list[_Pending]) -> None:
+        last, seconds = records[-1], sum(p.step_time for p in pending)
+        speed = sum(r["tokens"] for r in records) / seconds
+        tflops = sum(r["tflops_per_rank"] * r["step_time_s"] for r in records) / seconds
+        mfu = f"{tflops / self.peak_tflops:6.1%}" if self.peak_tflops else "n/a"
+        left = int((self.train_iters - last["step"]) * seconds / len(records))
+        width = len(str(self.train_iters))
+        line = (
+            f"step {last['step']:{width}d}/{self.train_iters} | loss {last['loss']:8.5f} | grad norm {last['grad_norm']:7.3f} | "
+            f"lr {last['lr']:.2e} | {speed:9,.0f} tok/s ({speed / self.world_size:,.0f} a rank) | "
+            f"{tflops:7.3f} TFLOP/s a rank | MFU {mfu} | packing {last['packing_efficiency']:6.2%} | "
+            f"cp balance {last['cp_balance']:.3f} | data {sum(p.data_time for p in pending) / seconds:5.1%} | "
+            f"mem {last['max_memory_bytes'] / 2**30:6.2f} GiB | {left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d} left"
+        )
+        if self.show_bar:
+            line = "\r\033[K" + line
+        print(line, flush=True)
+
+    def _bar(self, step: int) -> None:
+        done = 30 * step // self.train_iters
+        print(f"\r\033[K[{'#' * done}{'.' * (30 - done)}] step {step}/{self.train_iters}", end="", flush=True)
+
+    def validation(self, step: int, loss: float, tokens: int) -> None:
+        """Report a validation after `step` steps."""
+        if self.is_writer:
+            start = "\r\033[K" if self.show_bar else ""
+            print(f"{start}validation after step {step}: loss {loss:.5f} over {tokens:,} held-out tokens", flush=True)
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, "validation_loss": loss, "validation_tokens": tokens}) + "\n")
+            self.file.flush()
+        if self.tensorboard is not None:
+            self.tensorboard.add_scalar("validation/loss", loss, step)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+def open_metrics_file(path: Path, keep_before: int | None) -> TextIO:
+    """The file, open at its end; only whole records of steps up to `keep_before` are kept (None: none)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept: list[str] = []
+    if keep_before is not None and path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                step = json.loads(line)["step"]
+            except ValueError:
+                continue  # the line that was being written when the run died
+            if step <= keep_before:
+                kept.append(line + "\n")
+    path.write_text("".join(kept))
+    return path.open("a")
