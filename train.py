@@ -1,7 +1,7 @@
 """Pretrain a GPT on packed documents over five parallel dimensions.
 
-    torchrun --nproc-per-node 4 train.py --cp-size 4
-    python train.py --help
+torchrun --nproc-per-node 4 train.py --cp-size 4
+python train.py --help
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def build_data(args: Namespace) -> tuple[Tokenizer, SequenceDataset, SequenceDat
     valid_sequences = sequences(valid, "valid") if args.eval_interval else None
     for part, name in ((train_sequences, "train"), (valid_sequences, "validation")):
         if part is not None and not part.sequences_per_epoch:
-            raise ValueError(f"--seq-length {args.seq_length}: the {name} documents hold {int(part.lengths.sum())} tokens, not one sequence")
+            raise ValueError(
+                f"--seq-length {args.seq_length}: the {name} documents hold {int(part.lengths.sum())} tokens, not one sequence"
+            )
     return tokenizer, train_sequences, valid_sequences
 
 
@@ -128,9 +130,7 @@ def main(argv: list[str]) -> None:
 
     launch = read_launch()
     args = parse_arguments(argv)
-    chosen = resolve(
-        args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count
-    )
+    chosen = resolve(args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count)
     start_from = _find_start(args)
 
     # ------------------------------------------------------------------------------------------------
@@ -138,9 +138,7 @@ def main(argv: list[str]) -> None:
 
     device = initialise_distributed(launch, args.device, timeout_minutes=args.distributed_timeout_minutes)
     is_writer = launch.rank == 0
-    sizes = GridSizes(
-        pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size
-    )
+    sizes = GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size)
     grid = build_grid(sizes)
     run_dir = Path(args.run_dir or broadcast_string(time.strftime("runs/%Y%m%d-%H%M%S")))
     save_dir = Path(args.save) if args.save else run_dir / "checkpoints"
@@ -289,9 +287,7 @@ def main(argv: list[str]) -> None:
 
         loss = sum_over(cross_entropy, grid.group("loss")) / loss_tokens
         done = step + 1
-        log.step(
-            done, loss=loss, grad_norm=grad_norm, lr=lr, facts=step_facts, data_time=data_time, memory=max_memory_bytes(device)
-        )
+        log.step(done, loss=loss, grad_norm=grad_norm, lr=lr, facts=step_facts, data_time=data_time, memory=max_memory_bytes(device))
         if args.eval_interval and (done % args.eval_interval == 0 or done == args.train_iters):
             validate(done)
             log.restart_clock()

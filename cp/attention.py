@@ -1,6 +1,6 @@
 """One call for every context-parallel attention: the registry.
 
-    attention(q, k, v, packed_seq, group) -> out      # q [t, hq, d]; k, v [t, hkv, d]; t = T / cp
+attention(q, k, v, packed_seq, group) -> out      # q [t, hq, d]; k, v [t, hkv, d]; t = T / cp
 """
 
 from __future__ import annotations

@@ -47,9 +47,7 @@ def shard_indices(padded_lengths: np.ndarray, *, cp_size: int, cp_rank: int, lay
 
 def unshard_indices(padded_lengths: np.ndarray, *, cp_size: int, layout: str) -> np.ndarray:
     """Inverse of `shard_indices`: concatenated shards (rank 0 first) indexed with it give the row back. [T] int64."""
-    owned = np.concatenate(
-        [shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout) for rank in range(cp_size)]
-    )
+    owned = np.concatenate([shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout) for rank in range(cp_size)])
     inverse = np.empty_like(owned)
     inverse[owned] = np.arange(len(owned))
     return inverse
@@ -62,12 +60,7 @@ def attention_pairs(lengths: np.ndarray, padded_lengths: np.ndarray, *, cp_size:
     position = np.arange(padded_lengths.sum()) - np.repeat(start, padded_lengths)
     # A real query at position p of its document attends to p + 1 keys; padding is not computed.
     work = np.where(position < np.repeat(lengths, padded_lengths), position + 1, 0)
-    return np.array(
-        [
-            work[shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout)].sum()
-            for rank in range(cp_size)
-        ]
-    )
+    return np.array([work[shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout)].sum() for rank in range(cp_size)])
 
 
 def balance(pairs: np.ndarray) -> float:

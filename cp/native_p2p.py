@@ -131,9 +131,7 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None
 
 
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup, *, scale: float
-) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup, *, scale: float) -> Tensor:
     """Causal attention within each document of a row that is cut over `group` in zigzag order.
 
     Args:

@@ -58,9 +58,7 @@ def smallest_alignment(cp_size: int) -> int:
     return 2 * cp_size
 
 
-def check(
-    *, backend: str, comm_type: str, qkv_format: str, dtype: str, device: str, head_dim: int, heads: int, groups: int
-) -> Support:
+def check(*, backend: str, comm_type: str, qkv_format: str, dtype: str, device: str, head_dim: int, heads: int, groups: int) -> Support:
     """The row of the table that serves a run.
 
     Raises:

@@ -15,9 +15,7 @@ from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, tra
 CACHE_VERSION = 1
 
 
-def build_tokenizer(
-    source: Source, *, tokenizer_type: str, tokenizer_model: str | None, vocab_size: int, cache_path: Path
-) -> Tokenizer:
+def build_tokenizer(source: Source, *, tokenizer_type: str, tokenizer_model: str | None, vocab_size: int, cache_path: Path) -> Tokenizer:
     """The tokenizer of a run. Without `tokenizer_model`, SentencePiece trains one on the source, once.
 
     Raises:

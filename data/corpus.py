@@ -7,6 +7,7 @@ derived from it (tokenizer, tokens) can be cached.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -86,9 +87,11 @@ def stdlib_source() -> Source:
         ValueError: an interpreter that ships no sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    files = tuple(
-        sorted(p for p in root.rglob("*.py") if not STDLIB_LEFT_OUT.intersection(p.relative_to(root).parts))
-    )
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in STDLIB_LEFT_OUT]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    files = tuple(sorted(found))
     if not files:
         raise ValueError(f"this Python has no standard library sources under {root}; give --data-path")
     return Source(STDLIB, files)

@@ -88,6 +88,6 @@ class IndexedDataset:
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """`length` tokens of a document from token `start` on; a view of the map."""
-        assert 0 <= start and start + length <= self.lengths[document]
+        assert start >= 0 and start + length <= self.lengths[document]
         first = int(self._offsets[document]) // self._tokens.itemsize + start
         return self._tokens[first : first + length]

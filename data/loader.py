@@ -100,9 +100,7 @@ class SequenceDataset:
         """The index of an epoch; the last one asked for is kept."""
         if number not in self._epochs:
             if self.packing == "stream":
-                index: PackedEpoch | StreamEpoch = stream_epoch(
-                    self.lengths, seed=self.seed, epoch=number, seq_length=self.seq_length
-                )
+                index: PackedEpoch | StreamEpoch = stream_epoch(self.lengths, seed=self.seed, epoch=number, seq_length=self.seq_length)
             else:
                 index = self._packed_epoch(number)
             self._epochs = {number: index}
@@ -165,9 +163,7 @@ class SequenceDataset:
         return self.__dict__ | {"_epochs": {}}
 
 
-def build_batch(
-    sequences: list[Sequence], *, cp_size: int, cp_rank: int, qkv_format: str, layout: str
-) -> Batch:
+def build_batch(sequences: list[Sequence], *, cp_size: int, cp_rank: int, qkv_format: str, layout: str) -> Batch:
     """The row that `sequences` make up, cut to this rank's tokens."""
     packed_seq, owned = build_packed_seq(
         np.concatenate([s.lengths for s in sequences]),

@@ -39,13 +39,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.loss_chunk_size, self.z_loss = config, loss_chunk_size, z_loss
         self.embedding = VocabEmbedding(config.padded_vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(
-            TransformerLayer(config, attention, cp_group, dtype) for _ in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(TransformerLayer(config, attention, cp_group, dtype) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_epsilon, dtype=dtype)
-        self.lm_head = (
-            None if config.tie_embeddings else Linear(config.hidden_size, config.padded_vocab_size, dtype=dtype)
-        )
+        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.padded_vocab_size, dtype=dtype)
 
     @property
     def output_weight(self) -> Tensor:
@@ -75,9 +71,7 @@ class GPT(nn.Module):
         assert (labels is None) != (logits_rows is None), "labels or logits_rows, not both"
         x = self.embedding(tokens)  # [t, h]
         table_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = rotary_tables(
-            packed_seq.positions, head_dim=self.config.kv_channels, base=self.config.rotary_base, dtype=table_dtype
-        )
+        cos, sin = rotary_tables(packed_seq.positions, head_dim=self.config.kv_channels, base=self.config.rotary_base, dtype=table_dtype)
         row = RowContext(packed_seq, cos, sin)
         for layer in self.layers:
             x = layer(x, row)

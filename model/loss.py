@@ -27,27 +27,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wants_grad else None
         for start in range(0, len(hidden), chunk_size):
             rows = slice(start, start + chunk_size)
-            counted = labels[rows] != IGNORE_LABEL  # [c]
-            target = labels[rows].clamp(min=0)[:, None]  # [c, 1]
+            counted = labels[rows, None] != IGNORE_LABEL  # [c, 1]
+            target = labels[rows, None].clamp(min=0)  # [c, 1]
             logits = (hidden[rows] @ real_weight.T).to(dtype)  # [c, V]
-            log_sum = torch.logsumexp(logits, -1)  # [c]
-            cross_entropy += ((log_sum - logits.gather(1, target)[:, 0]) * counted).sum()
+            log_probs = torch.log_softmax(logits, -1)
+            cross_entropy -= (log_probs.gather(1, target) * counted).sum()
             if z_loss:
+                log_sum = logits[:, :1] - log_probs[:, :1]  # [c, 1] log(Z)
                 penalty += z_loss * (log_sum.square() * counted).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            # d(-logit[target] + lse) = softmax - onehot, and d(z * lse^2) = 2 z lse softmax.
-            grad = logits.sub_(log_sum[:, None]).exp_()
+            # d(-log p[target]) = softmax - onehot, and d(z log(Z)^2) = 2 z log(Z) softmax.
+            grad = log_probs.exp_()
             if z_loss:
-                grad *= 1 + 2 * z_loss * log_sum[:, None]
+                grad *= 1 + 2 * z_loss * log_sum
             grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
-            grad *= counted[:, None]
             grad = grad.to(hidden.dtype)
-            torch.mm(grad, real_weight, out=grad_hidden[rows])
+            # Rows that do not count are zeroed on the narrow side, [c, h] instead of [c, V].
+            torch.mul(grad @ real_weight, counted, out=grad_hidden[rows])
+            counted_hidden = hidden[rows] * counted
             if grad_weight.dtype == grad.dtype:
-                grad_weight[:vocab_size].addmm_(grad.T, hidden[rows])
+                grad_weight[:vocab_size].addmm_(grad.T, counted_hidden)
             else:
-                grad_weight[:vocab_size] += grad.T @ hidden[rows]
+                grad_weight[:vocab_size] += grad.T @ counted_hidden
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype

@@ -160,6 +160,4 @@ def device_mesh(grid: Grid, axes: Sequence[str], device_type: str) -> DeviceMesh
     rows: list = ranks
     for size in reversed(shape[1:]):
         rows = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return DeviceMesh.from_group(
-        [grid.group(axis) for axis in axes], device_type, mesh=rows, mesh_dim_names=tuple(axes)
-    )
+    return DeviceMesh.from_group([grid.group(axis) for axis in axes], device_type, mesh=rows, mesh_dim_names=tuple(axes))

@@ -50,7 +50,9 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("parallel: pp x dp_replicate x dp_shard x cp x tp = number of ranks")
     group.add_argument("--pp-size", type=int, default=1, help="pipeline stages (only 1 so far)")
     group.add_argument("--dp-replicate-size", type=int, default=1, help="copies of the model, each with its own data")
-    group.add_argument("--dp-shard-size", type=int, default=-1, help="ranks that share one copy, each with its own data; -1: all that are left")
+    group.add_argument(
+        "--dp-shard-size", type=int, default=-1, help="ranks that share one copy, each with its own data; -1: all that are left"
+    )
     group.add_argument("--cp-size", type=int, default=1, help="ranks that share each sequence")
     group.add_argument("--tp-size", type=int, default=1, help="ranks that share each matrix (only 1 so far)")
     group.add_argument("--sequence-parallel", action="store_true", help="norms on 1/tp of the tokens (needs --tp-size above 1)")
@@ -71,8 +73,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-layers", type=int, default=6)
     group.add_argument("--hidden-size", type=int, default=256, help="channels of the residual stream")
     group.add_argument("--ffn-hidden-size", type=int, help="channels inside the MLP; default: 8/3 of --hidden-size, up to a multiple of 16")
-    group.add_argument("--num-attention-heads", type=int, default=8, help="query heads")
-    group.add_argument("--num-query-groups", type=int, default=4, help="key/value heads; equal to the query heads turns GQA off")
+    group.add_argument("--num-attention-heads", type=int, default=4, help="query heads")
+    group.add_argument("--num-query-groups", type=int, default=2, help="key/value heads; equal to the query heads turns GQA off")
     group.add_argument("--kv-channels", type=int, help="channels of one head; default: hidden size / heads")
     group.add_argument("--rotary-base", type=float, default=10000.0, help="base of the rotary frequencies")
     group.add_argument("--norm-epsilon", type=float, default=1e-5)
@@ -93,7 +95,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer-model", help="SentencePiece model file; default: one is trained on the data, once")
     group.add_argument("--tokenizer-vocab-size", type=int, default=4096, help="pieces of a model that is trained here")
     group.add_argument("--seq-length", type=int, default=2048, help="tokens of one sequence")
-    group.add_argument("--qkv-format", choices=plan.QKV_FORMATS, default="thd", help="thd: packed documents; bshd: one stream, one mask a sequence")
+    group.add_argument(
+        "--qkv-format", choices=plan.QKV_FORMATS, default="thd", help="thd: packed documents; bshd: one stream, one mask a sequence"
+    )
     group.add_argument("--packing", choices=PACKINGS, default="auto", help="auto: best-fit for thd, stream for bshd")
     group.add_argument(
         "--document-alignment", type=int, help="documents are padded to a multiple of it; default: the smallest legal, 2 * cp"
@@ -105,10 +109,13 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--micro-batch-size", type=int, default=1, help="sequences in a row; nothing but speed depends on it")
     group.add_argument("--global-batch-size", type=int, default=2, help="sequences in a step, over all ranks")
-    group.add_argument("--train-iters", type=int, default=200, help="steps in all")
+    group.add_argument("--train-iters", type=int, default=120, help="steps in all")
     group.add_argument("--seed", type=int, default=1234, help="of the initial weights and of the data's order")
     group.add_argument(
-        "--dtype", choices=("auto", *plan.DTYPES), default="auto", help="of the computation; fp64: weights too. auto: bf16 on cuda, fp32 on cpu"
+        "--dtype",
+        choices=("auto", *plan.DTYPES),
+        default="auto",
+        help="of the computation; fp64: weights too. auto: bf16 on cuda, fp32 on cpu",
     )
     group.add_argument("--loss-chunk-size", type=int, default=512, help="tokens whose logits exist at a time")
     group.add_argument("--z-loss", type=float, default=0.0, help="weight of log(Z)^2 in the loss; 0: off")
@@ -123,17 +130,21 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adam-beta2", type=float, default=0.95)
     group.add_argument("--adam-eps", type=float, default=1e-8)
     group.add_argument("--clip-grad", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
-    group.add_argument("--eval-interval", type=int, default=100, help="steps between validations; 0: never")
-    group.add_argument("--eval-iters", type=int, default=10, help="global batches in a validation, at most what the held-out documents fill")
+    group.add_argument("--eval-interval", type=int, default=60, help="steps between validations; 0: never")
+    group.add_argument(
+        "--eval-iters", type=int, default=10, help="global batches in a validation, at most what the held-out documents fill"
+    )
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--run-dir", help="folder of the run: checkpoints, metrics, TensorBoard; default: runs/<date-time>")
     group.add_argument("--save", help="folder for checkpoints; default: <run-dir>/checkpoints")
-    group.add_argument("--save-interval", type=int, default=100, help="steps between checkpoints, and one at the end; 0: none at all")
+    group.add_argument("--save-interval", type=int, default=60, help="steps between checkpoints, and one at the end; 0: none at all")
     group.add_argument("--load", help="checkpoint, or folder with some, to start from; refused if there is none")
-    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint under --save if there is one, else start fresh")
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint under --save if there is one, else start fresh"
+    )
 
 
 def _add_logging(parser: argparse.ArgumentParser) -> None:
@@ -350,7 +361,9 @@ def _resolve_sequence(args: argparse.Namespace, chosen: list[str]) -> None:
         args.packing = resolve_packing("auto", args.qkv_format)
         chosen.append(f"--packing {args.packing}")
     if args.packing != resolve_packing("auto", args.qkv_format):
-        raise ValueError(f"--packing {args.packing} is not offered for --qkv-format {args.qkv_format}: use {resolve_packing('auto', args.qkv_format)}")
+        raise ValueError(
+            f"--packing {args.packing} is not offered for --qkv-format {args.qkv_format}: use {resolve_packing('auto', args.qkv_format)}"
+        )
     smallest = plan.smallest_alignment(args.cp_size)
     if args.document_alignment is None:
         args.document_alignment = smallest

@@ -76,9 +76,7 @@ def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
     }
 
 
-def save_checkpoint(
-    save: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW, *, facts: dict[str, Any]
-) -> Path:
+def save_checkpoint(save: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW, *, facts: dict[str, Any]) -> Path:
     """Write step_<step> under `save`. Collective. `facts` must be JSON and goes to run.json with the step."""
     place = step_folder(save, step)
     scratch = save / f".{place.name}.part"

@@ -41,9 +41,7 @@ def generate(
     ids = list(prompt)
     for _ in range(num_tokens):
         padded = np.array([-(-len(ids) // alignment) * alignment])
-        packed_seq, owned = build_packed_seq(
-            np.array([len(ids)]), padded, cp_size=cp_size, cp_rank=cp_rank, layout=layout
-        )
+        packed_seq, owned = build_packed_seq(np.array([len(ids)]), padded, cp_size=cp_size, cp_rank=cp_rank, layout=layout)
         row = np.full(int(padded[0]), pad_token, np.int64)
         row[: len(ids)] = ids
         last = np.flatnonzero(owned == len(ids) - 1)  # one row on the rank that owns the last token, else none

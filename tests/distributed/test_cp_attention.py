@@ -127,8 +127,8 @@ def check_isolation(rank: int, cp_size: int, dtype: torch.dtype) -> bool:
     documents = np.array([3 * unit - 1, 2 * unit, unit + 1]), np.array([3 * unit, 2 * unit, 3 * unit])
     first = inputs(8 * unit, 2, dtype)
     second = [x.clone() for x in first]
-    for x in second:
-        x[3 * unit : 5 * unit] = torch.randn_like(x[3 * unit : 5 * unit])
+    for x, other in zip(second, inputs(8 * unit, 2, dtype, seed=1), strict=True):
+        x[3 * unit : 5 * unit] = other[3 * unit : 5 * unit]
     before, after = run_ring(rank, cp_size, documents, first), run_ring(rank, cp_size, documents, second)
     others = torch.ones(8 * unit, dtype=torch.bool)
     others[3 * unit : 5 * unit] = False

@@ -1,0 +1,61 @@
+"""The chunked loss against torch's cross-entropy in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cp.packed_seq import IGNORE_LABEL
+from model.loss import chunked_cross_entropy
+from tests.reference import relative_error
+
+VOCAB, PADDED, HIDDEN, TOKENS = 37, 48, 16, 50
+
+
+def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(PADDED, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    labels[::7] = IGNORE_LABEL
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("chunk_size", [1, 16, 1000])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_loss_and_gradients_equal_torch(dtype: torch.dtype, limit: float, chunk_size: int, z_loss: float) -> None:
+    hidden, weight, labels = problem(dtype)
+    loss, cross_entropy = chunked_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, chunk_size=chunk_size, z_loss=z_loss)
+    (3.0 * loss).backward()
+
+    wanted_hidden, wanted_weight, _ = (x.detach().double().requires_grad_() for x in problem(dtype))
+    logits = wanted_hidden @ wanted_weight[:VOCAB].T
+    wanted = F.cross_entropy(logits, labels, ignore_index=IGNORE_LABEL, reduction="sum")
+    counted = labels != IGNORE_LABEL
+    total = wanted + z_loss * torch.logsumexp(logits, -1)[counted].square().sum()
+    (3.0 * total).backward()
+
+    assert relative_error(loss, total) <= limit
+    assert relative_error(cross_entropy, wanted) <= limit
+    assert relative_error(hidden.grad, wanted_hidden.grad) <= limit
+    assert relative_error(weight.grad, wanted_weight.grad) <= limit
+    assert (weight.grad[VOCAB:] == 0).all()
+    assert (hidden.grad[~counted] == 0).all()
+
+
+def test_bf16_weight_gradient_is_accumulated_in_fp32() -> None:
+    hidden, weight, labels = problem(torch.bfloat16)
+    loss, _ = chunked_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, chunk_size=1)
+    loss.backward()
+    wanted_hidden, wanted_weight, _ = (x.detach().double().requires_grad_() for x in problem(torch.bfloat16))
+    F.cross_entropy(wanted_hidden @ wanted_weight[:VOCAB].T, labels, ignore_index=IGNORE_LABEL, reduction="sum").backward()
+    assert relative_error(weight.grad, wanted_weight.grad) < 0.01
+
+
+def test_no_gradient_work_without_grad() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    with torch.no_grad():
+        loss, _ = chunked_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, chunk_size=8)
+    assert loss.grad_fn is None
