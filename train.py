@@ -25,7 +25,7 @@ from model.config import GPTConfig, padded_vocab_size
 from model.gpt import GPT
 from model.init import initialise
 from parallel.collectives import sum_over
-from parallel.fsdp import clip_grad_norm_, set_last_microbatch, shard_model
+from parallel.fsdp import clip_grad_norm_, shard_model
 from parallel.grid import Grid, GridSizes, build_grid
 from training.arguments import model_config, parse_arguments, parse_split, resolve
 from training.banner import print_banner
@@ -45,6 +45,7 @@ from training.lr_schedule import LRSchedule
 from training.metrics import MetricsLog, row_facts
 from training.optimizer import build_optimizer, set_lr
 from training.sample import generate
+from training.step import forward_backward
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -270,13 +271,9 @@ def main(argv: list[str]) -> None:
         loss_tokens = step_facts[0].clamp(min=1)
 
         # Forward and backward; gradients are summed over the ranks after the last microbatch.
-        cross_entropy = torch.zeros((), dtype=torch.float64, device=device)
-        for number, batch in enumerate(batches):
-            set_last_microbatch(model, number + 1 == len(batches), reshard_between=args.reshard_after_forward == "on")
-            batch = batch.to(device)
-            loss_sum, cross_entropy_sum = model(batch.tokens, batch.packed_seq, labels=batch.labels)
-            (loss_sum / loss_tokens.to(loss_sum.dtype)).backward()
-            cross_entropy += cross_entropy_sum
+        cross_entropy = forward_backward(
+            model, batches, loss_tokens=loss_tokens, device=device, reshard_between=args.reshard_after_forward == "on"
+        )
 
         # Clip by the global norm and step.
         grad_norm = clip_grad_norm_(model.parameters(), grid, max_norm=args.clip_grad)

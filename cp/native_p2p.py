@@ -15,6 +15,8 @@ Only real tokens take part, so padding costs nothing, and no block is computed t
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -78,11 +80,11 @@ def merge_rows_(out: Tensor, lse: Tensor, block: Block, block_out: Tensor, block
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block | None], group: dist.ProcessGroup | None, scale: float
+        ctx, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block | None], group: dist.ProcessGroup, scale: float
     ) -> Tensor:
         cp_size = len(blocks)
         accumulate = accumulator_dtype(q.dtype)
-        kv = torch.stack((k, v)) if cp_size > 1 else (k, v)  # [2, t, hkv, d]
+        kv: Any = torch.stack((k, v)) if cp_size > 1 else (k, v)  # [2, t, hkv, d], one message
         for step, block in enumerate(blocks):
             shift = start_ring_shift(kv, group, tag=KV_TAG) if step + 1 < cp_size else None
             if block is not None:
@@ -109,7 +111,7 @@ class _RingAttention(torch.autograd.Function):
         blocks, group, cp_size = ctx.blocks, ctx.group, len(ctx.blocks)
         accumulate = accumulator_dtype(q.dtype)
         dq = torch.zeros(q.shape, dtype=accumulate, device=q.device)
-        kv = torch.stack((k, v)) if cp_size > 1 else (k, v)
+        kv: Any = torch.stack((k, v)) if cp_size > 1 else (k, v)
         dkv_shift = None
         for step, block in enumerate(blocks):
             kv_shift = start_ring_shift(kv, group, tag=KV_TAG) if step + 1 < cp_size else None

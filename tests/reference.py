@@ -52,3 +52,45 @@ def random_documents(rng: np.random.Generator, row_length: int, alignment: int) 
         padded.append(size)
         left -= size
     return np.array(real), np.array(padded)
+
+
+def reference_loss(weights: dict[str, Tensor], config, tokens: Tensor, labels: Tensor, lengths, padded_lengths) -> Tensor:
+    """Sum of the labelled tokens' cross-entropies of one row, from canonical weights; plain float64 code of its own.
+
+    weights: by canonical name; tokens, labels [T] of the whole row in order.
+    """
+    groups, per_group, dim = config.num_query_groups, config.num_attention_heads // config.num_query_groups, config.kv_channels
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + config.norm_epsilon) * weight
+
+    position = torch.cat([torch.arange(n) for n in padded_lengths]).double()
+    frequency = torch.tensor([config.rotary_base ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
+    turn = torch.polar(torch.ones(len(position), dim // 2, dtype=torch.float64), position[:, None] * frequency)[:, None]
+
+    def rotate(x: Tensor) -> Tensor:
+        turned = torch.complex(x[..., : dim // 2].contiguous(), x[..., dim // 2 :].contiguous()) * turn
+        return torch.cat((turned.real, turned.imag), -1)
+
+    x = weights["embedding.weight"][tokens]
+    for layer in range(config.num_layers):
+        w = {name.split(".", 2)[2]: value for name, value in weights.items() if name.startswith(f"layers.{layer}.")}
+        normed = norm(x, w["attention.qkv.layer_norm_weight"])
+        queries, keys, values = [], [], []
+        rows = iter(w["attention.qkv.weight"].split(dim))  # head by head: per group its queries, its key, its value
+        for _ in range(groups):
+            queries += [normed @ next(rows).T for _ in range(per_group)]
+            keys.append(normed @ next(rows).T)
+            values.append(normed @ next(rows).T)
+        q, k, v = (torch.stack(heads, 1) for heads in (queries, keys, values))
+        if config.qk_norm:
+            q, k = norm(q, w["attention.q_norm.weight"]), norm(k, w["attention.k_norm.weight"])
+        out = dense_attention(rotate(q), rotate(k), v, lengths, padded_lengths, scale=dim**-0.5)
+        x = x + out.flatten(1) @ w["attention.output.weight"].T
+        normed = norm(x, w["mlp.layer_norm_weight"])
+        gate, up = normed @ w["mlp.gate_weight"].T, normed @ w["mlp.up_weight"].T
+        x = x + (gate * torch.sigmoid(gate) * up) @ w["mlp.fc2_weight"].T
+    head = weights["embedding.weight"] if config.tie_embeddings else weights["lm_head.weight"]
+    logits = norm(x, weights["final_norm.weight"]) @ head[: config.vocab_size].T
+    counted = labels >= 0
+    return -torch.log_softmax(logits, -1)[counted].gather(1, labels[counted][:, None]).sum()
