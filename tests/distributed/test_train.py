@@ -1,0 +1,160 @@
+"""train.py from outside: the same losses in every layout, resume, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launch import SMALL, read_metrics, run_train, train, write_corpus
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> list[str]:
+    """Flags that every run of this module shares: one corpus, one cache."""
+    folder = tmp_path_factory.mktemp("corpus")
+    return [*SMALL, "--device", "cpu", "--data-path", str(write_corpus(folder)), "--data-cache-path", str(folder / "cache")]
+
+
+LAYOUTS = {
+    "cp 2": (2, "--cp-size 2"),
+    "cp 4, micro-batch 2": (4, "--cp-size 4 --micro-batch-size 2"),
+    "dp_shard 2 x cp 2": (4, "--dp-shard-size 2 --cp-size 2"),
+    "dp_replicate 2 x cp 2": (4, "--dp-replicate-size 2 --cp-size 2 --micro-batch-size 2"),
+}
+LIMITS = {"fp64": 1e-9, "fp32": 1e-5}
+
+
+def assert_same_run(got: list[dict], want: list[dict], limit: float) -> None:
+    assert [r["step"] for r in got] == [r["step"] for r in want] == list(range(1, 11))
+    for ours, theirs in zip(got, want, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert abs(ours[name] / theirs[name] - 1) <= limit, (ours["step"], name, ours[name], theirs[name])
+        for name in ("tokens", "loss_tokens", "packing_efficiency"):
+            assert ours[name] == theirs[name]
+
+
+@pytest.fixture(scope="module")
+def one_rank(base, tmp_path_factory) -> dict[str, list[dict]]:
+    """`python train.py` alone, in each dtype."""
+    return {dtype: train(0, tmp_path_factory.mktemp("one"), *base, "--dtype", dtype) for dtype in LIMITS}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_every_layout_has_the_losses_of_one_rank(base, one_rank, tmp_path: Path, dtype: str, layout: str) -> None:
+    ranks, flags = LAYOUTS[layout]
+    metrics = train(ranks, tmp_path, *base, "--dtype", dtype, *flags.split())
+    assert_same_run(metrics, one_rank[dtype], LIMITS[dtype])
+
+
+def test_micro_batch_size_changes_nothing(base, one_rank, tmp_path: Path) -> None:
+    assert_same_run(train(0, tmp_path, *base, "--dtype", "fp64", "--micro-batch-size", "4"), one_rank["fp64"], 1e-9)
+
+
+def test_loss_falls_and_flops_do_not_depend_on_cp(base, one_rank, tmp_path: Path) -> None:
+    metrics = one_rank["fp32"]
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
+    cp2 = train(2, tmp_path, *base, "--dtype", "fp32", "--cp-size", "2")
+    for a, b in zip(metrics, cp2, strict=True):
+        # per rank: two ranks share the same count
+        assert a["tflops_per_rank"] * a["step_time_s"] == pytest.approx(2 * b["tflops_per_rank"] * b["step_time_s"], rel=1e-12)
+    wanted = {
+        "step", "loss", "grad_norm", "lr", "tokens", "loss_tokens", "step_time_s", "tokens_per_s", "tflops_per_rank", "mfu",
+        "packing_efficiency", "cp_balance", "max_memory_bytes",
+    }  # fmt: skip
+    assert wanted <= metrics[0].keys() and metrics[0]["mfu"] is None
+
+
+def test_bshd_has_the_same_losses_over_cp(base, tmp_path: Path) -> None:
+    flags = [*base, "--qkv-format", "bshd", "--dtype", "fp64"]
+    want = train(0, tmp_path / "one", *flags)
+    assert_same_run(train(2, tmp_path / "cp", *flags, "--cp-size", "2"), want, 1e-9)
+    assert all(r["packing_efficiency"] == 1 for r in want)
+
+
+def test_resume_is_bit_identical(base, tmp_path: Path) -> None:
+    """Ten steps in one go; the same ten, killed after seven and started again with the same command."""
+    flags = [*base, "--dtype", "fp32", "--cp-size", "2", "--save-interval", "5", "--eval-interval", "4", "--eval-iters", "2"]
+    whole = train(2, tmp_path / "whole", *flags)
+    # A run that stops at 7 of 10: its own last step saves, so remove that one to be left with step 5.
+    first = [*flags, "--lr-decay-iters", "10"]
+    train(2, tmp_path / "parts", *first, "--train-iters", "7", "--resume")
+    folder = tmp_path / "parts" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["step_0000005", "step_0000007"]
+    (folder / "step_0000007" / "run.json").unlink()  # no longer whole
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 8, "lo')  # as a run that dies leaves it
+    parts = train(2, tmp_path / "parts", *first, "--resume")
+
+    def losses(records: list[dict]) -> list[tuple]:
+        return [(r["step"], r.get("loss"), r.get("grad_norm"), r.get("lr"), r.get("validation_loss")) for r in records]
+
+    # The first part validated once more, at its own last step 7, which the second part did not keep.
+    assert losses(parts) == losses(whole)
+    assert read_metrics(tmp_path / "parts" / "metrics.jsonl") == parts
+
+
+def test_load_starts_from_a_named_checkpoint_and_refuses_another_model(base, tmp_path: Path) -> None:
+    flags = [*base, "--train-iters", "4", "--save-interval", "2"]
+    whole = train(0, tmp_path / "whole", *flags)
+    start = str(tmp_path / "whole" / "checkpoints" / "step_0000002")
+    loaded = train(0, tmp_path / "loaded", *flags, "--load", start)
+    assert [(r["step"], r["loss"]) for r in loaded] == [(r["step"], r["loss"]) for r in whole[2:]]
+    for flag, name in (("--hidden-size 64", "hidden_size"), ("--seed 5", "--seed"), ("--seq-length 512", "--seq-length")):
+        result = run_train(0, *flags, "--run-dir", str(tmp_path / "other"), "--load", start, *flag.split())
+        assert result.returncode == 2 and name in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_validation_loss_does_not_depend_on_the_layout(base, tmp_path: Path) -> None:
+    """Fewer held-out sequences than a batch: the rest is empty and counts nothing."""
+    flags = [*base, "--dtype", "fp64", "--train-iters", "1", "--eval-interval", "1", "--data-split", "80,20,0"]
+    runs = [train(0, tmp_path / "one", *flags), train(4, tmp_path / "grid", *flags, "--cp-size", "2", "--dp-replicate-size", "2")]
+    (_, one), (_, grid) = runs
+    assert one["validation_tokens"] == grid["validation_tokens"] > 0
+    assert one["validation_loss"] == pytest.approx(grid["validation_loss"], rel=1e-9)
+
+
+REFUSALS = {
+    "misspelt flag": (["--cp-sise", "2"], ["--cp-sise", "--cp-size"]),
+    "world size": (["--cp-size", "3"], ["--nproc-per-node 3"]),
+    "sequence length": (["--seq-length", "255"], ["--seq-length 255", "256"]),
+    "missing data": (["--data-path", "no/such/file"], ["--data-path no/such/file"]),
+    "missing checkpoint": (["--load", "no/such/checkpoint"], ["--load no/such/checkpoint"]),
+    "cuda": (["--device", "cuda"], ["--device cuda"]),
+    "tensor parallel": (["--tp-size", "2"], ["--tp-size 2"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_are_one_line_and_exit_code_2(base, tmp_path: Path, name: str) -> None:
+    flags, words = REFUSALS[name]
+    if "--device" in flags:
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a CUDA device")
+    result = run_train(0, *base, "--run-dir", str(tmp_path / "run"), *flags)
+    assert result.returncode == 2
+    assert result.stdout == "" and result.stderr.count("\n") == 1, result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_refusal_under_torchrun_is_printed_once(base, tmp_path: Path) -> None:
+    result = run_train(2, *base, "--run-dir", str(tmp_path), "--cp-size", "3")
+    assert result.returncode != 0
+    assert result.stderr.count("train.py: ") == 1 and 'Traceback (most recent call last):\n  File "train.py' not in result.stderr
+
+
+def test_fresh_start_over_old_checkpoints_is_refused(base, tmp_path: Path) -> None:
+    flags = [*base, "--train-iters", "1", "--save-interval", "1"]
+    train(0, tmp_path, *flags)
+    result = run_train(0, "--run-dir", str(tmp_path), *flags)
+    assert result.returncode == 2 and "--resume" in result.stderr
+
+
+def test_broken_data_is_refused_on_every_rank(base, tmp_path: Path) -> None:
+    """The fault is found by rank 0 while the others wait for it."""
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 5}\n')
+    result = run_train(2, *base, "--run-dir", str(tmp_path / "run"), "--data-path", str(tmp_path / "bad.jsonl"), "--cp-size", "2")
+    assert result.returncode != 0 and "bad.jsonl:2" in result.stderr
