@@ -9,9 +9,12 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -64,7 +67,7 @@ def build_data(args: Namespace) -> tuple[Tokenizer, SequenceDataset, SequenceDat
     tokens = build_tokens(source, tokenizer, cache_path=cache)
     train, valid, _ = split_documents(len(tokens), parse_split(args.data_split))
 
-    def sequences(documents, name: str) -> SequenceDataset:
+    def sequences(documents: np.ndarray) -> SequenceDataset:
         return SequenceDataset(
             tokens,
             documents,
@@ -74,13 +77,12 @@ def build_data(args: Namespace) -> tuple[Tokenizer, SequenceDataset, SequenceDat
             seed=args.seed,
             pad_token=tokenizer.eod,
             cache_path=cache,
-            cache_name=f"{tokens.prefix.parent.name}/{args.data_split}/{name}",
         )
 
     if args.eval_interval and not len(valid):
         raise ValueError(f"--data-split {args.data_split} leaves no validation document out of {len(tokens)}: use --eval-interval 0")
-    train_sequences = sequences(train, "train")
-    valid_sequences = sequences(valid, "valid") if args.eval_interval else None
+    train_sequences = sequences(train)
+    valid_sequences = sequences(valid) if args.eval_interval else None
     for part, name in ((train_sequences, "train"), (valid_sequences, "validation")):
         if part is not None and not part.sequences_per_epoch:
             raise ValueError(
@@ -120,19 +122,20 @@ def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequence
     data_flags = ("seq_length", "global_batch_size", "document_alignment", "packing", "qkv_format", "data_split", "seed")
     facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in data_flags}
     facts |= {f"model {name}": value for name, value in asdict(config).items()}
-    return facts | {"tokenizer": tokenizer.fingerprint, "data": sequences.cache_name}
+    return facts | {"tokenizer": tokenizer.fingerprint, "training documents": sequences.fingerprint}
 
 
 def main(argv: list[str]) -> None:
     start_time = time.time()
+    launch = read_launch()
 
     # ------------------------------------------------------------------------------------------------
     # Flags, checked before any process group exists
 
-    launch = read_launch()
-    args = parse_arguments(argv)
-    chosen = resolve(args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count)
-    start_from = _find_start(args)
+    with one_line_refusals(launch):
+        args = parse_arguments(argv)
+        chosen = resolve(args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count)
+        start_from = _find_start(args)
 
     # ------------------------------------------------------------------------------------------------
     # Ranks and their grid
@@ -142,6 +145,8 @@ def main(argv: list[str]) -> None:
     sizes = GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size)
     grid = build_grid(sizes)
     run_dir = Path(args.run_dir or broadcast_string(time.strftime("runs/%Y%m%d-%H%M%S")))
+    start_name = broadcast_string(str(start_from or ""))  # one rank's view of the file system
+    start_from = Path(start_name) if start_name else None
     save_dir = Path(args.save) if args.save else run_dir / "checkpoints"
     metrics_file = _optional_path(args.metrics_file, run_dir / "metrics.jsonl")
     tensorboard_dir = _optional_path(args.tensorboard_dir, run_dir / "tensorboard")
@@ -149,7 +154,8 @@ def main(argv: list[str]) -> None:
     # ------------------------------------------------------------------------------------------------
     # Data
 
-    tokenizer, train_sequences, valid_sequences = on_rank_zero_first(lambda: build_data(args))
+    with one_line_refusals(launch):
+        tokenizer, train_sequences, valid_sequences = on_rank_zero_first(lambda: build_data(args))
     batch_plan = BatchPlan(
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,
@@ -181,7 +187,8 @@ def main(argv: list[str]) -> None:
     facts = run_facts(args, config, tokenizer, train_sequences)
     first_step = 0
     if start_from is not None:
-        check_same_run(read_run_facts(start_from), facts, start_from)
+        with one_line_refusals(launch):
+            check_same_run(read_run_facts(start_from), facts, start_from)
         first_step = load_checkpoint(start_from, model, optimizer)
 
     peak_tflops = args.peak_tflops
@@ -284,6 +291,7 @@ def main(argv: list[str]) -> None:
 
         loss = sum_over(cross_entropy, grid.group("loss")) / loss_tokens
         done = step + 1
+        # A loss that is not finite ends the run, at the next line that is due.
         log.step(done, loss=loss, grad_norm=grad_norm, lr=lr, facts=step_facts, data_time=data_time, memory=max_memory_bytes(device))
         if args.eval_interval and (done % args.eval_interval == 0 or done == args.train_iters):
             validate(done)
@@ -329,15 +337,16 @@ def _cp_balance(packed_seq, grid: Grid) -> float:
     return balance(pairs)
 
 
-def refuse(message: str, launch: Launch) -> None:
-    """One line from local rank 0, and exit code 2 everywhere."""
-    if launch.local_rank == 0:
-        print(f"train.py: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+@contextmanager
+def one_line_refusals(launch: Launch) -> Iterator[None]:
+    """A ValueError in here is the user's: one line from local rank 0, exit code 2 everywhere."""
+    try:
+        yield
+    except ValueError as error:
+        if launch.local_rank == 0:
+            print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        refuse(str(error), read_launch())
+    main(sys.argv[1:])

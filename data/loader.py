@@ -8,6 +8,7 @@ its own tokens of it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from cp.packed_seq import IGNORE_LABEL, PackedSeq, build_packed_seq
 from data.cache import build_once, cache_key
 from data.indexed_dataset import IndexedDataset
 from data.packing import PackedEpoch, StreamEpoch, pack_epoch, stream_epoch
+
+# Changes when the way an epoch is packed does.
+INDEX_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,14 @@ class SequenceDataset:
         seed: int,
         pad_token: int,
         cache_path: Path | None,
-        cache_name: str,
     ) -> None:
         self.tokens, self.documents = tokens, documents
         self.lengths = np.asarray(tokens.lengths, np.int64)[documents]
         self.seq_length, self.packing, self.alignment = seq_length, packing, alignment
         self.seed, self.pad_token = seed, pad_token
-        self.cache_path, self.cache_name = cache_path, cache_name
+        self.cache_path = cache_path
+        # Where the same documents lie does not matter to what is packed from them.
+        self.fingerprint = cache_key(lengths=hashlib.sha256(self.lengths.tobytes()).hexdigest(), of=len(tokens))
         self._epochs: dict[int, PackedEpoch | StreamEpoch] = {}
         self.sequences_per_epoch = len(self.epoch(0))
 
@@ -116,7 +121,7 @@ class SequenceDataset:
             np.save(folder / "pieces.npy", index.pieces)
             np.save(folder / "first.npy", index.first)
 
-        key = cache_key(of=self.cache_name, documents=len(self.documents), **options)
+        key = cache_key(version=INDEX_VERSION, documents=self.fingerprint, **options)
         folder = build_once(self.cache_path / "packing" / key, build)
         return PackedEpoch(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "first")))
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SMALL = """
+SMALL = shlex.split("""
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --seq-length 256 --global-batch-size 4
     --train-iters 10 --lr-warmup-iters 2 --lr 0.01 --tokenizer-type byte --document-alignment 8 --log-interval 5
     --eval-interval 0 --save-interval 0 --sample-tokens 0 --tensorboard-dir none --make-vocab-size-divisible-by 16
-""".split()
+""")
 
 
 def write_corpus(folder: Path) -> Path:

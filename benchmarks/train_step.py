@@ -1,0 +1,456 @@
+"""One training step of ours against plain PyTorch, and what context parallelism saves.
+
+    python benchmarks/train_step.py [--only 1|2|3] [--rounds 7] [--steps-per-round 3] [--json FILE]
+
+1. Tokens/s in one process of two threads, train.py's step against a bare loop over the same model.
+2. Tokens/s of cp 2 on two gloo ranks of one thread, against our one process and against bare FSDP2 on two ranks.
+3. Bytes that the forward pass saves for the backward, parameters apart, at cp 4 against cp 1.
+
+Things that are compared take turns, round by round; a figure is a ratio of medians. Processes live as
+long as their comparison, and those whose turn it is not wait on a pipe. Prints a table, then JSON.
+A missed target is reported and does not fail; two models that disagree on the loss do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from cp.layout import attention_pairs, balance
+from data.loader import Sequence, build_batch
+from model.config import GPTConfig, padded_vocab_size
+from model.rope import rotary_tables
+from parallel.collectives import sum_over
+from parallel.fsdp import clip_grad_norm_, local_tensor
+from parallel.grid import GridSizes, build_grid
+from train import build_model
+from training.arguments import model_config, parse_arguments, resolve
+from training.initialize import initialise_distributed, read_launch
+from training.metrics import row_facts
+from training.optimizer import build_optimizer, set_lr
+from training.step import forward_backward
+
+VOCAB_SIZE, SEQ_LENGTH, MICRO_BATCH, SEED = 32000, 1024, 2, 1234
+LONG_SEQ_LENGTH, LONG_CP = 8192, 4
+NUM_BATCHES = 8  # distinct ones, gone through again and again
+FLAGS = "--device cpu --dtype fp32 --qkv-format bshd --num-layers 4 --hidden-size 256 --ffn-hidden-size 688 --num-attention-heads 8"
+FLAGS += " --num-query-groups 4"
+LOSS_TOLERANCE = 1e-4
+
+# ---------------------------------------------------------------------------------------------------
+# Ours: train.py's model and the body of its loop
+
+
+def random_sequences(number: int, *, count: int, seq_length: int) -> list[Sequence]:
+    """Batch `number` of random tokens; the same on every rank."""
+    stream = np.random.default_rng((SEED, number % NUM_BATCHES)).integers(0, VOCAB_SIZE, (count, seq_length + 1))
+    whole = np.array([seq_length])
+    return [Sequence(row[:-1], row[1:], whole, whole) for row in stream]
+
+
+class OurStep:
+    """train.py's step over `cp_size` ranks, which are all there are."""
+
+    def __init__(self, *, cp_size: int, seq_length: int, batch_size: int) -> None:
+        flags = f"{FLAGS} --cp-size {cp_size} --seq-length {seq_length} --seed {SEED}"
+        self.args = parse_arguments([*flags.split(), f"--micro-batch-size={batch_size}", f"--global-batch-size={batch_size}"])
+        resolve(self.args, world_size=cp_size, local_world_size=cp_size, cuda_devices=lambda: 0)
+        self.config = model_config(
+            self.args,
+            vocab_size=VOCAB_SIZE,
+            padded_vocab_size=padded_vocab_size(VOCAB_SIZE, self.args.make_vocab_size_divisible_by),
+        )
+        self.grid = build_grid(GridSizes(cp=cp_size))
+        self.device = torch.device("cpu")
+        self.model = build_model(self.args, self.config, self.grid, self.device)
+        self.optimizer = build_optimizer(
+            self.model,
+            lr=self.args.lr,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_eps,
+            weight_decay=self.args.weight_decay,
+        )
+        self.batches = [random_sequences(n, count=batch_size, seq_length=seq_length) for n in range(NUM_BATCHES)]
+
+    def batch(self, number: int) -> Any:
+        """This rank's tokens of a batch, as the loader makes them."""
+        return build_batch(
+            self.batches[number % NUM_BATCHES],
+            cp_size=self.grid.size("cp"),
+            cp_rank=self.grid.rank("cp"),
+            qkv_format=self.args.qkv_format,
+            layout=self.args.cp_layout,
+        )
+
+    def step(self, number: int) -> Tensor:
+        """The loss of the whole batch, before the update."""
+        batches = [self.batch(number)]
+        row = batches[0].packed_seq
+        pairs = attention_pairs(row.lengths, row.padded_lengths, cp_size=self.grid.size("cp"), layout=row.layout)
+        facts = sum_over(row_facts(batches, [balance(pairs)]), self.grid.group("batch"))
+        loss_tokens = facts[0].clamp(min=1)
+        cross_entropy = forward_backward(
+            self.model,
+            batches,
+            loss_tokens=loss_tokens,
+            device=self.device,
+            reshard_between=self.args.reshard_after_forward == "on",
+        )
+        clip_grad_norm_(self.model.parameters(), self.grid, max_norm=self.args.clip_grad)
+        set_lr(self.optimizer, self.args.lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return sum_over(cross_entropy, self.grid.group("loss")) / loss_tokens
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bare: the same model and loop as anyone would write them in one file
+
+
+class BareLayer(nn.Module):
+    def __init__(self, c: GPTConfig) -> None:
+        super().__init__()
+        self.heads, self.groups, self.head_dim = c.num_attention_heads, c.num_query_groups, c.kv_channels
+        self.attention_norm = nn.RMSNorm(c.hidden_size, eps=c.norm_epsilon)
+        self.qkv = nn.Linear(c.hidden_size, c.qkv_size, bias=False)
+        self.output = nn.Linear(c.query_size, c.hidden_size, bias=False)
+        self.mlp_norm = nn.RMSNorm(c.hidden_size, eps=c.norm_epsilon)
+        self.gate = nn.Linear(c.hidden_size, c.ffn_hidden_size, bias=False)
+        self.up = nn.Linear(c.hidden_size, c.ffn_hidden_size, bias=False)
+        self.down = nn.Linear(c.ffn_hidden_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        heads = self.qkv(self.attention_norm(x)).view(batch, length, -1, self.head_dim).transpose(1, 2)  # [b, hq + 2g, s, d]
+        q, k, v = heads.split((self.heads, self.groups, self.groups), dim=1)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [b, hq, s, d]
+        x = x + self.output(out.transpose(1, 2).flatten(2))
+        y = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [b, h, s, d]; cos, sin [s, d / 2]."""
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+class BareGPT(nn.Module):
+    def __init__(self, c: GPTConfig, seq_length: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(c.padded_vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(BareLayer(c) for _ in range(c.num_layers))
+        self.final_norm = nn.RMSNorm(c.hidden_size, eps=c.norm_epsilon)
+        self.lm_head = nn.Linear(c.hidden_size, c.padded_vocab_size, bias=False)
+        self.cos, self.sin = rotary_tables(torch.arange(seq_length), head_dim=c.kv_channels, base=c.rotary_base, dtype=torch.float32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)  # [b, s, h]
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin)
+        return self.lm_head(self.final_norm(x))  # [b, s, V]
+
+
+# The bare model's name of each of our parameters, within a layer or at the root.
+BARE_NAMES = {
+    "attention.qkv.layer_norm_weight": "attention_norm.weight",
+    "attention.qkv.weight": "qkv.weight",
+    "attention.output.weight": "output.weight",
+    "mlp.layer_norm_weight": "mlp_norm.weight",
+    "mlp.gate_weight": "gate.weight",
+    "mlp.up_weight": "up.weight",
+    "mlp.fc2_weight": "down.weight",
+}
+
+
+def bare_weights(ours: OurStep) -> dict[str, Tensor]:
+    """Our weights, whole, under the bare model's names and with all queries before all keys before all values."""
+    c, weights = ours.config, {}
+    rows = torch.arange(c.qkv_size).view(c.num_query_groups, -1, c.kv_channels)  # a group: its queries, key, value
+    rows = torch.cat([part.flatten() for part in rows.split((c.queries_per_group, 1, 1), dim=1)])
+    for name, parameter in ours.model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        for our_name, bare_name in BARE_NAMES.items():
+            name = name.replace(our_name, bare_name)
+        weights[name] = (whole[rows] if name.endswith("qkv.weight") else whole).detach().clone()
+    return weights
+
+
+class BareStep:
+    """A plain loop; over several ranks FSDP2 with a share of the sequences on each, gathered weights kept as ours are."""
+
+    def __init__(self, ours: OurStep) -> None:
+        args, size, rank = ours.args, dist.get_world_size(), dist.get_rank()
+        self.max_norm = args.clip_grad
+        self.model = BareGPT(ours.config, args.seq_length)
+        self.model.load_state_dict(bare_weights(ours))
+        if size > 1:
+            keep = dict(reshard_after_forward=args.reshard_after_forward == "on")
+            for layer in self.model.layers:
+                fully_shard(layer, **keep)
+            fully_shard(self.model, **keep)
+        betas = (args.adam_beta1, args.adam_beta2)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=args.lr, betas=betas, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
+        )
+        self.batches = []
+        for sequences in ours.batches:
+            mine = sequences[rank::size]
+            self.batches.append([torch.from_numpy(np.stack(rows)) for rows in ([s.tokens for s in mine], [s.labels for s in mine])])
+
+    def step(self, number: int) -> Tensor:
+        """The mean loss of this rank's sequences, before the update."""
+        tokens, labels = self.batches[number % NUM_BATCHES]
+        loss = F.cross_entropy(self.model(tokens).flatten(0, 1), labels.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Processes that do as they are told
+
+
+class Rank:
+    """What one process keeps between commands. Every rank of a world gets the same ones."""
+
+    def __init__(self) -> None:
+        self.contestants: dict[str, Callable[[int], Tensor]] = {}
+        self.done: dict[str, int] = {}
+
+    def prepare(self) -> list[float]:
+        """Build both steps from the same weights, and warm up; their losses must agree while they do. Returns ours."""
+        ours = OurStep(cp_size=dist.get_world_size(), seq_length=SEQ_LENGTH, batch_size=MICRO_BATCH)
+        bare = BareStep(ours)
+        self.contestants = {"ours": ours.step, "bare": bare.step}
+        losses = []
+        for number in range(2):
+            our_loss, bare_loss = ours.step(number).item(), bare.step(number)
+            dist.all_reduce(bare_loss)
+            bare_mean = bare_loss.item() / dist.get_world_size()
+            assert abs(our_loss - bare_mean) <= LOSS_TOLERANCE, f"step {number}: our loss is {our_loss}, the bare model's {bare_mean}"
+            losses.append(our_loss)
+        self.done = dict.fromkeys(self.contestants, 2)
+        return losses
+
+    def time_steps(self, names: list[str], steps: int) -> dict[str, float]:
+        """Seconds of `steps` steps of each, which take turns step by step."""
+        seconds = dict.fromkeys(names, 0.0)
+        for _ in range(steps):
+            for name in names:
+                dist.barrier()
+                start = time.perf_counter()
+                self.contestants[name](self.done[name])
+                dist.barrier()
+                seconds[name] += time.perf_counter() - start
+                self.done[name] += 1
+        return seconds
+
+    def saved_bytes(self, cp_size: int) -> dict[str, int]:
+        """Bytes of the distinct storages that a forward pass saves for its backward, parameters apart."""
+        ours = OurStep(cp_size=cp_size, seq_length=LONG_SEQ_LENGTH, batch_size=1)
+        batch = ours.batch(0)
+        saved: dict[int, tuple[Any, torch.Size]] = {}  # holding the storage keeps its address from being used again
+
+        def pack(x: Tensor) -> Tensor:
+            storage = local_tensor(x).untyped_storage()
+            saved.setdefault(storage.data_ptr(), (storage, x.shape))
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss, _ = ours.model(batch.tokens, batch.packed_seq, labels=batch.labels)
+        # FSDP keeps its gathered weights until the backward pass: they are the module's parameters now.
+        parameters = {local_tensor(p).untyped_storage().data_ptr() for p in ours.model.parameters()}
+        activations = {at: entry for at, entry in saved.items() if at not in parameters}
+        # The chunked loss forms this gradient in its forward pass: saved, and as large as the weight whatever cp is.
+        loss_grads = [s.nbytes() for s, shape in activations.values() if shape == (ours.config.padded_vocab_size, ours.config.hidden_size)]
+        total = sum(s.nbytes() for s, _ in activations.values())
+        loss.backward()  # FSDP's ranks part in order
+        parameter_bytes = sum(s.nbytes() for at, (s, _) in saved.items() if at in parameters)
+        return {"saved": total, "of which the output weight's gradient": sum(loss_grads), "parameters left out": parameter_bytes}
+
+
+def _serve(rank: int, size: int, threads: int, port: int, pipe: Connection) -> None:
+    torch.set_num_threads(threads)
+    if size > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    initialise_distributed(read_launch(), "cpu", timeout_minutes=10)  # the allocator's settings, too, for all alike
+    state = Rank()
+    while True:
+        method, arguments = pipe.recv()
+        try:
+            pipe.send((rank, getattr(state, method)(*arguments), None))
+        except BaseException:  # the parent raises it
+            pipe.send((rank, None, traceback.format_exc()))
+
+
+class World:
+    """`size` processes of `threads` threads each."""
+
+    def __init__(self, size: int, *, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, threads, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """`Rank`'s method on every rank; what each returned."""
+        for pipe in self.pipes:
+            pipe.send((method, arguments))
+        results: dict[int, Any] = {}
+        while len(results) < len(self.pipes):
+            for pipe in wait(self.pipes):
+                rank, result, error = pipe.recv()
+                if error:
+                    raise RuntimeError(f"rank {rank}:\n{error}")
+                results[rank] = result
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()  # results are here; gloo's own teardown aborts now and then
+            process.join()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The comparisons
+
+
+@dataclass
+class Figure:
+    """`value` is `measured` over `against`, ratios of medians; a pass is at least, or for memory at most, `target`."""
+
+    what: str
+    measured: float
+    against: float
+    unit: str
+    target: float
+    lower_is_better: bool = False
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        return self.measured / self.against
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.target if self.lower_is_better else self.value >= self.target
+
+
+def tokens_per_second(rounds: list[float], steps: int) -> float:
+    """From the seconds of each round."""
+    return steps * MICRO_BATCH * SEQ_LENGTH / statistics.median(rounds)
+
+
+def compare_with_bare(rounds: int, steps: int) -> list[Figure]:
+    with World(1, threads=2) as one:
+        losses = one.call("prepare")[0]
+        seconds = [one.call("time_steps", ["ours", "bare"], steps)[0] for _ in range(rounds)]
+    times = {name: [s[name] for s in seconds] for name in ("ours", "bare")}
+    speeds = [tokens_per_second(times[name], steps) for name in ("ours", "bare")]
+    details = {"seconds of a round": times, "first losses": losses}
+    return [Figure("1  one process of 2 threads: ours / bare", *speeds, "tokens/s", 0.95, details=details)]
+
+
+def compare_cp2(rounds: int, steps: int) -> list[Figure]:
+    with World(1, threads=2) as one, World(2, threads=1) as two:
+        losses = {"one": one.call("prepare")[0], "two": two.call("prepare")[0]}
+        turns = {"one process": (one, "ours"), "cp 2": (two, "ours"), "bare FSDP2": (two, "bare")}
+        times: dict[str, list[float]] = {name: [] for name in turns}
+        for _ in range(rounds):
+            for name, (world, contestant) in turns.items():
+                times[name].append(max(s[contestant] for s in world.call("time_steps", [contestant], steps)))
+    speed = {name: tokens_per_second(seconds, steps) for name, seconds in times.items()}
+    details = {"seconds of a round": times, "first losses": losses}
+    return [
+        Figure(
+            "2a ours at cp 2 (2 x 1 thread) / ours in one process", speed["cp 2"], speed["one process"], "tokens/s", 0.75, details=details
+        ),
+        Figure("2b ours at cp 2 / bare FSDP2 on 2 ranks", speed["cp 2"], speed["bare FSDP2"], "tokens/s", 0.95),
+    ]
+
+
+def compare_memory(rounds: int, steps: int) -> list[Figure]:
+    """Counted, not timed: once is enough."""
+    counts = {}
+    for cp_size in (1, LONG_CP):
+        with World(cp_size, threads=2 // cp_size or 1) as world:
+            counts[cp_size] = max(world.call("saved_bytes", cp_size), key=lambda count: count["saved"])
+    mib = {cp_size: count["saved"] / 2**20 for cp_size, count in counts.items()}
+    what = f"3  saved for backward, {LONG_SEQ_LENGTH} tokens: cp {LONG_CP} / cp 1"
+    details = {f"cp {cp_size}": count for cp_size, count in counts.items()}
+    return [Figure(what, mib[LONG_CP], mib[1], "MiB", 0.30, lower_is_better=True, details=details)]
+
+
+COMPARISONS = {"1": compare_with_bare, "2": compare_cp2, "3": compare_memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Our training step against plain PyTorch; memory and speed of context parallelism")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each thing compared")
+    parser.add_argument("--steps-per-round", type=int, default=3, help="training steps in a turn")
+    parser.add_argument("--only", choices=COMPARISONS, help="one comparison; default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there, too")
+    args = parser.parse_args()
+
+    figures: list[Figure] = []
+    print(f"{'':56}{'measured':>10}{'against':>10}{'':>10}{'ratio':>8}   target", flush=True)
+    for name in [args.only] if args.only else COMPARISONS:
+        for figure in COMPARISONS[name](args.rounds, args.steps_per_round):
+            figures.append(figure)
+            sign, verdict = "<=" if figure.lower_is_better else ">=", "pass" if figure.passed else "miss"
+            columns = f"{figure.measured:>10.0f}{figure.against:>10.0f}{figure.unit:>10}{figure.value:>8.3f}"
+            print(f"{figure.what:56}{columns}   {sign} {figure.target:.2f} {verdict}", flush=True)
+    if args.only in (None, "2"):
+        print("2 is met by either of its lines")
+    report = {
+        "torch": torch.__version__,
+        "rounds": args.rounds,
+        "steps per round": args.steps_per_round,
+        "figures": [asdict(f) | {"value": f.value, "passed": f.passed} for f in figures],
+    }
+    text = json.dumps(report, indent=1)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

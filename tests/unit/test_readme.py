@@ -1,0 +1,52 @@
+"""README and presets name what is there: every flag, both commands, files that exist, legal presets."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from training.arguments import build_parser, parse_arguments, resolve
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def known_flags() -> set[str]:
+    return {flag for action in build_parser()._actions for flag in action.option_strings if flag.startswith("--")}
+
+
+def test_every_flag_is_in_the_readme_and_every_flag_there_exists() -> None:
+    others = {"--nproc-per-node", "--index-url", "--help", "--flag"}  # torchrun's, pip's, argparse's, a placeholder
+    in_readme = set(re.findall(r"--[a-z][a-z0-9-]+", README))
+    assert known_flags() - in_readme == {"--help"} - in_readme
+    assert in_readme - known_flags() - others == set()
+
+
+def test_defaults_in_the_readme_are_the_parsers() -> None:
+    for action in build_parser()._actions:
+        if action.default in (None, False) or action.dest == "help":
+            continue
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{action.option_strings[0]}"))
+        assert f"| {action.default} |" in row, (row, action.default)
+
+
+@pytest.mark.parametrize("target", ["train", "test"])
+def test_make_targets_run_what_the_readme_says(target: str) -> None:
+    said = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    wanted = {"train": "torchrun --nproc-per-node 4 train.py --cp-size 4", "test": "python -m pytest"}
+    assert wanted[target] in said and f"make {target} " in README
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"`((?:configs|launch|benchmarks|docs|tools|cp|tests)/[\w./-]+)`", README):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_presets_are_legal(preset: Path) -> None:
+    args = parse_arguments(["--config", str(preset)])
+    ranks = 8 if args.dtype == "bf16" else 1  # for a GPU node, or for a laptop
+    resolve(args, world_size=ranks, local_world_size=ranks, cuda_devices=lambda: ranks if ranks > 1 else 0)
