@@ -14,6 +14,7 @@ A missed target is reported and does not fail; two models that disagree on the l
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,8 +23,6 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -54,20 +53,14 @@ from training.step import forward_backward
 
 VOCAB_SIZE, SEQ_LENGTH, MICRO_BATCH, SEED = 32000, 1024, 2, 1234
 LONG_SEQ_LENGTH, LONG_CP = 8192, 4
-NUM_BATCHES = 8  # distinct ones, gone through again and again
+NUM_BATCHES = 8  # of random tokens, gone through again and again
 FLAGS = "--device cpu --dtype fp32 --qkv-format bshd --num-layers 4 --hidden-size 256 --ffn-hidden-size 688 --num-attention-heads 8"
 FLAGS += " --num-query-groups 4"
 LOSS_TOLERANCE = 1e-4
+CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------------------------------------------
 # Ours: train.py's model and the body of its loop
-
-
-def random_sequences(number: int, *, count: int, seq_length: int) -> list[Sequence]:
-    """Batch `number` of random tokens; the same on every rank."""
-    stream = np.random.default_rng((SEED, number % NUM_BATCHES)).integers(0, VOCAB_SIZE, (count, seq_length + 1))
-    whole = np.array([seq_length])
-    return [Sequence(row[:-1], row[1:], whole, whole) for row in stream]
 
 
 class OurStep:
@@ -77,32 +70,21 @@ class OurStep:
         flags = f"{FLAGS} --cp-size {cp_size} --seq-length {seq_length} --seed {SEED}"
         self.args = parse_arguments([*flags.split(), f"--micro-batch-size={batch_size}", f"--global-batch-size={batch_size}"])
         resolve(self.args, world_size=cp_size, local_world_size=cp_size, cuda_devices=lambda: 0)
-        self.config = model_config(
-            self.args,
-            vocab_size=VOCAB_SIZE,
-            padded_vocab_size=padded_vocab_size(VOCAB_SIZE, self.args.make_vocab_size_divisible_by),
-        )
+        padded = padded_vocab_size(VOCAB_SIZE, self.args.make_vocab_size_divisible_by)
+        self.config = model_config(self.args, vocab_size=VOCAB_SIZE, padded_vocab_size=padded)
         self.grid = build_grid(GridSizes(cp=cp_size))
-        self.device = torch.device("cpu")
-        self.model = build_model(self.args, self.config, self.grid, self.device)
-        self.optimizer = build_optimizer(
-            self.model,
-            lr=self.args.lr,
-            betas=(self.args.adam_beta1, self.args.adam_beta2),
-            eps=self.args.adam_eps,
-            weight_decay=self.args.weight_decay,
-        )
-        self.batches = [random_sequences(n, count=batch_size, seq_length=seq_length) for n in range(NUM_BATCHES)]
+        self.model = build_model(self.args, self.config, self.grid, CPU)
+        self.adam = dict(lr=self.args.lr, betas=(self.args.adam_beta1, self.args.adam_beta2), eps=self.args.adam_eps)
+        self.adam["weight_decay"] = self.args.weight_decay
+        self.optimizer = build_optimizer(self.model, **self.adam)
+        stream = np.random.default_rng(SEED).integers(0, VOCAB_SIZE, (NUM_BATCHES, batch_size, seq_length + 1))
+        whole = np.array([seq_length])
+        self.batches = [[Sequence(row[:-1], row[1:], whole, whole) for row in batch] for batch in stream]
 
     def batch(self, number: int) -> Any:
         """This rank's tokens of a batch, as the loader makes them."""
-        return build_batch(
-            self.batches[number % NUM_BATCHES],
-            cp_size=self.grid.size("cp"),
-            cp_rank=self.grid.rank("cp"),
-            qkv_format=self.args.qkv_format,
-            layout=self.args.cp_layout,
-        )
+        place = dict(cp_size=self.grid.size("cp"), cp_rank=self.grid.rank("cp"))
+        return build_batch(self.batches[number % NUM_BATCHES], **place, qkv_format=self.args.qkv_format, layout=self.args.cp_layout)
 
     def step(self, number: int) -> Tensor:
         """The loss of the whole batch, before the update."""
@@ -111,13 +93,8 @@ class OurStep:
         pairs = attention_pairs(row.lengths, row.padded_lengths, cp_size=self.grid.size("cp"), layout=row.layout)
         facts = sum_over(row_facts(batches, [balance(pairs)]), self.grid.group("batch"))
         loss_tokens = facts[0].clamp(min=1)
-        cross_entropy = forward_backward(
-            self.model,
-            batches,
-            loss_tokens=loss_tokens,
-            device=self.device,
-            reshard_between=self.args.reshard_after_forward == "on",
-        )
+        reshard = self.args.reshard_after_forward == "on"
+        cross_entropy = forward_backward(self.model, batches, loss_tokens=loss_tokens, device=CPU, reshard_between=reshard)
         clip_grad_norm_(self.model.parameters(), self.grid, max_norm=self.args.clip_grad)
         set_lr(self.optimizer, self.args.lr)
         self.optimizer.step()
@@ -208,14 +185,9 @@ class BareStep:
         self.model = BareGPT(ours.config, args.seq_length)
         self.model.load_state_dict(bare_weights(ours))
         if size > 1:
-            keep = dict(reshard_after_forward=args.reshard_after_forward == "on")
-            for layer in self.model.layers:
-                fully_shard(layer, **keep)
-            fully_shard(self.model, **keep)
-        betas = (args.adam_beta1, args.adam_beta2)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=args.lr, betas=betas, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
-        )
+            for module in (*self.model.layers, self.model):
+                fully_shard(module, reshard_after_forward=args.reshard_after_forward == "on")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **ours.adam, fused=True)
         self.batches = []
         for sequences in ours.batches:
             mine = sequences[rank::size]
@@ -237,17 +209,12 @@ class BareStep:
 
 
 class Rank:
-    """What one process keeps between commands. Every rank of a world gets the same ones."""
-
-    def __init__(self) -> None:
-        self.contestants: dict[str, Callable[[int], Tensor]] = {}
-        self.done: dict[str, int] = {}
+    """What a process can be told to do. Every rank of a world is told the same."""
 
     def prepare(self) -> list[float]:
         """Build both steps from the same weights, and warm up; their losses must agree while they do. Returns ours."""
         ours = OurStep(cp_size=dist.get_world_size(), seq_length=SEQ_LENGTH, batch_size=MICRO_BATCH)
         bare = BareStep(ours)
-        self.contestants = {"ours": ours.step, "bare": bare.step}
         losses = []
         for number in range(2):
             our_loss, bare_loss = ours.step(number).item(), bare.step(number)
@@ -255,20 +222,18 @@ class Rank:
             bare_mean = bare_loss.item() / dist.get_world_size()
             assert abs(our_loss - bare_mean) <= LOSS_TOLERANCE, f"step {number}: our loss is {our_loss}, the bare model's {bare_mean}"
             losses.append(our_loss)
-        self.done = dict.fromkeys(self.contestants, 2)
+        self.steps = {"ours": ours.step, "bare": bare.step}
         return losses
 
     def time_steps(self, names: list[str], steps: int) -> dict[str, float]:
         """Seconds of `steps` steps of each, which take turns step by step."""
         seconds = dict.fromkeys(names, 0.0)
-        for _ in range(steps):
-            for name in names:
-                dist.barrier()
-                start = time.perf_counter()
-                self.contestants[name](self.done[name])
-                dist.barrier()
-                seconds[name] += time.perf_counter() - start
-                self.done[name] += 1
+        for number, name in itertools.product(range(steps), names):
+            dist.barrier()
+            start = time.perf_counter()
+            self.steps[name](number)
+            dist.barrier()
+            seconds[name] += time.perf_counter() - start
         return seconds
 
     def saved_bytes(self, cp_size: int) -> dict[str, int]:
@@ -283,16 +248,17 @@ class Rank:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss, _ = ours.model(batch.tokens, batch.packed_seq, labels=batch.labels)
+            ours.model(batch.tokens, batch.packed_seq, labels=batch.labels)
         # FSDP keeps its gathered weights until the backward pass: they are the module's parameters now.
         parameters = {local_tensor(p).untyped_storage().data_ptr() for p in ours.model.parameters()}
-        activations = {at: entry for at, entry in saved.items() if at not in parameters}
+        kept = [(storage.nbytes(), shape) for at, (storage, shape) in saved.items() if at not in parameters]
         # The chunked loss forms this gradient in its forward pass: saved, and as large as the weight whatever cp is.
-        loss_grads = [s.nbytes() for s, shape in activations.values() if shape == (ours.config.padded_vocab_size, ours.config.hidden_size)]
-        total = sum(s.nbytes() for s, _ in activations.values())
-        loss.backward()  # FSDP's ranks part in order
-        parameter_bytes = sum(s.nbytes() for at, (s, _) in saved.items() if at in parameters)
-        return {"saved": total, "of which the output weight's gradient": sum(loss_grads), "parameters left out": parameter_bytes}
+        weight_shape = (ours.config.padded_vocab_size, ours.config.hidden_size)
+        return {
+            "saved": sum(size for size, _ in kept),
+            "of which the output weight's gradient": sum(size for size, shape in kept if shape == weight_shape),
+            "parameters left out": sum(storage.nbytes() for at, (storage, _) in saved.items() if at in parameters),
+        }
 
 
 def _serve(rank: int, size: int, threads: int, port: int, pipe: Connection) -> None:
@@ -321,11 +287,10 @@ class World:
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, threads, port, theirs), daemon=True)
-            process.start()
-            theirs.close()
             self.pipes.append(ours)
-            self.processes.append(process)
+            self.processes.append(context.Process(target=_serve, args=(rank, size, threads, port, theirs), daemon=True))
+            self.processes[-1].start()
+            theirs.close()
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """`Rank`'s method on every rank; what each returned."""
@@ -353,25 +318,14 @@ class World:
 # The comparisons
 
 
-@dataclass
-class Figure:
-    """`value` is `measured` over `against`, ratios of medians; a pass is at least, or for memory at most, `target`."""
-
-    what: str
-    measured: float
-    against: float
-    unit: str
-    target: float
-    lower_is_better: bool = False
-    details: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def value(self) -> float:
-        return self.measured / self.against
-
-    @property
-    def passed(self) -> bool:
-        return self.value <= self.target if self.lower_is_better else self.value >= self.target
+def figure(what: str, measured: float, against: float, unit: str, target: float, *, at_most: bool = False, **details: Any) -> dict:
+    """`measured` over `against`, which reaches `target` from above or, with `at_most`, from below; printed, and returned for the JSON."""
+    ratio = measured / against
+    passed = ratio <= target if at_most else ratio >= target
+    verdict = f"{'<=' if at_most else '>='} {target:.2f} {'pass' if passed else 'miss'}"
+    print(f"{what:56}{measured:>8.0f}{against:>10.0f} {unit:10}{ratio:>6.3f}   {verdict}", flush=True)
+    numbers = dict(measured=measured, against=against, unit=unit, ratio=ratio, target=target, passed=passed)
+    return {"what": what, **numbers, **details}
 
 
 def tokens_per_second(rounds: list[float], steps: int) -> float:
@@ -379,44 +333,40 @@ def tokens_per_second(rounds: list[float], steps: int) -> float:
     return steps * MICRO_BATCH * SEQ_LENGTH / statistics.median(rounds)
 
 
-def compare_with_bare(rounds: int, steps: int) -> list[Figure]:
+def compare_with_bare(rounds: int, steps: int) -> list[dict]:
     with World(1, threads=2) as one:
         losses = one.call("prepare")[0]
         seconds = [one.call("time_steps", ["ours", "bare"], steps)[0] for _ in range(rounds)]
     times = {name: [s[name] for s in seconds] for name in ("ours", "bare")}
     speeds = [tokens_per_second(times[name], steps) for name in ("ours", "bare")]
-    details = {"seconds of a round": times, "first losses": losses}
-    return [Figure("1  one process of 2 threads: ours / bare", *speeds, "tokens/s", 0.95, details=details)]
+    return [figure("1  one process of 2 threads: ours / bare", *speeds, "tokens/s", 0.95, seconds=times, losses=losses)]
 
 
-def compare_cp2(rounds: int, steps: int) -> list[Figure]:
+def compare_cp2(rounds: int, steps: int) -> list[dict]:
     with World(1, threads=2) as one, World(2, threads=1) as two:
-        losses = {"one": one.call("prepare")[0], "two": two.call("prepare")[0]}
+        losses = {"one process": one.call("prepare")[0], "two": two.call("prepare")[0]}
         turns = {"one process": (one, "ours"), "cp 2": (two, "ours"), "bare FSDP2": (two, "bare")}
         times: dict[str, list[float]] = {name: [] for name in turns}
         for _ in range(rounds):
             for name, (world, contestant) in turns.items():
-                times[name].append(max(s[contestant] for s in world.call("time_steps", [contestant], steps)))
-    speed = {name: tokens_per_second(seconds, steps) for name, seconds in times.items()}
-    details = {"seconds of a round": times, "first losses": losses}
+                times[name].append(max(seconds[contestant] for seconds in world.call("time_steps", [contestant], steps)))
+    one_process, cp2, fsdp2 = (tokens_per_second(seconds, steps) for seconds in times.values())
+    details = dict(seconds=times, losses=losses)
     return [
-        Figure(
-            "2a ours at cp 2 (2 x 1 thread) / ours in one process", speed["cp 2"], speed["one process"], "tokens/s", 0.75, details=details
-        ),
-        Figure("2b ours at cp 2 / bare FSDP2 on 2 ranks", speed["cp 2"], speed["bare FSDP2"], "tokens/s", 0.95),
+        figure("2a cp 2 on 2 x 1 thread / one process of 2 threads", cp2, one_process, "tokens/s", 0.75, **details),
+        figure("2b cp 2 / bare FSDP2, both on 2 x 1 thread (2: either)", cp2, fsdp2, "tokens/s", 0.95),
     ]
 
 
-def compare_memory(rounds: int, steps: int) -> list[Figure]:
+def compare_memory(rounds: int, steps: int) -> list[dict]:
     """Counted, not timed: once is enough."""
-    counts = {}
+    counts = []
     for cp_size in (1, LONG_CP):
-        with World(cp_size, threads=2 // cp_size or 1) as world:
-            counts[cp_size] = max(world.call("saved_bytes", cp_size), key=lambda count: count["saved"])
-    mib = {cp_size: count["saved"] / 2**20 for cp_size, count in counts.items()}
+        with World(cp_size, threads=max(1, 2 // cp_size)) as world:
+            counts.append(max(world.call("saved_bytes", cp_size), key=lambda count: count["saved"]))
+    alone, shared = (count["saved"] / 2**20 for count in counts)
     what = f"3  saved for backward, {LONG_SEQ_LENGTH} tokens: cp {LONG_CP} / cp 1"
-    details = {f"cp {cp_size}": count for cp_size, count in counts.items()}
-    return [Figure(what, mib[LONG_CP], mib[1], "MiB", 0.30, lower_is_better=True, details=details)]
+    return [figure(what, shared, alone, "MiB", 0.30, at_most=True, bytes={"cp 1": counts[0], f"cp {LONG_CP}": counts[1]})]
 
 
 COMPARISONS = {"1": compare_with_bare, "2": compare_cp2, "3": compare_memory}
@@ -430,26 +380,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there, too")
     args = parser.parse_args()
 
-    figures: list[Figure] = []
-    print(f"{'':56}{'measured':>10}{'against':>10}{'':>10}{'ratio':>8}   target", flush=True)
-    for name in [args.only] if args.only else COMPARISONS:
-        for figure in COMPARISONS[name](args.rounds, args.steps_per_round):
-            figures.append(figure)
-            sign, verdict = "<=" if figure.lower_is_better else ">=", "pass" if figure.passed else "miss"
-            columns = f"{figure.measured:>10.0f}{figure.against:>10.0f}{figure.unit:>10}{figure.value:>8.3f}"
-            print(f"{figure.what:56}{columns}   {sign} {figure.target:.2f} {verdict}", flush=True)
-    if args.only in (None, "2"):
-        print("2 is met by either of its lines")
-    report = {
-        "torch": torch.__version__,
-        "rounds": args.rounds,
-        "steps per round": args.steps_per_round,
-        "figures": [asdict(f) | {"value": f.value, "passed": f.passed} for f in figures],
-    }
-    text = json.dumps(report, indent=1)
-    print(text)
+    print(f"{'':56}{'measured':>8}{'against':>10} {'':10}{'ratio':>6}   target", flush=True)
+    chosen = [args.only] if args.only else COMPARISONS
+    figures = [f for name in chosen for f in COMPARISONS[name](args.rounds, args.steps_per_round)]
+    facts = {"torch": torch.__version__, "cores": os.cpu_count(), "load average at the end": os.getloadavg()[0]}
+    text = json.dumps(facts | {"rounds": args.rounds, "steps per round": args.steps_per_round, "figures": figures})
     if args.json:
         args.json.write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

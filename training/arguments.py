@@ -108,8 +108,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--micro-batch-size", type=int, default=1, help="sequences in a row; nothing but speed depends on it")
-    group.add_argument("--global-batch-size", type=int, default=2, help="sequences in a step, over all ranks")
-    group.add_argument("--train-iters", type=int, default=120, help="steps in all")
+    group.add_argument("--global-batch-size", type=int, default=1, help="sequences in a step, over all ranks")
+    group.add_argument("--train-iters", type=int, default=200, help="steps in all")
     group.add_argument("--seed", type=int, default=1234, help="of the initial weights and of the data's order")
     group.add_argument(
         "--dtype",
@@ -119,9 +119,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--loss-chunk-size", type=int, default=512, help="tokens whose logits exist at a time")
     group.add_argument("--z-loss", type=float, default=0.0, help="weight of log(Z)^2 in the loss; 0: off")
-    group.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    group.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     group.add_argument("--min-lr", type=float, default=1e-4, help="learning rate at the end of the decay")
-    group.add_argument("--lr-warmup-iters", type=int, default=10, help="steps of linear warm-up; 0: none")
+    group.add_argument("--lr-warmup-iters", type=int, default=20, help="steps of linear warm-up; 0: none")
     group.add_argument("--lr-decay-iters", type=int, help="step at which --min-lr is reached; default: --train-iters")
     group.add_argument("--lr-decay-style", choices=LR_DECAY_STYLES, default="cosine", help="wsd: hold, then decay at the end")
     group.add_argument("--lr-wsd-decay-iters", type=int, help="last steps in which wsd decays; default: a tenth of --lr-decay-iters")
@@ -130,9 +130,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adam-beta2", type=float, default=0.95, help="decay of the mean squared gradient a step")
     group.add_argument("--adam-eps", type=float, default=1e-8, help="added to the root of the mean squared gradient")
     group.add_argument("--clip-grad", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
-    group.add_argument("--eval-interval", type=int, default=60, help="steps between validations; 0: never")
+    group.add_argument("--eval-interval", type=int, default=100, help="steps between validations; 0: never")
     group.add_argument(
-        "--eval-iters", type=int, default=10, help="global batches in a validation, at most what the held-out documents fill"
+        "--eval-iters", type=int, default=20, help="global batches in a validation, at most what the held-out documents fill"
     )
 
 
@@ -140,7 +140,7 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--run-dir", help="folder of the run: checkpoints, metrics, TensorBoard; default: runs/<date-time>")
     group.add_argument("--save", help="folder for checkpoints; default: <run-dir>/checkpoints")
-    group.add_argument("--save-interval", type=int, default=60, help="steps between checkpoints, and one at the end; 0: none at all")
+    group.add_argument("--save-interval", type=int, default=100, help="steps between checkpoints, and one at the end; 0: none at all")
     group.add_argument("--load", help="checkpoint, or folder with some, to start from; refused if there is none")
     group.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint under --save if there is one, else start fresh"
