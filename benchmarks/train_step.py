@@ -55,7 +55,7 @@ VOCAB_SIZE, SEQ_LENGTH, MICRO_BATCH, SEED = 32000, 1024, 2, 1234
 LONG_SEQ_LENGTH, LONG_CP = 8192, 4
 NUM_BATCHES = 8  # of random tokens, gone through again and again
 FLAGS = "--device cpu --dtype fp32 --qkv-format bshd --num-layers 4 --hidden-size 256 --ffn-hidden-size 688 --num-attention-heads 8"
-FLAGS += " --num-query-groups 4"
+FLAGS += " --num-query-groups 4 --lr 1e-3"
 LOSS_TOLERANCE = 1e-4
 CPU = torch.device("cpu")
 

@@ -1,0 +1,123 @@
+"""Flags: every refusal in one line with the flag, both numbers and a legal value; presets; what auto means."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from training.arguments import build_parser, parse_arguments, resolve
+
+
+def resolved(*flags: str, world: int = 1, local: int | None = None, cuda: int = 0) -> argparse.Namespace:
+    args = parse_arguments(flags)
+    resolve(args, world_size=world, local_world_size=local or world, cuda_devices=lambda: cuda)
+    return args
+
+
+REFUSALS = [
+    (["--cp-sise", "2"], 1, ["unknown flag --cp-sise", "--cp-size"]),
+    (["--cp-size", "two"], 1, ["--cp-size", "two"]),
+    (["--cp-backend", "magic"], 1, ["--cp-backend", "magic", "native"]),
+    (["--cp-size", "3"], 4, ["4 ranks", "3", "--nproc-per-node 3"]),
+    (["--dp-shard-size", "2", "--cp-size", "2"], 8, ["ask for 4 ranks", "there are 8", "--nproc-per-node 4"]),
+    (["--cp-size", "0"], 1, ["--cp-size 0", "at least 1"]),
+    (["--dp-shard-size", "0"], 1, ["--dp-shard-size 0"]),
+    (["--tp-size", "2"], 2, ["--tp-size 2", "only 1"]),
+    (["--pp-size", "2"], 2, ["--pp-size 2", "only 1"]),
+    (["--sequence-parallel"], 1, ["--sequence-parallel", "--tp-size"]),
+    (["--seq-length", "2050", "--cp-size", "4"], 4, ["--seq-length 2050", "8", "2048"]),
+    (["--document-alignment", "12", "--cp-size", "4"], 4, ["--document-alignment 12", "8"]),
+    (["--document-alignment", "24", "--seq-length", "2048"], 1, ["--seq-length 2048", "24", "2040"]),
+    (["--num-attention-heads", "6", "--num-query-groups", "4"], 1, ["--num-attention-heads 6", "--num-query-groups 4", "3"]),
+    (["--hidden-size", "250", "--num-attention-heads", "8", "--num-query-groups", "8"], 1, ["--hidden-size 250", "8", "248"]),
+    (["--kv-channels", "31"], 1, ["--kv-channels 31", "even", "32"]),
+    (["--global-batch-size", "6", "--micro-batch-size", "4"], 1, ["--global-batch-size 6", "4", "8"]),
+    (["--global-batch-size", "3"], 2, ["--global-batch-size 3", "2"]),
+    (["--data-path", "no/such"], 1, ["--data-path no/such"]),
+    (["--tokenizer-model", "no/such"], 1, ["--tokenizer-model no/such", "no such file"]),
+    (["--tokenizer-type", "byte", "--tokenizer-model", "x"], 1, ["--tokenizer-model x", "byte"]),
+    (["--data-split", "1,2"], 1, ["--data-split 1,2"]),
+    (["--data-split", "0,1,0"], 1, ["--data-split 0,1,0"]),
+    (["--data-split", "1,0,0"], 1, ["--data-split 1,0,0", "--eval-interval 0"]),
+    (["--packing", "stream"], 1, ["--packing stream", "thd", "best-fit"]),
+    (["--device", "cuda"], 1, ["--device cuda"]),
+    (["--lr", "nan"], 1, ["--lr nan"]),
+    (["--lr", "inf"], 1, ["--lr inf"]),
+    (["--min-lr", "1", "--lr", "0.1"], 1, ["--min-lr 1", "--lr 0.1"]),
+    (["--adam-beta2", "1"], 1, ["--adam-beta2 1"]),
+    (["--train-iters", "0"], 1, ["--train-iters 0"]),
+    (["--clip-grad", "-1"], 1, ["--clip-grad -1"]),
+    (["--rotary-base", "0"], 1, ["--rotary-base 0"]),
+    (["--resume"], 1, ["--resume", "--run-dir"]),
+    (["--resume", "--load", "x", "--run-dir", "y"], 1, ["--resume", "--load"]),
+    (["--config", "no/such.yaml"], 1, ["--config no/such.yaml"]),
+    (["--log-interval", "0"], 1, ["--log-interval 0"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "world", "words"), REFUSALS, ids=lambda x: " ".join(x) if isinstance(x, list) else str(x))
+def test_refusals(flags: list[str], world: int, words: list[str]) -> None:
+    with pytest.raises(ValueError) as refused:
+        resolved(*flags, world=world)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_more_ranks_than_devices() -> None:
+    with pytest.raises(ValueError, match="4 ranks on this node but 2 CUDA devices: use --nproc-per-node 2"):
+        resolved(world=4, cuda=2)
+    assert resolved("--device", "cpu", "--cp-size", "4", world=4, cuda=2).device == "cpu"
+
+
+def test_cuda_dtypes_and_heads() -> None:
+    with pytest.raises(ValueError, match=r"--dtype fp32.*bf16"):
+        resolved("--dtype", "fp32", cuda=1)
+    with pytest.raises(ValueError, match=r"--kv-channels 12.*multiples of 8"):
+        resolved("--kv-channels", "12", cuda=1)
+    assert resolved("--kv-channels", "12").kv_channels == 12
+
+
+def test_auto_says_what_it_chose() -> None:
+    args = parse_arguments(["--cp-size", "2", "--global-batch-size", "4"])
+    chosen = resolve(args, world_size=8, local_world_size=4, cuda_devices=lambda: 0)
+    for words in ("--device cpu", "--dtype fp32", "--dp-shard-size 4", "--cp-backend native", "--document-alignment 4",
+                  "--packing best-fit", "--reshard-after-forward on"):  # fmt: skip
+        assert any(words in line for line in chosen), (words, chosen)
+
+
+def test_presets(tmp_path: Path) -> None:
+    preset = tmp_path / "p.yaml"
+    preset.write_text("hidden-size: 128\nqk_norm: true\ntie-embeddings: false\nlr: 1.0e-3\nseq-length: 512\n")
+    args = parse_arguments(["--seq-length", "1024", "--config", str(preset)])
+    assert (args.hidden_size, args.qk_norm, args.tie_embeddings, args.lr, args.seq_length) == (128, True, False, 1e-3, 1024)
+    for text, words in (
+        ("hiden-size: 3", "unknown key 'hiden-size'; did you mean --hidden-size?"),
+        ("qk-norm: 3", "qk-norm must be true or false"),
+        ("hidden-size: [1]", "hidden-size must be one value"),
+        ("hidden-size: many", "--hidden-size"),
+        ("- a", "mapping"),
+        ("a: [", "not YAML"),
+    ):
+        preset.write_text(text)
+        with pytest.raises(ValueError) as refused:
+            parse_arguments(["--config", str(preset)])
+        assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_flags_that_the_issue_names_exist() -> None:
+    wanted = """
+        pp-size dp-replicate-size dp-shard-size cp-size tp-size sequence-parallel cp-backend cp-comm-type qkv-format packing
+        document-alignment num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups kv-channels seq-length
+        micro-batch-size global-batch-size train-iters seed dtype save load save-interval eval-interval eval-iters log-interval
+        tensorboard-dir metrics-file data-path data-cache-path tokenizer-type tokenizer-model num-workers device transformer-impl
+        config resume clip-grad lr-decay-style z-loss loss-chunk-size reshard-after-forward peak-tflops
+    """
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    assert {f"--{name}" for name in wanted.split()} <= known
+
+
+def test_every_flag_has_help() -> None:
+    assert all(action.help for action in build_parser()._actions)

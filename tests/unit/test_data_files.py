@@ -1,0 +1,143 @@
+"""Files that data is read from and cached in: formats to the byte, sources, tokenizers, builds that are whole or absent."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.build import build_tokenizer, split_documents
+from data.cache import build_once
+from data.corpus import open_source, stdlib_source
+from data.indexed_dataset import IndexedDataset, write_indexed_dataset
+from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+
+
+def test_index_bytes_are_megatrons(tmp_path: Path) -> None:
+    write_indexed_dataset(tmp_path / "t", [np.array([7, 8, 9]), np.array([1])], vocab_size=100)
+    wanted = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2, 3) + struct.pack("<2i2q3q", 3, 1, 0, 6, 0, 1, 2)
+    assert (tmp_path / "t.idx").read_bytes() == wanted
+    assert (tmp_path / "t.bin").read_bytes() == struct.pack("<4H", 7, 8, 9, 1)
+
+
+@pytest.mark.parametrize("vocab_size", [100, 100_000])
+def test_documents_come_back(tmp_path: Path, vocab_size: int) -> None:
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, vocab_size, n) for n in (5, 1, 300)]
+    write_indexed_dataset(tmp_path / "t", documents, vocab_size=vocab_size)
+    data = IndexedDataset(tmp_path / "t")
+    assert len(data) == 3
+    for number, document in enumerate(documents):
+        assert data.read(number, 0, len(document)).tolist() == document.tolist()
+    assert data.read(2, 100, 7).tolist() == documents[2][100:107].tolist()
+
+
+def test_broken_files_are_refused(tmp_path: Path) -> None:
+    write_indexed_dataset(tmp_path / "t", [np.arange(10)], vocab_size=100)
+    index, tokens = (tmp_path / "t.idx").read_bytes(), (tmp_path / "t.bin").read_bytes()
+    for broken, words in ((index[:20], "less than a header"), (index[:-8], "promises"), (b"X" + index[1:], "not a Megatron")):
+        (tmp_path / "t.idx").write_bytes(broken)
+        with pytest.raises(ValueError, match=words):
+            IndexedDataset(tmp_path / "t")
+    (tmp_path / "t.idx").write_bytes(index)
+    (tmp_path / "t.bin").write_bytes(tokens[:-2])
+    with pytest.raises(ValueError, match="past the end"):
+        IndexedDataset(tmp_path / "t")
+
+
+def test_sources(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("one")
+    (tmp_path / "two.jsonl").write_text('{"text": "a"}\n\n{"text": "b", "id": 1}\n{"text": ""}\n')
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    assert list(open_source(str(tmp_path / "one.txt"), "text").texts()) == ["one"]
+    assert list(open_source(str(tmp_path / "two.jsonl"), "text").texts()) == ["a", "b"]
+    assert list(open_source(str(tmp_path), "text").texts()) == ["one", "a", "b"]
+    for name, words in (("missing", "no such file"), ("empty.txt", "is empty")):
+        with pytest.raises(ValueError, match=words):
+            open_source(str(tmp_path / name), "text")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="no text"):
+        open_source(str(tmp_path / "folder"), "text")
+
+
+@pytest.mark.parametrize("line", ['{"text": 5}', '{"txt": "x"}', "[1]", "{broken", '{"text": "\\ud8'])
+def test_bad_records_are_named_by_file_and_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
+        list(open_source(str(tmp_path / "bad.jsonl"), "text").texts())
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        list(open_source(str(tmp_path / "latin.txt"), "text").texts())
+
+
+def test_the_default_corpus_is_there_and_leaves_installed_packages_out() -> None:
+    source = stdlib_source()
+    assert len(source.files) > 200
+    assert not any("site-packages" in file.parts for file in source.files)
+    assert list(source.files) == sorted(source.files)
+
+
+def test_a_source_that_changes_is_another_source(tmp_path: Path) -> None:
+    file = tmp_path / "one.txt"
+    file.write_text("one")
+    before = open_source(str(file), "text").made_from()
+    file.write_text("one and more")
+    assert open_source(str(file), "text").made_from() != before
+
+
+TEXT = 'def f(x):\n\treturn "grüße, 世界 🎉"  # two  spaces\r\n\n    x = 1\n' * 3
+
+
+def test_tokenizers_return_the_text_exactly(tmp_path: Path) -> None:
+    model = tmp_path / "m.model"
+    model.write_bytes(train_sentencepiece([TEXT, "a few other words for the model"], vocab_size=300))
+    for tokenizer in (ByteTokenizer(), SentencePieceTokenizer(model)):
+        ids = tokenizer.encode(TEXT)
+        assert tokenizer.decode(ids.tolist()) == TEXT
+        assert ids.dtype == np.int32 and ids.max() < tokenizer.vocab_size and tokenizer.eod not in ids
+
+
+def test_a_file_that_is_no_model_and_a_corpus_too_small_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        SentencePieceTokenizer(tmp_path / "m.model")
+    (tmp_path / "small.txt").write_text("ab")
+    source = open_source(str(tmp_path / "small.txt"), "text")
+    with pytest.raises(ValueError, match="--tokenizer-vocab-size 4096"):
+        build_tokenizer(source, tokenizer_type="sentencepiece", tokenizer_model=None, vocab_size=4096, cache_path=tmp_path)
+
+
+def test_a_build_is_whole_or_absent_and_done_once(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise RuntimeError("interrupted")
+
+    place = tmp_path / "cache" / "thing"
+    with pytest.raises(RuntimeError):
+        build_once(place, fail)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+    def build(folder: Path) -> None:
+        (folder / "whole").write_text("first")
+        # Another job finishes first: its folder stays, ours is dropped.
+        if not place.exists():
+            build_once(place, lambda other: (other / "whole").write_text("second") and None)
+
+    build_once(place, build)
+    assert (place / "whole").read_text() == "second"
+    build_once(place, fail)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["thing"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 1000])
+def test_splits_cover_without_overlap(count: int) -> None:
+    train, valid, test = split_documents(count, (95.0, 5.0, 0.0))
+    assert sorted([*train, *valid, *test]) == list(range(count))
+    assert len(test) == 0 and len(train) >= 1
+    assert len(valid) == (0 if count == 1 else max(1, round(count * 0.05)))

@@ -1,0 +1,74 @@
+"""Imports run down the floors only: parallel < cp < model, data < training < train.py, tools, benchmarks."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# What each room may import besides itself.
+MAY_IMPORT: dict[str, set[str]] = {
+    "parallel": set(),
+    "cp": {"parallel"},
+    "model": {"parallel", "cp"},
+    "data": {"cp"},
+    "training": {"parallel", "cp", "model", "data"},
+}
+ROOMS = {*MAY_IMPORT, "train", "tools", "benchmarks", "tests"}
+NARROWER = {"data": {"cp.packed_seq", "cp.layout"}, "cp": {"parallel.collectives"}}
+
+
+def imported(source: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names.add(node.module or "")
+    return names
+
+
+def violations(room: str, source: str) -> list[str]:
+    bad = []
+    for name in imported(source):
+        target = name.split(".")[0]
+        if target not in ROOMS or target == room:
+            continue
+        if target not in MAY_IMPORT[room] or (room in NARROWER and name not in NARROWER[room]):
+            bad.append(name)
+    return bad
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for room in MAY_IMPORT for p in (ROOT / room).glob("**/*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_no_arrow_runs_up(path: Path) -> None:
+    assert violations(path.relative_to(ROOT).parts[0], path.read_text()) == []
+
+
+def test_the_check_sees_a_violation() -> None:
+    assert violations("cp", "from model.gpt import GPT") == ["model.gpt"]
+    assert violations("data", "import cp.attention") == ["cp.attention"]
+    assert violations("cp", "from parallel.grid import Grid") == ["parallel.grid"]
+    assert violations("model", "from cp.attention import Attention\nimport torch") == []
+
+
+@pytest.mark.parametrize("module", ["cp.plan", "training.arguments", "model.config"])
+def test_flags_are_checked_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    readers = [
+        p.relative_to(ROOT)
+        for room in MAY_IMPORT
+        for p in (ROOT / room).glob("**/*.py")
+        if "os.environ" in p.read_text() or "getenv" in p.read_text()
+    ]
+    assert readers == [Path("training/initialize.py")]

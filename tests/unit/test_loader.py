@@ -1,0 +1,128 @@
+"""Labels, tails and the order of sequences, on a token file where token 100*d + i is token i of document d."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cp.packed_seq import IGNORE_LABEL
+from data.indexed_dataset import IndexedDataset, write_indexed_dataset
+from data.loader import BatchPlan, SequenceDataset, build_batch, build_loader
+
+LENGTHS = [5, 40, 16, 1, 33, 8, 17, 4]
+SEQ, ALIGNMENT, PAD = 16, 4, 9999
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> IndexedDataset:
+    prefix = tmp_path_factory.mktemp("tokens") / "tokens"
+    write_indexed_dataset(prefix, (np.arange(n) + 100 * d for d, n in enumerate(LENGTHS)), vocab_size=10000)
+    return IndexedDataset(prefix)
+
+
+def dataset(tokens: IndexedDataset, packing: str = "best-fit", cache: Path | None = None, seed: int = 1) -> SequenceDataset:
+    return SequenceDataset(
+        tokens, np.arange(len(LENGTHS)), seq_length=SEQ, packing=packing, alignment=ALIGNMENT, seed=seed, pad_token=PAD, cache_path=cache
+    )
+
+
+def test_labels_are_the_next_token_of_the_same_document(tokens: IndexedDataset) -> None:
+    data = dataset(tokens)
+    labelled = 0
+    for n in range(data.sequences_per_epoch):
+        sequence = data.sequence(n)
+        assert sequence.padded_lengths.sum() == SEQ and (sequence.padded_lengths % ALIGNMENT == 0).all()
+        at = 0
+        for length, stored in zip(sequence.lengths, sequence.padded_lengths, strict=True):
+            for i in range(at, at + stored):
+                token, label = sequence.tokens[i], sequence.labels[i]
+                if i >= at + length:
+                    assert token == PAD and label == IGNORE_LABEL
+                elif token % 100 == LENGTHS[token // 100] - 1:
+                    assert label == IGNORE_LABEL  # the document's true end
+                else:
+                    assert label == token + 1  # also at a cut, one token ahead
+                    labelled += 1
+            at += stored
+    assert labelled == sum(LENGTHS) - len(LENGTHS)
+
+
+def test_a_tail_is_a_document_of_real_length_0(tokens: IndexedDataset) -> None:
+    data = dataset(tokens)
+    tails = [s for s in (data.sequence(n) for n in range(data.sequences_per_epoch)) if s.lengths[-1] == 0]
+    assert tails and all((s.lengths[:-1] > 0).all() for s in tails)
+
+
+def test_bshd_is_one_stream_whose_labels_cross_documents(tokens: IndexedDataset) -> None:
+    data = dataset(tokens, "stream")
+    crossings = 0
+    for n in range(data.sequences_per_epoch):
+        sequence = data.sequence(n)
+        assert sequence.lengths.tolist() == sequence.padded_lengths.tolist() == [SEQ]
+        assert (sequence.labels[:-1] == sequence.tokens[1:]).all() and IGNORE_LABEL not in sequence.labels
+        if n + 1 < data.sequences_per_epoch:
+            assert sequence.labels[-1] == data.sequence(n + 1).tokens[0]
+        crossings += int((sequence.labels // 100 != sequence.tokens // 100).sum())
+    assert crossings >= 3
+
+
+def plan(batch_size: int, batch_rank: int, micro: int, global_batch: int = 12, cp: int = 1) -> BatchPlan:
+    return BatchPlan(
+        global_batch_size=global_batch, micro_batch_size=micro, batch_size=batch_size, batch_rank=batch_rank,
+        cp_size=cp, cp_rank=0, qkv_format="thd", layout="zigzag",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch_size", "micro"), [(1, 1), (1, 12), (2, 3), (4, 3), (3, 2), (12, 1)])
+def test_every_plan_reads_the_steps_sequences_once(batch_size: int, micro: int) -> None:
+    for step in (0, 7):
+        read = []
+        for rank in range(batch_size):
+            p = plan(batch_size, rank, micro)
+            for microbatch in range(p.num_microbatches):
+                read += p.sequence_numbers(step, microbatch)
+        assert sorted(read) == list(range(12 * step, 12 * (step + 1)))
+
+
+def same(a, b) -> bool:
+    pairs = [(a.tokens, b.tokens), (a.labels, b.labels), (a.packed_seq.positions, b.packed_seq.positions)]
+    return all(torch.equal(x, y) for x, y in pairs) and a.loss_tokens == b.loss_tokens and a.real_tokens == b.real_tokens
+
+
+def batches(data: SequenceDataset, workers: int, first: int = 0, last: int = 5, **options) -> list:
+    loader = build_loader(data, plan(1, 0, 1, 2, cp=2), first_step=first, last_step=last, num_workers=workers, pin_memory=False, **options)
+    return list(loader)
+
+
+def test_workers_and_a_later_start_give_the_same_batches(tokens: IndexedDataset, tmp_path: Path) -> None:
+    data = dataset(tokens, cache=tmp_path)
+    here = batches(data, 0)
+    assert len(here) == 10  # more than an epoch
+    assert all(same(a, b) for a, b in zip(here, batches(data, 2), strict=True))
+    assert all(same(a, b) for a, b in zip(here[6:], batches(data, 0, first=3), strict=True))
+
+
+def test_an_epochs_index_is_cached_once(tokens: IndexedDataset, tmp_path: Path, monkeypatch) -> None:
+    first = dataset(tokens, cache=tmp_path).sequence(0)
+    monkeypatch.setattr("data.loader.pack_epoch", lambda *_, **__: pytest.fail("built again"))
+    again = dataset(tokens, cache=tmp_path).sequence(0)
+    assert (first.tokens == again.tokens).all()
+    monkeypatch.undo()
+    assert not (dataset(tokens, cache=tmp_path, seed=2).epoch(0).pieces == dataset(tokens, cache=tmp_path).epoch(0).pieces).all()
+
+
+def test_sequences_beyond_the_limit_are_empty(tokens: IndexedDataset) -> None:
+    data = dataset(tokens)
+    whole = batches(data, 0, last=1, limit=1)
+    assert whole[0].loss_tokens > 0 and whole[1].loss_tokens == whole[1].real_tokens == 0
+
+
+def test_a_row_of_several_sequences_is_their_concatenation(tokens: IndexedDataset) -> None:
+    data = dataset(tokens)
+    parts = [data.sequence(n) for n in (0, 1)]
+    row = build_batch(parts, cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag")
+    assert row.tokens.tolist() == parts[0].tokens.tolist() + parts[1].tokens.tolist()
+    assert row.packed_seq.row_length == 2 * SEQ

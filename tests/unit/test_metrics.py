@@ -1,0 +1,67 @@
+"""The metrics file of a run that goes on, and a loss that is not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import GPTConfig
+from training.metrics import ROW_FACTS, MetricsLog, open_metrics_file
+
+
+def test_records_after_the_loaded_step_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "metrics.jsonl"
+    with open_metrics_file(path, None) as out:
+        out.writelines(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 8))
+        out.write('{"step": 8, "lo')
+    with open_metrics_file(path, 5) as out:
+        out.write('{"step": 6}\n')
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert records[2]["loss"] == 1 / 3  # to the last bit
+    open_metrics_file(path, None).close()
+    assert path.read_text() == ""
+
+
+def log(path: Path) -> MetricsLog:
+    config = GPTConfig(
+        num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, num_query_groups=1, kv_channels=8, vocab_size=8,
+        padded_vocab_size=8,
+    )  # fmt: skip
+    return MetricsLog(
+        config=config, world_size=2, is_writer=True, train_iters=4, log_interval=2, peak_tflops=100.0, metrics_file=path,
+        tensorboard_dir=None, keep_before=None,
+    )  # fmt: skip
+
+
+def step(metrics: MetricsLog, number: int, loss: float) -> None:
+    facts = torch.tensor([90.0, 95.0, 95.0**2, 100.0, 1.5, 1.0], dtype=torch.float64)
+    assert len(facts) == len(ROW_FACTS)
+    metrics.step(number, loss=torch.tensor(loss), grad_norm=torch.tensor(1.0), lr=0.1, facts=facts, data_time=0.0, memory=5)
+
+
+def test_a_record_a_step_with_real_tokens(tmp_path: Path) -> None:
+    metrics = log(tmp_path / "m.jsonl")
+    for number in range(1, 5):
+        step(metrics, number, 2.0)
+    records = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    for r in records:
+        assert (r["tokens"], r["loss_tokens"], r["packing_efficiency"], r["cp_balance"]) == (95, 90, 0.95, 1.5)
+        assert r["mfu"] == pytest.approx(r["tflops_per_rank"] / 100)
+        assert r["tokens_per_s"] == pytest.approx(95 / r["step_time_s"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_after_it_is_written(tmp_path: Path, bad: float) -> None:
+    metrics = log(tmp_path / "m.jsonl")
+    step(metrics, 1, 2.0)
+    step(metrics, 2, 2.0)
+    step(metrics, 3, bad)
+    with pytest.raises(FloatingPointError, match="step 3"):
+        step(metrics, 4, 2.0)
+    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 4
