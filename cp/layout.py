@@ -1,14 +1,25 @@
 """Which context-parallel rank owns which token: pure functions on numpy arrays, each with its inverse.
 
-`zigzag` cuts every document into 2*cp chunks and gives rank r the chunks r and 2*cp-1-r, so that each
-rank does the same share of every document's causal attention (Llama 3, arXiv:2407.21783, section 3.3.2;
-the same order as Transformer Engine's DUAL_CHUNK_SWAP). A BSHD row is the special case in which every
-document is one sequence.
+- `zigzag` cuts every document into 2*cp chunks and gives rank r the chunks r and 2*cp-1-r, so that each
+  rank does the same share of every document's causal attention (Llama 3, arXiv:2407.21783, section
+  3.3.2; the order of Transformer Engine's DUAL_CHUNK_SWAP).
+- `contiguous` cuts the row into cp equal parts wherever that falls; documents may have any length.
+- `doc_contiguous` cuts every document into cp equal parts, rank r takes part r.
+- `striped` deals the tokens of every document out one by one (Striped Attention, arXiv:2311.09431).
+
+A BSHD row is the special case in which every document is one sequence.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+LAYOUTS = ("zigzag", "contiguous", "doc_contiguous", "striped")
+
+
+def document_unit(layout: str, cp_size: int) -> int:
+    """Tokens that a document's padded length must be a multiple of."""
+    return {"zigzag": 2 * cp_size, "contiguous": 1, "doc_contiguous": cp_size, "striped": cp_size}[layout]
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -31,15 +42,27 @@ def shard_indices(padded_lengths: np.ndarray, *, cp_size: int, cp_rank: int, lay
     Raises:
         ValueError: a length that the layout cannot cut, or an unknown layout.
     """
-    if layout != "zigzag":
+    if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}")
     padded_lengths = np.asarray(padded_lengths, np.int64)
-    bad = padded_lengths[padded_lengths % (2 * cp_size) != 0]
+    unit = document_unit(layout, cp_size)
+    bad = padded_lengths[padded_lengths % unit != 0]
     if len(bad):
-        raise ValueError(f"a document of padded length {bad[0]} cannot be cut into 2*cp = {2 * cp_size} chunks")
-    chunk = padded_lengths // (2 * cp_size)
+        raise ValueError(f"a document of padded length {bad[0]} cannot be cut into {unit} chunks (layout {layout}, cp {cp_size})")
+    if layout == "contiguous":
+        total = int(padded_lengths.sum())
+        if total % cp_size:
+            raise ValueError(f"a row of {total} tokens cannot be cut into cp = {cp_size} parts")
+        return np.arange(total // cp_size * cp_rank, total // cp_size * (cp_rank + 1))
     start = np.cumsum(padded_lengths) - padded_lengths
+    if layout == "striped":
+        share = padded_lengths // cp_size
+        within = ranges(np.zeros_like(share), share)
+        return np.repeat(start + cp_rank, share) + cp_size * within
+    chunk = padded_lengths // unit
     first = start + cp_rank * chunk
+    if layout == "doc_contiguous":
+        return ranges(first, chunk)
     second = start + (2 * cp_size - 1 - cp_rank) * chunk
     # [documents, 2] flattened: a document's two chunks lie side by side in this rank's storage.
     return ranges(np.stack((first, second), 1).ravel(), np.repeat(chunk, 2))

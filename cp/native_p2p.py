@@ -133,6 +133,13 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None
 
 
+def ring_attention_blocks(
+    q: Tensor, k: Tensor, v: Tensor, blocks: list[Block | None], group: dist.ProcessGroup, *, scale: float
+) -> Tensor:
+    """The ring over `group` with the blocks that `plan_ring` made for it."""
+    return _RingAttention.apply(q, k, v, blocks, group, scale)
+
+
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup, *, scale: float) -> Tensor:
     """Causal attention within each document of a row that is cut over `group` in zigzag order.
 
@@ -145,4 +152,4 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group
     key = ("native_p2p", q.device)
     if key not in packed_seq.plans:
         packed_seq.plans[key] = plan_ring(packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device)
-    return _RingAttention.apply(q, k, v, packed_seq.plans[key], group, scale)
+    return ring_attention_blocks(q, k, v, packed_seq.plans[key], group, scale=scale)

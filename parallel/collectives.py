@@ -9,6 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+# PyTorch 2.13 renamed both and warns of the old names, the only ones that 2.11 has.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 @dataclass
 class RingShift:
     """A transfer under way: `sent` goes to the next rank of the ring, `received` comes from the previous."""
@@ -47,3 +52,57 @@ def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() > 1:
         dist.all_reduce(x, group=group)
     return x
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return _all_to_all(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _all_to_all(grad, ctx.group), None
+
+
+def _all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), group=group)
+    return out
+
+
+def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x [size, ...]: slice i goes to rank i; slice i of the result came from rank i. Its own inverse, also for gradients."""
+    return _AllToAll.apply(x, group) if group.size() > 1 else x
+
+
+@dataclass
+class Gather:
+    """An all-gather under way. `gathered` [size * n, ...] holds every rank's [n, ...], rank by rank."""
+
+    sent: Tensor
+    gathered: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.gathered
+
+
+def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Gather:
+    """Gather contiguous `x` from every rank of the group; returns at once. No gradient."""
+    if group.size() == 1:
+        return Gather(x, x, None)
+    gathered = x.new_empty((group.size() * len(x), *x.shape[1:]))
+    work = _all_gather(gathered, x, group=group, async_op=True)
+    return Gather(x, gathered, work)
+
+
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x [size * n, ...] contiguous: the i-th [n, ...], summed over the ranks, on rank i. No gradient."""
+    if group.size() == 1:
+        return x
+    out = x.new_empty((len(x) // group.size(), *x.shape[1:]))
+    _reduce_scatter(out, x, group=group)
+    return out

@@ -1,0 +1,125 @@
+"""Ulysses and two-level attention (`--cp-backend native --cp-comm-type a2a | a2a+p2p`).
+
+An all-to-all over the `a2a` ranks trades tokens for heads (DeepSpeed Ulysses, arXiv:2309.14509): each rank
+then holds 1/A of the heads of A ranks' tokens, and attention over those is the ring of the other cp/A
+ranks (USP, arXiv:2405.07719); with A = cp nothing is left to ring over.
+
+The token layout is the zigzag of all cp ranks. The A neighbours cp_rank = A*o .. A*o + A-1 together hold the
+chunks that a zigzag over cp/A ranks gives to rank o, so after the exchange a permutation within the rank
+makes the ring's own layout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cp.kernels import Block
+from cp.layout import shard_indices
+from cp.native_p2p import plan_ring, ring_attention_blocks
+from cp.packed_seq import PackedSeq
+from parallel.collectives import all_to_all
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """`order` [t * A]: exchanged rows (neighbour by neighbour) -> the ring's storage order; None: it is the same."""
+
+    order: Tensor | None
+    inverse: Tensor | None
+    blocks: list[Block | None]
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        order, inverse = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def _permute(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
+    return x if order is None or inverse is None else _Permute.apply(x, order, inverse)
+
+
+def kv_copies(kv_heads: int, a2a_size: int) -> int:
+    """How often each key/value head is repeated so that every rank gets whole ones: the least that works."""
+    return a2a_size // math.gcd(kv_heads, a2a_size)
+
+
+def plan_exchange(packed_seq: PackedSeq, *, a2a_size: int, ring_size: int, ring_rank: int, device: torch.device) -> _Plan:
+    padded, cp_size = packed_seq.padded_lengths, a2a_size * ring_size
+    neighbours = range(ring_rank * a2a_size, (ring_rank + 1) * a2a_size)
+    exchanged = np.concatenate([shard_indices(padded, cp_size=cp_size, cp_rank=r, layout="zigzag") for r in neighbours])
+    wanted = shard_indices(padded, cp_size=ring_size, cp_rank=ring_rank, layout="zigzag")
+    # Both list the same tokens of the row: find each wanted one among the exchanged ones.
+    place = np.empty(int(padded.sum()), np.int64)
+    place[exchanged] = np.arange(len(exchanged))
+    order = place[wanted]
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    same = (order == np.arange(len(order))).all()
+    return _Plan(
+        order=None if same else torch.from_numpy(order).to(device),
+        inverse=None if same else torch.from_numpy(inverse).to(device),
+        blocks=plan_ring(packed_seq, cp_size=ring_size, cp_rank=ring_rank, device=device),
+    )
+
+
+def _tokens_for_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[t, h, d] of this rank's tokens -> [A * t, h / A, d] of all neighbours' tokens."""
+    size = group.size()
+    sent = x.unflatten(1, (size, -1)).transpose(0, 1)  # [A, t, h/A, d]
+    return all_to_all(sent, group).flatten(0, 1)
+
+
+def _heads_for_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[A * t, h / A, d] -> [t, h, d]: the way back."""
+    size = group.size()
+    received = all_to_all(x.unflatten(0, (size, -1)), group)  # [A, t, h/A, d]
+    return received.transpose(0, 1).flatten(1, 2)
+
+
+def a2a_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed_seq: PackedSeq,
+    group: dist.ProcessGroup,
+    *,
+    scale: float,
+    a2a_group: dist.ProcessGroup,
+    ring_group: dist.ProcessGroup,
+) -> Tensor:
+    """Causal attention within each document of a zigzag row over `group` = a2a_group x ring_group.
+
+    Args:
+        q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size; hq divides by the size of `a2a_group`.
+        a2a_group: this rank's neighbours, with consecutive cp ranks.
+        ring_group: the ranks at this rank's place among their own neighbours.
+
+    Returns:
+        [t, hq, d]; 0 in padding.
+    """
+    assert a2a_group.size() * ring_group.size() == group.size()
+    key = ("native_a2a", a2a_group.size(), q.device)
+    if key not in packed_seq.plans:
+        packed_seq.plans[key] = plan_exchange(
+            packed_seq, a2a_size=a2a_group.size(), ring_size=ring_group.size(), ring_rank=ring_group.rank(), device=q.device
+        )
+    plan = packed_seq.plans[key]
+    copies = kv_copies(k.shape[1], a2a_group.size())
+    if copies > 1:
+        k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
+    q, k, v = (_permute(_tokens_for_heads(x, a2a_group), plan.order, plan.inverse) for x in (q, k, v))
+    out = ring_attention_blocks(q, k, v, plan.blocks, ring_group, scale=scale)  # [A * t, hq / A, d]
+    return _heads_for_tokens(_permute(out, plan.inverse, plan.order), a2a_group)

@@ -1,0 +1,109 @@
+"""PyTorch's own context parallelism as a backend (`--cp-backend pytorch`), BSHD.
+
+The public `torch.distributed.tensor.experimental.context_parallel` patches scaled_dot_product_attention and
+cuts whole buffers; on CPU it fails, since the CPU flash operator has no sharding rule. The templated ring
+beneath it works with any flash operator, forward and backward, and takes shards as they are: it is what
+this file calls, on the CPU and on CUDA.
+
+All private names of PyTorch are imported here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor.experimental._context_parallel import _attention as torch_cp
+
+from cp.packed_seq import PackedSeq
+
+aten = torch.ops.aten
+SEQUENCE_DIM = 2  # of [b, h, s, d]
+
+
+@contextmanager
+def _options(rotate_method: str, load_balance: bool, convert_to_f32: bool) -> Iterator[None]:
+    """PyTorch's options are globals of the process: set for one call, put back after."""
+    options = torch_cp._cp_options
+    before = options.rotate_method, options.enable_load_balance, options.convert_to_f32
+    try:
+        torch_cp.set_rotate_method(rotate_method)
+        options.enable_load_balance, options.convert_to_f32 = load_balance, convert_to_f32
+        yield
+    finally:
+        options.rotate_method, options.enable_load_balance, options.convert_to_f32 = before
+
+
+def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **kwargs: Any) -> tuple[Tensor, ...]:
+    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, **kwargs)
+
+
+def _cpu_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, is_causal: bool, **kwargs: Any
+) -> tuple[Tensor, ...]:
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, query, key, value, out, logsumexp, 0.0, is_causal, **kwargs
+    )
+
+
+class _TemplatedRing(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, scale: float, rotate_method: str, load_balance: bool
+    ) -> Tensor:
+        operator = _cpu_forward if q.device.type == "cpu" else aten._scaled_dot_product_flash_attention
+        # fp64 must not pass through PyTorch's float32 accumulators.
+        ctx.options = (rotate_method, load_balance, q.dtype != torch.float64)
+        with _options(*ctx.options):
+            out, lse, *rest = torch_cp._templated_ring_attention(group, SEQUENCE_DIM, operator, q, k, v, is_causal=True, scale=scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.group, ctx.scale, ctx.rest = group, scale, rest
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors
+        arguments: dict[str, Any] = dict(scale=ctx.scale)
+        if q.device.type == "cpu":
+            operator: Any = _cpu_backward
+        else:
+            operator = aten._scaled_dot_product_flash_attention_backward.default
+            names = ("cum_seq_q", "cum_seq_k", "max_q", "max_k", "philox_seed", "philox_offset")
+            arguments |= dict(zip(names, ctx.rest, strict=False)) | {"dropout_p": 0.0}
+        with _options(*ctx.options):
+            grads = torch_cp._templated_ring_attention_backward(
+                ctx.group, SEQUENCE_DIM, operator, dout.contiguous(), "grad_out", q, k, v, out, lse, True, **arguments
+            )
+        return *(g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=False)), None, None, None, None
+
+
+def pytorch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed_seq: PackedSeq,
+    group: dist.ProcessGroup,
+    *,
+    scale: float,
+    rotate_method: str,
+    load_balance: bool,
+) -> Tensor:
+    """Causal attention within each sequence of a BSHD row.
+
+    Args:
+        q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size; zigzag with `load_balance`, else doc_contiguous.
+        rotate_method: `allgather` or `alltoall`.
+
+    Returns:
+        [t, hq, d].
+    """
+    sequences = len(packed_seq.lengths)
+    q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))  # [b, h, s / cp, d]
+    out = _TemplatedRing.apply(q, k, v, group, scale, rotate_method, load_balance)
+    return out.transpose(1, 2).flatten(0, 1)
