@@ -29,7 +29,7 @@ from model.gpt import GPT
 from model.init import initialise
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_, shard_model
-from parallel.grid import Grid, GridSizes, build_grid
+from parallel.grid import Grid, GridSizes, build_grid, split_group
 from training.arguments import model_config, parse_arguments, parse_split, resolve
 from training.banner import print_banner
 from training.checkpoint import check_same_run, checkpoints, find_checkpoint, load_checkpoint, read_run_facts, save_checkpoint
@@ -95,7 +95,8 @@ def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.de
     """The model on this rank: built on the meta device, sharded, then filled shard by shard."""
     compute_dtype = COMPUTE_DTYPES[args.dtype]
     parameter_dtype = torch.float64 if args.dtype == "fp64" else torch.float32
-    attention = build_attention(args.cp_backend, args.cp_comm_type, head_dim=config.kv_channels)
+    a2a_groups = split_group(grid, "cp", args.attention.a2a_size) if args.attention.a2a_size > 1 else None
+    attention = build_attention(args.attention, head_dim=config.kv_channels, a2a_groups=a2a_groups)
     with torch.device("meta"):
         model = GPT(
             config,

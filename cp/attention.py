@@ -6,27 +6,43 @@ attention(q, k, v, packed_seq, group) -> out      # q [t, hq, d]; k, v [t, hkv, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
 
+from cp.native_a2a import a2a_attention
+from cp.native_all_gather import all_gather_attention
 from cp.native_p2p import ring_attention
 from cp.packed_seq import PackedSeq
+from cp.plan import AttentionChoice
 
 Attention = Callable[[Tensor, Tensor, Tensor, PackedSeq, dist.ProcessGroup], Tensor]
 
-# (backend, comm type) of every row of cp.plan.SUPPORT -> the function that serves it.
-IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Tensor]] = {
-    ("native", "p2p"): ring_attention,
-}
 
+def build_attention(
+    choice: AttentionChoice, *, head_dim: int, a2a_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+) -> Attention:
+    """The attention call that `cp.plan.choose` chose, with softmax scale 1/sqrt(head_dim).
 
-def build_attention(backend: str, comm_type: str, *, head_dim: int) -> Attention:
-    """The attention call of a backend that `cp.plan.check` has accepted, with softmax scale 1/sqrt(head_dim)."""
-    implementation = IMPLEMENTATIONS[backend, comm_type]
+    Args:
+        a2a_groups: for `a2a` and `a2a+p2p`, this rank's neighbours that trade heads and the ring over the rest.
+    """
     scale = head_dim**-0.5
+    if choice.backend == "native":
+        if choice.method == "p2p":
+            return partial(ring_attention, scale=scale)
+        if choice.method == "all_gather":
+            return partial(all_gather_attention, scale=scale, heads_k_stride=choice.heads_k_stride)
+        if choice.a2a_size == 1:  # nobody to trade with: the ring that is left over
+            return partial(ring_attention, scale=scale)
+        assert a2a_groups is not None
+        return partial(a2a_attention, scale=scale, a2a_group=a2a_groups[0], ring_group=a2a_groups[1])
+    if choice.backend == "pytorch":
+        from cp.pytorch_cp import pytorch_attention  # private names of PyTorch, imported where they are chosen
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:
-        return implementation(q, k, v, packed_seq, group, scale=scale)
+        return partial(pytorch_attention, scale=scale, rotate_method=choice.method, load_balance=choice.layout == "zigzag")
+    assert choice.backend == "ring"
+    from cp.ring_flash import ring_flash_attention  # an optional library
 
-    return attention
+    return partial(ring_flash_attention, scale=scale, function=choice.method, heads_k_stride=choice.heads_k_stride)

@@ -43,7 +43,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        order, inverse = ctx.saved_tensors
+        _, inverse = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 
 

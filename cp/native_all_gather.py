@@ -81,9 +81,7 @@ def _whole_row(gather: Gather, plan: _Plan) -> tuple[Tensor, Tensor]:
 
 def _head_slices(kv_heads: int, stride: int, queries_per_group: int) -> list[tuple[slice, slice]]:
     """(key/value heads, their query heads) of each round."""
-    return [
-        (slice(h, h + stride), slice(h * queries_per_group, (h + stride) * queries_per_group)) for h in range(0, kv_heads, stride)
-    ]
+    return [(slice(h, h + stride), slice(h * queries_per_group, (h + stride) * queries_per_group)) for h in range(0, kv_heads, stride)]
 
 
 class _AllGatherAttention(torch.autograd.Function):
@@ -127,13 +125,11 @@ class _AllGatherAttention(torch.autograd.Function):
             if number + 1 < len(ctx.rounds):
                 gather = _start_gather(k, v, ctx.rounds[number + 1][0], group)
             dkv = torch.zeros((len(row_k), 2, *row_k.shape[1:]), dtype=accumulate, device=q.device)
-            parts = [x[:, q_heads] for x in (dout, q)]
+            part_dout, part_q, part_out, part_lse = (x[:, q_heads] for x in (dout, q, out, lse))
             for block in (plan.own, plan.before):
                 if block is None:
                     continue
-                block_dq, block_dk, block_dv = block_backward(
-                    *parts, row_k, row_v, out[:, q_heads], lse[:, q_heads], block, ctx.scale
-                )
+                block_dq, block_dk, block_dv = block_backward(part_dout, part_q, row_k, row_v, part_out, part_lse, block, ctx.scale)
                 add_rows_(dq[:, q_heads], block.q_rows, block_dq)
                 add_rows_(dkv[:, 0], block.k_rows, block_dk)
                 add_rows_(dkv[:, 1], block.k_rows, block_dv)

@@ -133,9 +133,7 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None
 
 
-def ring_attention_blocks(
-    q: Tensor, k: Tensor, v: Tensor, blocks: list[Block | None], group: dist.ProcessGroup, *, scale: float
-) -> Tensor:
+def ring_attention_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block | None], group: dist.ProcessGroup, *, scale: float) -> Tensor:
     """The ring over `group` with the blocks that `plan_ring` made for it."""
     return _RingAttention.apply(q, k, v, blocks, group, scale)
 

@@ -46,9 +46,7 @@ def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = Fa
 def _cpu_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, is_causal: bool, **kwargs: Any
 ) -> tuple[Tensor, ...]:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, query, key, value, out, logsumexp, 0.0, is_causal, **kwargs
-    )
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad_out, query, key, value, out, logsumexp, 0.0, is_causal, **kwargs)
 
 
 class _TemplatedRing(torch.autograd.Function):
@@ -56,7 +54,7 @@ class _TemplatedRing(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, scale: float, rotate_method: str, load_balance: bool
     ) -> Tensor:
-        operator = _cpu_forward if q.device.type == "cpu" else aten._scaled_dot_product_flash_attention
+        operator: Any = _cpu_forward if q.device.type == "cpu" else aten._scaled_dot_product_flash_attention
         # fp64 must not pass through PyTorch's float32 accumulators.
         ctx.options = (rotate_method, load_balance, q.dtype != torch.float64)
         with _options(*ctx.options):

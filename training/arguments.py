@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 from cp import plan
+from cp.layout import LAYOUTS
 from data.corpus import open_source
 from data.packing import PACKINGS, resolve_packing
 from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer
@@ -57,7 +58,20 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tp-size", type=int, default=1, help="ranks that share each matrix (only 1 so far)")
     group.add_argument("--sequence-parallel", action="store_true", help="norms on 1/tp of the tokens (needs --tp-size above 1)")
     group.add_argument("--cp-backend", choices=("auto", *plan.BACKENDS), default="auto", help="what computes attention over cp ranks")
-    group.add_argument("--cp-comm-type", choices=plan.COMM_TYPES, default="p2p", help="how keys and values travel; p2p: a ring")
+    group.add_argument(
+        "--cp-comm-type",
+        choices=plan.methods("native"),
+        help="of native: p2p, a ring; all_gather, K and V of some heads at a time; a2a, Ulysses; a2a+p2p, both; default: p2p",
+    )
+    group.add_argument("--ring-attn-func", choices=plan.methods("ring"), help="of ring, the ring-flash-attn library; default: zigzag")
+    group.add_argument(
+        "--cp-rotate-method", choices=plan.methods("pytorch"), help="of pytorch, its own context parallelism; default: allgather"
+    )
+    group.add_argument(
+        "--cp-layout", choices=("auto", *LAYOUTS), default="auto", help="how tokens are cut over cp ranks; auto: what the method does best"
+    )
+    group.add_argument("--heads-k-stride", type=int, help="key/value heads gathered at a time by all_gather and llama3; default: 1")
+    group.add_argument("--cp-a2a-size", type=int, help="neighbours that trade heads in a2a+p2p; a divisor of --cp-size")
     group.add_argument(
         "--reshard-after-forward",
         choices=("auto", "on", "off"),
@@ -100,7 +114,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--packing", choices=PACKINGS, default="auto", help="auto: best-fit for thd, stream for bshd")
     group.add_argument(
-        "--document-alignment", type=int, help="documents are padded to a multiple of it; default: the smallest legal, 2 * cp"
+        "--document-alignment", type=int, help="documents are padded to a multiple of it; default: the smallest legal, 2 * cp for zigzag"
     )
     group.add_argument("--num-workers", type=int, help="processes that build batches ahead; 0: none; default: 2 on cuda, 0 on cpu")
 
@@ -299,7 +313,7 @@ def _resolve_grid(args: argparse.Namespace, world_size: int, local_world_size: i
 
 def _check_positive(args: argparse.Namespace) -> None:
     at_least_one = (
-        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+        "num_layers", "hidden_size", "ffn_hidden_size", "heads_k_stride", "cp_a2a_size", "num_attention_heads", "num_query_groups", "kv_channels",
         "make_vocab_size_divisible_by", "tokenizer_vocab_size", "seq_length", "document_alignment", "micro_batch_size",
         "global_batch_size", "train_iters", "loss_chunk_size", "lr_decay_iters", "eval_iters", "log_interval",
     )  # fmt: skip
@@ -343,17 +357,32 @@ def _resolve_attention(args: argparse.Namespace, chosen: list[str]) -> None:
     if args.cp_backend == "auto":
         args.cp_backend = plan.resolve_backend("auto")
         chosen.append(f"--cp-backend {args.cp_backend}")
-    support = plan.check(
+    for backend, flag in plan.METHOD_FLAGS.items():
+        name = flag.removeprefix("--").replace("-", "_")
+        if backend != args.cp_backend and getattr(args, name) is not None:
+            raise ValueError(f"{flag} {getattr(args, name)} belongs to --cp-backend {backend}, not to {args.cp_backend}")
+        if backend == args.cp_backend and getattr(args, name) is None:
+            setattr(args, name, plan.methods(backend)[0])
+            chosen.append(f"{flag} {plan.methods(backend)[0]}")
+        if backend == args.cp_backend:
+            method = getattr(args, name)
+    args.attention = plan.choose(
         backend=args.cp_backend,
-        comm_type=args.cp_comm_type,
+        method=method,
         qkv_format=args.qkv_format,
+        layout=args.cp_layout,
         dtype=args.dtype,
         device=args.device,
+        cp_size=args.cp_size,
+        a2a_size=args.cp_a2a_size,
+        heads_k_stride=args.heads_k_stride,
         head_dim=args.kv_channels,
         heads=args.num_attention_heads,
         groups=args.num_query_groups,
     )
-    args.cp_layout = support.layout
+    if args.cp_layout == "auto":
+        args.cp_layout = args.attention.layout
+        chosen.append(f"--cp-layout {args.cp_layout}")
 
 
 def _resolve_sequence(args: argparse.Namespace, chosen: list[str]) -> None:
@@ -364,14 +393,15 @@ def _resolve_sequence(args: argparse.Namespace, chosen: list[str]) -> None:
         raise ValueError(
             f"--packing {args.packing} is not offered for --qkv-format {args.qkv_format}: use {resolve_packing('auto', args.qkv_format)}"
         )
-    smallest = plan.smallest_alignment(args.cp_size)
+    smallest = plan.smallest_alignment(args.cp_layout, args.cp_size)
     if args.document_alignment is None:
         args.document_alignment = smallest
         chosen.append(f"--document-alignment {smallest}")
     if args.document_alignment % smallest:
         nearest = smallest * max(1, round(args.document_alignment / smallest))
         raise ValueError(
-            f"--document-alignment {args.document_alignment} is not a multiple of 2 * cp = {smallest}: nearest legal value {nearest}"
+            f"--document-alignment {args.document_alignment} is not a multiple of {smallest}, which layout "
+            f"{args.cp_layout} over {args.cp_size} cp ranks needs: nearest legal value {nearest}"
         )
     for unit, name in (
         (args.document_alignment, "--document-alignment"),

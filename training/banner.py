@@ -55,7 +55,7 @@ def print_banner(
         "device": f"{name}; peak {peak_tflops} TFLOP/s" if peak_tflops else f"{name}; no known peak, so no MFU (--peak-tflops)",
         "grid": f"{grid.describe()} = {grid.sizes.world_size} ranks",
         "chosen": "; ".join(chosen) or "nothing was left to choose",
-        "attention": f"{args.cp_backend}/{args.cp_comm_type}, {args.qkv_format}, layout {args.cp_layout}, "
+        "attention": f"{args.attention.backend} {args.attention.method}, {args.qkv_format}, layout {args.cp_layout}, "
         f"documents aligned to {args.document_alignment}",
         "model": f"{count_parameters(config):,} parameters: {config.num_layers} layers, hidden {config.hidden_size}, "
         f"{config.num_attention_heads} heads of {config.kv_channels} in {config.num_query_groups} groups, "

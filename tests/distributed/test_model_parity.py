@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from cp.attention import build_attention
+from cp.plan import AttentionChoice
 from data.loader import Sequence, build_batch
 from model.config import GPTConfig
 from model.gpt import GPT
@@ -34,6 +35,7 @@ LAYOUTS = {
     "dp_replicate 2 x dp_shard 2": GridSizes(dp_replicate=2, dp_shard=2),
     "cp 4": GridSizes(cp=4),
 }
+P2P = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -85,7 +87,7 @@ def built(grid: Grid, config: GPTConfig, dtype: str, reshard: bool = False) -> G
     with torch.device("meta"):
         model = GPT(
             config,
-            attention=build_attention("native", "p2p", head_dim=config.kv_channels),
+            attention=build_attention(P2P, head_dim=config.kv_channels),
             cp_group=grid.group("cp"),
             dtype=torch.float64 if dtype == "fp64" else torch.float32,
             loss_chunk_size=24,
