@@ -313,8 +313,8 @@ def _resolve_grid(args: argparse.Namespace, world_size: int, local_world_size: i
 
 def _check_positive(args: argparse.Namespace) -> None:
     at_least_one = (
-        "num_layers", "hidden_size", "ffn_hidden_size", "heads_k_stride", "cp_a2a_size", "num_attention_heads", "num_query_groups", "kv_channels",
-        "make_vocab_size_divisible_by", "tokenizer_vocab_size", "seq_length", "document_alignment", "micro_batch_size",
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+        "heads_k_stride", "cp_a2a_size", "make_vocab_size_divisible_by", "tokenizer_vocab_size", "seq_length", "document_alignment", "micro_batch_size",
         "global_batch_size", "train_iters", "loss_chunk_size", "lr_decay_iters", "eval_iters", "log_interval",
     )  # fmt: skip
     not_negative = (
