@@ -6,12 +6,13 @@ python train.py --help
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from cp.attention import build_attention
 from cp.layout import attention_pairs, balance
+from cp.plan import smallest_alignment
 from data.build import build_tokenizer, build_tokens, split_documents
 from data.corpus import open_source
 from data.loader import BatchPlan, SequenceDataset, build_loader
@@ -27,7 +29,7 @@ from data.tokenizer import Tokenizer
 from model.config import GPTConfig, padded_vocab_size
 from model.gpt import GPT
 from model.init import initialise
-from parallel.collectives import sum_over
+from parallel.collectives import WaitClock, sum_over
 from parallel.fsdp import clip_grad_norm_, shard_model
 from parallel.grid import Grid, GridSizes, build_grid, split_group
 from training.arguments import model_config, parse_arguments, parse_split, resolve
@@ -49,6 +51,7 @@ from training.metrics import MetricsLog, row_facts
 from training.optimizer import build_optimizer, set_lr
 from training.sample import generate
 from training.step import forward_backward
+from training.verify_step import verify_step
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -91,12 +94,12 @@ def build_data(args: Namespace) -> tuple[Tokenizer, SequenceDataset, SequenceDat
     return tokenizer, train_sequences, valid_sequences
 
 
-def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.device) -> GPT:
+def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.device, clock: WaitClock | None = None) -> GPT:
     """The model on this rank: built on the meta device, sharded, then filled shard by shard."""
     compute_dtype = COMPUTE_DTYPES[args.dtype]
     parameter_dtype = torch.float64 if args.dtype == "fp64" else torch.float32
     a2a_groups = split_group(grid, "cp", args.attention.a2a_size) if args.attention.a2a_size > 1 else None
-    attention = build_attention(args.attention, head_dim=config.kv_channels, a2a_groups=a2a_groups)
+    attention = build_attention(args.attention, head_dim=config.kv_channels, a2a_groups=a2a_groups, clock=clock)
     with torch.device("meta"):
         model = GPT(
             config,
@@ -166,6 +169,7 @@ def main(argv: list[str]) -> None:
         cp_rank=grid.rank("cp"),
         qkv_format=args.qkv_format,
         layout=args.cp_layout,
+        pad_rows=args.pad_rows,
     )
 
     # ------------------------------------------------------------------------------------------------
@@ -173,7 +177,8 @@ def main(argv: list[str]) -> None:
 
     vocab = padded_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by)
     config = model_config(args, vocab_size=tokenizer.vocab_size, padded_vocab_size=vocab)
-    model = build_model(args, config, grid, device)
+    cp_clock = WaitClock() if args.attention.backend == "native" and args.cp_size > 1 else None
+    model = build_model(args, config, grid, device, cp_clock)
     optimizer = build_optimizer(
         model, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay
     )
@@ -202,6 +207,7 @@ def main(argv: list[str]) -> None:
         train_iters=args.train_iters,
         log_interval=args.log_interval,
         peak_tflops=peak_tflops,
+        cp_clock=cp_clock,
         metrics_file=metrics_file,
         tensorboard_dir=tensorboard_dir,
         keep_before=first_step if start_from is not None else None,
@@ -246,7 +252,8 @@ def main(argv: list[str]) -> None:
             num_tokens=args.sample_tokens,
             grid=grid,
             device=device,
-            alignment=args.document_alignment,
+            alignment=math.lcm(args.document_alignment, smallest_alignment("zigzag", args.cp_size)),
+            qkv_format=args.qkv_format,
             layout=args.cp_layout,
             pad_token=tokenizer.eod,
             eod=tokenizer.eod,
@@ -259,9 +266,10 @@ def main(argv: list[str]) -> None:
     # The loop
 
     sample("before training")
+    verify_before = first_step + args.verify_steps
     loader = build_loader(
         train_sequences,
-        batch_plan,
+        replace(batch_plan, hash_before_step=verify_before),
         first_step=first_step,
         last_step=args.train_iters,
         num_workers=args.num_workers,
@@ -277,6 +285,8 @@ def main(argv: list[str]) -> None:
         step_facts = row_facts(batches, [_cp_balance(batch.packed_seq, grid) for batch in batches])
         step_facts = sum_over(step_facts.to(device, non_blocking=True), grid.group("batch"))
         loss_tokens = step_facts[0].clamp(min=1)
+        if step < verify_before:
+            verify_step(model, batches, grid, device)
 
         # Forward and backward; gradients are summed over the ranks after the last microbatch.
         cross_entropy = forward_backward(

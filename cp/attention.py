@@ -16,28 +16,34 @@ from cp.native_all_gather import all_gather_attention
 from cp.native_p2p import ring_attention
 from cp.packed_seq import PackedSeq
 from cp.plan import AttentionChoice
+from parallel.collectives import WaitClock
 
 Attention = Callable[[Tensor, Tensor, Tensor, PackedSeq, dist.ProcessGroup], Tensor]
 
 
 def build_attention(
-    choice: AttentionChoice, *, head_dim: int, a2a_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+    choice: AttentionChoice,
+    *,
+    head_dim: int,
+    a2a_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+    clock: WaitClock | None = None,
 ) -> Attention:
     """The attention call that `cp.plan.choose` chose, with softmax scale 1/sqrt(head_dim).
 
     Args:
         a2a_groups: for `a2a` and `a2a+p2p`, this rank's neighbours that trade heads and the ring over the rest.
+        clock: counts the waits of `native`; the libraries' cannot be seen.
     """
     scale = head_dim**-0.5
     if choice.backend == "native":
         if choice.method == "p2p":
-            return partial(ring_attention, scale=scale)
+            return partial(ring_attention, scale=scale, clock=clock)
         if choice.method == "all_gather":
-            return partial(all_gather_attention, scale=scale, heads_k_stride=choice.heads_k_stride)
+            return partial(all_gather_attention, scale=scale, heads_k_stride=choice.heads_k_stride, clock=clock)
         if choice.a2a_size == 1:  # nobody to trade with: the ring that is left over
-            return partial(ring_attention, scale=scale)
+            return partial(ring_attention, scale=scale, clock=clock)
         assert a2a_groups is not None
-        return partial(a2a_attention, scale=scale, a2a_group=a2a_groups[0], ring_group=a2a_groups[1])
+        return partial(a2a_attention, scale=scale, a2a_group=a2a_groups[0], ring_group=a2a_groups[1], clock=clock)
     if choice.backend == "pytorch":
         from cp.pytorch_cp import pytorch_attention  # private names of PyTorch, imported where they are chosen
 

@@ -23,7 +23,7 @@ from cp.kernels import Block
 from cp.layout import shard_indices
 from cp.native_p2p import plan_ring, ring_attention_blocks
 from cp.packed_seq import PackedSeq
-from parallel.collectives import all_to_all
+from parallel.collectives import WaitClock, all_to_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +99,7 @@ def a2a_attention(
     scale: float,
     a2a_group: dist.ProcessGroup,
     ring_group: dist.ProcessGroup,
+    clock: WaitClock | None = None,
 ) -> Tensor:
     """Causal attention within each document of a zigzag row over `group` = a2a_group x ring_group.
 
@@ -106,6 +107,7 @@ def a2a_attention(
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size; hq divides by the size of `a2a_group`.
         a2a_group: this rank's neighbours, with consecutive cp ranks.
         ring_group: the ranks at this rank's place among their own neighbours.
+        clock: counts the ring's waits; the all-to-alls have nothing to hide behind and are not on it.
 
     Returns:
         [t, hq, d]; 0 in padding.
@@ -121,5 +123,5 @@ def a2a_attention(
     if copies > 1:
         k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
     q, k, v = (_permute(_tokens_for_heads(x, a2a_group), plan.order, plan.inverse) for x in (q, k, v))
-    out = ring_attention_blocks(q, k, v, plan.blocks, ring_group, scale=scale)  # [A * t, hq / A, d]
+    out = ring_attention_blocks(q, k, v, plan.blocks, ring_group, scale=scale, clock=clock)  # [A * t, hq / A, d]
     return _heads_for_tokens(_permute(out, plan.inverse, plan.order), a2a_group)

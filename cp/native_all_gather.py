@@ -23,7 +23,7 @@ from cp.kernels import Block, accumulator_dtype, add_rows_, block_backward, bloc
 from cp.layout import shard_indices, unshard_indices
 from cp.native_p2p import merge_rows_
 from cp.packed_seq import PackedSeq
-from parallel.collectives import Gather, reduce_scatter, start_all_gather
+from parallel.collectives import Gather, WaitClock, reduce_scatter, start_all_gather
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +71,9 @@ def _start_gather(k: Tensor, v: Tensor, heads: slice, group: dist.ProcessGroup) 
     return start_all_gather(torch.stack((k[:, heads], v[:, heads]), 1), group)  # [t, 2, stride, d]
 
 
-def _whole_row(gather: Gather, plan: _Plan) -> tuple[Tensor, Tensor]:
+def _whole_row(gather: Gather, plan: _Plan, clock: WaitClock | None) -> tuple[Tensor, Tensor]:
     """K and V of the whole row in order, [T, stride, d] each, once they are here."""
-    kv = gather.wait()  # [T, 2, stride, d], rank by rank
+    kv = gather.wait(clock)  # [T, 2, stride, d], rank by rank
     if plan.to_row is not None:
         kv = kv.index_select(0, plan.to_row)
     return kv[:, 0], kv[:, 1]
@@ -87,7 +87,7 @@ def _head_slices(kv_heads: int, stride: int, queries_per_group: int) -> list[tup
 class _AllGatherAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, group: dist.ProcessGroup, scale: float, stride: int
+        ctx, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, group: dist.ProcessGroup, scale: float, stride: int, clock: WaitClock | None
     ) -> Tensor:
         accumulate = accumulator_dtype(q.dtype)
         result = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -95,7 +95,7 @@ class _AllGatherAttention(torch.autograd.Function):
         rounds = _head_slices(k.shape[1], stride, q.shape[1] // k.shape[1])
         gather = _start_gather(k, v, rounds[0][0], group)
         for number, (_, q_heads) in enumerate(rounds):
-            row_k, row_v = _whole_row(gather, plan)
+            row_k, row_v = _whole_row(gather, plan, clock)
             if number + 1 < len(rounds):
                 gather = _start_gather(k, v, rounds[number + 1][0], group)
             if plan.own is None:
@@ -108,7 +108,7 @@ class _AllGatherAttention(torch.autograd.Function):
                 merge_rows_(out, part_lse, plan.before, *block_forward(part, row_k, row_v, plan.before, scale))
             result[:, q_heads], lse[:, q_heads] = out.to(q.dtype), part_lse
         ctx.save_for_backward(q, k, v, result, lse)
-        ctx.plan, ctx.group, ctx.scale, ctx.rounds = plan, group, scale, rounds
+        ctx.plan, ctx.group, ctx.scale, ctx.rounds, ctx.clock = plan, group, scale, rounds, clock
         return result
 
     @staticmethod
@@ -121,7 +121,7 @@ class _AllGatherAttention(torch.autograd.Function):
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
         gather = _start_gather(k, v, ctx.rounds[0][0], group)
         for number, (kv_heads, q_heads) in enumerate(ctx.rounds):
-            row_k, row_v = _whole_row(gather, plan)
+            row_k, row_v = _whole_row(gather, plan, ctx.clock)
             if number + 1 < len(ctx.rounds):
                 gather = _start_gather(k, v, ctx.rounds[number + 1][0], group)
             dkv = torch.zeros((len(row_k), 2, *row_k.shape[1:]), dtype=accumulate, device=q.device)
@@ -137,11 +137,19 @@ class _AllGatherAttention(torch.autograd.Function):
                 dkv = dkv.index_select(0, plan.from_row)
             mine = reduce_scatter(dkv, group)  # [t, 2, stride, d]
             dk[:, kv_heads], dv[:, kv_heads] = mine[:, 0].to(k.dtype), mine[:, 1].to(v.dtype)
-        return dq.to(q.dtype), dk, dv, None, None, None, None
+        return dq.to(q.dtype), dk, dv, None, None, None, None, None
 
 
 def all_gather_attention(
-    q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup, *, scale: float, heads_k_stride: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed_seq: PackedSeq,
+    group: dist.ProcessGroup,
+    *,
+    scale: float,
+    heads_k_stride: int,
+    clock: WaitClock | None = None,
 ) -> Tensor:
     """Causal attention within each document of a row cut over `group` (zigzag or contiguous).
 
@@ -155,4 +163,4 @@ def all_gather_attention(
     key = ("native_all_gather", q.device)
     if key not in packed_seq.plans:
         packed_seq.plans[key] = plan_all_gather(packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device)
-    return _AllGatherAttention.apply(q, k, v, packed_seq.plans[key], group, scale, heads_k_stride)
+    return _AllGatherAttention.apply(q, k, v, packed_seq.plans[key], group, scale, heads_k_stride, clock)

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from cp.kernels import Block, accumulator_dtype, add_rows_, block_backward, block_forward, build_block, spread_rows, take_rows
 from cp.packed_seq import PackedSeq
-from parallel.collectives import start_ring_shift
+from parallel.collectives import WaitClock, start_ring_shift
 
 KV_TAG, GRAD_TAG = 0, 1
 
@@ -80,7 +80,7 @@ def merge_rows_(out: Tensor, lse: Tensor, block: Block, block_out: Tensor, block
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block | None], group: dist.ProcessGroup, scale: float
+        ctx, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block | None], group: dist.ProcessGroup, scale: float, clock: WaitClock | None
     ) -> Tensor:
         cp_size = len(blocks)
         accumulate = accumulator_dtype(q.dtype)
@@ -97,10 +97,10 @@ class _RingAttention(torch.autograd.Function):
             elif step == 0:  # no real token here, hence no later block either
                 out, lse = q.new_zeros(q.shape, dtype=accumulate), q.new_zeros(q.shape[:2], dtype=accumulate)
             if shift is not None:
-                kv = shift.wait()
+                kv = shift.wait(clock)
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse)
-        ctx.blocks, ctx.group, ctx.scale = blocks, group, scale
+        ctx.blocks, ctx.group, ctx.scale, ctx.clock = blocks, group, scale, clock
         return result
 
     @staticmethod
@@ -123,26 +123,45 @@ class _RingAttention(torch.autograd.Function):
                 add_rows_(dkv[0], block.k_rows, block_dk)
                 add_rows_(dkv[1], block.k_rows, block_dv)
             if dkv_shift is not None:
-                dkv += dkv_shift.wait()
+                dkv += dkv_shift.wait(ctx.clock)
             if cp_size > 1:
                 dkv_shift = start_ring_shift(dkv, group, tag=GRAD_TAG)  # the last of these hops ends at home
             if kv_shift is not None:
-                kv = kv_shift.wait()
+                kv = kv_shift.wait(ctx.clock)
         if dkv_shift is not None:
-            dkv = dkv_shift.wait()
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None
+            dkv = dkv_shift.wait(ctx.clock)
+        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None, None
 
 
-def ring_attention_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block | None], group: dist.ProcessGroup, *, scale: float) -> Tensor:
+def ring_attention_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: list[Block | None],
+    group: dist.ProcessGroup,
+    *,
+    scale: float,
+    clock: WaitClock | None = None,
+) -> Tensor:
     """The ring over `group` with the blocks that `plan_ring` made for it."""
-    return _RingAttention.apply(q, k, v, blocks, group, scale)
+    return _RingAttention.apply(q, k, v, blocks, group, scale, clock)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup, *, scale: float) -> Tensor:
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed_seq: PackedSeq,
+    group: dist.ProcessGroup,
+    *,
+    scale: float,
+    clock: WaitClock | None = None,
+) -> Tensor:
     """Causal attention within each document of a row that is cut over `group` in zigzag order.
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size, hkv divides hq.
+        clock: counts the time in which computation waits for a transfer.
 
     Returns:
         [t, hq, d]; 0 in padding. Gradients of padding's q, k and v are 0.
@@ -150,4 +169,4 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group
     key = ("native_p2p", q.device)
     if key not in packed_seq.plans:
         packed_seq.plans[key] = plan_ring(packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device)
-    return ring_attention_blocks(q, k, v, packed_seq.plans[key], group, scale=scale)
+    return ring_attention_blocks(q, k, v, packed_seq.plans[key], group, scale=scale, clock=clock)

@@ -47,6 +47,7 @@ class Batch:
         packed_seq: the row's documents.
         loss_tokens: labelled tokens of the whole row.
         real_tokens: tokens of the whole row that are not padding.
+        row_hash: of the whole row and its documents, where that was asked for; equal on ranks that share the row.
     """
 
     tokens: Tensor
@@ -54,6 +55,7 @@ class Batch:
     packed_seq: PackedSeq
     loss_tokens: int
     real_tokens: int
+    row_hash: int | None = None
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -65,7 +67,7 @@ class Batch:
         return self._move(lambda x: x.pin_memory())
 
     def _move(self, move: Any) -> Batch:
-        return Batch(move(self.tokens), move(self.labels), self.packed_seq.move(move), self.loss_tokens, self.real_tokens)
+        return Batch(move(self.tokens), move(self.labels), self.packed_seq.move(move), self.loss_tokens, self.real_tokens, self.row_hash)
 
 
 class SequenceDataset:
@@ -168,25 +170,54 @@ class SequenceDataset:
         return self.__dict__ | {"_epochs": {}}
 
 
-def build_batch(sequences: list[Sequence], *, cp_size: int, cp_rank: int, qkv_format: str, layout: str) -> Batch:
+def build_batch(
+    sequences: list[Sequence],
+    *,
+    cp_size: int,
+    cp_rank: int,
+    qkv_format: str,
+    layout: str,
+    pad_rows: str = "full",
+    hash_row: bool = False,
+) -> Batch:
     """The row that `sequences` make up, cut to this rank's tokens."""
-    packed_seq, owned = build_packed_seq(
-        np.concatenate([s.lengths for s in sequences]),
-        np.concatenate([s.padded_lengths for s in sequences]),
-        cp_size=cp_size,
-        cp_rank=cp_rank,
-        qkv_format=qkv_format,
-        layout=layout,
-    )
+    if pad_rows == "dynamic":
+        sequences = _without_tails(sequences, unit=2 * cp_size)
+    lengths = np.concatenate([s.lengths for s in sequences])
+    padded_lengths = np.concatenate([s.padded_lengths for s in sequences])
+    packed_seq, owned = build_packed_seq(lengths, padded_lengths, cp_size=cp_size, cp_rank=cp_rank, qkv_format=qkv_format, layout=layout)
     tokens = np.concatenate([s.tokens for s in sequences])
     labels = np.concatenate([s.labels for s in sequences])
+    row_hash = None
+    if hash_row:
+        digest = hashlib.blake2b(digest_size=8)
+        for part in (tokens, labels, lengths, padded_lengths):
+            digest.update(part.astype(np.int64).tobytes())
+        row_hash = int.from_bytes(digest.digest(), "little", signed=True)
     return Batch(
         tokens=torch.from_numpy(tokens[owned]),
         labels=torch.from_numpy(labels[owned]),
         packed_seq=packed_seq,
         loss_tokens=int((labels != IGNORE_LABEL).sum()),
-        real_tokens=int(packed_seq.lengths.sum()),
+        real_tokens=int(lengths.sum()),
+        row_hash=row_hash,
     )
+
+
+def _without_tails(sequences: list[Sequence], *, unit: int) -> list[Sequence]:
+    """The same documents without documents of real length 0, and one such at the end that makes the row a multiple of `unit`."""
+    kept = []
+    for s in sequences:
+        real = np.repeat(s.lengths > 0, s.padded_lengths)
+        kept.append(Sequence(s.tokens[real], s.labels[real], s.lengths[s.lengths > 0], s.padded_lengths[s.lengths > 0]))
+    total = sum(len(s.tokens) for s in kept)
+    missing = -total % unit or (unit if not total else 0)
+    if missing:
+        first = sequences[0]
+        pad_token = first.tokens[-1]  # what the tail holds does not matter
+        tail = np.array([missing])
+        kept.append(Sequence(np.full(missing, pad_token), np.full(missing, IGNORE_LABEL), np.zeros_like(tail), tail))
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +232,8 @@ class BatchPlan:
     cp_rank: int
     qkv_format: str
     layout: str
+    pad_rows: str = "full"
+    hash_before_step: int = 0  # rows of steps below it carry their hash
 
     @property
     def num_microbatches(self) -> int:
@@ -225,7 +258,15 @@ class RowDataset(Dataset):
             self.sequences.empty_sequence() if self.limit is not None and n >= self.limit else self.sequences.sequence(n)
             for n in plan.sequence_numbers(*at)
         ]
-        return build_batch(row, cp_size=plan.cp_size, cp_rank=plan.cp_rank, qkv_format=plan.qkv_format, layout=plan.layout)
+        return build_batch(
+            row,
+            cp_size=plan.cp_size,
+            cp_rank=plan.cp_rank,
+            qkv_format=plan.qkv_format,
+            layout=plan.layout,
+            pad_rows=plan.pad_rows,
+            hash_row=at[0] < plan.hash_before_step,
+        )
 
 
 class _StepSampler(Sampler):

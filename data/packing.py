@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 PACKINGS = ("auto", "best-fit", "stream")
+PAD_ROWS = ("full", "dynamic")
 
 
 def resolve_packing(name: str, qkv_format: str) -> str:

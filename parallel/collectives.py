@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,47 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+class WaitClock:
+    """Seconds that computation stood still for a transfer, summed up until read.
+
+    On CUDA a wait blocks the stream, not the host, so events around it are kept and read later.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def wait(self, works: Sequence[dist.Work], *, cuda: bool) -> None:
+        """Wait for all of `works`, on the clock."""
+        if cuda:
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record()
+            for work in works:
+                work.wait()
+            after.record()
+            self._events.append((before, after))
+            return
+        start = time.perf_counter()
+        for work in works:
+            work.wait()
+        self._seconds += time.perf_counter() - start
+
+    def read(self) -> float:
+        """Seconds since the last reading. On CUDA call it after a synchronisation."""
+        seconds = self._seconds + sum(before.elapsed_time(after) for before, after in self._events) / 1000
+        self._seconds = 0.0
+        self._events.clear()
+        return seconds
+
+
+def _wait(works: Sequence[dist.Work], clock: WaitClock | None, *, cuda: bool) -> None:
+    if clock is not None:
+        clock.wait(works, cuda=cuda)
+        return
+    for work in works:
+        work.wait()
+
+
 @dataclass
 class RingShift:
     """A transfer under way: `sent` goes to the next rank of the ring, `received` comes from the previous."""
@@ -21,10 +64,9 @@ class RingShift:
     received: Tensor
     works: list[dist.Work]
 
-    def wait(self) -> Tensor:
+    def wait(self, clock: WaitClock | None = None) -> Tensor:
         """The received tensor, once it is there (on CUDA: once the current stream may read it)."""
-        for work in self.works:
-            work.wait()
+        _wait(self.works, clock, cuda=self.received.is_cuda)
         return self.received
 
 
@@ -83,9 +125,10 @@ class Gather:
     gathered: Tensor
     work: dist.Work | None
 
-    def wait(self) -> Tensor:
+    def wait(self, clock: WaitClock | None = None) -> Tensor:
+        """The gathered tensor, once it is there."""
         if self.work is not None:
-            self.work.wait()
+            _wait([self.work], clock, cuda=self.gathered.is_cuda)
         return self.gathered
 
 

@@ -18,7 +18,7 @@ import yaml
 from cp import plan
 from cp.layout import LAYOUTS
 from data.corpus import open_source
-from data.packing import PACKINGS, resolve_packing
+from data.packing import PACKINGS, PAD_ROWS, resolve_packing
 from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer
 from model.config import GPTConfig
 from training.lr_schedule import LR_DECAY_STYLES
@@ -114,6 +114,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--packing", choices=PACKINGS, default="auto", help="auto: best-fit for thd, stream for bshd")
     group.add_argument(
+        "--pad-rows",
+        choices=PAD_ROWS,
+        default="full",
+        help="full: every row has micro-batch * seq-length tokens; dynamic: a row ends with its last document",
+    )
+    group.add_argument(
         "--document-alignment", type=int, help="documents are padded to a multiple of it; default: the smallest legal, 2 * cp for zigzag"
     )
     group.add_argument("--num-workers", type=int, help="processes that build batches ahead; 0: none; default: 2 on cuda, 0 on cpu")
@@ -163,6 +169,9 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def _add_logging(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("log")
+    group.add_argument(
+        "--verify-steps", type=int, default=1, help="first steps in which cp peers compare their rows and replicas their weights; 0: none"
+    )
     group.add_argument("--log-interval", type=int, default=10, help="steps between lines")
     group.add_argument("--tensorboard-dir", help="default: <run-dir>/tensorboard; none: off")
     group.add_argument("--metrics-file", help="JSON lines, one a step; default: <run-dir>/metrics.jsonl; none: off")
@@ -314,12 +323,13 @@ def _resolve_grid(args: argparse.Namespace, world_size: int, local_world_size: i
 def _check_positive(args: argparse.Namespace) -> None:
     at_least_one = (
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-        "heads_k_stride", "cp_a2a_size", "make_vocab_size_divisible_by", "tokenizer_vocab_size", "seq_length", "document_alignment", "micro_batch_size",
-        "global_batch_size", "train_iters", "loss_chunk_size", "lr_decay_iters", "eval_iters", "log_interval",
+        "heads_k_stride", "cp_a2a_size", "make_vocab_size_divisible_by", "tokenizer_vocab_size", "seq_length",
+        "document_alignment", "micro_batch_size", "global_batch_size", "train_iters", "loss_chunk_size", "lr_decay_iters",
+        "eval_iters", "log_interval",
     )  # fmt: skip
     not_negative = (
         "z_loss", "lr", "min_lr", "lr_warmup_iters", "lr_wsd_decay_iters", "weight_decay", "clip_grad", "eval_interval",
-        "save_interval", "sample_tokens", "num_workers", "seed",
+        "save_interval", "verify_steps", "sample_tokens", "num_workers", "seed",
     )  # fmt: skip
     above_zero = ("rotary_base", "norm_epsilon", "init_method_std", "adam_eps", "peak_tflops", "distributed_timeout_minutes")
     for names, legal, words in (

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.loader import Batch
 from model.config import GPTConfig
+from parallel.collectives import WaitClock
 from training.flops import training_flops
 
 # Per-row facts that are summed over a step's rows, in this order, in one float64 tensor.
@@ -45,6 +46,7 @@ class _Pending:
     facts: Tensor
     step_time: float
     data_time: float
+    cp_wait: float | None
 
 
 class MetricsLog:
@@ -52,6 +54,7 @@ class MetricsLog:
 
     Args:
         peak_tflops: of one rank, dense; None leaves MFU out.
+        cp_clock: what attention's waits are counted on; None leaves them out.
         keep_before: drop records of the metrics file from this step on (a resumed run writes them again);
             None starts the file anew.
     """
@@ -65,12 +68,13 @@ class MetricsLog:
         train_iters: int,
         log_interval: int,
         peak_tflops: float | None,
+        cp_clock: WaitClock | None,
         metrics_file: Path | None,
         tensorboard_dir: Path | None,
         keep_before: int | None,
     ) -> None:
         self.config, self.world_size, self.is_writer = config, world_size, is_writer
-        self.train_iters, self.log_interval, self.peak_tflops = train_iters, log_interval, peak_tflops
+        self.train_iters, self.log_interval, self.peak_tflops, self.cp_clock = train_iters, log_interval, peak_tflops, cp_clock
         self.pending: list[_Pending] = []
         self.last_time = time.perf_counter()
         self.file: TextIO | None = None
@@ -86,6 +90,8 @@ class MetricsLog:
     def restart_clock(self) -> None:
         """Leave out of step times what was done since the last step (validation, a checkpoint)."""
         self.last_time = time.perf_counter()
+        if self.cp_clock is not None:
+            self.cp_clock.read()
 
     def step(self, step: int, *, loss: Tensor, grad_norm: Tensor, lr: float, facts: Tensor, data_time: float, memory: int) -> None:
         """Take in one finished step, counted from 1; write when a line is due.
@@ -103,7 +109,9 @@ class MetricsLog:
         if due and loss.is_cuda:
             torch.cuda.synchronize()  # a line's times cover finished work
         now = time.perf_counter()
-        self.pending.append(_Pending(step, loss, grad_norm, lr, facts, now - self.last_time, data_time))
+        # On CUDA the waits can only be read where the device is in step: a line's sum is spread over its steps.
+        cp_wait = self.cp_clock.read() if self.cp_clock is not None and (due or not loss.is_cuda) else None
+        self.pending.append(_Pending(step, loss, grad_norm, lr, facts, now - self.last_time, data_time, cp_wait))
         self.last_time = now
         if due:
             self._write(memory)
@@ -115,8 +123,10 @@ class MetricsLog:
         pending, self.pending = self.pending, []
         if pending[0].loss.is_cuda:
             mean = sum(p.step_time for p in pending) / len(pending)
+            waited = pending[-1].cp_wait
             for p in pending:
                 p.step_time = mean
+                p.cp_wait = None if waited is None else waited / len(pending)
         records = [self._record(p, memory) for p in pending]
         for record in records:
             if self.file is not None:
@@ -151,6 +161,7 @@ class MetricsLog:
             "packing_efficiency": facts["real_tokens"] / facts["row_tokens"],
             "cp_balance": facts["cp_balance"] / facts["rows"],
             "data_share": p.data_time / p.step_time,
+            "cp_wait_share": None if p.cp_wait is None else p.cp_wait / p.step_time,
             "max_memory_bytes": memory,
         }
 
@@ -159,13 +170,15 @@ class MetricsLog:
         speed = sum(r["tokens"] for r in records) / seconds
         tflops = sum(r["tflops_per_rank"] * r["step_time_s"] for r in records) / seconds
         mfu = f"{tflops / self.peak_tflops:6.1%}" if self.peak_tflops else "n/a"
+        waits = [r["cp_wait_share"] * r["step_time_s"] for r in records if r["cp_wait_share"] is not None]
+        cp_wait = f"cp wait {sum(waits) / seconds:5.1%} | " if waits else ""
         left = int((self.train_iters - last["step"]) * seconds / len(records))
         width = len(str(self.train_iters))
         line = (
             f"step {last['step']:{width}d}/{self.train_iters} | loss {last['loss']:8.5f} | grad norm {last['grad_norm']:7.3f} | "
             f"lr {last['lr']:.2e} | {speed:9,.0f} tok/s ({speed / self.world_size:,.0f} a rank) | "
             f"{tflops:7.3f} TFLOP/s a rank | MFU {mfu} | packing {last['packing_efficiency']:6.2%} | "
-            f"cp balance {last['cp_balance']:.3f} | data {sum(p.data_time for p in pending) / seconds:5.1%} | "
+            f"cp balance {last['cp_balance']:.3f} | {cp_wait}data {sum(p.data_time for p in pending) / seconds:5.1%} | "
             f"mem {last['max_memory_bytes'] / 2**30:6.2f} GiB | {left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d} left"
         )
         if self.show_bar:

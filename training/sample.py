@@ -20,6 +20,7 @@ def generate(
     grid: Grid,
     device: torch.device,
     alignment: int,
+    qkv_format: str,
     layout: str,
     pad_token: int,
     eod: int,
@@ -41,7 +42,9 @@ def generate(
     ids = list(prompt)
     for _ in range(num_tokens):
         padded = np.array([-(-len(ids) // alignment) * alignment])
-        packed_seq, owned = build_packed_seq(np.array([len(ids)]), padded, cp_size=cp_size, cp_rank=cp_rank, layout=layout)
+        packed_seq, owned = build_packed_seq(
+            np.array([len(ids)]), padded, cp_size=cp_size, cp_rank=cp_rank, qkv_format=qkv_format, layout=layout
+        )
         row = np.full(int(padded[0]), pad_token, np.int64)
         row[: len(ids)] = ids
         last = np.flatnonzero(owned == len(ids) - 1)  # one row on the rank that owns the last token, else none

@@ -66,6 +66,32 @@ def test_loss_falls_and_flops_do_not_depend_on_cp(base, one_rank, tmp_path: Path
     assert wanted <= metrics[0].keys() and metrics[0]["mfu"] is None
 
 
+BACKENDS = {
+    "all_gather": "--cp-comm-type all_gather --cp-size 4",
+    "all_gather contiguous": "--cp-comm-type all_gather --cp-layout contiguous --cp-size 2 --pad-rows dynamic",
+    "a2a": "--cp-comm-type a2a --cp-size 2",
+    "a2a+p2p": "--cp-comm-type a2a+p2p --cp-a2a-size 2 --cp-size 4",
+    "ring llama3": "--cp-backend ring --ring-attn-func llama3 --cp-size 2 --dtype fp32",
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_has_the_losses_of_one_rank(base, one_rank, tmp_path: Path, backend: str) -> None:
+    flags = BACKENDS[backend].split()
+    dtype = "fp32" if "fp32" in flags else "fp64"
+    metrics = train(4 if "4" in flags else 2, tmp_path, *base, "--dtype", dtype, *flags)
+    for ours, theirs in zip(metrics, one_rank[dtype], strict=True):
+        for name in ("loss", "grad_norm"):
+            assert abs(ours[name] / theirs[name] - 1) <= LIMITS[dtype], (ours["step"], name, ours[name], theirs[name])
+        assert (ours["tokens"], ours["loss_tokens"]) == (theirs["tokens"], theirs["loss_tokens"])
+
+
+def test_pytorchs_backend_has_the_losses_of_one_rank(base, tmp_path: Path) -> None:
+    flags = [*base, "--qkv-format", "bshd", "--dtype", "fp64"]
+    want = train(0, tmp_path / "one", *flags)
+    assert_same_run(train(2, tmp_path / "cp", *flags, "--cp-size", "2", "--cp-backend", "pytorch", "--sample-tokens", "2"), want, 1e-9)
+
+
 def test_bshd_has_the_same_losses_over_cp(base, tmp_path: Path) -> None:
     flags = [*base, "--qkv-format", "bshd", "--dtype", "fp64"]
     want = train(0, tmp_path / "one", *flags)

@@ -54,6 +54,21 @@ REFUSALS = [
     (["--resume", "--load", "x", "--run-dir", "y"], 1, ["--resume", "--load"]),
     (["--config", "no/such.yaml"], 1, ["--config no/such.yaml"]),
     (["--log-interval", "0"], 1, ["--log-interval 0"]),
+    (["--cp-backend", "pytorch"], 1, ["--qkv-format thd", "pytorch", "bshd"]),
+    (["--cp-backend", "ring"], 1, ["--dtype fp32", "ring", "bf16"]),
+    (["--cp-backend", "ring", "--dtype", "bf16"], 1, ["--cp-size 2 or more", "not 1"]),
+    (["--cp-backend", "ring", "--ring-attn-func", "stripe"], 1, ["--qkv-format thd", "stripe", "bshd"]),
+    (["--cp-backend", "ring", "--ring-attn-func", "llama3", "--qkv-format", "bshd"], 1, ["--qkv-format bshd", "llama3", "thd"]),
+    (["--ring-attn-func", "zigzag"], 1, ["--ring-attn-func zigzag", "ring", "native"]),
+    (["--cp-backend", "ring", "--cp-comm-type", "a2a"], 1, ["--cp-comm-type a2a", "native", "ring"]),
+    (["--cp-layout", "striped"], 1, ["--cp-layout striped", "zigzag"]),
+    (["--cp-comm-type", "a2a", "--cp-size", "3", "--seq-length", "1536"], 3, ["--cp-size 3", "4 query heads", "1, 2, 4"]),
+    (["--cp-comm-type", "a2a+p2p", "--cp-size", "4"], 4, ["--cp-a2a-size", "4"]),
+    (["--cp-comm-type", "a2a+p2p", "--cp-size", "4", "--cp-a2a-size", "3"], 4, ["--cp-a2a-size 3", "--cp-size 4", "1, 2, 4"]),
+    (["--cp-a2a-size", "2"], 1, ["--cp-a2a-size 2", "a2a+p2p"]),
+    (["--heads-k-stride", "2"], 1, ["--heads-k-stride 2", "p2p"]),
+    (["--cp-comm-type", "all_gather", "--heads-k-stride", "3"], 1, ["--heads-k-stride 3", "2 key/value heads", "1, 2"]),
+    (["--verify-steps", "-1"], 1, ["--verify-steps -1"]),
 ]
 
 
@@ -113,7 +128,7 @@ def test_flags_that_the_issue_names_exist() -> None:
         document-alignment num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups kv-channels seq-length
         micro-batch-size global-batch-size train-iters seed dtype save load save-interval eval-interval eval-iters log-interval
         tensorboard-dir metrics-file data-path data-cache-path tokenizer-type tokenizer-model num-workers device transformer-impl
-        config resume clip-grad lr-decay-style z-loss loss-chunk-size reshard-after-forward peak-tflops
+        ring-attn-func heads-k-stride cp-rotate-method cp-a2a-size verify-steps pad-rows config resume clip-grad lr-decay-style z-loss loss-chunk-size reshard-after-forward peak-tflops
     """
     known = {option for action in build_parser()._actions for option in action.option_strings}
     assert {f"--{name}" for name in wanted.split()} <= known
@@ -121,3 +136,8 @@ def test_flags_that_the_issue_names_exist() -> None:
 
 def test_every_flag_has_help() -> None:
     assert all(action.help for action in build_parser()._actions)
+
+
+def test_contiguous_takes_documents_of_any_length() -> None:
+    args = resolved("--cp-comm-type", "all_gather", "--cp-layout", "contiguous", "--cp-size", "4", world=4)
+    assert args.document_alignment == 1

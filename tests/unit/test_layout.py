@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cp.layout import attention_pairs, balance, ranges, shard_indices, unshard_indices
+from cp.layout import LAYOUTS, attention_pairs, balance, document_unit, ranges, shard_indices, unshard_indices
 from cp.packed_seq import build_packed_seq
 from data.loader import Sequence, build_batch
 
@@ -43,6 +43,40 @@ def test_zigzag_is_a_partition_with_an_inverse(case) -> None:
             inside = shard[(shard >= start) & (shard < start + length)]
             assert (inside == np.concatenate((chunks[rank], chunks[2 * cp_size - 1 - rank]))).all()
         start += length
+
+
+@given(cp_sizes, st.sampled_from(LAYOUTS), st.lists(st.integers(1, 9), min_size=1, max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_every_layout_is_a_partition_with_an_inverse(cp_size: int, layout: str, units: list[int]) -> None:
+    padded = np.array(units) * document_unit(layout, cp_size)
+    if layout == "contiguous":  # documents of any length, in a row that divides
+        padded = np.append(padded, cp_size - padded.sum() % cp_size)
+    shards = [shard_indices(padded, cp_size=cp_size, cp_rank=r, layout=layout) for r in range(cp_size)]
+    row = np.concatenate(shards)
+    assert sorted(row.tolist()) == list(range(int(padded.sum()))) and len({len(s) for s in shards}) == 1
+    assert (row[unshard_indices(padded, cp_size=cp_size, layout=layout)] == np.arange(len(row))).all()
+    start = 0
+    for length in padded.tolist():
+        for rank, shard in enumerate(shards):
+            inside = shard[(shard >= start) & (shard < start + length)] - start
+            assert (np.diff(inside) > 0).all()  # a document's tokens stay in order on every rank
+            if layout != "contiguous":
+                assert len(inside) == length // cp_size
+            if layout == "doc_contiguous":
+                assert inside.tolist() == list(range(rank * length // cp_size, (rank + 1) * length // cp_size))
+            if layout == "striped":
+                assert inside.tolist() == list(range(rank, length, cp_size))
+        start += length
+    real = np.array([int(n) // 2 for n in padded])
+    pairs = attention_pairs(real, padded, cp_size=cp_size, layout=layout)
+    assert pairs.sum() == (real * (real + 1) // 2).sum()
+
+
+def test_a_row_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="row of 7 tokens"):
+        shard_indices(np.array([7]), cp_size=2, cp_rank=0, layout="contiguous")
+    with pytest.raises(ValueError, match="padded length 7"):
+        shard_indices(np.array([7]), cp_size=2, cp_rank=0, layout="striped")
 
 
 @given(documents())

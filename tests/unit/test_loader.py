@@ -126,3 +126,33 @@ def test_a_row_of_several_sequences_is_their_concatenation(tokens: IndexedDatase
     row = build_batch(parts, cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag")
     assert row.tokens.tolist() == parts[0].tokens.tolist() + parts[1].tokens.tolist()
     assert row.packed_seq.row_length == 2 * SEQ
+
+
+def test_dynamic_rows_hold_the_same_documents_without_tails(tokens: IndexedDataset) -> None:
+    data = dataset(tokens)
+    options = dict(cp_size=2, cp_rank=0, qkv_format="thd", layout="zigzag")
+    sequences = [data.sequence(n) for n in range(data.sequences_per_epoch)]
+    full = build_batch(sequences, **options)
+    short = build_batch(sequences, pad_rows="dynamic", **options)
+    real = full.packed_seq.lengths > 0
+    assert short.packed_seq.lengths.tolist() == full.packed_seq.lengths[real].tolist()
+    assert short.packed_seq.row_length < full.packed_seq.row_length and short.packed_seq.row_length % 4 == 0
+    assert (short.loss_tokens, short.real_tokens) == (full.loss_tokens, full.real_tokens)
+    kept = full.labels != IGNORE_LABEL
+    assert short.labels[short.labels != IGNORE_LABEL].tolist() == full.labels[kept].tolist()
+    assert short.tokens[short.labels != IGNORE_LABEL].tolist() == full.tokens[kept].tolist()
+    empty = build_batch([data.empty_sequence()], pad_rows="dynamic", **options)
+    assert empty.packed_seq.row_length == 4 and empty.loss_tokens == 0
+
+
+def test_row_hashes_tell_rows_apart(tokens: IndexedDataset) -> None:
+    data = dataset(tokens)
+
+    def row_hash(n: int, cp_rank: int = 0, changed: bool = False) -> int | None:
+        s = data.sequence(n)
+        if changed:
+            s.labels[3] += 1
+        return build_batch([s], cp_size=2, cp_rank=cp_rank, qkv_format="thd", layout="zigzag", hash_row=True).row_hash
+
+    assert row_hash(0, 0) == row_hash(0, 1) is not None
+    assert row_hash(0) != row_hash(1) and row_hash(0) != row_hash(0, changed=True)

@@ -33,7 +33,7 @@ def log(path: Path) -> MetricsLog:
         padded_vocab_size=8,
     )  # fmt: skip
     return MetricsLog(
-        config=config, world_size=2, is_writer=True, train_iters=4, log_interval=2, peak_tflops=100.0, metrics_file=path,
+        config=config, world_size=2, is_writer=True, train_iters=4, log_interval=2, peak_tflops=100.0, cp_clock=None, metrics_file=path,
         tensorboard_dir=None, keep_before=None,
     )  # fmt: skip
 

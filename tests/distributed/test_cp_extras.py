@@ -1,0 +1,142 @@
+"""Gathered outputs, agreement of ranks, recompute, and several rows: what stands around context-parallel attention."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from cp.attention import build_attention
+from cp.gather import gather_outputs
+from cp.packed_seq import build_packed_seq
+from cp.plan import AttentionChoice, cells
+from parallel.collectives import WaitClock
+from parallel.grid import Grid, GridSizes, build_grid, split_group
+from tests.world import RankError, World
+from training.verify_step import check_agreement, verify_step
+
+
+@pytest.fixture(scope="module")
+def world():
+    with World(4) as world:
+        yield world
+
+
+@functools.cache
+def grid_of(**sizes: int) -> Grid:
+    return build_grid(GridSizes(**sizes))
+
+
+def gathered(rank: int, layout: str, loss: str) -> bool:
+    """Against the gradient of the same loss taken on the whole row."""
+    group = grid_of(cp=4).group("cp")
+    padded = np.array([16, 8, 24])
+    packed_seq, owned = build_packed_seq(padded - 3, padded, cp_size=4, cp_rank=rank, layout=layout)
+    row = torch.randn(48, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(4, 48, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mine = row.detach()[owned].requires_grad_()
+    whole = gather_outputs(mine, packed_seq, group, loss=loss)
+    if not torch.equal(whole, row):
+        return False
+    if loss == "replicated":  # every rank computes the one loss
+        (whole.square() * weights[0]).sum().backward()
+        (row.square() * weights[0]).sum().backward()
+    else:  # every rank computes its own part; the loss is their sum
+        (whole.square() * weights[rank]).sum().backward()
+        (row.square() * weights.sum(0)).sum().backward()
+    return torch.allclose(mine.grad, row.grad[owned], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous", "doc_contiguous", "striped"])
+@pytest.mark.parametrize("loss", ["replicated", "sharded"])
+def test_gathered_outputs_and_their_gradients(world: World, layout: str, loss: str) -> None:
+    assert world.run(gathered, layout, loss) == [True] * 4
+
+
+def disagree(rank: int, axis: str, odd: int) -> None:
+    grid = grid_of(dp_replicate=2, cp=2)
+    check_agreement(-7 if rank == odd else 5, grid, axis, "the rows", torch.device("cpu"))
+
+
+def test_a_rank_that_differs_is_named(world: World) -> None:
+    world.run(disagree, "cp", 99)
+    with pytest.raises(RankError, match=r"the rows differ along cp: ranks \[3\] from rank 2"):
+        world.run(disagree, "cp", 3)
+    with pytest.raises(RankError, match=r"the rows differ along dp_replicate: ranks \[3\] from rank 1"):
+        world.run(disagree, "dp_replicate", 3)
+
+
+class OneWeight(torch.nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([value, 1.0]))
+
+
+def flipped(rank: int) -> None:
+    verify_step(OneWeight(1.0 if rank != 2 else 1.0 + 2**-23), [], grid_of(dp_replicate=4), torch.device("cpu"))
+
+
+def test_one_flipped_bit_in_a_replica_is_found(world: World) -> None:
+    with pytest.raises(RankError, match=r"the weights differ along dp_replicate: ranks \[2\]"):
+        world.run(flipped)
+
+
+@functools.cache
+def a2a_groups(size: int):
+    return split_group(grid_of(cp=4), "cp", size)
+
+
+def recomputed(rank: int, choice: AttentionChoice, dtype: torch.dtype) -> bool:
+    """Two rows, with and without recomputing attention in the backward pass: the same gradients to the bit."""
+    groups = a2a_groups(choice.a2a_size) if choice.a2a_size > 1 else None
+    attention = build_attention(choice, head_dim=8, a2a_groups=groups)
+    group = grid_of(cp=4).group("cp")
+    padded = np.array([16, 32]) if choice.qkv_format == "thd" else np.array([24, 24])
+    lengths = padded - 3 if choice.qkv_format == "thd" else padded
+    results = []
+    for recompute in (False, True):
+        grads = torch.zeros(12, 4, 8, dtype=dtype)
+        for seed in (0, 1):
+            packed_seq, _ = build_packed_seq(lengths, padded, cp_size=4, cp_rank=rank, qkv_format=choice.qkv_format, layout=choice.layout)
+            generator = torch.Generator().manual_seed(10 * rank + seed)
+            q, k, v = (torch.randn(12, h, 8, generator=generator).to(dtype).requires_grad_() for h in (4, 2, 2))
+            call = functools.partial(attention, packed_seq=packed_seq, group=group)
+            out = checkpoint(call, q, k, v, use_reentrant=False) if recompute else call(q, k, v)
+            out.square().sum().backward()
+            grads += q.grad
+            grads[:, :2] += k.grad + v.grad
+        results.append(grads)
+    return torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("choice", "dtype"),
+    [
+        pytest.param(
+            c,
+            {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[d],
+            id=f"{c.backend}-{c.method}-{c.qkv_format}-{c.layout}",
+        )
+        for c, d in cells(device="cpu", cp_size=4, heads=4, groups=2)
+        if d == "bf16"
+    ],
+)
+def test_recompute_changes_no_bit(world: World, choice: AttentionChoice, dtype: torch.dtype) -> None:
+    assert world.run(recomputed, choice, dtype) == [True] * 4
+
+
+def waited(rank: int) -> tuple[float, float]:
+    clock = WaitClock()
+    choice = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=4)
+    attention = build_attention(choice, head_dim=8, clock=clock)
+    packed_seq, _ = build_packed_seq(np.array([64]), np.array([64]), cp_size=4, cp_rank=rank)
+    attention(*(torch.randn(16, h, 8) for h in (4, 2, 2)), packed_seq, grid_of(cp=4).group("cp"))
+    return clock.read(), clock.read()
+
+
+def test_the_clock_counts_waits_and_starts_anew(world: World) -> None:
+    for first, second in world.run(waited):
+        assert 0 < first < 10 and second == 0

@@ -1,0 +1,226 @@
+"""tools/verify.py says yes to what is right and no to each backend when it is broken on purpose."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from argparse import Namespace
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import cp.native_a2a
+import cp.native_all_gather
+import cp.native_p2p
+import data.loader
+from parallel.collectives import Gather, RingShift
+from parallel.grid import GridSizes, build_grid
+from tests.launch import ROOT, SMALL, environment, write_corpus
+from tests.world import World
+from tools.verify import Verifier, cells_of
+from training.arguments import parse_arguments, resolve
+
+# Its rows are ragged: documents of one corpus, aligned to 2 * cp.
+FLAGS = [*SMALL, "--device", "cpu", "--dtype", "fp64", "--cp-size", "4", "--global-batch-size", "1"]
+
+
+@pytest.fixture(scope="module")
+def world():
+    with World(4) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("corpus")
+    return [*FLAGS, "--data-path", str(write_corpus(folder)), "--data-cache-path", str(folder / "cache")]
+
+
+def resolved(flags: list[str]) -> Namespace:
+    args = parse_arguments(flags)
+    resolve(args, world_size=4, local_world_size=4, cuda_devices=lambda: 0)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------
+# Ways to break attention
+
+
+@contextmanager
+def stale_kv():
+    """K and V of the first hop are used for every hop."""
+    with (
+        mock.patch.object(RingShift, "wait", lambda self, clock=None: ([w.wait() for w in self.works], self.sent)[1]),
+        mock.patch.object(Gather, "wait", lambda self, clock=None: (self.work and self.work.wait(), self.gathered.zero_())[1]),
+    ):
+        yield
+
+
+@contextmanager
+def missing_merge():
+    """What comes after the first block is dropped."""
+    nothing = lambda out, lse, block, block_out, block_lse: None  # noqa: E731
+    with mock.patch("cp.native_p2p.merge_rows_", nothing), mock.patch("cp.native_all_gather.merge_rows_", nothing):
+        yield
+
+
+@contextmanager
+def wrong_positions():
+    """Every rank counts positions within its own shard."""
+    real = data.loader.build_packed_seq
+
+    def build(*args, **kwargs):
+        packed_seq, owned = real(*args, **kwargs)
+        packed_seq.positions.copy_(torch.arange(len(packed_seq.positions)))
+        return packed_seq, owned
+
+    with mock.patch("data.loader.build_packed_seq", build):
+        yield
+
+
+@contextmanager
+def padded_taken_for_real():
+    """Padding takes part in attention as if it were text, and the text behind it sees it."""
+    real = data.loader.build_packed_seq
+
+    def build(lengths, padded_lengths, **kwargs):
+        # One document where there were two: the second sees the first and its padding.
+        joined = np.concatenate(([padded_lengths[:2].sum()], padded_lengths[2:]))
+        if kwargs["cp_size"] > 1 and len(lengths) > 1:
+            return real(joined, joined, **kwargs)
+        return real(lengths, padded_lengths, **kwargs)
+
+    with mock.patch("data.loader.build_packed_seq", build):
+        yield
+
+
+@contextmanager
+def dropped_dk():
+    """One rank's contribution to dK does not arrive."""
+
+    def breaking(module):
+        real = module.block_backward
+
+        def backward(*args):
+            dq, dk, dv = real(*args)
+            return dq, dk * 0 if dist.get_rank() == 1 else dk, dv
+
+        return mock.patch.object(module, "block_backward", backward)
+
+    with breaking(cp.native_p2p), breaking(cp.native_all_gather):
+        yield
+
+
+@contextmanager
+def library_loses_a_hop():
+    """In the libraries' own rings: what is received is not what was sent."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention as torch_cp
+
+    from cp.ring_flash import load_library
+
+    load_library("cpu")
+    utils = sys.modules["ring_flash_attn.utils"]
+    real_gather = torch_cp._AllGatherRotater.next_buffer
+    real_rotate = torch_cp._AllToAllRotater.next_buffer
+    real_wait, real_all_gather = utils.RingComm.wait, utils.AllGatherComm.all_gather
+
+    def ring_wait(self):
+        received = [op.tensor for op in self._ops if op.op is dist.irecv]
+        real_wait(self)
+        for x in received:
+            x.zero_()
+
+    def all_gather(self, output, x):
+        real_all_gather(self, output, x * 0)
+
+    with (
+        mock.patch.object(torch_cp._AllGatherRotater, "next_buffer", lambda self: real_gather(self) * 0),
+        mock.patch.object(torch_cp._AllToAllRotater, "next_buffer", lambda self: real_rotate(self) * 0),
+        mock.patch.object(utils.RingComm, "wait", ring_wait),
+        mock.patch.object(utils.AllGatherComm, "all_gather", all_gather),
+    ):
+        yield
+
+
+BREAKS = {
+    "stale_kv": stale_kv,
+    "missing_merge": missing_merge,
+    "wrong_positions": wrong_positions,
+    "padded_taken_for_real": padded_taken_for_real,
+    "dropped_dk": dropped_dk,
+    "library_loses_a_hop": library_loses_a_hop,
+}
+
+
+def verified(rank: int, flags: list[str], broken: str | None) -> bool | None:
+    """Whether verify passes a layout; None on ranks other than 0."""
+    args = resolved(flags)
+    verifier = Verifier(args, build_grid(GridSizes(cp=4)), torch.device("cpu"), layers=2, sequences=1)
+    if broken is None:
+        report = verifier.verify(args)
+    else:
+        exact = verifier.verify(args)  # one rank's outcomes are taken before anything is broken
+        assert rank or (exact is not None and exact.passed), exact
+        with BREAKS[broken]():
+            report = verifier.verify(args)
+    return None if report is None else report.passed
+
+
+NATIVE = {"p2p": [], "all_gather": [], "a2a": [], "a2a+p2p": ["--cp-a2a-size", "2"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "broken"),
+    [
+        ("p2p", "stale_kv"), ("p2p", "missing_merge"), ("p2p", "wrong_positions"), ("p2p", "padded_taken_for_real"), ("p2p", "dropped_dk"),
+        ("all_gather", "stale_kv"), ("all_gather", "missing_merge"), ("all_gather", "wrong_positions"), ("all_gather", "dropped_dk"),
+        ("all_gather", "padded_taken_for_real"), ("a2a", "wrong_positions"), ("a2a", "dropped_dk"), ("a2a", "padded_taken_for_real"),
+        ("a2a+p2p", "stale_kv"), ("a2a+p2p", "missing_merge"), ("a2a+p2p", "dropped_dk"), ("a2a+p2p", "wrong_positions"),
+    ],
+)  # fmt: skip
+def test_broken_native_attention_is_found(world: World, flags: list[str], method: str, broken: str) -> None:
+    own = [*flags, "--cp-comm-type", method, *NATIVE[method]]
+    assert world.run(verified, own, broken)[0] is False
+
+
+@pytest.mark.parametrize(
+    "library",
+    [
+        "--cp-backend ring --ring-attn-func zigzag --dtype bf16",
+        "--cp-backend ring --ring-attn-func llama3 --dtype fp32",
+        "--cp-backend ring --ring-attn-func ring --dtype bf16",
+        "--cp-backend ring --ring-attn-func stripe --dtype bf16 --qkv-format bshd",
+        "--cp-backend pytorch --cp-rotate-method allgather --qkv-format bshd",
+        "--cp-backend pytorch --cp-rotate-method alltoall --qkv-format bshd --cp-layout doc_contiguous",
+    ],
+)
+@pytest.mark.parametrize("broken", ["library_loses_a_hop", "wrong_positions"])
+def test_broken_libraries_are_found(world: World, flags: list[str], library: str, broken: str) -> None:
+    assert world.run(verified, [*flags, *library.split()], broken)[0] is False
+
+
+def all_cells(rank: int, flags: list[str], dp_shard: int, cp_size: int) -> list[tuple[str, bool]] | None:
+    args = resolved([*flags, "--cp-size", str(cp_size), "--global-batch-size", str(dp_shard)])
+    verifier = Verifier(args, build_grid(GridSizes(dp_shard=dp_shard, cp=cp_size)), torch.device("cpu"), layers=1, sequences=None)
+    reports = [verifier.verify(run) for run in cells_of(args)]
+    return None if rank else [(report.title, report.passed) for report in reports if report is not None]
+
+
+@pytest.mark.parametrize(("dp_shard", "cp_size"), [(1, 4), (2, 2)])
+def test_every_cell_of_the_table_agrees(world: World, flags: list[str], dp_shard: int, cp_size: int) -> None:
+    results = world.run(all_cells, flags, dp_shard, cp_size, timeout=400.0)[0]
+    assert len(results) >= 30
+    assert [title for title, passed in results if not passed] == []
+
+
+def test_the_command_ends_with_0_and_writes_json(flags: list[str], tmp_path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "tools/verify.py", *flags]
+    out = tmp_path / "v.json"
+    result = subprocess.run(
+        [*command, "--json", str(out)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0 and "agrees with one rank" in result.stdout and out.exists(), result.stdout + result.stderr

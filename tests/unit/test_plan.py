@@ -1,0 +1,61 @@
+"""The support table: every row is served, every cell is chosen as asked, every absent one refused by name."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from cp.attention import build_attention
+from cp.layout import LAYOUTS
+from cp.plan import BACKENDS, DTYPES, METHOD_FLAGS, QKV_FORMATS, SUPPORT, cells, choose, methods
+
+
+def ask(**changes):
+    asked = dict(
+        backend="native", method="p2p", qkv_format="thd", layout="auto", dtype="bf16", device="cpu", cp_size=2, a2a_size=None,
+        heads_k_stride=None, head_dim=64, heads=8, groups=4,
+    )  # fmt: skip
+    return choose(**(asked | changes))
+
+
+def test_every_backend_has_a_method_flag() -> None:
+    assert set(METHOD_FLAGS) == set(BACKENDS)
+    assert len({(row.backend, row.method) for row in SUPPORT}) == len(SUPPORT)
+
+
+def test_every_cell_is_served() -> None:
+    found = list(cells(device="cpu", cp_size=4, heads=8, groups=4))
+    assert {(c.backend, c.method) for c, _ in found} == {(row.backend, row.method) for row in SUPPORT}
+    for choice, _ in found:
+        assert callable(build_attention(choice, head_dim=8, a2a_groups=(None, None)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("row", "qkv_format", "layout", "dtype", "device"),
+    [(row, *rest) for row in SUPPORT for rest in itertools.product(QKV_FORMATS, LAYOUTS, DTYPES, ("cpu", "cuda"))],
+    ids=lambda x: getattr(x, "method", x),
+)
+def test_cells_outside_the_table_are_refused_by_flag(row, qkv_format: str, layout: str, dtype: str, device: str) -> None:
+    a2a_size = 2 if row.method == "a2a+p2p" else None
+    asked = dict(
+        backend=row.backend, method=row.method, qkv_format=qkv_format, layout=layout, dtype=dtype, device=device, a2a_size=a2a_size
+    )
+    wrong = {
+        "--qkv-format": qkv_format not in row.layouts,
+        "--cp-layout": layout not in row.layouts.get(qkv_format, LAYOUTS),
+        "--dtype": dtype not in row.dtypes.get(device, ()),
+    }
+    if not any(wrong.values()):
+        assert ask(**asked).layout == layout
+        return
+    with pytest.raises(ValueError) as refused:
+        ask(**asked)
+    message = str(refused.value)
+    assert "\n" not in message and any(message.startswith(flag) for flag, bad in wrong.items() if bad), message
+
+
+def test_methods_of_another_backend_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"--cp-rotate-method p2p is not offered .* choose from allgather, alltoall"):
+        ask(backend="pytorch")
+    assert methods("ring") == ("zigzag", "llama3", "ring", "stripe")

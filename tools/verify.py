@@ -1,0 +1,358 @@
+"""Prove that a layout computes what one rank would: the flags of a run, on the machine at hand.
+
+    torchrun --nproc-per-node 4 tools/verify.py --cp-size 4 [any flag of train.py]
+    torchrun --nproc-per-node 4 tools/verify.py --cp-size 4 --all
+
+From the same weights and the run's own first rows, the asked layout's loss, every gradient and the weights after
+one optimiser step are compared with one rank in float64, whose attention is an explicit mask and shares no code
+with `cp/`. Beside each error stands the noise floor: what one rank in the run's own dtype is away from float64.
+Exit code 1 if an error exceeds four times its floor.
+
+    --verify-layers N     layers of the model that are checked (default 2)
+    --verify-sequences N  sequences that are read (default: one microbatch on each data rank)
+    --all                 every backend, method, format, layout and dtype of cp/plan.py for this cp size and device
+    --json FILE           the same as JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from copy import copy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import train
+from cp.attention import build_attention
+from cp.packed_seq import PackedSeq
+from cp.plan import AttentionChoice, cells, smallest_alignment
+from data.loader import Batch, BatchPlan, Sequence, SequenceDataset, build_batch
+from model.config import GPTConfig, padded_vocab_size
+from model.gpt import GPT
+from model.init import initialise
+from parallel.collectives import sum_over
+from parallel.fsdp import clip_grad_norm_, shard_model
+from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes, build_grid
+from training.arguments import model_config, parse_arguments, resolve
+from training.initialize import cuda_device_count, initialise_distributed, on_rank_zero_first, read_launch
+from training.optimizer import build_optimizer
+from training.step import forward_backward
+
+TOLERANCE = 4.0  # an error may be this many times its noise floor
+QUERY_CHUNK = 1024  # rows of scores that exist at a time in the reference attention
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: object = None) -> Tensor:
+    """Causal attention within each document of a whole row, by an explicit mask, a chunk of queries at a time.
+
+    q [T, hq, d]; k, v [T, hkv, d]. Padding rows are 0. Differentiable by autograd.
+    """
+    document, number, at = torch.full((len(q),), -1), 0, 0
+    for real, stored in zip(packed_seq.lengths.tolist(), packed_seq.padded_lengths.tolist(), strict=True):
+        document[at : at + real] = number
+        number, at = number + 1, at + stored
+    document = document.to(q.device)
+    order = torch.arange(len(q), device=q.device)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    parts = []
+    for start in range(0, len(q), QUERY_CHUNK):
+        rows = slice(start, start + QUERY_CHUNK)
+        allowed = (document[rows, None] == document[None]) & (order[rows, None] >= order[None])
+        is_real = (document[rows] >= 0)[:, None, None]
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k) * q.shape[-1] ** -0.5
+        weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1)
+        parts.append(torch.einsum("hqk,khd->qhd", weights, v) * is_real)
+    return torch.cat(parts)
+
+
+@dataclass
+class Outcome:
+    """What one step computed, whole and in float64 on the CPU; empty but for the scalars on ranks other than 0."""
+
+    loss: float
+    grad_norm: float
+    seconds: float
+    grads: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure: the layout's relative error, the floor it is measured by, and where it is worst."""
+
+    what: str
+    error: float
+    floor: float
+    name: str = ""
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.floor
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= TOLERANCE  # False for nan
+
+
+@dataclass(frozen=True)
+class Report:
+    """A verified layout."""
+
+    title: str
+    lines: tuple[Line, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(line.passed for line in self.lines)
+
+
+def _whole(parameters: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Full tensors; gathering is collective, keeping is rank 0's."""
+    gathered = {}
+    for name, x in parameters.items():
+        full = x.full_tensor() if isinstance(x, DTensor) else x
+        if keep:
+            gathered[name] = full.detach().to("cpu", torch.float64, copy=True)
+    return gathered
+
+
+def run_step(model: nn.Module, batches: list[Batch], grid: Grid, device: torch.device, args: argparse.Namespace) -> Outcome:
+    """Forward, backward and one AdamW step, as train.py does them, without clipping."""
+    optimizer = build_optimizer(
+        model, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay
+    )
+    tokens = torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64, device=device)
+    tokens = sum_over(tokens, grid.group("batch"))
+    start = time.perf_counter()
+    total = forward_backward(model, batches, loss_tokens=tokens, device=device, reshard_between=False)
+    loss = (sum_over(total, grid.group("loss")) / tokens).item()
+    seconds = time.perf_counter() - start
+    keep = dist.get_rank() == 0
+    grads = _whole({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, keep)
+    norm = clip_grad_norm_(model.parameters(), grid, max_norm=0.0).item()
+    optimizer.step()
+    weights = _whole(dict(model.named_parameters()), keep)
+    return Outcome(loss, norm, seconds, grads, weights)
+
+
+def one_rank_grid() -> Grid:
+    """Rank 0 alone, in the shape that the model's parts ask for. Collective."""
+    group = dist.new_group([0])
+    return Grid(GridSizes(), 0, dict.fromkeys((*AXES, *DERIVED_AXES), group))
+
+
+def run_one_rank(
+    args: argparse.Namespace, config: GPTConfig, rows: list[Sequence], grid: Grid, device: torch.device, *, dtype: str, reference: bool
+) -> Outcome:
+    """The whole work on this rank: in float64 with the reference attention, or in the run's dtype with the native one."""
+    alone = AttentionChoice(backend="native", method="all_gather", qkv_format=args.qkv_format, layout="contiguous", cp_size=1)
+    attention = reference_attention if reference else build_attention(alone, head_dim=config.kv_channels)
+    with torch.device("meta"):
+        model = GPT(
+            config,
+            attention=attention,
+            cp_group=grid.group("cp"),
+            dtype=torch.float64 if dtype == "fp64" else torch.float32,
+            loss_chunk_size=args.loss_chunk_size,
+            z_loss=args.z_loss,
+        )
+    compute = train.COMPUTE_DTYPES[dtype]
+    shard_model(model, model.layers, grid, device_type=device.type, compute_dtype=compute, reshard_after_forward=False)
+    initialise(model, config, seed=args.seed, device=device)
+    batches = [build_batch([row], cp_size=1, cp_rank=0, qkv_format=args.qkv_format, layout="contiguous") for row in rows]
+    return run_step(model, batches, grid, device, args)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """Frobenius norm of the difference over that of `want`; the difference itself where `want` is 0."""
+    size = want.norm().item()
+    return (got - want).norm().item() / (size or 1.0)
+
+
+def compare(got: Outcome, noisy: Outcome, exact: Outcome, dtype: str) -> tuple[Line, ...]:
+    """The figures of a layout. Worst means furthest above its own floor.
+
+    A floor is measured once and can be small by luck. So a tensor's counts as at least the mean of its kind and the
+    dtype's unit roundoff, and a scalar's as at least the roundoff; in bf16, where scalars are sums of many terms taken
+    in fp32, as a sixteenth of it.
+    """
+    unit = torch.finfo(train.COMPUTE_DTYPES[dtype]).eps / 2
+    scalar_unit = unit / 16 if dtype == "bf16" else 2 * unit
+    lines = []
+    for what in ("loss", "grad_norm"):
+        values = [getattr(outcome, what) for outcome in (got, noisy, exact)]
+        error, floor = (abs(v / values[2] - 1) for v in values[:2])
+        lines.append(Line(what.replace("_", " "), error, max(floor, scalar_unit)))
+    for what in ("grads", "weights"):
+        tensors, wanted = getattr(got, what), getattr(exact, what)
+        assert tensors.keys() == wanted.keys()
+        floors = {name: relative(x, wanted[name]) for name, x in getattr(noisy, what).items()}
+        least = max(unit, sum(floors.values()) / len(floors))
+        each = [Line(what, relative(tensors[n], w), max(floors[n], least), n) for n, w in wanted.items()]
+        lines.append(max(each, key=lambda line: line.ratio if line.ratio == line.ratio else float("inf")))
+    return tuple(lines)
+
+
+class Verifier:
+    """Keeps what several layouts are compared with: rows, and one rank's outcomes, by what they depend on."""
+
+    def __init__(self, args: argparse.Namespace, grid: Grid, device: torch.device, *, layers: int, sequences: int | None) -> None:
+        self.grid, self.device = grid, device
+        self.layers = min(layers, args.num_layers)
+        self.num_sequences = sequences or args.micro_batch_size * grid.size("batch")
+        unit = args.micro_batch_size * grid.size("batch")
+        if self.num_sequences % unit:
+            raise ValueError(f"--verify-sequences {self.num_sequences} is not a multiple of micro batch * data ranks = {unit}")
+        self.alone = one_rank_grid()
+        self._rows: dict[tuple, tuple[GPTConfig, list[Sequence]]] = {}
+        self._outcomes: dict[tuple, Outcome] = {}
+
+    def _data(self, args: argparse.Namespace) -> tuple[GPTConfig, list[Sequence]]:
+        key = (args.qkv_format, args.packing, args.document_alignment)
+        if key not in self._rows:
+            tokenizer, sequences, _ = on_rank_zero_first(lambda: train.build_data(args))
+            assert isinstance(sequences, SequenceDataset)
+            shape = copy(args)
+            shape.num_layers = self.layers
+            vocab = padded_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by)
+            config = model_config(shape, vocab_size=tokenizer.vocab_size, padded_vocab_size=vocab)
+            self._rows[key] = config, [sequences.sequence(n) for n in range(self.num_sequences)]
+        return self._rows[key]
+
+    def _one_rank(self, args: argparse.Namespace, *, dtype: str, reference: bool) -> Outcome:
+        key = (args.qkv_format, args.document_alignment, dtype, reference)
+        if key not in self._outcomes:
+            config, rows = self._data(args)
+            self._outcomes[key] = run_one_rank(args, config, rows, self.alone, self.device, dtype=dtype, reference=reference)
+        return self._outcomes[key]
+
+    def verify(self, args: argparse.Namespace) -> Report | None:
+        """Collective. The report of the layout that resolved `args` ask for, on rank 0."""
+        config, rows = self._data(args)
+        model = train.build_model(args, config, self.grid, self.device)
+        plan = BatchPlan(
+            global_batch_size=self.num_sequences,
+            micro_batch_size=args.micro_batch_size,
+            batch_size=self.grid.size("batch"),
+            batch_rank=self.grid.rank("batch"),
+            cp_size=self.grid.size("cp"),
+            cp_rank=self.grid.rank("cp"),
+            qkv_format=args.qkv_format,
+            layout=args.cp_layout,
+        )
+        batches = [
+            build_batch(
+                [rows[n] for n in plan.sequence_numbers(0, microbatch)],
+                cp_size=plan.cp_size,
+                cp_rank=plan.cp_rank,
+                qkv_format=plan.qkv_format,
+                layout=plan.layout,
+                pad_rows=args.pad_rows,
+            )
+            for microbatch in range(plan.num_microbatches)
+        ]
+        got = run_step(model, batches, self.grid, self.device, args)
+        report = None
+        if dist.get_rank() == 0:
+            exact = self._one_rank(args, dtype="fp64", reference=True)
+            noisy = self._one_rank(args, dtype=args.dtype, reference=False)
+            title = f"{args.attention.backend} {args.attention.method} {args.qkv_format} {args.cp_layout} {args.dtype}"
+            report = Report(title, compare(got, noisy, exact, args.dtype), got.seconds)
+        dist.barrier()
+        return report
+
+
+def cells_of(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Resolved flags of every cell of the table for the run's cp size and device, all over documents of one alignment."""
+    runs = []
+    for choice, dtype in cells(device=args.device, cp_size=args.cp_size, heads=args.num_attention_heads, groups=args.num_query_groups):
+        run = copy(args)
+        run.attention, run.dtype, run.qkv_format, run.cp_layout = choice, dtype, choice.qkv_format, choice.layout
+        run.packing = "best-fit" if choice.qkv_format == "thd" else "stream"
+        run.document_alignment = math.lcm(args.document_alignment, smallest_alignment("zigzag", args.cp_size))
+        runs.append(run)
+    return runs
+
+
+def print_report(report: Report) -> None:
+    """The table of one layout."""
+    print(f"\n{report.title}: {'agrees with' if report.passed else 'DIFFERS FROM'} one rank in float64 ({report.seconds:.2f} s a step)")
+    print(f"  {'':12} {'error':>10} {'floor':>10} {'error/floor':>12}")
+    for line in report.lines:
+        mark = "ok" if line.passed else "TOO FAR"
+        print(f"  {line.what:12} {line.error:10.2e} {line.floor:10.2e} {line.ratio:12.2f} {mark:8} {line.name}")
+
+
+def print_summary(reports: list[Report]) -> None:
+    """One row a layout: error / floor of each figure."""
+    width = max(len(report.title) for report in reports)
+    print(f"\n| {'layout':{width}} | loss | grad norm | worst gradient | worst weight | s a step | |")
+    print(f"|{'-' * (width + 2)}|---|---|---|---|---|---|")
+    for report in reports:
+        ratios = " | ".join(f"{line.ratio:.2f}" for line in report.lines)
+        print(f"| {report.title:{width}} | {ratios} | {report.seconds:.2f} | {'ok' if report.passed else 'TOO FAR'} |")
+    print(f"\nEach number is error / noise floor; up to {TOLERANCE:g} agrees.", flush=True)
+
+
+def main(argv: list[str]) -> int:
+    launch = read_launch()
+    with train.one_line_refusals(launch):
+        own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        own.add_argument("--verify-layers", type=int, default=2)
+        own.add_argument("--verify-sequences", type=int)
+        own.add_argument("--all", action="store_true")
+        own.add_argument("--json")
+        flags, rest = own.parse_known_args(argv)
+        args = parse_arguments(rest)
+        resolve(args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count)
+        if "-h" in rest or "--help" in rest:
+            return 0
+    device = initialise_distributed(launch, args.device, timeout_minutes=args.distributed_timeout_minutes)
+    grid = build_grid(
+        GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size)
+    )
+    with train.one_line_refusals(launch):
+        verifier = Verifier(args, grid, device, layers=flags.verify_layers, sequences=flags.verify_sequences)
+    if launch.rank == 0:
+        print(f"{grid.describe()}; {verifier.layers} layers, {verifier.num_sequences} sequences of {args.seq_length}; device {args.device}")
+    reports = []
+    for run in cells_of(args) if flags.all else [args]:
+        with train.one_line_refusals(launch):
+            report = verifier.verify(run)
+        if report is not None:
+            print_report(report)
+            reports.append(report)
+    failed = torch.tensor([float(not all(report.passed for report in reports))])
+    dist.broadcast(failed, src=0)
+    if launch.rank == 0:
+        if flags.all:
+            print_summary(reports)
+        if flags.json:
+            layouts = [
+                {
+                    "title": r.title,
+                    "passed": r.passed,
+                    "seconds": r.seconds,
+                    "figures": [asdict(line) | {"ratio": line.ratio} for line in r.lines],
+                }
+                for r in reports
+            ]
+            Path(flags.json).write_text(json.dumps({"grid": grid.describe(), "layouts": layouts}, indent=1))
+    dist.barrier()
+    dist.destroy_process_group()
+    return int(failed.item())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
