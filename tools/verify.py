@@ -180,26 +180,48 @@ def relative(got: Tensor, want: Tensor) -> float:
     return (got - want).norm().item() / (size or 1.0)
 
 
-def compare(got: Outcome, noisy: Outcome, exact: Outcome, dtype: str) -> tuple[Line, ...]:
+def step_noise(grad: Tensor, weight: Tensor, floor: float, args: argparse.Namespace, draws: int = 8) -> float:
+    """How far noise of relative size `floor` in a gradient moves the weight in AdamW's first step, root mean square.
+
+    That step is lr * g / (|g| + eps): elements near 0 change sign, so its noise is far larger than the gradient's and, for
+    want of many such elements, erratic in a single run. The noise is drawn in proportion to each row's size.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scale = floor * grad.square().mean(-1, keepdim=True).sqrt()
+    total = 0.0
+    for _ in range(draws):
+        noisy = grad + scale * torch.randn(grad.shape, generator=generator, dtype=grad.dtype)
+        moved = args.lr * (noisy / (noisy.abs() + args.adam_eps) - grad / (grad.abs() + args.adam_eps))
+        total += (moved.norm() / weight.norm()).item() ** 2
+    return (total / draws) ** 0.5
+
+
+def compare(got: Outcome, noisy: Outcome, exact: Outcome, args: argparse.Namespace) -> tuple[Line, ...]:
     """The figures of a layout. Worst means furthest above its own floor.
 
     A floor is measured once and can be small by luck. So a tensor's counts as at least the mean of its kind and the
-    dtype's unit roundoff, and a scalar's as at least the roundoff; in bf16, where scalars are sums of many terms taken
-    in fp32, as a sixteenth of it.
+    dtype's unit roundoff, a weight's as at least what its gradient's floor makes of it in the optimiser, and a scalar's as
+    at least the roundoff; in bf16, where scalars are sums of many terms taken in fp32, as a sixteenth of it.
     """
-    unit = torch.finfo(train.COMPUTE_DTYPES[dtype]).eps / 2
-    scalar_unit = unit / 16 if dtype == "bf16" else 2 * unit
+    unit = torch.finfo(train.COMPUTE_DTYPES[args.dtype]).eps / 2
+    scalar_unit = unit / 16 if args.dtype == "bf16" else 2 * unit
     lines = []
     for what in ("loss", "grad_norm"):
         values = [getattr(outcome, what) for outcome in (got, noisy, exact)]
         error, floor = (abs(v / values[2] - 1) for v in values[:2])
         lines.append(Line(what.replace("_", " "), error, max(floor, scalar_unit)))
+    grad_floors: dict[str, float] = {}
     for what in ("grads", "weights"):
         tensors, wanted = getattr(got, what), getattr(exact, what)
         assert tensors.keys() == wanted.keys()
         floors = {name: relative(x, wanted[name]) for name, x in getattr(noisy, what).items()}
         least = max(unit, sum(floors.values()) / len(floors))
-        each = [Line(what, relative(tensors[n], w), max(floors[n], least), n) for n, w in wanted.items()]
+        floors = {name: max(floor, least) for name, floor in floors.items()}
+        if what == "grads":
+            grad_floors = floors
+        else:
+            floors = {n: max(f, step_noise(exact.grads[n], wanted[n], grad_floors[n], args)) for n, f in floors.items()}
+        each = [Line(what, relative(tensors[n], w), floors[n], n) for n, w in wanted.items()]
         lines.append(max(each, key=lambda line: line.ratio if line.ratio == line.ratio else float("inf")))
     return tuple(lines)
 
@@ -268,7 +290,7 @@ class Verifier:
             exact = self._one_rank(args, dtype="fp64", reference=True)
             noisy = self._one_rank(args, dtype=args.dtype, reference=False)
             title = f"{args.attention.backend} {args.attention.method} {args.qkv_format} {args.cp_layout} {args.dtype}"
-            report = Report(title, compare(got, noisy, exact, args.dtype), got.seconds)
+            report = Report(title, compare(got, noisy, exact, args), got.seconds)
         dist.barrier()
         return report
 

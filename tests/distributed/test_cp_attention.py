@@ -48,7 +48,7 @@ def documents_of(name: str, unit: int, cp_size: int) -> tuple[np.ndarray, np.nda
     return random_documents(np.random.default_rng(int(name)), 32 * cp_size, unit)
 
 
-THD_CASES = ["two", "one", "ones", "empty", *map(str, range(8))]
+THD_CASES = ["two", "one", "ones", "empty", *map(str, range(5))]
 
 
 def documents_for(choice: AttentionChoice, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -134,8 +134,8 @@ ALL_CELLS = [cell for cp_size in (1, 2, 4) for cell in all_cells(cp_size)]
 
 @pytest.mark.parametrize(("choice", "dtype"), [c for c in ALL_CELLS if c.values[1] != "bf16"])
 def test_attention_equals_one_rank(world: World, choice: AttentionChoice, dtype: str) -> None:
-    for name in cases(choice):
-        for groups in (1, 2, HEADS):
+    for number, name in enumerate(cases(choice)):
+        for groups in (1, 2, HEADS)[number % 3 :][:2] or (1,):
             for errors in world.run(errors_of, choice, name, groups, dtype):
                 assert len(errors) == 4 and max(errors) <= LIMITS[dtype], (name, groups, errors)
 

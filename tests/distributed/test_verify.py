@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from argparse import Namespace
@@ -18,7 +19,7 @@ import cp.native_all_gather
 import cp.native_p2p
 import data.loader
 from parallel.collectives import Gather, RingShift
-from parallel.grid import GridSizes, build_grid
+from parallel.grid import Grid, GridSizes, build_grid
 from tests.launch import ROOT, SMALL, environment, write_corpus
 from tests.world import World
 from tools.verify import Verifier, cells_of
@@ -134,8 +135,11 @@ def library_loses_a_hop():
         for x in received:
             x.zero_()
 
+    sent = []
+
     def all_gather(self, output, x):
-        real_all_gather(self, output, x * 0)
+        sent.append(x * 0)  # kept alive while it is under way
+        real_all_gather(self, output, sent[-1])
 
     with (
         mock.patch.object(torch_cp._AllGatherRotater, "next_buffer", lambda self: real_gather(self) * 0),
@@ -156,17 +160,27 @@ BREAKS = {
 }
 
 
-def verified(rank: int, flags: list[str], broken: str | None) -> bool | None:
-    """Whether verify passes a layout; None on ranks other than 0."""
-    args = resolved(flags)
-    verifier = Verifier(args, build_grid(GridSizes(cp=4)), torch.device("cpu"), layers=2, sequences=1)
-    if broken is None:
+@functools.cache
+def grid_of(dp_shard: int, cp_size: int) -> Grid:
+    """Made once in each worker: groups are dear, and stay."""
+    return build_grid(GridSizes(dp_shard=dp_shard, cp=cp_size))
+
+
+@functools.cache
+def sound_verifier(flags: tuple[str, ...]) -> tuple[Verifier, Namespace]:
+    """One that has passed the layout unbroken, and so holds one rank's outcomes from before anything is broken."""
+    args = resolved([*flags])
+    verifier = Verifier(args, grid_of(1, 4), torch.device("cpu"), layers=2, sequences=1)
+    report = verifier.verify(args)
+    assert dist.get_rank() or (report is not None and report.passed), report
+    return verifier, args
+
+
+def verified(rank: int, flags: list[str], broken: str) -> bool | None:
+    """Whether verify passes a broken layout; None on ranks other than 0."""
+    verifier, args = sound_verifier(tuple(flags))
+    with BREAKS[broken]():
         report = verifier.verify(args)
-    else:
-        exact = verifier.verify(args)  # one rank's outcomes are taken before anything is broken
-        assert rank or (exact is not None and exact.passed), exact
-        with BREAKS[broken]():
-            report = verifier.verify(args)
     return None if report is None else report.passed
 
 
@@ -205,7 +219,7 @@ def test_broken_libraries_are_found(world: World, flags: list[str], library: str
 
 def all_cells(rank: int, flags: list[str], dp_shard: int, cp_size: int) -> list[tuple[str, bool]] | None:
     args = resolved([*flags, "--cp-size", str(cp_size), "--global-batch-size", str(dp_shard)])
-    verifier = Verifier(args, build_grid(GridSizes(dp_shard=dp_shard, cp=cp_size)), torch.device("cpu"), layers=1, sequences=None)
+    verifier = Verifier(args, grid_of(dp_shard, cp_size), torch.device("cpu"), layers=1, sequences=None)
     reports = [verifier.verify(run) for run in cells_of(args)]
     return None if rank else [(report.title, report.passed) for report in reports if report is not None]
 

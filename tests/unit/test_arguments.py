@@ -128,7 +128,8 @@ def test_flags_that_the_issue_names_exist() -> None:
         document-alignment num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups kv-channels seq-length
         micro-batch-size global-batch-size train-iters seed dtype save load save-interval eval-interval eval-iters log-interval
         tensorboard-dir metrics-file data-path data-cache-path tokenizer-type tokenizer-model num-workers device transformer-impl
-        ring-attn-func heads-k-stride cp-rotate-method cp-a2a-size verify-steps pad-rows config resume clip-grad lr-decay-style z-loss loss-chunk-size reshard-after-forward peak-tflops
+        ring-attn-func heads-k-stride cp-rotate-method cp-a2a-size verify-steps pad-rows
+        config resume clip-grad lr-decay-style z-loss loss-chunk-size reshard-after-forward peak-tflops
     """
     known = {option for action in build_parser()._actions for option in action.option_strings}
     assert {f"--{name}" for name in wanted.split()} <= known
