@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,7 +30,8 @@ def _worker(rank: int, world_size: int, store_path: str, pipe: Connection) -> No
 
     torch.set_num_threads(1)
     store = dist.FileStore(store_path, world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    # A rank whose peers are gone gives up by itself, also when nobody is left to end it.
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=5))
     pipe.send(("ready", None))
     while True:
         message = pipe.recv()
