@@ -60,6 +60,24 @@ def set_last_microbatch(model: nn.Module, is_last: bool, *, reshard_between: boo
         model.set_reshard_after_backward(is_last or reshard_between)
 
 
+def reshard_model(model: nn.Module) -> None:
+    """Free gathered weights after a forward pass that no backward pass follows.
+
+    Until then `model.parameters()` yields the gathered weights, which are not those that the optimiser knows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name, as the optimiser holds them."""
+    parameters = dict(model.named_parameters())
+    if isinstance(model, FSDPModule):
+        assert all(isinstance(p, DTensor) for p in parameters.values()), "weights are still gathered: reshard_model first"
+    return parameters
+
+
 def local_tensor(x: Tensor) -> Tensor:
     """This rank's shard of a parameter or gradient."""
     return x.to_local() if isinstance(x, DTensor) else x

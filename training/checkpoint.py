@@ -19,6 +19,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from parallel.fsdp import sharded_parameters
+
 RUN_FILE = "run.json"
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
@@ -69,7 +71,7 @@ def _ensure_optimizer_state(optimizer: torch.optim.AdamW) -> None:
 def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
     """Everything that is loaded in place, by canonical name."""
     _ensure_optimizer_state(optimizer)
-    parameters = dict(model.named_parameters())
+    parameters = sharded_parameters(model)
     return {
         "model": {name: p.detach() for name, p in parameters.items()},
         "optimizer": {name: dict(optimizer.state[p]) for name, p in parameters.items()},
@@ -99,7 +101,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.A
     state = _state(model, optimizer)
     dcp.load(state, checkpoint_id=checkpoint)
     # Tensors were filled in place; scalars come back as new objects.
-    for name, parameter in model.named_parameters():
+    for name, parameter in sharded_parameters(model).items():
         optimizer.state[parameter].update(state["optimizer"][name])
     return int(read_run_facts(checkpoint)["step"])
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from data.loader import Batch
 from parallel.collectives import sum_over
+from parallel.fsdp import reshard_model
 from parallel.grid import Grid
 
 
@@ -25,6 +26,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], grid: Grid, device: tor
         _, cross_entropy = model(batch.tokens, batch.packed_seq, labels=batch.labels)
         totals[0] += cross_entropy
         totals[1] += (batch.labels >= 0).sum()
+    reshard_model(model)
     model.train()
     loss_sum, tokens = sum_over(totals, grid.group("loss")).tolist()
     if not tokens:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cp.packed_seq import build_packed_seq
+from parallel.fsdp import reshard_model
 from parallel.grid import Grid
 
 
@@ -63,5 +64,6 @@ def generate(
         if chosen == eod:
             break
         ids.append(chosen)
+    reshard_model(model)
     model.train()
     return ids[len(prompt) :]

@@ -10,15 +10,16 @@ import torch.distributed as dist
 from torch import nn
 
 from data.loader import Batch
-from parallel.fsdp import local_tensor
+from parallel.fsdp import local_tensor, sharded_parameters
 from parallel.grid import Grid
 
 
 def hash_weights(model: nn.Module) -> int:
     """Of this rank's shards, bit for bit. Copies them to the host."""
     digest = hashlib.blake2b(digest_size=8)
-    for parameter in model.parameters():
-        digest.update(local_tensor(parameter.detach()).contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    for parameter in sharded_parameters(model).values():
+        # A copy, since numpy() would forbid the original's storage to be resized.
+        digest.update(local_tensor(parameter.detach()).cpu().clone().view(torch.uint8).numpy().tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
