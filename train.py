@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,8 @@ def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.de
     """The model on this rank: built on the meta device, sharded, then filled shard by shard."""
     compute_dtype = COMPUTE_DTYPES[args.dtype]
     parameter_dtype = torch.float64 if args.dtype == "fp64" else torch.float32
-    a2a_groups = split_group(grid, "cp", args.attention.a2a_size) if args.attention.a2a_size > 1 else None
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    a2a_groups = split_group(grid, "cp", args.attention.a2a_size, timeout=timeout) if args.attention.a2a_size > 1 else None
     attention = build_attention(args.attention, head_dim=config.kv_channels, a2a_groups=a2a_groups, clock=clock)
     with torch.device("meta"):
         model = GPT(
@@ -147,7 +149,7 @@ def main(argv: list[str]) -> None:
     device = initialise_distributed(launch, args.device, timeout_minutes=args.distributed_timeout_minutes)
     is_writer = launch.rank == 0
     sizes = GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size)
-    grid = build_grid(sizes)
+    grid = build_grid(sizes, timeout=timedelta(minutes=args.distributed_timeout_minutes))
     run_dir = Path(args.run_dir or broadcast_string(time.strftime("runs/%Y%m%d-%H%M%S")))
     start_name = broadcast_string(str(start_from or ""))  # one rank's view of the file system
     start_from = Path(start_name) if start_name else None
@@ -308,6 +310,7 @@ def main(argv: list[str]) -> None:
             validate(done)
             log.restart_clock()
         if args.save_interval and (done % args.save_interval == 0 or done == args.train_iters):
+            log.flush()  # a loss that is not finite ends the run before it is saved
             place = save_checkpoint(save_dir, done, model, optimizer, facts=facts)
             if is_writer:
                 print(f"saved {place}", flush=True)

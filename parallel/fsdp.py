@@ -102,8 +102,9 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], grid: Grid, *, max_norm:
     Returns:
         The norm before clipping, a float64 scalar on the gradients' device. No host synchronisation.
     """
+    parameters = list(parameters)
+    device = parameters[0].device
     grads = [g for g in local_grads(parameters) if g.numel()]
-    device = grads[0].device if grads else torch.device("cpu")
     norms = torch._foreach_norm(grads) if grads else []
     squares = torch.zeros((), dtype=torch.float64, device=device)
     if norms:

@@ -163,7 +163,7 @@ def device_mesh(grid: Grid, axes: Sequence[str], device_type: str) -> DeviceMesh
     return DeviceMesh.from_group([grid.group(axis) for axis in axes], device_type, mesh=rows, mesh_dim_names=tuple(axes))
 
 
-def split_group(grid: Grid, axis: str, inner_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def split_group(grid: Grid, axis: str, inner_size: int, *, timeout: timedelta | None = None) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Cut every group along `axis` in two levels: neighbours of `inner_size` consecutive ranks, and across them.
 
     Collective: every rank of the world calls it.
@@ -176,10 +176,10 @@ def split_group(grid: Grid, axis: str, inner_size: int) -> tuple[dist.ProcessGro
     for ranks in ranks_along(grid.sizes, axis):
         neighbours = [ranks[i : i + inner_size] for i in range(0, len(ranks), inner_size)]
         for members in neighbours:
-            group = dist.new_group(members, group_desc=f"{axis} inner")
+            group = dist.new_group(members, timeout=timeout, group_desc=f"{axis} inner")
             inner = group if grid.global_rank in members else inner
         for members in (list(m) for m in zip(*neighbours, strict=True)):
-            group = dist.new_group(members, group_desc=f"{axis} outer")
+            group = dist.new_group(members, timeout=timeout, group_desc=f"{axis} outer")
             outer = group if grid.global_rank in members else outer
     assert inner is not None and outer is not None
     return inner, outer

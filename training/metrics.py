@@ -76,7 +76,7 @@ class MetricsLog:
         self.config, self.world_size, self.is_writer = config, world_size, is_writer
         self.train_iters, self.log_interval, self.peak_tflops, self.cp_clock = train_iters, log_interval, peak_tflops, cp_clock
         self.pending: list[_Pending] = []
-        self.last_time = time.perf_counter()
+        self.last_time, self.memory = time.perf_counter(), 0
         self.file: TextIO | None = None
         self.tensorboard: Any = None
         self.show_bar = is_writer and sys.stdout.isatty()
@@ -112,11 +112,20 @@ class MetricsLog:
         # On CUDA the waits can only be read where the device is in step: a line's sum is spread over its steps.
         cp_wait = self.cp_clock.read() if self.cp_clock is not None and (due or not loss.is_cuda) else None
         self.pending.append(_Pending(step, loss, grad_norm, lr, facts, now - self.last_time, data_time, cp_wait))
-        self.last_time = now
+        self.last_time, self.memory = now, memory
         if due:
             self._write(memory)
         elif self.show_bar:
             self._bar(step)
+
+    def flush(self) -> None:
+        """Write what is pending, so that a loss that is not finite is found now.
+
+        Raises:
+            FloatingPointError: as `step`.
+        """
+        if self.pending:
+            self._write(self.memory)
 
     def _write(self, memory: int) -> None:
         # A step's own time is only its share where the device runs behind the host: even it out.

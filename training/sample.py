@@ -61,6 +61,9 @@ def generate(
             chosen = int(torch.multinomial(torch.softmax(total / temperature, -1), 1, generator=generator))
         else:
             chosen = int(total.argmax())
+        draw = torch.tensor([chosen], device=device)
+        dist.broadcast(draw, src=0)  # one draw for all, whatever the last bit of their logits
+        chosen = int(draw)
         if chosen == eod:
             break
         ids.append(chosen)
