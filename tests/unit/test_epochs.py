@@ -1,0 +1,220 @@
+"""Epochs, from lengths to batches: best-fit against a naive one, every token once, steps that no setting moves."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cp.packed_seq import IGNORE_LABEL
+from data.indexed_dataset import IndexedDataset, write_indexed_dataset
+from data.loader import BatchPlan, SequenceDataset, build_loader
+from data.packing import best_fit_decreasing, cut_documents, pack_epoch, stream_epoch
+from tests.unit.test_packed_rows import Tokens, dataset
+
+
+def naive_best_fit(sizes: list[int], capacity: int) -> list[int]:
+    """Free room of every bin at the end, sorted; bins searched one by one."""
+    free: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [index for index, room in enumerate(free) if room >= size]
+        if fitting:
+            free[min(fitting, key=lambda index: free[index])] -= size
+        else:
+            free.append(capacity - size)
+    return sorted(free)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.sampled_from([30, 31, 64]), st.randoms())
+@settings(max_examples=200, deadline=None)
+def test_best_fit_equals_a_naive_one(sizes: list[int], capacity: int, random) -> None:
+    random.shuffle(sizes)
+    bins = best_fit_decreasing(np.array(sizes), capacity)
+    load = np.bincount(bins, weights=sizes)
+    assert sorted(capacity - load) == naive_best_fit(sizes, capacity)
+
+
+def test_the_fullest_bin_is_taken() -> None:
+    """Worst-fit would put the 3 beside the 4 and need a third bin."""
+    assert best_fit_decreasing(np.array([7, 4, 3, 2, 2, 2]), 10).max() == 1
+
+
+def test_padding_is_nearly_nothing_on_a_long_tailed_corpus() -> None:
+    """Alignment costs what it costs; packing adds less than a thousandth."""
+    lengths = np.random.default_rng(5).lognormal(np.log(600), 1.5, 30000).astype(np.int64) + 1
+    rows = len(pack_epoch(lengths, seed=3, epoch=2, seq_length=8192, alignment=8))
+    stored = (-(-cut_documents(lengths, 8192).length // 8) * 8).sum()
+    assert rows / -(-stored // 8192) < 1.001
+
+
+@given(
+    lengths=st.lists(st.integers(1, 120), min_size=1, max_size=25),
+    units=st.integers(1, 8),
+    alignment=st.sampled_from([1, 2, 8]),
+    epoch=st.integers(0, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_an_epoch_reads_every_token_and_labels_every_token_but_the_ends(lengths, units: int, alignment: int, epoch: int) -> None:
+    data = dataset(lengths, seq_length=units * alignment, alignment=alignment)
+    count = data.sequences_per_epoch
+    tokens: Counter = Counter()
+    labelled: Counter = Counter()
+    for n in range(epoch * count, (epoch + 1) * count):
+        s = data.sequence(n)
+        assert len(s.tokens) == len(s.labels) == s.padded_lengths.sum() == units * alignment
+        assert (s.padded_lengths > 0).all() and (s.lengths[:-1] > 0).all()  # no empty document but a tail
+        at = 0
+        for length, stored in zip(s.lengths, s.padded_lengths, strict=True):
+            tokens.update(s.tokens[at : at + length].tolist())
+            assert stored - length < alignment or length == 0
+            assert (s.labels[at + length : at + stored] == IGNORE_LABEL).all()
+            at += stored
+        counted = s.labels != IGNORE_LABEL
+        assert (s.labels[counted] == s.tokens[counted] + 1).all()
+        labelled.update(s.tokens[counted].tolist())
+    total, ends = sum(lengths), np.cumsum(lengths) - 1
+    assert tokens == Counter(range(total))
+    assert labelled == Counter(set(range(total)) - set(ends.tolist()))
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 32), st.integers(0, 3))
+@settings(max_examples=150, deadline=None)
+def test_a_stream_is_read_end_to_end(lengths, seq_length: int, number: int) -> None:
+    data = dataset(lengths, seq_length=seq_length, alignment=1, packing="stream")
+    epoch = stream_epoch(np.array(lengths), seed=3, epoch=number, seq_length=seq_length)
+    assert data.sequences_per_epoch == len(epoch) == (sum(lengths) - 1) // seq_length
+    first = Tokens(lengths).first
+    stream = np.concatenate([np.arange(lengths[d]) + first[d] for d in epoch.documents])
+    for n in range(len(epoch)):
+        s = data.sequence(number * len(epoch) + n)
+        assert s.tokens.tolist() == stream[n * seq_length : (n + 1) * seq_length].tolist()
+        assert s.labels.tolist() == stream[n * seq_length + 1 : (n + 1) * seq_length + 1].tolist()
+    assert epoch.left_over == len(stream) - len(epoch) * seq_length >= 1
+
+
+def test_edges() -> None:
+    nothing = np.array([], np.int64)
+    packed = pack_epoch(nothing, seed=0, epoch=0, seq_length=8, alignment=2)
+    assert (len(packed), packed.pieces.shape) == (0, (0, 3))
+    stream = stream_epoch(nothing, seed=0, epoch=0, seq_length=8)
+    assert (len(stream), stream.left_over) == (0, 0)
+    one = pack_epoch(np.array([8]), seed=0, epoch=0, seq_length=8, alignment=2)
+    assert one.sequence(0).tolist() == [[0, 0, 8]]  # exactly full: no tail
+    assert dataset([8], seq_length=8, alignment=2).sequence(0).lengths.tolist() == [8]
+    assert cut_documents(np.array([0, 3]), 8).length.tolist() == [3]  # a document without tokens is no piece
+
+
+# ---------------------------------------------------------------------------------------------------
+# Batches of a step
+
+LENGTHS = [5, 40, 16, 1, 33, 8, 17, 4, 90, 2, 2, 61, 30]
+GLOBAL_BATCH = 6
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> IndexedDataset:
+    prefix = tmp_path_factory.mktemp("tokens") / "tokens"
+    first = np.cumsum(LENGTHS) - LENGTHS
+    write_indexed_dataset(prefix, (np.arange(n) + f for n, f in zip(LENGTHS, first, strict=True)), vocab_size=2000)
+    return IndexedDataset(prefix)
+
+
+def on_disk(tokens: IndexedDataset, cache: Path | None = None, **changes) -> SequenceDataset:
+    options = dict(seq_length=16, packing="best-fit", alignment=4, seed=1, pad_token=1999) | changes
+    return SequenceDataset(tokens, np.arange(len(LENGTHS)), cache_path=cache, **options)
+
+
+def step_contents(data: SequenceDataset, step: int, *, batch_size: int, micro: int, cp_size: int, workers: int = 0) -> Counter:
+    """(position, token, target) of everything that the grid reads in a step."""
+    held: Counter = Counter()
+    for batch_rank in range(batch_size):
+        for cp_rank in range(cp_size):
+            plan = BatchPlan(
+                global_batch_size=GLOBAL_BATCH, micro_batch_size=micro, batch_size=batch_size, batch_rank=batch_rank, cp_size=cp_size,
+                cp_rank=cp_rank, qkv_format="thd", layout="zigzag",
+            )  # fmt: skip
+            loader = build_loader(data, plan, first_step=step, last_step=step + 1, num_workers=workers, pin_memory=False)
+            batches = list(loader)
+            assert len(batches) == len(loader) == GLOBAL_BATCH // (micro * batch_size)
+            for batch in batches:
+                held.update(zip(batch.packed_seq.positions.tolist(), batch.tokens.tolist(), batch.labels.tolist(), strict=True))
+    return held
+
+
+@pytest.mark.parametrize("step", [0, 2, 5])
+def test_a_steps_tokens_do_not_depend_on_how_it_is_spread(tokens: IndexedDataset, step: int) -> None:
+    data = on_disk(tokens)
+    assert data.sequences_per_epoch % GLOBAL_BATCH, "a step should straddle two epochs"
+    wanted = step_contents(data, step, batch_size=1, micro=1, cp_size=1)
+    assert wanted.total() == GLOBAL_BATCH * 16
+    for batch_size, micro, cp_size in ((1, 6, 1), (2, 3, 1), (3, 1, 2), (6, 1, 1), (2, 1, 2), (1, 2, 2)):
+        assert step_contents(on_disk(tokens), step, batch_size=batch_size, micro=micro, cp_size=cp_size) == wanted
+
+
+def test_a_step_does_not_depend_on_what_was_read_before(tokens: IndexedDataset) -> None:
+    forwards, backwards = on_disk(tokens), on_disk(tokens)
+    numbers = range(3 * forwards.sequences_per_epoch)
+    want = {n: forwards.sequence(n).tokens.tolist() for n in numbers}
+    assert {n: backwards.sequence(n).tokens.tolist() for n in reversed(numbers)} == want
+
+
+def test_a_worker_reads_the_same(tokens: IndexedDataset, tmp_path: Path) -> None:
+    data = on_disk(tokens, tmp_path)
+    data.sequence(0)
+    copy = pickle.loads(pickle.dumps(data))  # as a spawned worker gets it: names, not maps
+    assert copy.sequences_per_epoch == data.sequences_per_epoch
+    for n in (0, data.sequences_per_epoch + 1):
+        assert (copy.sequence(n).tokens == data.sequence(n).tokens).all()
+    assert len(pickle.dumps(data)) < 10_000
+    assert step_contents(data, 1, batch_size=1, micro=1, cp_size=1, workers=1) == step_contents(data, 1, batch_size=1, micro=1, cp_size=1)
+
+
+def test_epochs_of_different_data_or_shape_never_share_a_cache(tokens: IndexedDataset, tmp_path: Path) -> None:
+    """Each of these packs otherwise; a key that left one out would hand back another's index."""
+    built = {}
+    for changes in ({}, {"seq_length": 32}, {"alignment": 8}, {"seed": 2}):
+        data = on_disk(tokens, tmp_path, **changes)
+        for number in (0, 1):
+            index = data.epoch(number)
+            alone = on_disk(tokens, None, **changes).epoch(number)
+            assert (index.pieces == alone.pieces).all() and (index.first == alone.first).all()
+            built[(str(changes), number)] = index.pieces.tobytes()
+    assert len(set(built.values())) == len(built) == len(list((tmp_path / "packing").iterdir()))
+    other = SequenceDataset(
+        tokens, np.array([1, 4]), seq_length=16, packing="best-fit", alignment=4, seed=1, pad_token=0, cache_path=tmp_path
+    )
+    assert set(other.epoch(0).pieces[:, 0].tolist()) == {0, 1}
+
+
+def test_a_split_reads_its_own_documents(tokens: IndexedDataset) -> None:
+    """Pieces count documents within the split; the file counts them over all."""
+    data = SequenceDataset(
+        tokens, np.array([2, 6]), seq_length=16, packing="best-fit", alignment=4, seed=1, pad_token=1999, cache_path=None
+    )
+    read = {int(t) for n in range(data.sequences_per_epoch) for t in data.sequence(n).tokens} - {1999}
+    first = np.cumsum(LENGTHS) - LENGTHS
+    assert read == {*range(first[2], first[2] + LENGTHS[2]), *range(first[6], first[6] + LENGTHS[6])}
+
+
+def test_an_empty_sequence_counts_nothing(tokens: IndexedDataset) -> None:
+    data = on_disk(tokens)
+    empty = data.empty_sequence()
+    assert (empty.labels == IGNORE_LABEL).all() and (empty.tokens == 1999).all()
+    assert empty.lengths.tolist() == [0] and empty.padded_lengths.tolist() == [16]
+
+
+def test_rows_are_hashed_before_a_step_and_not_after(tokens: IndexedDataset) -> None:
+    plan = BatchPlan(
+        global_batch_size=2, micro_batch_size=1, batch_size=1, batch_rank=0, cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag",
+        hash_before_step=2,
+    )  # fmt: skip
+    batches = list(build_loader(on_disk(tokens), plan, first_step=0, last_step=3, num_workers=0, pin_memory=False))
+    assert [b.row_hash is not None for b in batches] == [True, True, True, True, False, False]
+    hashes = torch.tensor([b.row_hash for b in batches[:4]], dtype=torch.int64)  # signed 64 bits: ranks exchange them as such
+    assert len(set(hashes.tolist())) == 4
