@@ -1,0 +1,251 @@
+"""What a run writes and prints: facts of rows, times, TensorBoard, validation, and a file that goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data.loader import Sequence, build_batch
+from model.config import GPTConfig
+from tests.unit.test_packed_rows import dataset
+from training import metrics as metrics_module
+from training.banner import describe_sequences
+from training.flops import PEAK_TFLOPS, known_peak_tflops, training_flops
+from training.metrics import ROW_FACTS, MetricsLog, open_metrics_file, row_facts
+
+CONFIG = GPTConfig(
+    num_layers=2, hidden_size=8, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, kv_channels=4, vocab_size=50,
+    padded_vocab_size=64,
+)  # fmt: skip
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture()
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(metrics_module, "time", clock)
+    return clock
+
+
+def log(path: Path | None, **changes) -> MetricsLog:
+    options = dict(
+        config=CONFIG, world_size=4, is_writer=True, train_iters=10, log_interval=4, peak_tflops=None, cp_clock=None, metrics_file=path,
+        tensorboard_dir=None, keep_before=None,
+    )  # fmt: skip
+    return MetricsLog(**(options | changes))  # type: ignore[arg-type]
+
+
+FACTS = dict(loss_tokens=90.0, real_tokens=95.0, squared_lengths=1000.0, row_tokens=200.0, cp_balance=3.0, rows=2.0)
+
+
+def step(log: MetricsLog, number: int, *, loss: float = 2.0, data_time: float = 0.0) -> None:
+    facts = torch.tensor([FACTS[name] for name in ROW_FACTS], dtype=torch.float64)
+    log.step(number, loss=torch.tensor(loss), grad_norm=torch.tensor(0.5), lr=0.25, facts=facts, data_time=data_time, memory=3 * 2**30)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_facts_of_rows() -> None:
+    def batch(lengths: list[int], padded: list[int]):
+        total = sum(padded)
+        labels = np.full(total, -100)
+        labels[: lengths[0] - 1] = 1
+        row = Sequence(np.zeros(total, int), labels, np.array(lengths), np.array(padded))
+        return build_batch([row], cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag")
+
+    got = row_facts([batch([3, 5, 0], [4, 6, 2]), batch([8], [8])], [1.25, 1.0])
+    wanted = dict(loss_tokens=2 + 7, real_tokens=8 + 8, squared_lengths=9 + 25 + 64, row_tokens=12 + 8, cp_balance=2.25, rows=2)
+    assert dict(zip(ROW_FACTS, got.tolist(), strict=True)) == wanted and got.dtype == torch.float64
+
+
+def test_one_steps_record_by_hand(tmp_path: Path, clock: Clock) -> None:
+    out = log(tmp_path / "new" / "er" / "m.jsonl", peak_tflops=0.5)
+    clock.now += 2.0
+    step(out, 1, data_time=0.5)
+    (record,) = read(tmp_path / "new" / "er" / "m.jsonl")
+    tflops = training_flops(CONFIG, tokens=95, squared_lengths=1000) / 2.0 / 1e12 / 4  # four ranks share the work
+    assert record == {
+        "step": 1, "loss": 2.0, "grad_norm": 0.5, "lr": 0.25, "tokens": 95, "loss_tokens": 90, "step_time_s": 2.0, "tokens_per_s": 47.5,
+        "tflops_per_rank": pytest.approx(tflops), "mfu": pytest.approx(tflops / 0.5), "packing_efficiency": 0.475, "cp_balance": 1.5,
+        "data_share": 0.25, "cp_wait_share": None, "max_memory_bytes": 3 * 2**30,
+    }  # fmt: skip
+    assert all(isinstance(record[name], int) for name in ("step", "tokens", "loss_tokens", "max_memory_bytes"))
+
+
+def test_times_are_of_the_step_alone(tmp_path: Path, clock: Clock) -> None:
+    out = log(tmp_path / "m.jsonl", log_interval=1)
+    for number, seconds in enumerate((1.0, 3.0), 1):
+        clock.now += seconds
+        step(out, number)
+    clock.now += 50.0  # a validation, a checkpoint
+    out.restart_clock()
+    clock.now += 2.0
+    step(out, 3)
+    assert [r["step_time_s"] for r in read(tmp_path / "m.jsonl")] == [1.0, 3.0, 2.0]
+
+
+def test_lines_come_when_they_are_due(tmp_path: Path, clock: Clock, capsys) -> None:
+    out = log(tmp_path / "m.jsonl")
+    written = []
+    for number in range(1, 11):
+        clock.now += 1.0
+        step(out, number)
+        written.append(len(read(tmp_path / "m.jsonl")))
+    assert written == [1, 1, 1, 4, 4, 4, 4, 8, 8, 10]  # the first, every fourth, the last
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(re.search(r"step +(\d+)/10", line)[1]) for line in lines] == [1, 4, 8, 10]  # type: ignore[index]
+    assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines}) == 1, "columns are aligned"
+
+
+def test_a_line_says_what_the_interval_was(clock: Clock, capsys) -> None:
+    out = log(None, peak_tflops=1e-6, log_interval=2, train_iters=100)
+    clock.now += 7.0
+    step(out, 1)
+    capsys.readouterr()
+    for number, seconds in ((2, 4.0), (3, 1.0), (4, 3.0)):
+        clock.now += seconds
+        step(out, number, loss=1.0 + number, data_time=0.25)
+    line = capsys.readouterr().out.splitlines()[-1]
+    flops = training_flops(CONFIG, tokens=95, squared_lengths=1000)
+    for words in ("step   4/100", "loss  5.00000", "grad norm   0.500", "lr 2.50e-01", " 48 tok/s (12 a rank)", "packing 47.50%",
+                  "cp balance 1.500", "data 12.5%", "mem   3.00 GiB", f"MFU {2 * flops / 4.0 / 1e12 / 4 / 1e-6:6.1%}",
+                  "0:03:12 left"):  # fmt: skip
+        assert words in line, (words, line)
+
+
+def test_waits_of_attention_are_shared_out(tmp_path: Path, clock: Clock, capsys) -> None:
+    waits = iter((0.0, 0.5, 1.0, 0.25))
+    out = log(tmp_path / "m.jsonl", cp_clock=SimpleNamespace(read=lambda: next(waits)), log_interval=2)
+    out.restart_clock()  # reads once: what was waited for before the first step does not count
+    for number in (1, 2, 3):
+        clock.now += 2.0
+        step(out, number)
+    assert [r["cp_wait_share"] for r in read(tmp_path / "m.jsonl")] == [0.25, 0.5]
+    assert "cp wait 50.0%" in capsys.readouterr().out
+
+
+def test_only_the_writer_writes(tmp_path: Path, clock: Clock, capsys) -> None:
+    out = log(tmp_path / "folder" / "m.jsonl", is_writer=False, tensorboard_dir=tmp_path / "tb")
+    clock.now += 1.0
+    step(out, 1)
+    out.validation(1, 2.0, 10)
+    out.close()
+    assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_does_not_write_stops_too(clock: Clock) -> None:
+    out = log(None, is_writer=False)
+    clock.now += 1.0
+    with pytest.raises(FloatingPointError, match="step 1"):
+        step(out, 1, loss=float("nan"))
+
+
+def test_validation_is_printed_and_written(tmp_path: Path, clock: Clock, capsys) -> None:
+    out = log(tmp_path / "m.jsonl")
+    out.validation(4, 1 / 3, 12345)
+    assert "after step 4: loss 0.33333 over 12,345" in capsys.readouterr().out
+    assert read(tmp_path / "m.jsonl") == [{"step": 4, "validation_loss": 1 / 3, "validation_tokens": 12345}]  # at once, in full
+    out.close()
+    assert out.file is not None and out.file.closed
+
+
+def test_tensorboard_gets_every_number(tmp_path: Path, clock: Clock, monkeypatch) -> None:
+    calls: list = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step=None) -> None:
+            calls.append(("open", folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            calls.append((name, value, step))
+
+        def close(self) -> None:
+            calls.append(("close",))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    out = log(tmp_path / "m.jsonl", tensorboard_dir=tmp_path / "tb", keep_before=3, train_iters=4)
+    clock.now += 1.0
+    step(out, 4)
+    out.validation(4, 1.5, 10)
+    out.close()
+    assert calls[0][:2] == ("open", str(tmp_path / "tb")) and calls[-1] == ("close",)
+    (record, _) = read(tmp_path / "m.jsonl")
+    wanted = {(f"train/{k}", v, 4) for k, v in record.items() if k != "step" and v is not None}
+    assert wanted | {("validation/loss", 1.5, 4)} == set(calls[1:-1])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The file of a run that goes on
+
+
+@pytest.mark.parametrize("half", ["", '{"step": 6, "lo', '{"step": 6, "loss": 1.5}', "{", "\x00\x00"])
+def test_a_run_that_goes_on_keeps_what_it_does_not_repeat(tmp_path: Path, half: str) -> None:
+    path = tmp_path / "m.jsonl"
+    records = [{"step": n, "loss": 1 / n} for n in range(1, 6)]
+    records.insert(4, {"step": 4, "validation_loss": 0.1})
+    lines = [json.dumps(r) + "\n" for r in records]
+    path.write_text("".join(lines) + half)
+    with open_metrics_file(path, 4) as out:
+        out.write('{"step": 5}\n')
+    assert path.read_text() == "".join(lines[:5]) + '{"step": 5}\n'  # byte for byte, a validation after step 4 too
+
+
+def test_a_run_that_goes_on_without_a_file_starts_one(tmp_path: Path) -> None:
+    open_metrics_file(tmp_path / "new" / "m.jsonl", 5).close()
+    assert (tmp_path / "new" / "m.jsonl").read_text() == ""
+
+
+def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n')
+    open_metrics_file(path, 0).close()
+    assert path.read_text() == ""
+
+
+# ---------------------------------------------------------------------------------------------------
+# What the banner says of the data; peaks
+
+
+def test_what_became_of_the_documents() -> None:
+    packed = describe_sequences(dataset([8, 17, 16, 3], seq_length=16, alignment=4))
+    assert "4 documents, 44 tokens -> 3 sequences of 16" in packed
+    assert "91.67% full" in packed and "1 documents longer than a sequence cut" in packed  # 16 is not longer than 16
+    stream = describe_sequences(dataset([8, 17, 16, 3], seq_length=16, alignment=4, packing="stream"))
+    assert "2 sequences of 16; 12 tokens" in stream and "left over" in stream
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H800", 989), ("NVIDIA H20", 148), ("NVIDIA B200", 2250), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA H200", 989), ("NVIDIA A10", None), ("NVIDIA L4", None), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_peaks_of_devices(device: str, peak: float | None) -> None:
+    assert known_peak_tflops(device) == peak
+
+
+def test_every_peak_can_be_found() -> None:
+    """A general name above a special one would hide it."""
+    for name, peak in PEAK_TFLOPS:
+        assert known_peak_tflops(f"NVIDIA {name}") == peak
