@@ -7,6 +7,7 @@ python train.py --help
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from argparse import Namespace
@@ -21,7 +22,6 @@ import torch
 import torch.distributed as dist
 
 from cp.attention import build_attention
-from cp.layout import attention_pairs, balance
 from cp.plan import smallest_alignment
 from data.build import build_tokenizer, build_tokens, split_documents
 from data.corpus import open_source
@@ -39,9 +39,10 @@ from training.checkpoint import check_same_run, checkpoints, find_checkpoint, lo
 from training.evaluate import evaluate
 from training.flops import known_peak_tflops
 from training.initialize import (
-    Launch,
     broadcast_string,
+    check_ranks_agree,
     cuda_device_count,
+    group_backend,
     initialise_distributed,
     max_memory_bytes,
     on_rank_zero_first,
@@ -52,8 +53,15 @@ from training.metrics import MetricsLog, row_facts
 from training.optimizer import build_optimizer, set_lr
 from training.sample import generate
 from training.step import forward_backward
-from training.verify_step import verify_step
+from training.verify_step import verify_rows, verify_weights
 
+# Flags that may have another value on another node: where files lie there.
+LOCAL_FLAGS = {"data_path", "data_cache_path", "tokenizer_model", "config"}
+# Facts of a run that may change when it goes on from a checkpoint; what changed is printed.
+FREE_FACTS = (
+    "--dtype", "--lr", "--min-lr", "--lr-warmup-iters", "--lr-decay-iters", "--lr-decay-style", "--lr-wsd-decay-iters",
+    "--weight-decay", "--adam-beta1", "--adam-beta2", "--adam-eps", "--clip-grad", "--z-loss",
+)  # fmt: skip
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -100,7 +108,8 @@ def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.de
     compute_dtype = COMPUTE_DTYPES[args.dtype]
     parameter_dtype = torch.float64 if args.dtype == "fp64" else torch.float32
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
-    a2a_groups = split_group(grid, "cp", args.attention.a2a_size, timeout=timeout) if args.attention.a2a_size > 1 else None
+    backend = group_backend(device)
+    a2a_groups = split_group(grid, "cp", args.attention.a2a_size, timeout=timeout, backend=backend) if args.attention.a2a_size > 1 else None
     attention = build_attention(args.attention, head_dim=config.kv_channels, a2a_groups=a2a_groups, clock=clock)
     with torch.device("meta"):
         model = GPT(
@@ -127,18 +136,20 @@ def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequence
     """What a run that goes on from a checkpoint must share with the one that wrote it."""
     data_flags = ("seq_length", "global_batch_size", "document_alignment", "packing", "qkv_format", "data_split", "seed")
     facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in data_flags}
+    facts |= {name: getattr(args, name.removeprefix("--").replace("-", "_")) for name in FREE_FACTS}
     facts |= {f"model {name}": value for name, value in asdict(config).items()}
-    return facts | {"tokenizer": tokenizer.fingerprint, "training documents": sequences.fingerprint}
+    facts["weights' dtype"] = "fp64" if args.dtype == "fp64" else "fp32"
+    return facts | {"tokenizer": tokenizer.fingerprint, "training documents": sequences.fingerprint()}
 
 
 def main(argv: list[str]) -> None:
     start_time = time.time()
-    launch = read_launch()
 
     # ------------------------------------------------------------------------------------------------
     # Flags, checked before any process group exists
 
-    with one_line_refusals(launch):
+    with one_line_refusals():
+        launch = read_launch()
         args = parse_arguments(argv)
         chosen = resolve(args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count)
         start_from = _find_start(args)
@@ -148,8 +159,10 @@ def main(argv: list[str]) -> None:
 
     device = initialise_distributed(launch, args.device, timeout_minutes=args.distributed_timeout_minutes)
     is_writer = launch.rank == 0
+    with one_line_refusals():
+        check_ranks_agree({k: v for k, v in vars(args).items() if k not in LOCAL_FLAGS} | {"torch": torch.__version__}, "flags")
     sizes = GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size)
-    grid = build_grid(sizes, timeout=timedelta(minutes=args.distributed_timeout_minutes))
+    grid = build_grid(sizes, timeout=timedelta(minutes=args.distributed_timeout_minutes), backend=group_backend(device))
     run_dir = Path(args.run_dir or broadcast_string(time.strftime("runs/%Y%m%d-%H%M%S")))
     start_name = broadcast_string(str(start_from or ""))  # one rank's view of the file system
     start_from = Path(start_name) if start_name else None
@@ -160,8 +173,11 @@ def main(argv: list[str]) -> None:
     # ------------------------------------------------------------------------------------------------
     # Data
 
-    with one_line_refusals(launch):
+    with one_line_refusals():
         tokenizer, train_sequences, valid_sequences = on_rank_zero_first(lambda: build_data(args))
+        data_facts: dict = {"tokenizer": tokenizer.fingerprint, "training documents": train_sequences.fingerprint()}
+        data_facts["validation documents"] = valid_sequences.fingerprint() if valid_sequences else None
+        check_ranks_agree(data_facts, "data")
     batch_plan = BatchPlan(
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,
@@ -194,9 +210,10 @@ def main(argv: list[str]) -> None:
     )
     facts = run_facts(args, config, tokenizer, train_sequences)
     first_step = 0
+    changed: list[str] = []
     if start_from is not None:
-        with one_line_refusals(launch):
-            check_same_run(read_run_facts(start_from), facts, start_from)
+        with one_line_refusals():
+            changed = check_same_run(read_run_facts(start_from), facts, FREE_FACTS, start_from)
         first_step = load_checkpoint(start_from, model, optimizer)
 
     peak_tflops = args.peak_tflops
@@ -226,6 +243,7 @@ def main(argv: list[str]) -> None:
             valid=valid_sequences,
             start_from=start_from,
             first_step=first_step,
+            changed=changed,
             paths={"checkpoints": save_dir, "TensorBoard": tensorboard_dir, "metrics": metrics_file},
         )
 
@@ -242,7 +260,8 @@ def main(argv: list[str]) -> None:
             pin_memory=False,
             limit=valid_sequences.sequences_per_epoch,
         )
-        log.validation(step, *evaluate(model, batches, grid, device))
+        with one_line_refusals():
+            log.validation(step, *evaluate(model, batches, grid, device))
 
     def sample(when: str) -> None:
         if not args.sample_tokens:
@@ -284,11 +303,10 @@ def main(argv: list[str]) -> None:
         fetch_start = time.perf_counter()
         batches = [next(batches_ahead) for _ in range(batch_plan.num_microbatches)]
         data_time = time.perf_counter() - fetch_start
-        step_facts = row_facts(batches, [_cp_balance(batch.packed_seq, grid) for batch in batches])
-        step_facts = sum_over(step_facts.to(device, non_blocking=True), grid.group("batch"))
+        step_facts = sum_over(row_facts(batches).to(device, non_blocking=True), grid.group("batch"))
         loss_tokens = step_facts[0].clamp(min=1)
         if step < verify_before:
-            verify_step(model, batches, grid, device)
+            verify_rows(batches, grid, device)
 
         # Forward and backward; gradients are summed over the ranks after the last microbatch.
         cross_entropy = forward_backward(
@@ -301,6 +319,8 @@ def main(argv: list[str]) -> None:
         set_lr(optimizer, lr)
         optimizer.step()
         optimizer.zero_grad()
+        if step < verify_before:
+            verify_weights(model, grid, device)
 
         loss = sum_over(cross_entropy, grid.group("loss")) / loss_tokens
         done = step + 1
@@ -332,35 +352,35 @@ def main(argv: list[str]) -> None:
 
 
 def _find_start(args: Namespace) -> Path | None:
-    """The checkpoint to start from, if any; refuses to start anew where another run's checkpoints lie."""
-    if args.load:
-        return find_checkpoint(Path(args.load))
+    """The checkpoint to start from, if any; refuses to mix two runs' checkpoints or metrics."""
     save = Path(args.save) if args.save else Path(args.run_dir or "") / "checkpoints"
     found = checkpoints(save) if args.save or args.run_dir else []
-    if found and not args.resume:
+    if args.resume:
+        return found[-1] if found else None
+    start_from = find_checkpoint(Path(args.load)) if args.load else None
+    if found and (start_from is None or start_from.resolve() != found[-1].resolve()):
         raise ValueError(f"--save {save} already holds {found[-1].name}: go on from it with --resume, or choose another folder")
-    return found[-1] if found else None
+    metrics = _optional_path(args.metrics_file, Path(args.run_dir) / "metrics.jsonl" if args.run_dir else None)
+    if start_from is None and metrics is not None and metrics.exists() and metrics.stat().st_size:
+        raise ValueError(f"--metrics-file {metrics} is another run's: go on with --resume, or choose another file or --run-dir")
+    return start_from
 
 
-def _optional_path(flag: str | None, default: Path) -> Path | None:
+def _optional_path(flag: str | None, default: Path | None) -> Path | None:
     return None if flag == "none" else Path(flag) if flag else default
 
 
-def _cp_balance(packed_seq, grid: Grid) -> float:
-    pairs = attention_pairs(packed_seq.lengths, packed_seq.padded_lengths, cp_size=grid.size("cp"), layout=packed_seq.layout)
-    return balance(pairs)
-
-
 @contextmanager
-def one_line_refusals(launch: Launch) -> Iterator[None]:
-    """A ValueError in here is the user's: one line from local rank 0, exit code 2 everywhere."""
+def one_line_refusals(kind: type[Exception] = ValueError, *, exit_code: int = 2) -> Iterator[None]:
+    """An error of this kind in here is told in one line by local rank 0; every rank exits with the code."""
     try:
         yield
-    except ValueError as error:
-        if launch.local_rank == 0:
+    except kind as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        raise SystemExit(exit_code) from None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_line_refusals(FloatingPointError, exit_code=1):
+        main(sys.argv[1:])

@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from cp.layout import attention_pairs, balance
 from data.loader import Sequence, build_batch
 from model.config import GPTConfig, padded_vocab_size
 from model.rope import rotary_tables
@@ -89,9 +88,7 @@ class OurStep:
     def step(self, number: int) -> Tensor:
         """The loss of the whole batch, before the update."""
         batches = [self.batch(number)]
-        row = batches[0].packed_seq
-        pairs = attention_pairs(row.lengths, row.padded_lengths, cp_size=self.grid.size("cp"), layout=row.layout)
-        facts = sum_over(row_facts(batches, [balance(pairs)]), self.grid.group("batch"))
+        facts = sum_over(row_facts(batches), self.grid.group("batch"))
         loss_tokens = facts[0].clamp(min=1)
         reshard = self.args.reshard_after_forward == "on"
         cross_entropy = forward_backward(self.model, batches, loss_tokens=loss_tokens, device=CPU, reshard_between=reshard)

@@ -64,10 +64,11 @@ class Block:
 def _rows(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Rows:
     if (starts[1:] == starts[:-1] + lengths[:-1]).all():
         return slice(int(starts[0]), int(starts[-1] + lengths[-1]))
-    return _to_device(ranges(starts, lengths), device)
+    return to_device(ranges(starts, lengths), device)
 
 
-def _to_device(x: np.ndarray, device: torch.device) -> Tensor:
+def to_device(x: np.ndarray, device: torch.device) -> Tensor:
+    """Through pinned memory, so that the host does not wait for the copy."""
     tensor = torch.from_numpy(np.ascontiguousarray(x))
     if device.type == "cpu":
         return tensor
@@ -110,7 +111,7 @@ def build_block(
     on_cuda = device.type == "cuda"
 
     def running_sum(lengths: np.ndarray) -> Tensor:
-        return _to_device(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32), device)
+        return to_device(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32), device)
 
     return Block(
         causal=causal,

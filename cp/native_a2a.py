@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cp.kernels import Block
+from cp.kernels import Block, to_device
 from cp.layout import shard_indices
 from cp.native_p2p import plan_ring, ring_attention_blocks
 from cp.packed_seq import PackedSeq
@@ -69,8 +69,8 @@ def plan_exchange(packed_seq: PackedSeq, *, a2a_size: int, ring_size: int, ring_
     inverse[order] = np.arange(len(order))
     same = (order == np.arange(len(order))).all()
     return _Plan(
-        order=None if same else torch.from_numpy(order).to(device),
-        inverse=None if same else torch.from_numpy(inverse).to(device),
+        order=None if same else to_device(order, device),
+        inverse=None if same else to_device(inverse, device),
         blocks=plan_ring(packed_seq, cp_size=ring_size, cp_rank=ring_rank, device=device),
     )
 

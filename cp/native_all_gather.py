@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cp.kernels import Block, accumulator_dtype, add_rows_, block_backward, block_forward, build_block, spread_rows
+from cp.kernels import Block, accumulator_dtype, add_rows_, block_backward, block_forward, build_block, spread_rows, to_device
 from cp.layout import shard_indices, unshard_indices
 from cp.native_p2p import merge_rows_
 from cp.packed_seq import PackedSeq
@@ -58,7 +58,7 @@ def plan_all_gather(packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device
         order = unshard_indices(padded, cp_size=cp_size, layout=layout)
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
-        to_row, from_row = torch.from_numpy(order).to(device), torch.from_numpy(inverse).to(device)
+        to_row, from_row = to_device(order, device), to_device(inverse, device)
     return _Plan(
         own=build_block(q_start, real, k_start, real, causal=True, device=device),
         before=build_block(q_start, real, document_start, before, causal=False, device=device),

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cp import flash_attn_reference
+from cp.kernels import to_device
 from cp.packed_seq import PackedSeq
 
 
@@ -73,9 +74,15 @@ def _plan(library: types.ModuleType, function: str, packed_seq: PackedSeq, group
         # On the CPU, where its .item() calls cost nothing.
         cu_q, cu_k, max_q, max_k, k_slice = library.llama3_flash_attn_prepare_cu_seqlens(cu_seqlens, True, group.rank(), group.size())
         return _Plan(
-            dict(cu_seqlens_q=cu_q.to(device), cu_seqlens_k=cu_k.to(device), max_seqlen_q=max_q, max_seqlen_k=max_k, local_k_slice=k_slice)
+            dict(
+                cu_seqlens_q=to_device(cu_q.numpy(), device),
+                cu_seqlens_k=to_device(cu_k.numpy(), device),
+                max_seqlen_q=max_q,
+                max_seqlen_k=max_k,
+                local_k_slice=k_slice,
+            )
         )
-    local = (cu_seqlens // group.size()).to(device)
+    local = to_device((cu_seqlens // group.size()).numpy(), device)
     return _Plan(dict(cu_seqlens=local, max_seqlen=int(padded.max()) // group.size()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,14 @@ from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
 
 # Changes when the way tokenizers are trained or tokens are written does.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 def build_tokenizer(source: Source, *, tokenizer_type: str, tokenizer_model: str | None, vocab_size: int, cache_path: Path) -> Tokenizer:
     """The tokenizer of a run. Without `tokenizer_model`, SentencePiece trains one on the source, once.
 
     Raises:
-        ValueError: a file that is no model, or a corpus too small for the vocabulary.
+        ValueError: a file that is no model, a broken or empty corpus, or one too small for the vocabulary.
     """
     if tokenizer_type == "byte":
         return ByteTokenizer()
@@ -27,9 +28,26 @@ def build_tokenizer(source: Source, *, tokenizer_type: str, tokenizer_model: str
         return SentencePieceTokenizer(Path(tokenizer_model))
 
     def train(folder: Path) -> None:
+        fault: list[ValueError] = []
+
+        def texts() -> Iterator[str]:
+            # SentencePiece turns what its iterator raises into an error of its own.
+            found = False
+            try:
+                for text in source.texts():
+                    found = True
+                    yield text
+            except ValueError as error:
+                fault.append(error)
+                raise
+            if not found:
+                fault.append(_nothing_in(source))
+
         try:
-            model = train_sentencepiece(source.texts(), vocab_size=vocab_size)
-        except RuntimeError as error:
+            model = train_sentencepiece(texts(), vocab_size=vocab_size)
+        except (RuntimeError, ValueError) as error:
+            if fault:
+                raise fault[0] from None
             raise ValueError(
                 f"--tokenizer-vocab-size {vocab_size}: no such model can be trained on {source.name}; "
                 f"choose a smaller one or --tokenizer-type byte (SentencePiece: {str(error).splitlines()[-1]})"
@@ -54,8 +72,12 @@ def build_tokens(source: Source, tokenizer: Tokenizer, *, cache_path: Path) -> I
     key = cache_key(version=CACHE_VERSION, source=source.made_from(), tokenizer=tokenizer.fingerprint)
     tokens = IndexedDataset(build_once(cache_path / "tokens" / key, build) / "tokens")
     if not len(tokens):
-        raise ValueError(f"--data-path {source.name}: no document in it")
+        raise _nothing_in(source)
     return tokens
+
+
+def _nothing_in(source: Source) -> ValueError:
+    return ValueError(f"--data-path {source.name}: no document in it")
 
 
 def split_documents(num_documents: int, weights: tuple[float, ...]) -> list[np.ndarray]:
@@ -70,6 +92,8 @@ def split_documents(num_documents: int, weights: tuple[float, ...]) -> list[np.n
     counts = [max(1, round(num_documents * w / sum(weights))) if w else 0 for w in weights]
     if num_documents < sum(w > 0 for w in weights):
         counts = [0] * len(weights)
+    while weights[0] and sum(counts[1:]) >= num_documents > 0 and max(counts[1:]) > 1:  # they rounded up to all there is
+        counts[1 + int(np.argmax(counts[1:]))] -= 1
     counts[0] = num_documents - sum(counts[1:])
     ends = np.cumsum(counts)
     return [np.sort(order[end - count : end]) for count, end in zip(counts, ends, strict=True)]

@@ -18,6 +18,7 @@ STDLIB = "the Python standard library"
 # Tests and vendored trees repeat themselves or are absent from some installations.
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"})
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".py")
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Source:
 
     Attributes:
         name: for people.
-        files: in order. A `.jsonl` file holds a document a line, any other file is one document.
+        files: in order. A file of JSON lines holds a document a line, any other file is one document.
         json_key: field of a JSONL record that holds the text.
     """
 
@@ -51,14 +52,14 @@ class Source:
             ValueError: a record or file that is not what its name says, with file and line.
         """
         for file in self.files:
-            if file.suffix == ".jsonl":
+            if self.name != STDLIB and holds_records(file):
                 yield from self._records(file)
             else:
                 try:
-                    text = file.read_text("utf-8")
+                    text = file.read_bytes().decode("utf-8")  # to the byte: line ends stay
                 except UnicodeDecodeError as error:
                     if self.name == STDLIB:  # a few of its files declare another encoding
-                        text = file.read_text("latin-1")
+                        text = file.read_bytes().decode("latin-1")
                     else:
                         raise ValueError(f"--data-path: {file} is not UTF-8 text ({error})") from error
                 if text:
@@ -76,8 +77,32 @@ class Source:
                 text = record.get(self.json_key) if isinstance(record, dict) else None
                 if not isinstance(text, str):
                     raise ValueError(f"--data-path: {file}:{number} has no text under the key {self.json_key!r}")
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:  # legal JSON, no Unicode text
+                    raise ValueError(f"--data-path: {file}:{number} holds half a surrogate pair ({error})") from error
                 if text:
                     yield text
+
+
+def holds_records(file: Path) -> bool:
+    """Whether a file is JSON lines: by its name, or whatever it is called, if its first line is a JSON object.
+
+    Raises:
+        ValueError: a `.json` file that is not JSON lines.
+    """
+    if file.suffix in (".jsonl", ".ndjson"):
+        return True
+    with file.open("rb") as lines:
+        first = next((line for line in lines if line.strip()), b"")
+    if first.lstrip()[:1] == b"{":
+        try:
+            return isinstance(json.loads(first), dict)
+        except ValueError:
+            pass  # text that happens to begin so
+    if file.suffix == ".json":
+        raise ValueError(f"--data-path: {file} is not JSON lines (one object a line); only those are read from .json files")
+    return False
 
 
 def stdlib_source() -> Source:
@@ -112,7 +137,7 @@ def open_source(data_path: str | None, json_key: str) -> Source:
         if path.stat().st_size == 0:
             raise ValueError(f"--data-path {data_path}: the file is empty")
         return Source(data_path, (path,), json_key)
-    suffixes = (*TEXT_SUFFIXES, ".jsonl")
+    suffixes = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
     files = tuple(sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file() and p.stat().st_size))
     if not files:
         raise ValueError(f"--data-path {data_path}: no text in this folder (looked for {', '.join(suffixes)})")

@@ -23,18 +23,24 @@ def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
+def _files(prefix: Path) -> tuple[Path, Path]:
+    """`<prefix>.idx` and `<prefix>.bin`; a prefix may hold dots."""
+    return Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+
+
 def write_indexed_dataset(prefix: Path, documents: Iterable[np.ndarray], *, vocab_size: int) -> None:
     """Write `<prefix>.bin` and `<prefix>.idx`."""
     dtype = np.dtype(token_dtype(vocab_size))
     lengths = []
-    with prefix.with_suffix(".bin").open("wb") as out:
+    index_file, token_file = _files(prefix)
+    with token_file.open("wb") as out:
         for tokens in documents:
             out.write(tokens.astype(dtype).tobytes())
             lengths.append(len(tokens))
     counts = np.array(lengths, np.int32)
     offsets = (np.cumsum(counts, dtype=np.int64) - counts) * dtype.itemsize
     code = next(c for c, d in DTYPES.items() if d == dtype.type)
-    with prefix.with_suffix(".idx").open("wb") as out:
+    with index_file.open("wb") as out:
         out.write(HEADER.pack(MAGIC, 1, code, len(counts), len(counts) + 1))
         out.write(counts.tobytes())
         out.write(offsets.tobytes())
@@ -56,10 +62,10 @@ class IndexedDataset:
         self._open()
 
     def _open(self) -> None:
-        index_file, token_file = self.prefix.with_suffix(".idx"), self.prefix.with_suffix(".bin")
+        index_file, self._token_file = _files(self.prefix)
+        if index_file.stat().st_size < HEADER.size:
+            raise ValueError(f"{index_file}: {index_file.stat().st_size} bytes is less than a header")
         index = np.memmap(index_file, np.uint8, "r")
-        if len(index) < HEADER.size:
-            raise ValueError(f"{index_file}: {len(index)} bytes is less than a header")
         magic, version, code, sequences, entries = HEADER.unpack(index[: HEADER.size].tobytes())
         if magic != MAGIC or version != 1 or code not in DTYPES:
             raise ValueError(f"{index_file}: not a Megatron-LM index of version 1")
@@ -70,10 +76,12 @@ class IndexedDataset:
         self.lengths = np.frombuffer(index, np.int32, sequences, at)
         self._offsets = np.frombuffer(index, np.int64, sequences, at + 4 * sequences)
         dtype = np.dtype(DTYPES[code])
-        size = token_file.stat().st_size
+        size = self._token_file.stat().st_size
+        if size % dtype.itemsize:
+            raise ValueError(f"{self._token_file}: {size} bytes, not a multiple of {dtype.itemsize}, the bytes of a token")
         if sequences and int(self._offsets[-1]) + int(self.lengths[-1]) * dtype.itemsize > size:
-            raise ValueError(f"{token_file}: {size} bytes, but its index points past the end")
-        self._tokens = np.memmap(token_file, dtype, "r") if size else np.empty(0, dtype)
+            raise ValueError(f"{self._token_file}: {size} bytes, but its index points past the end")
+        self._tokens = np.memmap(self._token_file, dtype, "r") if size else np.empty(0, dtype)
 
     # A worker process gets the name and opens its own maps.
     def __getstate__(self) -> dict:
@@ -87,7 +95,17 @@ class IndexedDataset:
         return len(self.lengths)
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
-        """`length` tokens of a document from token `start` on; a view of the map."""
+        """`length` tokens of a document from token `start` on; a view of the map.
+
+        Raises:
+            ValueError: the index points outside the token file; a read past the end of a map is cut short without a word.
+        """
         assert start >= 0 and start + length <= self.lengths[document]
-        first = int(self._offsets[document]) // self._tokens.itemsize + start
+        offset = int(self._offsets[document])
+        first = offset // self._tokens.itemsize + start
+        if offset < 0 or offset % self._tokens.itemsize or first + length > len(self._tokens):
+            raise ValueError(
+                f"{self._token_file}: its index places document {document} at byte {offset}, {self.lengths[document]} tokens, "
+                f"but the file holds {len(self._tokens)} tokens of {self._tokens.itemsize} bytes"
+            )
         return self._tokens[first : first + length]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cp.layout import attention_pairs, balance
 from cp.packed_seq import IGNORE_LABEL, PackedSeq, build_packed_seq
 from data.cache import build_once, cache_key
 from data.indexed_dataset import IndexedDataset
@@ -47,6 +48,7 @@ class Batch:
         packed_seq: the row's documents.
         loss_tokens: labelled tokens of the whole row.
         real_tokens: tokens of the whole row that are not padding.
+        cp_balance: attention work of the busiest cp rank over the mean (cp/layout.py).
         row_hash: of the whole row and its documents, where that was asked for; equal on ranks that share the row.
     """
 
@@ -55,6 +57,7 @@ class Batch:
     packed_seq: PackedSeq
     loss_tokens: int
     real_tokens: int
+    cp_balance: float
     row_hash: int | None = None
 
     def to(self, device: torch.device) -> Batch:
@@ -67,7 +70,7 @@ class Batch:
         return self._move(lambda x: x.pin_memory())
 
     def _move(self, move: Any) -> Batch:
-        return Batch(move(self.tokens), move(self.labels), self.packed_seq.move(move), self.loss_tokens, self.real_tokens, self.row_hash)
+        return replace(self, tokens=move(self.tokens), labels=move(self.labels), packed_seq=self.packed_seq.move(move))
 
 
 class SequenceDataset:
@@ -95,11 +98,13 @@ class SequenceDataset:
     ) -> None:
         self.tokens, self.documents = tokens, documents
         self.lengths = np.asarray(tokens.lengths, np.int64)[documents]
+        if (self.lengths < 0).any():
+            raise ValueError(f"{tokens.prefix}.idx: a document of {self.lengths.min()} tokens")
         self.seq_length, self.packing, self.alignment = seq_length, packing, alignment
         self.seed, self.pad_token = seed, pad_token
         self.cache_path = cache_path
-        # Where the same documents lie does not matter to what is packed from them.
-        self.fingerprint = cache_key(lengths=hashlib.sha256(self.lengths.tobytes()).hexdigest(), of=len(tokens))
+        # Where the same documents lie does not matter to what is packed from them; only their lengths do.
+        self._lengths_hash = hashlib.sha256(self.lengths.tobytes()).hexdigest()
         self._epochs: dict[int, PackedEpoch | StreamEpoch] = {}
         self.sequences_per_epoch = len(self.epoch(0))
 
@@ -123,9 +128,17 @@ class SequenceDataset:
             np.save(folder / "pieces.npy", index.pieces)
             np.save(folder / "first.npy", index.first)
 
-        key = cache_key(version=INDEX_VERSION, documents=self.fingerprint, **options)
+        key = cache_key(version=INDEX_VERSION, lengths=self._lengths_hash, **options)
         folder = build_once(self.cache_path / "packing" / key, build)
         return PackedEpoch(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "first")))
+
+    def fingerprint(self) -> str:
+        """Of the documents: all their lengths, and what a thousand of them begin with, so that its cost does not grow."""
+        digest = hashlib.sha256(self._lengths_hash.encode())
+        for at in np.unique(np.linspace(0, len(self.documents) - 1, num=min(1000, len(self.documents)), dtype=np.int64)):
+            ids = self.tokens.read(self.documents[at], 0, min(64, int(self.lengths[at])))
+            digest.update(ids.astype(np.int64).tobytes())
+        return digest.hexdigest()[:16]
 
     def sequence(self, n: int) -> Sequence:
         """Sequence n; n runs on through the epochs, which all have the same number of sequences."""
@@ -200,6 +213,7 @@ def build_batch(
         packed_seq=packed_seq,
         loss_tokens=int((labels != IGNORE_LABEL).sum()),
         real_tokens=int(lengths.sum()),
+        cp_balance=balance(attention_pairs(lengths, padded_lengths, cp_size=cp_size, layout=layout)),
         row_hash=row_hash,
     )
 

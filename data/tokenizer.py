@@ -6,12 +6,13 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
-import sentencepiece
 
 TOKENIZER_TYPES = ("sentencepiece", "byte")
+SPACE = "\u2581"  # what SentencePiece writes for a space inside its pieces
 
 
 class Tokenizer(Protocol):
@@ -45,6 +46,21 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
+def load_sentencepiece() -> ModuleType:
+    """The library, imported where it is needed: byte tokens do without.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ValueError(
+            f"--tokenizer-type sentencepiece needs its package ({error}): pip install -r requirements.txt, or --tokenizer-type byte"
+        ) from error
+    return sentencepiece
+
+
 class SentencePieceTokenizer:
     """A SentencePiece model file; its end-of-sentence piece ends a document.
 
@@ -53,7 +69,11 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, model_file: Path) -> None:
-        model = model_file.read_bytes()
+        sentencepiece = load_sentencepiece()
+        try:
+            model = model_file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"--tokenizer-model {model_file}: {error.strerror}") from error
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -63,9 +83,18 @@ class SentencePieceTokenizer:
             raise ValueError(f"--tokenizer-model {model_file}: has no end-of-sentence piece to end documents with")
         self.vocab_size = self.processor.vocab_size()
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
+        # The library cannot tell a text's own U+2581 from a space; byte pieces, where the model has them, can.
+        ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self._space_sign = ids if all(self.processor.is_byte(i) for i in ids) else None
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self.processor.encode(text), np.int32)
+        if self._space_sign is None or SPACE not in text:
+            return np.array(self.processor.encode(text), np.int32)
+        ids: list[int] = []
+        for number, part in enumerate(text.split(SPACE)):
+            ids += self._space_sign if number else []
+            ids += self.processor.encode(part)
+        return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.processor.decode([int(i) for i in ids])
@@ -87,7 +116,7 @@ def _training_pieces(texts: Iterable[str], size: int = 1000) -> Iterator[str]:
 def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
     """A BPE model with byte fallback that reproduces any text exactly (no normalisation, no added space)."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
+    load_sentencepiece().SentencePieceTrainer.train(
         sentence_iterator=_training_pieces(texts),
         model_writer=model,
         vocab_size=vocab_size,

@@ -121,11 +121,15 @@ class Grid:
         return " x ".join(f"{a} {getattr(self.sizes, a)}" for a in AXES)
 
 
-def build_grid(sizes: GridSizes, *, timeout: timedelta | None = None) -> Grid:
+def build_grid(sizes: GridSizes, *, timeout: timedelta | None = None, backend: str | None = None) -> Grid:
     """Make the groups of every axis. Collective: every rank calls it, in the same order.
 
     Each axis has communicators of its own even where two axes hold the same ranks, so that traffic
     along one (the CP ring) never queues behind traffic along another (FSDP's gathers).
+
+    Args:
+        timeout: of each group's collectives; None: PyTorch's default.
+        backend: of each group; None: that of the world, which on CUDA would make a gloo mesh beside each NCCL one.
 
     Raises:
         ValueError: the sizes do not multiply to the world size.
@@ -136,7 +140,7 @@ def build_grid(sizes: GridSizes, *, timeout: timedelta | None = None) -> Grid:
     groups: dict[str, dist.ProcessGroup] = {}
     for axis in (*AXES, *DERIVED_AXES):
         for ranks in ranks_along(sizes, axis):
-            group = dist.new_group(ranks, timeout=timeout, group_desc=axis)
+            group = dist.new_group(ranks, timeout=timeout, backend=backend, group_desc=axis)
             if rank in ranks:
                 groups[axis] = group
     return Grid(sizes=sizes, global_rank=rank, groups=groups)
@@ -163,10 +167,12 @@ def device_mesh(grid: Grid, axes: Sequence[str], device_type: str) -> DeviceMesh
     return DeviceMesh.from_group([grid.group(axis) for axis in axes], device_type, mesh=rows, mesh_dim_names=tuple(axes))
 
 
-def split_group(grid: Grid, axis: str, inner_size: int, *, timeout: timedelta | None = None) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def split_group(
+    grid: Grid, axis: str, inner_size: int, *, timeout: timedelta | None = None, backend: str | None = None
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Cut every group along `axis` in two levels: neighbours of `inner_size` consecutive ranks, and across them.
 
-    Collective: every rank of the world calls it.
+    Collective: every rank of the world calls it. `timeout` and `backend` as `build_grid`.
 
     Returns:
         This rank's inner group (`inner_size` ranks) and outer group (size / inner_size ranks).
@@ -176,10 +182,10 @@ def split_group(grid: Grid, axis: str, inner_size: int, *, timeout: timedelta | 
     for ranks in ranks_along(grid.sizes, axis):
         neighbours = [ranks[i : i + inner_size] for i in range(0, len(ranks), inner_size)]
         for members in neighbours:
-            group = dist.new_group(members, timeout=timeout, group_desc=f"{axis} inner")
+            group = dist.new_group(members, timeout=timeout, backend=backend, group_desc=f"{axis} inner")
             inner = group if grid.global_rank in members else inner
         for members in (list(m) for m in zip(*neighbours, strict=True)):
-            group = dist.new_group(members, timeout=timeout, group_desc=f"{axis} outer")
+            group = dist.new_group(members, timeout=timeout, backend=backend, group_desc=f"{axis} outer")
             outer = group if grid.global_rank in members else outer
     assert inner is not None and outer is not None
     return inner, outer

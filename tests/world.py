@@ -4,7 +4,8 @@
         results = world.run(case, 1, 2)      # case(rank, 1, 2) on every rank; a list of what they returned
 
 `case` is a module-level function: it is sent by name. A rank's exception is raised here with the rank's
-traceback; a rank that dies or hangs fails the case instead of the whole suite.
+traceback; a rank that dies or hangs fails the case instead of the whole suite. Ranks that did not all answer are
+out of step, so such a world is ended and the next case gets a new one.
 """
 
 from __future__ import annotations
@@ -52,7 +53,12 @@ class World:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._start()
+
+    def _start(self) -> None:
+        size = self.size
         self.directory = tempfile.TemporaryDirectory()
+        self.in_step = True
         context = multiprocessing.get_context("spawn")
         os.environ["OMP_NUM_THREADS"] = "1"
         self.pipes: list[Connection] = []
@@ -69,6 +75,9 @@ class World:
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180.0, **kwargs: Any) -> list[Any]:
         """function(rank, *args, **kwargs) on every rank; what each returned, by rank."""
+        if not self.in_step:
+            self.close(patience=0.0)
+            self._start()
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
         return self._collect(timeout)
@@ -82,10 +91,12 @@ class World:
             left = 5.0 if failures else max(0.0, deadline - time.monotonic())
             try:
                 if not pipe.poll(left):
+                    self.in_step = False  # its answer may still come, and would be taken for the next case's
                     failures.append(f"rank {rank} did not answer")
                     continue
                 status, value = pipe.recv()
             except EOFError:
+                self.in_step = False
                 failures.append(f"rank {rank} died with exit code {self.processes[rank].exitcode}")
                 continue
             if status == "error":
@@ -95,14 +106,15 @@ class World:
             raise RankError("\n".join(failures))
         return results
 
-    def close(self) -> None:
+    def close(self, *, patience: float = 5.0) -> None:
+        """End the ranks; those that do not go within `patience` seconds are killed."""
         for pipe in self.pipes:
             try:
                 pipe.send(None)
             except OSError:
                 continue  # that rank is dead already, and said so in a case
         for process in self.processes:
-            process.join(timeout=5)
+            process.join(timeout=patience)
             if process.is_alive():
                 process.kill()
                 process.join()

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,11 +22,12 @@ from cp import plan
 from cp.layout import LAYOUTS
 from data.corpus import open_source
 from data.packing import PACKINGS, PAD_ROWS, resolve_packing
-from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer
+from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer, load_sentencepiece
 from model.config import GPTConfig
 from training.lr_schedule import LR_DECAY_STYLES
 
 TRANSFORMER_IMPLS = ("torch",)
+SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag, so that a preset can be overruled
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -56,7 +60,7 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--cp-size", type=int, default=1, help="ranks that share each sequence")
     group.add_argument("--tp-size", type=int, default=1, help="ranks that share each matrix (only 1 so far)")
-    group.add_argument("--sequence-parallel", action="store_true", help="norms on 1/tp of the tokens (needs --tp-size above 1)")
+    group.add_argument("--sequence-parallel", action=SWITCH, default=False, help="norms on 1/tp of the tokens (needs --tp-size above 1)")
     group.add_argument("--cp-backend", choices=("auto", *plan.BACKENDS), default="auto", help="what computes attention over cp ranks")
     group.add_argument(
         "--cp-comm-type",
@@ -92,8 +96,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-channels", type=int, help="channels of one head; default: hidden size / heads")
     group.add_argument("--rotary-base", type=float, default=10000.0, help="base of the rotary frequencies")
     group.add_argument("--norm-epsilon", type=float, default=1e-5, help="added to the mean square in RMSNorm")
-    group.add_argument("--qk-norm", action="store_true", help="RMSNorm on each query and key head")
-    group.add_argument("--tie-embeddings", action="store_true", help="one matrix for embedding and output")
+    group.add_argument("--qk-norm", action=SWITCH, default=False, help="RMSNorm on each query and key head")
+    group.add_argument("--tie-embeddings", action=SWITCH, default=False, help="one matrix for embedding and output")
     group.add_argument("--make-vocab-size-divisible-by", type=int, default=128, help="the vocabulary is padded to a multiple of it")
     group.add_argument("--init-method-std", type=float, default=0.02, help="standard deviation of initial weights")
     group.add_argument("--transformer-impl", choices=TRANSFORMER_IMPLS, default="torch", help="whose layers: torch, plain PyTorch")
@@ -101,7 +105,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data-path", help="text file, .jsonl file or folder of text; default: Python's standard library")
+    group.add_argument("--data-path", help="text file, file of JSON lines, or folder of both; default: Python's standard library")
     group.add_argument("--json-key", default="text", help="field of a JSONL record that holds its text")
     group.add_argument("--data-split", default="95,5,0", metavar="TRAIN,VALID,TEST", help="weights by which documents are split")
     group.add_argument("--data-cache-path", default=".cache", help="folder for tokenizers, tokens and packing indices")
@@ -141,7 +145,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--z-loss", type=float, default=0.0, help="weight of log(Z)^2 in the loss; 0: off")
     group.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     group.add_argument("--min-lr", type=float, default=1e-4, help="learning rate at the end of the decay")
-    group.add_argument("--lr-warmup-iters", type=int, default=20, help="steps of linear warm-up; 0: none")
+    group.add_argument("--lr-warmup-iters", type=int, help="steps of linear warm-up; default: 20, at most a tenth of --lr-decay-iters")
     group.add_argument("--lr-decay-iters", type=int, help="step at which --min-lr is reached; default: --train-iters")
     group.add_argument("--lr-decay-style", choices=LR_DECAY_STYLES, default="cosine", help="wsd: hold, then decay at the end")
     group.add_argument("--lr-wsd-decay-iters", type=int, help="last steps in which wsd decays; default: a tenth of --lr-decay-iters")
@@ -163,14 +167,20 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save-interval", type=int, default=100, help="steps between checkpoints, and one at the end; 0: none at all")
     group.add_argument("--load", help="checkpoint, or folder with some, to start from; refused if there is none")
     group.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint under --save if there is one, else start fresh"
+        "--resume",
+        action=SWITCH,
+        default=False,
+        help="go on from the newest checkpoint under --save if there is one, else start fresh",
     )
 
 
 def _add_logging(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("log")
     group.add_argument(
-        "--verify-steps", type=int, default=1, help="first steps in which cp peers compare their rows and replicas their weights; 0: none"
+        "--verify-steps",
+        type=int,
+        default=1,
+        help="first steps in which cp peers compare rows and replicas their new weights; 0: none",
     )
     group.add_argument("--log-interval", type=int, default=10, help="steps between lines")
     group.add_argument("--tensorboard-dir", help="default: <run-dir>/tensorboard; none: off")
@@ -187,29 +197,44 @@ def _add_logging(parser: argparse.ArgumentParser) -> None:
 def _flags_from_yaml(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """The file's keys as command-line flags, so that types and choices are checked by the same code."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text()) or {}
+        loaded = yaml.load(Path(path).read_text("utf-8"), Loader=_WordsLoader) or {}
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"--config {path}: must be a mapping of flags to values")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     flags: list[str] = []
+    seen: dict[str, str] = {}
     for key, value in loaded.items():
         action = actions.get(str(key).replace("-", "_"))
         if action is None:
             raise ValueError(f"--config {path}: unknown key {key!r}{_did_you_mean(str(key), actions)}")
+        if action.dest in seen:
+            raise ValueError(f"--config {path}: {key} and {seen[action.dest]} are the same flag")
+        seen[action.dest] = key
         flag = action.option_strings[0]
         if action.nargs == 0:
-            if not isinstance(value, bool):
+            if value not in ("true", "false"):
                 raise ValueError(f"--config {path}: {key} must be true or false, not {value!r}")
-            flags += [flag] if value else []
-        elif isinstance(value, (dict, list)) or value is None:
+            flags.append(flag if value == "true" else action.option_strings[1])
+        elif not isinstance(value, str) or not value or value in ("null", "~"):
             raise ValueError(f"--config {path}: {key} must be one value, not {value!r}")
         else:
             flags.append(f"{flag}={value}")
     return flags
+
+
+class _WordsLoader(yaml.BaseLoader):
+    """Every value as the word that stands there, for argparse to read (`on` stays `on`); the same key twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+        if twice:
+            raise yaml.YAMLError(f"{twice[0]} is given twice")
+        return super().construct_mapping(node, deep)
 
 
 def _did_you_mean(word: str, known: Any) -> str:
@@ -256,8 +281,8 @@ def resolve(args: argparse.Namespace, *, world_size: int, local_world_size: int,
     """
     chosen: list[str] = []
     _resolve_device(args, local_world_size, cuda_devices, chosen)
-    _resolve_grid(args, world_size, local_world_size, chosen)
     _check_positive(args)
+    _resolve_grid(args, world_size, local_world_size, chosen)
     _resolve_model(args)
     _resolve_attention(args, chosen)
     _resolve_sequence(args, chosen)
@@ -298,13 +323,19 @@ def _resolve_grid(args: argparse.Namespace, world_size: int, local_world_size: i
     if args.sequence_parallel and args.tp_size == 1:
         raise ValueError("--sequence-parallel needs --tp-size above 1, which is 1")
     others = args.pp_size * args.dp_replicate_size * args.cp_size * args.tp_size
+    nodes = max(1, world_size // local_world_size)
+
+    def start(ranks: int) -> str:
+        if nodes == 1:
+            return f"use --nproc-per-node {ranks}"
+        if ranks % nodes == 0:
+            return f"use --nproc-per-node {ranks // nodes} on each of the {nodes} nodes"
+        return f"start {ranks} ranks in all (there are {nodes} nodes of {local_world_size})"
+
     if args.dp_shard_size == -1:
         if world_size % others:
             legal = others * max(1, round(world_size / others))
-            raise ValueError(
-                f"{world_size} ranks do not divide by pp * dp_replicate * cp * tp = {others}: use --nproc-per-node {legal}"
-                + (" a node in all" if local_world_size != world_size else "")
-            )
+            raise ValueError(f"{world_size} ranks do not divide by pp * dp_replicate * cp * tp = {others}: {start(legal)}")
         args.dp_shard_size = world_size // others
         chosen.append(f"--dp-shard-size {args.dp_shard_size}")
     if args.dp_shard_size < 1:
@@ -313,7 +344,7 @@ def _resolve_grid(args: argparse.Namespace, world_size: int, local_world_size: i
         raise ValueError(
             f"the sizes ask for {others * args.dp_shard_size} ranks (pp {args.pp_size} * dp_replicate {args.dp_replicate_size} * "
             f"dp_shard {args.dp_shard_size} * cp {args.cp_size} * tp {args.tp_size}) but there are {world_size}: "
-            f"use --nproc-per-node {others * args.dp_shard_size}"
+            f"{start(others * args.dp_shard_size)}"
         )
     if args.reshard_after_forward == "auto":
         args.reshard_after_forward = "off" if local_world_size == world_size else "on"
@@ -344,6 +375,11 @@ def _check_positive(args: argparse.Namespace) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be {words}")
 
 
+def _nearest_multiple(value: int, unit: int) -> int:
+    """The multiple of `unit` nearest to `value`, at least one."""
+    return unit * max(1, round(value / unit))
+
+
 def _resolve_model(args: argparse.Namespace) -> None:
     heads, groups = args.num_attention_heads, args.num_query_groups
     if heads % groups:
@@ -352,7 +388,7 @@ def _resolve_model(args: argparse.Namespace) -> None:
         raise ValueError(f"--num-attention-heads {heads} does not divide by --num-query-groups {groups}: nearest legal value {nearest}")
     if args.kv_channels is None:
         if args.hidden_size % heads:
-            nearest = heads * max(1, round(args.hidden_size / heads))
+            nearest = _nearest_multiple(args.hidden_size, 2 * heads)  # heads of an even number of channels
             raise ValueError(
                 f"--hidden-size {args.hidden_size} does not divide by --num-attention-heads {heads}: use {nearest}, or give --kv-channels"
             )
@@ -408,24 +444,22 @@ def _resolve_sequence(args: argparse.Namespace, chosen: list[str]) -> None:
         args.document_alignment = smallest
         chosen.append(f"--document-alignment {smallest}")
     if args.document_alignment % smallest:
-        nearest = smallest * max(1, round(args.document_alignment / smallest))
+        nearest = _nearest_multiple(args.document_alignment, smallest)
         raise ValueError(
             f"--document-alignment {args.document_alignment} is not a multiple of {smallest}, which layout "
             f"{args.cp_layout} over {args.cp_size} cp ranks needs: nearest legal value {nearest}"
         )
-    for unit, name in (
-        (args.document_alignment, "--document-alignment"),
-        (args.cp_size * args.tp_size, "cp * tp ="),
-    ):
+    ranks = args.cp_size * args.tp_size
+    nearest = _nearest_multiple(args.seq_length, math.lcm(args.document_alignment, ranks))
+    for unit, name in ((args.document_alignment, "--document-alignment"), (ranks, "cp * tp =")):
         if args.seq_length % unit:
-            nearest = unit * max(1, round(args.seq_length / unit))
             raise ValueError(f"--seq-length {args.seq_length} is not a multiple of {name} {unit}: nearest legal value {nearest}")
 
 
 def _check_batch(args: argparse.Namespace) -> None:
     unit = args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size
     if args.global_batch_size % unit:
-        nearest = unit * max(1, round(args.global_batch_size / unit))
+        nearest = _nearest_multiple(args.global_batch_size, unit)
         raise ValueError(
             f"--global-batch-size {args.global_batch_size} does not divide by micro batch {args.micro_batch_size} * dp_replicate "
             f"{args.dp_replicate_size} * dp_shard {args.dp_shard_size} = {unit}: nearest legal value {nearest}"
@@ -433,8 +467,17 @@ def _check_batch(args: argparse.Namespace) -> None:
 
 
 def _resolve_schedule(args: argparse.Namespace) -> None:
+    ends_where_told = args.lr_decay_iters is not None
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.train_iters
+    if args.lr_warmup_iters is None:
+        args.lr_warmup_iters = min(20, args.lr_decay_iters // 10)
+    # A run shorter than its warm-up is a trial; a decay that ends inside it is a slip.
+    if ends_where_told and args.lr_warmup_iters >= args.lr_decay_iters and args.lr_decay_style != "constant":
+        raise ValueError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of --lr-decay-iters {args.lr_decay_iters}: "
+            f"use at most {args.lr_decay_iters - 1}"
+        )
     if args.lr_wsd_decay_iters is None:
         args.lr_wsd_decay_iters = max(1, args.lr_decay_iters // 10)
     if args.min_lr > args.lr:
@@ -458,6 +501,8 @@ def _check_data(args: argparse.Namespace) -> None:
     if args.eval_interval and not parse_split(args.data_split)[1]:
         raise ValueError(f"--data-split {args.data_split} leaves nothing to validate on: give VALID a weight or use --eval-interval 0")
     open_source(args.data_path, args.json_key)
+    if args.tokenizer_type == "sentencepiece":
+        load_sentencepiece()
     if args.tokenizer_model is not None:
         if args.tokenizer_type == "byte":
             raise ValueError(f"--tokenizer-model {args.tokenizer_model}: --tokenizer-type byte takes no model")
@@ -471,6 +516,26 @@ def _check_folders(args: argparse.Namespace) -> None:
         raise ValueError("--resume and --load: give one; --resume looks under --save, --load names a checkpoint")
     if args.resume and not (args.save or args.run_dir):
         raise ValueError("--resume needs --save or --run-dir: without one every start has a new folder and nothing to go on from")
+    folders = {"--run-dir": args.run_dir, "--save": args.save, "--data-cache-path": args.data_cache_path}
+    folders |= {flag: value for flag, value in (("--tensorboard-dir", args.tensorboard_dir),) if value != "none"}
+    if args.metrics_file not in (None, "none"):
+        if Path(args.metrics_file).is_dir():
+            raise ValueError(f"--metrics-file {args.metrics_file}: is a folder")
+        folders["--metrics-file"] = str(Path(args.metrics_file).parent)
+    for flag, folder in folders.items():
+        if folder is not None:
+            _check_can_be_made(flag, Path(folder))
+    if args.tensorboard_dir != "none" and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard-dir needs the tensorboard package: pip install -r requirements.txt, or --tensorboard-dir none")
+
+
+def _check_can_be_made(flag: str, folder: Path) -> None:
+    """Raises ValueError if the folder is not there and cannot be made, or is there and cannot be written in."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
+    if not there.is_dir():
+        raise ValueError(f"{flag} {folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {folder}: no permission to write in {there}")
 
 
 def model_config(args: argparse.Namespace, *, vocab_size: int, padded_vocab_size: int) -> GPTConfig:

@@ -44,6 +44,7 @@ def print_banner(
     valid: SequenceDataset | None,
     start_from: Path | None,
     first_step: int,
+    changed: list[str],
     paths: dict[str, Path | None],
 ) -> None:
     """Versions, grid, what every `auto` became, model, data, and where things are written."""
@@ -66,6 +67,7 @@ def print_banner(
         "step": f"{args.global_batch_size} sequences = {step_tokens:,} tokens in {microbatches} microbatches of "
         f"{args.micro_batch_size} on each of {grid.size('batch')} data ranks; {args.train_iters} steps",
         "start": f"step {first_step}, from {start_from}" if start_from else "fresh",
+        **({"changed": "; ".join(changed)} if changed else {}),
     } | {name: str(path) if path else "off" for name, path in paths.items()}
     print("-" * 100)
     for key, value in lines.items():

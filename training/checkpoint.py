@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,12 @@ def save_checkpoint(save: Path, step: int, model: nn.Module, optimizer: torch.op
     dcp.save(_state(model, optimizer), checkpoint_id=scratch)
     if dist.get_rank() == 0:
         (scratch / RUN_FILE).write_text(json.dumps(facts | {"step": step}, indent=1))
+        old = save / f".{place.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
         if place.exists():  # the same step saved before, by a run that was resumed from an earlier one
-            shutil.rmtree(place)
+            place.rename(old)  # two renames, so that a whole one is always there to be found or put back
         scratch.rename(place)
+        shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return place
 
@@ -106,15 +110,27 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.A
     return int(read_run_facts(checkpoint)["step"])
 
 
-def check_same_run(facts: dict[str, Any], wanted: dict[str, Any], checkpoint: Path) -> None:
+def check_same_run(facts: dict[str, Any], wanted: dict[str, Any], free: Collection[str], checkpoint: Path) -> list[str]:
     """Refuse to go on with another model or other data than the checkpoint's.
 
     Args:
-        facts, wanted: by flag name (`--hidden-size`) or fact.
+        facts, wanted: the checkpoint's and the run's, by flag (`--hidden-size`) or name.
+        free: those that may change on purpose, such as the learning rate.
+
+    Returns:
+        A line for each of `free` that did change.
 
     Raises:
-        ValueError: names the first that differs, with both values.
+        ValueError: names the first other that differs or that the checkpoint does not have, with both values.
     """
+    changed = []
     for name, value in wanted.items():
-        if name in facts and facts[name] != value:
+        if name in facts and facts[name] == value:
+            continue
+        if name in free:
+            changed.append(f"{name} {value} (the checkpoint: {facts.get(name, 'unknown')})")
+        elif name in facts:
             raise ValueError(f"{name} {value}: the checkpoint {checkpoint} was made with {facts[name]}")
+        else:
+            raise ValueError(f"{name} {value}: the checkpoint {checkpoint} does not say with what it was made")
+    return changed

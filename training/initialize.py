@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import os
 import resource
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,16 +28,25 @@ class Launch:
     world_size: int = 1
     local_world_size: int = 1
 
-    @property
-    def under_torchrun(self) -> bool:
-        return "TORCHELASTIC_RUN_ID" in os.environ or "MASTER_ADDR" in os.environ
+    under_torchrun: bool = False
 
 
 def read_launch() -> Launch:
-    """This process's place, from the variables that torchrun sets."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    given = {name.lower(): int(os.environ[name]) for name in names if name in os.environ}
-    return Launch(**given)
+    """This process's place, from the variables that torchrun sets; without RANK it is alone.
+
+    Raises:
+        ValueError: some of them but not all, or one of several copies that `srun` started without torchrun.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" not in os.environ:
+        copies = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+        if copies > 1 and "SLURM_PROCID" in os.environ:
+            raise ValueError(f"srun started {copies} copies without torchrun, each alone: start torchrun, as launch/slurm.sbatch does")
+        return Launch()
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ValueError(f"the environment has RANK but not {', '.join(missing)}: start with torchrun, or unset RANK")
+    return Launch(**{name.lower(): int(os.environ[name]) for name in names[:4]}, under_torchrun=True)
 
 
 def cuda_device_count() -> int:
@@ -52,8 +64,9 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return  # not glibc: its allocator is left as it is
     m_trim_threshold, m_mmap_threshold = -1, -3
-    mallopt(m_mmap_threshold, 2**31 - 1)
-    mallopt(m_trim_threshold, 2**31 - 1)
+    for option in (m_mmap_threshold, m_trim_threshold):
+        if not mallopt(option, 2**31 - 1):
+            print(f"glibc refused mallopt({option}): steps on this CPU will be slower", file=sys.stderr)
 
 
 def initialise_distributed(launch: Launch, device_type: str, *, timeout_minutes: float) -> torch.device:
@@ -77,6 +90,11 @@ def initialise_distributed(launch: Launch, device_type: str, *, timeout_minutes:
     return device
 
 
+def group_backend(device: torch.device) -> str:
+    """Of the grid's groups, which carry tensors of the run's device only."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
 def on_rank_zero_first(build: Callable[[], T]) -> T:
     """`build()` on rank 0, then on the others, which find what it cached.
 
@@ -94,6 +112,34 @@ def on_rank_zero_first(build: Callable[[], T]) -> T:
     if failure[0] is not None:
         raise ValueError(failure[0])
     return result if result is not None else build()
+
+
+def check_ranks_agree(facts: dict[str, Any], what: str) -> None:
+    """Every rank must hold the same facts. Collective over the world; costs one small exchange where they do.
+
+    Args:
+        facts: by name; anything with a stable text form.
+        what: of what, for the message.
+
+    Raises:
+        ValueError: on every rank, naming the facts that differ and the ranks that differ from rank 0.
+    """
+    own = {name: repr(value) for name, value in facts.items()}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    ranks = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if not ranks:
+        return
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, own)
+    first, other = everyones[0], everyones[ranks[0]]
+    differing = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+    name = differing[0]
+    raise ValueError(
+        f"{what} differ between ranks: {', '.join(differing)} ({name} is {first.get(name)} on rank 0 but {other.get(name)} on rank "
+        f"{ranks[0]}); ranks that differ from rank 0: {', '.join(map(str, ranks[:16]))}{' ...' if len(ranks) > 16 else ''}"
+    )
 
 
 def broadcast_string(value: str) -> str:

@@ -25,12 +25,12 @@ from training.flops import training_flops
 ROW_FACTS = ("loss_tokens", "real_tokens", "squared_lengths", "row_tokens", "cp_balance", "rows")
 
 
-def row_facts(batches: list[Batch], balances: list[float]) -> Tensor:
+def row_facts(batches: list[Batch]) -> Tensor:
     """[len(ROW_FACTS)] float64 sums over this rank's rows of a step."""
     sums = [0.0] * len(ROW_FACTS)
-    for batch, balance in zip(batches, balances, strict=True):
+    for batch in batches:
         lengths = batch.packed_seq.lengths
-        facts = (batch.loss_tokens, batch.real_tokens, (lengths**2).sum(), batch.packed_seq.row_length, balance, 1)
+        facts = (batch.loss_tokens, batch.real_tokens, (lengths**2).sum(), batch.packed_seq.row_length, batch.cp_balance, 1)
         sums = [a + float(b) for a, b in zip(sums, facts, strict=True)]
     return torch.tensor(sums, dtype=torch.float64)
 

@@ -41,8 +41,8 @@ def check_agreement(value: int, grid: Grid, axis: str, what: str, device: torch.
         raise RuntimeError(f"{what} differ along {axis}: ranks {differing} from rank {ranks[0]} (of {ranks})")
 
 
-def verify_step(model: nn.Module, batches: Sequence[Batch], grid: Grid, device: torch.device) -> None:
-    """The cp, tp and pp peers of a row hold the same row and documents; the replicas hold the same weights.
+def verify_rows(batches: Sequence[Batch], grid: Grid, device: torch.device) -> None:
+    """The cp, tp and pp peers of a row hold the same row and documents.
 
     Raises:
         RuntimeError: names the axis and the ranks.
@@ -51,5 +51,13 @@ def verify_step(model: nn.Module, batches: Sequence[Batch], grid: Grid, device: 
         assert batch.row_hash is not None
         for axis in ("cp", "tp", "pp"):
             check_agreement(batch.row_hash, grid, axis, f"the tokens or documents of microbatch {number}", device)
+
+
+def verify_weights(model: nn.Module, grid: Grid, device: torch.device) -> None:
+    """The replicas hold the same weights, bit for bit. Called after an update, which gradients that differ would part.
+
+    Raises:
+        RuntimeError: names the ranks.
+    """
     if grid.size("dp_replicate") > 1:
         check_agreement(hash_weights(model), grid, "dp_replicate", "the weights", device)

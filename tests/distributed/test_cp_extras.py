@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from cp.attention import build_attention
@@ -16,7 +21,8 @@ from cp.plan import AttentionChoice, cells
 from parallel.collectives import WaitClock
 from parallel.grid import Grid, GridSizes, build_grid, split_group
 from tests.world import RankError, World
-from training.verify_step import check_agreement, verify_step
+from training.initialize import check_ranks_agree
+from training.verify_step import check_agreement, verify_weights
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +82,7 @@ class OneWeight(torch.nn.Module):
 
 
 def flipped(rank: int) -> None:
-    verify_step(OneWeight(1.0 if rank != 2 else 1.0 + 2**-23), [], grid_of(dp_replicate=4), torch.device("cpu"))
+    verify_weights(OneWeight(1.0 if rank != 2 else 1.0 + 2**-23), grid_of(dp_replicate=4), torch.device("cpu"))
 
 
 def test_one_flipped_bit_in_a_replica_is_found(world: World) -> None:
@@ -140,3 +146,45 @@ def waited(rank: int) -> tuple[float, float]:
 def test_the_clock_counts_waits_and_starts_anew(world: World) -> None:
     for first, second in world.run(waited):
         assert 0 < first < 10 and second == 0
+
+
+def facts_of(rank: int, odd: int) -> None:
+    facts = {"lr": 1e-3, "tokenizer": "a" if rank != odd else "b", "seed": 5 if rank != odd else 6}
+    check_ranks_agree(facts, "data")
+
+
+def test_ranks_that_were_started_otherwise_are_named(world: World) -> None:
+    world.run(facts_of, 99)
+    with pytest.raises(RankError, match=r"data differ between ranks: tokenizer, seed .* 'a' on rank 0 but 'b' on rank 2.* from rank 0: 2$"):
+        world.run(facts_of, 2)
+
+
+def times_out(rank: int) -> float:
+    """Rank 1 stays away from a collective of a grid's group whose limit is one second."""
+    grid = build_grid(GridSizes(dp_shard=2, cp=2), timeout=timedelta(seconds=1))
+    start = time.monotonic()
+    if rank != 1:
+        with contextlib.suppress(RuntimeError):
+            dist.all_reduce(torch.ones(1), group=grid.group("loss"))
+            return 0.0
+    return time.monotonic() - start
+
+
+def test_a_group_gives_up_after_its_timeout() -> None:
+    with World(4) as own:  # its ranks are out of step afterwards
+        waited = own.run(times_out, timeout=60)
+    assert waited[1] < 1 and all(0.5 < seconds < 30 for rank, seconds in enumerate(waited) if rank != 1), waited
+
+
+def hang(rank: int, seconds: float) -> int:
+    time.sleep(seconds if rank == 1 else 0)
+    return os.getpid()
+
+
+def test_a_world_whose_ranks_are_out_of_step_is_replaced() -> None:
+    with World(2) as own:
+        first = own.run(hang, 0.0)
+        with pytest.raises(RankError, match="rank 1 did not answer"):
+            own.run(hang, 30.0, timeout=1.0)
+        again = own.run(hang, 0.0)
+    assert not set(first) & set(again)

@@ -36,7 +36,7 @@ LAYOUTS = {
     "dp_replicate 2 x dp_shard 2": GridSizes(dp_replicate=2, dp_shard=2),
     "cp 4": GridSizes(cp=4),
 }
-P2P = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
+P2P = {f: AttentionChoice(backend="native", method="p2p", qkv_format=f, layout="zigzag", cp_size=1) for f in ("thd", "bshd")}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -83,12 +83,12 @@ def rows_of(qkv_format: str) -> list[Sequence]:
     return rows
 
 
-def built(grid: Grid, config: GPTConfig, dtype: str, reshard: bool = False) -> GPT:
+def built(grid: Grid, config: GPTConfig, dtype: str, reshard: bool = False, qkv_format: str = "thd") -> GPT:
     compute = DTYPES[dtype]
     with torch.device("meta"):
         model = GPT(
             config,
-            attention=build_attention(P2P, head_dim=config.kv_channels),
+            attention=build_attention(P2P[qkv_format], head_dim=config.kv_channels),
             cp_group=grid.group("cp"),
             dtype=torch.float64 if dtype == "fp64" else torch.float32,
             loss_chunk_size=24,
@@ -102,13 +102,16 @@ def full(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def run_steps(model: GPT, grid: Grid, rows: list[Sequence], micro_batch: int, steps: int, reshard: bool = False) -> dict:
+def run_steps(
+    model: GPT, grid: Grid, rows: list[Sequence], micro_batch: int, steps: int, reshard: bool = False, qkv_format: str = "thd"
+) -> dict:
     """`steps` AdamW steps on the same rows; facts of the first step and of the end."""
     optimizer = build_optimizer(model, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     size, rank = grid.size("batch"), grid.rank("batch")
     groups = [rows[i : i + micro_batch] for i in range(0, ROWS, micro_batch)]
     mine = groups[rank::size]
-    batches = [build_batch(g, cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), qkv_format="thd", layout="zigzag") for g in mine]
+    place = dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), layout="zigzag")
+    batches = [build_batch(g, qkv_format=qkv_format, **place) for g in mine]
     tokens = sum_over(torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64), grid.group("batch"))
     result: dict = {}
     for step in range(steps):
@@ -151,8 +154,8 @@ def check_layout(rank: int, layout: str, dtype: str, qkv_format: str, micro_batc
     """Largest relative errors against the oracle."""
     config, rows = config_of(**changes), rows_of(qkv_format)
     grid = grid_of(layout)
-    model = built(grid, config, dtype, reshard)
-    got = run_steps(model, grid, rows, micro_batch, steps=1, reshard=reshard)
+    model = built(grid, config, dtype, reshard, qkv_format)
+    got = run_steps(model, grid, rows, micro_batch, steps=1, reshard=reshard, qkv_format=qkv_format)
     want = oracle(config, rows, {n: p.shape for n, p in model.named_parameters()})
     errors = {name: relative_error(got["grads"][name], want["grads"][name]) for name in want["grads"]}
     clip = min(1.0, 1.0 / (want["norm"] + 1e-6))
@@ -183,8 +186,9 @@ def test_model_variants(world: World, changes: dict) -> None:
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
 @pytest.mark.parametrize("reshard", [False, True])
-def test_micro_batch_and_reshard_change_nothing(world: World, micro_batch: int, reshard: bool) -> None:
-    for errors in world.run(check_layout, "dp_replicate 2 x cp 2", "fp64", "thd", micro_batch, {}, reshard):
+@pytest.mark.parametrize("qkv_format", ["thd", "bshd"])
+def test_micro_batch_and_reshard_change_nothing(world: World, micro_batch: int, reshard: bool, qkv_format: str) -> None:
+    for errors in world.run(check_layout, "dp_replicate 2 x cp 2", "fp64", qkv_format, micro_batch, {}, reshard):
         assert max(errors.values()) <= 1e-10, errors
 
 

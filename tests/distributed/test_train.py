@@ -18,10 +18,12 @@ def base(tmp_path_factory) -> list[str]:
 
 LAYOUTS = {
     "cp 2": (2, "--cp-size 2"),
-    "cp 4, micro-batch 2": (4, "--cp-size 4 --micro-batch-size 2"),
+    "cp 4": (4, "--cp-size 4"),
     "dp_shard 2 x cp 2": (4, "--dp-shard-size 2 --cp-size 2"),
-    "dp_replicate 2 x cp 2": (4, "--dp-replicate-size 2 --cp-size 2 --micro-batch-size 2"),
+    "dp_replicate 2 x cp 2": (4, "--dp-replicate-size 2 --cp-size 2"),
 }
+# Every layout at both row sizes, once in each dtype.
+RUNS = [(layout, dtype, micro) for layout in LAYOUTS for dtype, micro in (("fp64", 1), ("fp64", 2), ("fp32", 2))]
 LIMITS = {"fp64": 1e-9, "fp32": 1e-5}
 
 
@@ -40,16 +42,38 @@ def one_rank(base, tmp_path_factory) -> dict[str, list[dict]]:
     return {dtype: train(0, tmp_path_factory.mktemp("one"), *base, "--dtype", dtype) for dtype in LIMITS}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", LIMITS)
-def test_every_layout_has_the_losses_of_one_rank(base, one_rank, tmp_path: Path, dtype: str, layout: str) -> None:
+@pytest.mark.parametrize(("layout", "dtype", "micro"), RUNS)
+def test_every_layout_has_the_losses_of_one_rank(base, one_rank, tmp_path: Path, layout: str, dtype: str, micro: int) -> None:
     ranks, flags = LAYOUTS[layout]
-    metrics = train(ranks, tmp_path, *base, "--dtype", dtype, *flags.split())
+    metrics = train(ranks, tmp_path, *base, "--dtype", dtype, *flags.split(), "--micro-batch-size", str(micro))
     assert_same_run(metrics, one_rank[dtype], LIMITS[dtype])
 
 
 def test_micro_batch_size_changes_nothing(base, one_rank, tmp_path: Path) -> None:
     assert_same_run(train(0, tmp_path, *base, "--dtype", "fp64", "--micro-batch-size", "4"), one_rank["fp64"], 1e-9)
+
+
+def test_the_same_command_twice_gives_the_same_bits(base, tmp_path: Path) -> None:
+    flags = [*base, "--dtype", "fp32", "--dp-shard-size", "2", "--cp-size", "2", "--micro-batch-size", "2", "--num-workers", "1"]
+    runs = [train(4, tmp_path / name, *flags) for name in ("a", "b")]
+    kept = [[{k: v for k, v in r.items() if k in ("step", "loss", "grad_norm", "lr", "tokens", "cp_balance")} for r in run] for run in runs]
+    assert kept[0] == kept[1] and len(kept[0]) == 10
+
+
+def test_the_default_command_for_three_steps(tmp_path: Path) -> None:
+    """`make train`'s own flags: the standard library, a SentencePiece model, a sample before and after, everything written."""
+    cache = ["--data-cache-path", str(tmp_path / "cache")]
+    result = run_train(4, "--cp-size", "4", "--train-iters", "3", "--run-dir", str(tmp_path / "run"), *cache, timeout=300)
+    output = result.stdout
+    assert result.returncode == 0 or "metrics:  " in output, output + result.stderr
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert len(losses) == 3 and losses[0] == pytest.approx(8.34, abs=0.1)  # ln(4224) for a model that knows nothing
+    assert "validation_loss" in records[-1] and records[0]["packing_efficiency"] > 0.99 and records[0]["cp_balance"] < 1.1
+    assert output.index("sample before training") < output.index("step   1/3".replace("   ", " ")) < output.index("sample after training")
+    for line, place in (("checkpoint:", "checkpoints/step_0000003"), ("TensorBoard:", "tensorboard"), ("metrics:", "metrics.jsonl")):
+        assert (tmp_path / "run" / place).exists()
+        assert any(text.startswith(line) and text.endswith(place) for text in output.splitlines())
 
 
 def test_loss_falls_and_flops_do_not_depend_on_cp(base, one_rank, tmp_path: Path) -> None:
@@ -141,6 +165,41 @@ def test_validation_loss_does_not_depend_on_the_layout(base, tmp_path: Path) -> 
     (_, one), (_, grid) = runs
     assert one["validation_tokens"] == grid["validation_tokens"] > 0
     assert one["validation_loss"] == pytest.approx(grid["validation_loss"], rel=1e-9)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(base, tmp_path: Path) -> None:
+    flags = ["--lr", "1e30", "--clip-grad", "0", "--save-interval", "1", "--run-dir", str(tmp_path), "--cp-size", "2"]
+    result = run_train(2, *base, *flags)
+    assert result.returncode != 0 and result.stderr.count("train.py: step") == 1, result.stderr
+    assert 'File "train.py"' not in result.stderr
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    bad = next(r["step"] for r in records if not abs(r["loss"]) + abs(r["grad_norm"]) < float("inf"))
+    assert f"step {bad}: loss" in result.stderr
+    saved = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert saved == [f"step_{n:07d}" for n in range(1, bad)]
+
+
+def test_what_may_change_on_the_way_is_told(base, tmp_path: Path) -> None:
+    flags = [*base, "--train-iters", "2", "--save-interval", "2"]
+    train(0, tmp_path / "a", *flags)
+    start = str(tmp_path / "a" / "checkpoints")
+    result = run_train(0, *base, "--train-iters", "3", "--load", start, "--lr", "0.02", "--run-dir", str(tmp_path / "b"))
+    assert result.returncode == 0 and "--lr 0.02 (the checkpoint: 0.01)" in result.stdout, result.stdout + result.stderr
+    for more, words in (
+        (["--dtype", "fp64"], "weights' dtype fp64"),
+        (["--save", str(tmp_path / "c" / "checkpoints")], "already holds step_0000001"),
+    ):
+        if "c" in str(more):
+            train(0, tmp_path / "c", *base, "--train-iters", "1", "--save-interval", "1")
+        result = run_train(0, *base, "--train-iters", "3", "--load", start, "--run-dir", str(tmp_path / "d"), *more)
+        assert result.returncode == 2 and words in result.stderr, result.stderr
+
+
+def test_another_runs_metrics_are_not_overwritten(base, tmp_path: Path) -> None:
+    train(0, tmp_path, *base, "--train-iters", "1")
+    result = run_train(0, *base, "--train-iters", "1", "--run-dir", str(tmp_path))
+    assert result.returncode == 2 and "metrics.jsonl is another run's" in result.stderr
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
 REFUSALS = {

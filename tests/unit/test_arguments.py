@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
 from training.arguments import build_parser, parse_arguments, resolve
+from training.initialize import Launch, read_launch
 
 
 def resolved(*flags: str, world: int = 1, local: int | None = None, cuda: int = 0) -> argparse.Namespace:
@@ -31,7 +34,7 @@ REFUSALS = [
     (["--document-alignment", "12", "--cp-size", "4"], 4, ["--document-alignment 12", "8"]),
     (["--document-alignment", "24", "--seq-length", "2048"], 1, ["--seq-length 2048", "24", "2040"]),
     (["--num-attention-heads", "6", "--num-query-groups", "4"], 1, ["--num-attention-heads 6", "--num-query-groups 4", "3"]),
-    (["--hidden-size", "250", "--num-attention-heads", "8", "--num-query-groups", "8"], 1, ["--hidden-size 250", "8", "248"]),
+    (["--hidden-size", "250", "--num-attention-heads", "8", "--num-query-groups", "8"], 1, ["--hidden-size 250", "8", "256"]),
     (["--kv-channels", "31"], 1, ["--kv-channels 31", "even", "32"]),
     (["--global-batch-size", "6", "--micro-batch-size", "4"], 1, ["--global-batch-size 6", "4", "8"]),
     (["--global-batch-size", "3"], 2, ["--global-batch-size 3", "2"]),
@@ -69,6 +72,11 @@ REFUSALS = [
     (["--heads-k-stride", "2"], 1, ["--heads-k-stride 2", "p2p"]),
     (["--cp-comm-type", "all_gather", "--heads-k-stride", "3"], 1, ["--heads-k-stride 3", "2 key/value heads", "1, 2"]),
     (["--verify-steps", "-1"], 1, ["--verify-steps -1"]),
+    (["--lr-warmup-iters", "30", "--lr-decay-iters", "30"], 1, ["--lr-warmup-iters 30", "--lr-decay-iters 30", "29"]),
+    (["--run-dir", "README.md/x"], 1, ["--run-dir README.md/x", "not a folder"]),
+    (["--save", "README.md"], 1, ["--save README.md", "not a folder"]),
+    (["--data-cache-path", "README.md/x"], 1, ["--data-cache-path README.md/x", "not a folder"]),
+    (["--metrics-file", "docs"], 1, ["--metrics-file docs", "is a folder"]),
 ]
 
 
@@ -93,6 +101,38 @@ def test_cuda_dtypes_and_heads() -> None:
     with pytest.raises(ValueError, match=r"--kv-channels 12.*multiples of 8"):
         resolved("--kv-channels", "12", cuda=1)
     assert resolved("--kv-channels", "12").kv_channels == 12
+
+
+def test_a_missing_package_is_said_with_a_way_out(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match=r"--tokenizer-type sentencepiece needs .*pip install"):
+        resolved()
+    byte = ["--tokenizer-type", "byte"]
+    resolved(*byte)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--tensorboard-dir needs the tensorboard package: pip install"):
+        resolved(*byte)
+    resolved(*byte, "--tensorboard-dir", "none")
+
+
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node", "MASTER_PORT": "1"}
+
+
+def test_what_the_environment_says(monkeypatch) -> None:
+    for name in (*TORCHRUN, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "left-over")  # by itself it starts nothing
+    assert read_launch() == Launch()
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(ValueError, match="8 copies without torchrun"):
+        read_launch()
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert read_launch() == Launch(rank=3, local_rank=1, world_size=4, local_world_size=2, under_torchrun=True)
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(ValueError, match="RANK but not MASTER_PORT"):
+        read_launch()
 
 
 def test_auto_says_what_it_chose() -> None:

@@ -31,7 +31,7 @@ class StandIn:
     def get_world_size(self) -> int:
         return self.world_size
 
-    def new_group(self, ranks: list[int], timeout=None, group_desc=None) -> tuple[int, ...]:
+    def new_group(self, ranks: list[int], timeout=None, backend=None, group_desc=None) -> tuple[int, ...]:
         assert len(set(ranks)) == len(ranks) and all(0 <= r < self.world_size for r in ranks)
         self.made.append(tuple(ranks))
         return tuple(ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,7 +72,7 @@ def test_facts_of_rows() -> None:
         row = Sequence(np.zeros(total, int), labels, np.array(lengths), np.array(padded))
         return build_batch([row], cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag")
 
-    got = row_facts([batch([3, 5, 0], [4, 6, 2]), batch([8], [8])], [1.25, 1.0])
+    got = row_facts([replace(batch([3, 5, 0], [4, 6, 2]), cp_balance=1.25), batch([8], [8])])
     wanted = dict(loss_tokens=2 + 7, real_tokens=8 + 8, squared_lengths=9 + 25 + 64, row_tokens=12 + 8, cp_balance=2.25, rows=2)
     assert dict(zip(ROW_FACTS, got.tolist(), strict=True)) == wanted and got.dtype == torch.float64
 
