@@ -44,7 +44,7 @@ from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_, shard_model
 from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes, build_grid
 from training.arguments import model_config, parse_arguments, resolve
-from training.initialize import cuda_device_count, initialise_distributed, on_rank_zero_first, read_launch
+from training.initialize import cuda_device_count, group_backend, initialise_distributed, on_rank_zero_first, read_launch
 from training.optimizer import build_optimizer
 from training.step import forward_backward
 
@@ -328,8 +328,8 @@ def print_summary(reports: list[Report]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    launch = read_launch()
-    with train.one_line_refusals(launch):
+    with train.one_line_refusals():
+        launch = read_launch()
         own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         own.add_argument("--verify-layers", type=int, default=2)
         own.add_argument("--verify-sequences", type=int)
@@ -342,15 +342,16 @@ def main(argv: list[str]) -> int:
             return 0
     device = initialise_distributed(launch, args.device, timeout_minutes=args.distributed_timeout_minutes)
     grid = build_grid(
-        GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size)
+        GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size),
+        backend=group_backend(device),
     )
-    with train.one_line_refusals(launch):
+    with train.one_line_refusals():
         verifier = Verifier(args, grid, device, layers=flags.verify_layers, sequences=flags.verify_sequences)
     if launch.rank == 0:
         print(f"{grid.describe()}; {verifier.layers} layers, {verifier.num_sequences} sequences of {args.seq_length}; device {args.device}")
     reports = []
     for run in cells_of(args) if flags.all else [args]:
-        with train.one_line_refusals(launch):
+        with train.one_line_refusals():
             report = verifier.verify(run)
         if report is not None:
             print_report(report)
