@@ -138,6 +138,16 @@ def add_rows_(x: Tensor, rows: Rows, values: Tensor) -> None:
         x.index_add_(0, rows, values.to(x.dtype))
 
 
+def fill_rows_(x: Tensor, rows: Rows, values: Tensor) -> None:
+    """x[rows] = values in x's dtype and 0 elsewhere, each element written once where `rows` is a slice."""
+    if isinstance(rows, slice):
+        x[: rows.start].zero_()
+        x[rows] = values
+        x[rows.stop :].zero_()
+    else:
+        x.zero_().index_copy_(0, rows, values.to(x.dtype))
+
+
 def spread_rows(values: Tensor, rows: Rows, size: int) -> Tensor:
     """[size, ...] that holds `values` in `rows` and 0 elsewhere; `values` itself where they fill it."""
     if len(values) == size:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cp.kernels import Block, accumulator_dtype, add_rows_, block_backward, block_forward, build_block, spread_rows, take_rows
+from cp.kernels import Block, accumulator_dtype, add_rows_, block_backward, block_forward, build_block, fill_rows_, spread_rows, take_rows
 from cp.packed_seq import PackedSeq
 from parallel.collectives import WaitClock, start_ring_shift
 
@@ -110,18 +110,22 @@ class _RingAttention(torch.autograd.Function):
         dout = dout.contiguous()
         blocks, group, cp_size = ctx.blocks, ctx.group, len(ctx.blocks)
         accumulate = accumulator_dtype(q.dtype)
-        dq = torch.zeros(q.shape, dtype=accumulate, device=q.device)
+        dq = torch.empty(q.shape, dtype=accumulate, device=q.device)
         kv: Any = torch.stack((k, v)) if cp_size > 1 else (k, v)
         dkv_shift = None
         for step, block in enumerate(blocks):
             kv_shift = start_ring_shift(kv, group, tag=KV_TAG) if step + 1 < cp_size else None
             # Filled before the gradient of the same shard arrives from the rank that had it before.
-            dkv = torch.zeros((2, *k.shape), dtype=accumulate, device=q.device)
+            dkv = torch.empty((2, *k.shape), dtype=accumulate, device=q.device)
             if block is not None:
                 block_dq, block_dk, block_dv = block_backward(dout, q, kv[0], kv[1], out, lse, block, ctx.scale)
-                add_rows_(dq, block.q_rows, block_dq)
-                add_rows_(dkv[0], block.k_rows, block_dk)
-                add_rows_(dkv[1], block.k_rows, block_dv)
+                (fill_rows_ if step == 0 else add_rows_)(dq, block.q_rows, block_dq)
+                fill_rows_(dkv[0], block.k_rows, block_dk)
+                fill_rows_(dkv[1], block.k_rows, block_dv)
+            else:
+                dkv.zero_()
+                if step == 0:
+                    dq.zero_()
             if dkv_shift is not None:
                 dkv += dkv_shift.wait(ctx.clock)
             if cp_size > 1:
