@@ -28,11 +28,14 @@ from data.corpus import open_source
 from data.loader import BatchPlan, SequenceDataset, build_loader
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig, padded_vocab_size
-from model.gpt import GPT
+from model.gpt import GPT, Stages, chunks_of
 from model.init import initialise
 from parallel.collectives import WaitClock, sum_over
 from parallel.fsdp import clip_grad_norm_, shard_model
-from parallel.grid import Grid, GridSizes, build_grid, split_group
+from parallel.grid import Grid, GridSizes, build_grid, ends_group, split_group
+from parallel.pipeline import build_schedule
+from parallel.stages import split_layers
+from parallel.tensor import TensorParallel
 from training.arguments import model_config, parse_arguments, parse_split, resolve
 from training.banner import print_banner
 from training.checkpoint import check_same_run, checkpoints, find_checkpoint, load_checkpoint, read_run_facts, save_checkpoint
@@ -52,7 +55,7 @@ from training.lr_schedule import LRSchedule
 from training.metrics import MetricsLog, row_facts
 from training.optimizer import build_optimizer, set_lr
 from training.sample import generate
-from training.step import forward_backward
+from training.step import Pipeline, counts_here, forward_backward
 from training.verify_step import verify_rows, verify_weights
 
 # Flags that may have another value on another node: where files lie there.
@@ -103,33 +106,64 @@ def build_data(args: Namespace) -> tuple[Tokenizer, SequenceDataset, SequenceDat
     return tokenizer, train_sequences, valid_sequences
 
 
-def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.device, clock: WaitClock | None = None) -> GPT:
-    """The model on this rank: built on the meta device, sharded, then filled shard by shard."""
+def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.device, clock: WaitClock | None = None) -> GPT | Stages:
+    """The model on this rank, or its stages: built on the meta device, sharded, then filled shard by shard."""
     compute_dtype = COMPUTE_DTYPES[args.dtype]
     parameter_dtype = torch.float64 if args.dtype == "fp64" else torch.float32
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     backend = group_backend(device)
     a2a_groups = split_group(grid, "cp", args.attention.a2a_size, timeout=timeout, backend=backend) if args.attention.a2a_size > 1 else None
     attention = build_attention(args.attention, head_dim=config.kv_channels, a2a_groups=a2a_groups, clock=clock)
-    with torch.device("meta"):
-        model = GPT(
-            config,
-            attention=attention,
-            cp_group=grid.group("cp"),
-            dtype=parameter_dtype,
-            loss_chunk_size=args.loss_chunk_size,
-            z_loss=args.z_loss,
+    tp = TensorParallel(grid.group("tp"), args.sequence_parallel)
+    stages = split_layers(config.num_layers, args.pp_size * args.virtual_stages, first=args.first_stage_layers, last=args.last_stage_layers)
+    chunks = []
+    for layers in stages[grid.rank("pp") :: args.pp_size]:
+        with torch.device("meta"):
+            chunk = GPT(
+                config,
+                attention=attention,
+                cp_group=grid.group("cp"),
+                dtype=parameter_dtype,
+                tp=tp,
+                loss_chunk_size=args.loss_chunk_size,
+                z_loss=args.z_loss,
+                compute_dtype=compute_dtype,
+                layers=layers,
+            )
+        shard_model(
+            chunk,
+            chunk.layers.values(),
+            grid,
+            device_type=device.type,
+            compute_dtype=compute_dtype,
+            reshard_after_forward=args.reshard_after_forward == "on",
         )
-    shard_model(
-        model,
-        model.layers,
-        grid,
-        device_type=device.type,
-        compute_dtype=compute_dtype,
-        reshard_after_forward=args.reshard_after_forward == "on",
-    )
-    initialise(model, config, seed=args.seed, device=device)
+        chunks.append(chunk)
+    model = chunks[0] if len(chunks) == 1 else Stages(chunks)
+    initialise(model, config, seed=args.seed, device=device, tp=tp)
     return model
+
+
+def build_pipeline(
+    args: Namespace, model: GPT | Stages, config: GPTConfig, grid: Grid, device: torch.device, microbatches: int
+) -> Pipeline | None:
+    """The schedule over the stages of `build_model`; None where there is one stage."""
+    if args.pp_size == 1:
+        return None
+    chunks = chunks_of(model)
+    rows = args.micro_batch_size * args.seq_length // (args.cp_size * (args.tp_size if args.sequence_parallel else 1))
+    schedule = build_schedule(
+        chunks,
+        grid.group("pp"),
+        schedule=args.pp_schedule,
+        microbatches=microbatches,
+        hidden_shape=(rows, config.hidden_size),
+        dtype=chunks[0].compute_dtype,
+        device=device,
+    )
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    tied = ends_group(grid, "pp", timeout=timeout, backend=group_backend(device)) if config.tie_embeddings else None
+    return Pipeline(schedule, grid.group("pp"), tied)
 
 
 def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequences: SequenceDataset) -> dict:
@@ -188,6 +222,7 @@ def main(argv: list[str]) -> None:
         qkv_format=args.qkv_format,
         layout=args.cp_layout,
         pad_rows=args.pad_rows,
+        row_unit=math.lcm(2 * args.cp_size, args.cp_size * args.tp_size),
     )
 
     # ------------------------------------------------------------------------------------------------
@@ -197,6 +232,7 @@ def main(argv: list[str]) -> None:
     config = model_config(args, vocab_size=tokenizer.vocab_size, padded_vocab_size=vocab)
     cp_clock = WaitClock() if args.attention.backend == "native" and args.cp_size > 1 else None
     model = build_model(args, config, grid, device, cp_clock)
+    pipeline = build_pipeline(args, model, config, grid, device, batch_plan.num_microbatches)
     optimizer = build_optimizer(
         model, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay
     )
@@ -208,13 +244,14 @@ def main(argv: list[str]) -> None:
         style=args.lr_decay_style,
         wsd_decay_iters=args.lr_wsd_decay_iters,
     )
+    counts = counts_here(model, grid)
     facts = run_facts(args, config, tokenizer, train_sequences)
     first_step = 0
     changed: list[str] = []
     if start_from is not None:
         with one_line_refusals():
             changed = check_same_run(read_run_facts(start_from), facts, FREE_FACTS, start_from)
-        first_step = load_checkpoint(start_from, model, optimizer)
+        first_step = load_checkpoint(start_from, model, optimizer, grid)
 
     peak_tflops = args.peak_tflops
     if peak_tflops is None and device.type == "cuda":
@@ -273,7 +310,7 @@ def main(argv: list[str]) -> None:
             num_tokens=args.sample_tokens,
             grid=grid,
             device=device,
-            alignment=math.lcm(args.document_alignment, smallest_alignment("zigzag", args.cp_size)),
+            alignment=math.lcm(args.document_alignment, smallest_alignment("zigzag", args.cp_size), args.cp_size * args.tp_size),
             qkv_format=args.qkv_format,
             layout=args.cp_layout,
             pad_token=tokenizer.eod,
@@ -310,11 +347,16 @@ def main(argv: list[str]) -> None:
 
         # Forward and backward; gradients are summed over the ranks after the last microbatch.
         cross_entropy = forward_backward(
-            model, batches, loss_tokens=loss_tokens, device=device, reshard_between=args.reshard_after_forward == "on"
+            model,
+            batches,
+            loss_tokens=loss_tokens,
+            device=device,
+            reshard_between=args.reshard_after_forward == "on",
+            pipeline=pipeline,
         )
 
         # Clip by the global norm and step.
-        grad_norm = clip_grad_norm_(model.parameters(), grid, max_norm=args.clip_grad)
+        grad_norm = clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=args.clip_grad, counts=counts)
         lr = schedule.at(step)
         set_lr(optimizer, lr)
         optimizer.step()
@@ -322,7 +364,7 @@ def main(argv: list[str]) -> None:
         if step < verify_before:
             verify_weights(model, grid, device)
 
-        loss = sum_over(cross_entropy, grid.group("loss")) / loss_tokens
+        loss = sum_over(sum_over(cross_entropy, grid.group("loss")), grid.group("pp")) / loss_tokens
         done = step + 1
         # A loss that is not finite ends the run, at the next line that is due.
         log.step(done, loss=loss, grad_norm=grad_norm, lr=lr, facts=step_facts, data_time=data_time, memory=max_memory_bytes(device))
@@ -331,7 +373,7 @@ def main(argv: list[str]) -> None:
             log.restart_clock()
         if args.save_interval and (done % args.save_interval == 0 or done == args.train_iters):
             log.flush()  # a loss that is not finite ends the run before it is saved
-            place = save_checkpoint(save_dir, done, model, optimizer, facts=facts)
+            place = save_checkpoint(save_dir, done, model, optimizer, grid, facts=facts)
             if is_writer:
                 print(f"saved {place}", flush=True)
             log.restart_clock()

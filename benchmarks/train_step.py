@@ -48,7 +48,7 @@ from training.arguments import model_config, parse_arguments, resolve
 from training.initialize import initialise_distributed, read_launch
 from training.metrics import row_facts
 from training.optimizer import build_optimizer, set_lr
-from training.step import forward_backward
+from training.step import counts_here, forward_backward
 
 VOCAB_SIZE, SEQ_LENGTH, MICRO_BATCH, SEED = 32000, 1024, 2, 1234
 LONG_SEQ_LENGTH, LONG_CP = 8192, 4
@@ -92,7 +92,9 @@ class OurStep:
         loss_tokens = facts[0].clamp(min=1)
         reshard = self.args.reshard_after_forward == "on"
         cross_entropy = forward_backward(self.model, batches, loss_tokens=loss_tokens, device=CPU, reshard_between=reshard)
-        clip_grad_norm_(self.model.parameters(), self.grid, max_norm=self.args.clip_grad)
+        clip_grad_norm_(
+            dict(self.model.named_parameters()), self.grid, max_norm=self.args.clip_grad, counts=counts_here(self.model, self.grid)
+        )
         set_lr(self.optimizer, self.args.lr)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -191,11 +191,16 @@ def build_batch(
     qkv_format: str,
     layout: str,
     pad_rows: str = "full",
+    row_unit: int | None = None,
     hash_row: bool = False,
 ) -> Batch:
-    """The row that `sequences` make up, cut to this rank's tokens."""
+    """The row that `sequences` make up, cut to this rank's tokens.
+
+    Args:
+        row_unit: a dynamic row is a multiple of it; default 2 * cp_size.
+    """
     if pad_rows == "dynamic":
-        sequences = _without_tails(sequences, unit=2 * cp_size)
+        sequences = _without_tails(sequences, unit=row_unit or 2 * cp_size)
     lengths = np.concatenate([s.lengths for s in sequences])
     padded_lengths = np.concatenate([s.padded_lengths for s in sequences])
     packed_seq, owned = build_packed_seq(lengths, padded_lengths, cp_size=cp_size, cp_rank=cp_rank, qkv_format=qkv_format, layout=layout)
@@ -247,6 +252,7 @@ class BatchPlan:
     qkv_format: str
     layout: str
     pad_rows: str = "full"
+    row_unit: int | None = None
     hash_before_step: int = 0  # rows of steps below it carry their hash
 
     @property
@@ -279,6 +285,7 @@ class RowDataset(Dataset):
             qkv_format=plan.qkv_format,
             layout=plan.layout,
             pad_rows=plan.pad_rows,
+            row_unit=plan.row_unit,
             hash_row=at[0] < plan.hash_before_step,
         )
 

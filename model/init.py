@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from model.config import GPTConfig
+from model.names import tp_dim
+from parallel.tensor import TensorParallel
 
 BLOCK_ROWS = 256
 
@@ -35,7 +37,7 @@ def initial_rows(seed: int, name: str, start: int, stop: int, columns: int, std:
 
 
 def local_rows(parameter: Tensor) -> tuple[int, int]:
-    """Which rows of the whole parameter this rank holds: (start, stop)."""
+    """Which rows of its tp rank's parameter this rank holds: (start, stop)."""
     if not isinstance(parameter, DTensor):
         return 0, parameter.shape[0]
     start, stop = 0, parameter.shape[0]
@@ -52,8 +54,9 @@ def local_rows(parameter: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: GPTConfig, *, seed: int, device: torch.device) -> None:
+def initialise(model: nn.Module, config: GPTConfig, *, seed: int, device: torch.device, tp: TensorParallel | None = None) -> None:
     """Materialise a model built on the meta device and fill it, each rank its own shard."""
+    tp = tp or TensorParallel()
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -64,4 +67,9 @@ def initialise(model: nn.Module, config: GPTConfig, *, seed: int, device: torch.
         if name.endswith(RESIDUAL_OUTPUTS):
             std /= (2 * config.num_layers) ** 0.5
         start, stop = local_rows(parameter)
-        local.copy_(initial_rows(seed, name, start, stop, parameter.shape[1], std))
+        rows, columns = parameter.shape  # of this tp rank's part
+        if tp_dim(name) == 0:
+            local.copy_(initial_rows(seed, name, tp.rank * rows + start, tp.rank * rows + stop, columns, std))
+        else:
+            whole = initial_rows(seed, name, start, stop, columns * tp.size, std)
+            local.copy_(whole[:, tp.rank * columns : (tp.rank + 1) * columns])

@@ -1,5 +1,7 @@
 """Cross-entropy from hidden states, a chunk of tokens at a time, so that full logits never exist.
 
+Over tp ranks each holds the columns of its part of the vocabulary; the ranks exchange two numbers a token.
+
 The gradients of a chunk are formed while its logits are at hand and kept in place of them ([t, h] and
 [V, h] instead of [t, V]); the matrix products are the three that any cross-entropy needs, none twice.
 """
@@ -11,15 +13,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cp.packed_seq import IGNORE_LABEL
+from parallel.tensor import TensorParallel
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk_size: int, z_loss: float, wants_grad: bool
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        chunk_size: int,
+        z_loss: float,
+        tp: TensorParallel,
+        wants_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        real_weight = weight[:vocab_size]  # padded columns take no part in the softmax
+        first = tp.rank * len(weight)  # of this rank's columns
+        vocab_size = min(max(vocab_size - first, 0), len(weight))  # padded columns take no part in the softmax
+        real_weight = weight[:vocab_size]
         cross_entropy = hidden.new_zeros((), dtype=dtype)
         penalty = hidden.new_zeros((), dtype=dtype)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
@@ -27,12 +40,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             rows = slice(start, start + chunk_size)
             counted = labels[rows, None] != IGNORE_LABEL  # [c, 1]
-            target = labels[rows, None].clamp(min=0)  # [c, 1]
+            target = labels[rows, None] - first  # [c, 1]
+            is_mine = (target >= 0) & (target < vocab_size)
+            target = target * is_mine
             logits = (hidden[rows] @ real_weight.T).to(dtype)  # [c, V]
-            log_probs = torch.log_softmax(logits, -1)
-            cross_entropy -= (log_probs.gather(1, target) * counted).sum()
-            if z_loss:
+            if vocab_size:
+                log_probs = torch.log_softmax(logits, -1)  # of this rank's columns alone
                 log_sum = logits[:, :1] - log_probs[:, :1]  # [c, 1] log(Z)
+                at_target = log_probs.gather(1, target) * is_mine
+            else:  # nothing but padded columns here
+                log_probs, log_sum, at_target = logits, logits.new_full((len(logits), 1), -torch.inf), logits.new_zeros(len(logits), 1)
+            if tp.size > 1:
+                log_probs, log_sum, at_target = _over_ranks(log_probs, log_sum, at_target, is_mine, tp)
+            cross_entropy -= (at_target * counted).sum()
+            if z_loss:
                 penalty += z_loss * (log_sum.square() * counted).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
@@ -40,7 +61,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad = log_probs.exp_()
             if z_loss:
                 grad *= 1 + 2 * z_loss * log_sum
-            grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
+            if vocab_size:
+                grad.scatter_add_(1, target, -is_mine.to(dtype))
             grad = grad.to(hidden.dtype)
             # Rows that do not count are zeroed on the narrow side, [c, h] instead of [c, V].
             torch.mul(grad @ real_weight, counted, out=grad_hidden[rows])
@@ -63,24 +85,49 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype),
             (grad_weight * scale).to(ctx.weight_dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
+def _over_ranks(
+    log_probs: Tensor, log_sum: Tensor, at_target: Tensor, is_mine: Tensor, tp: TensorParallel
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From log-probabilities within each rank's columns to those over all columns. Every rank gets the same bits.
+
+    Returns:
+        log_probs [c, V / tp], log_sum [c, 1] and at_target [c, 1] of the whole vocabulary.
+    """
+    logit = torch.where(is_mine, at_target + log_sum, 0.0)  # the target's, on the rank that has it
+    everyones = tp.gather_columns(torch.cat((log_sum, logit), 1))  # [c, 2 * tp]
+    whole = torch.logsumexp(everyones[:, ::2], 1, keepdim=True)
+    shift = torch.where(log_sum == -torch.inf, 0.0, log_sum - whole)
+    return log_probs + shift, whole, everyones[:, 1::2].sum(1, keepdim=True) - whole
+
+
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, chunk_size: int, z_loss: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    chunk_size: int,
+    z_loss: float = 0.0,
+    tp: TensorParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over the labelled tokens of -log p(label), plus `z_loss` * log(Z)^2 (PaLM, arXiv:2204.02311).
 
     Args:
         hidden: [t, h] after the final norm.
-        weight: [padded vocabulary, h]; rows from `vocab_size` on get gradient 0.
+        weight: [padded vocabulary / tp, h], this rank's rows; rows from `vocab_size` on get gradient 0.
         labels: [t] int64; `IGNORE_LABEL` where no loss is wanted.
         chunk_size: tokens whose logits exist at a time.
+        tp: ranks that share the vocabulary; the gradient of `hidden` is then this rank's part of a sum over them.
 
     Returns:
         The sum to differentiate, and the cross-entropy part of it without a gradient; both scalars, fp32
         (fp64 for fp64 inputs).
     """
     # Inside a Function a weight asks for its gradient under no_grad too, so that is decided here.
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk_size, z_loss, torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(
+        hidden, weight, labels, vocab_size, chunk_size, z_loss, tp or TensorParallel(), torch.is_grad_enabled()
+    )

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.tensor import TensorParallel
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis (arXiv:1910.07467)."""
@@ -24,52 +26,73 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class Linear(nn.Module):
-    """x @ weight.T without bias; weight [out, in]."""
+class ColumnParallelLinear(nn.Module):
+    """x @ weight.T without bias; this rank holds 1/tp of the outputs: weight [out / tp, in]."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype) -> None:
+    def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(tp.share(out_features, "outputs"), in_features, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(self.tp.enter(x), self.weight)
+
+
+class RowParallelLinear(nn.Module):
+    """x @ weight.T without bias; this rank holds 1/tp of the inputs: x [t, in / tp], weight [out, in / tp]."""
+
+    def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(out_features, tp.share(in_features, "inputs"), dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tp.leave(F.linear(x, self.weight))
 
 
 class LayerNormLinear(nn.Module):
-    """RMSNorm, then a linear map: the block in front of attention."""
+    """RMSNorm, then a column-parallel linear map: the block in front of attention."""
 
-    def __init__(self, in_features: int, out_features: int, *, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, in_features: int, out_features: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.tp = eps, tp
         self.layer_norm_weight = nn.Parameter(torch.empty(in_features, dtype=dtype))
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(tp.share(out_features, "outputs"), in_features, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps), self.weight)
+        x = F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps)
+        return F.linear(self.tp.enter(x), self.weight)
 
 
 class LayerNormMLP(nn.Module):
     """RMSNorm, then SwiGLU: fc2(silu(gate(x)) * up(x)) (arXiv:2002.05202). Gate and up are two tensors."""
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int, *, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.tp = eps, tp
+        ffn = tp.share(ffn_hidden_size, "ffn channels")
         self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size, dtype=dtype))
-        self.gate_weight = nn.Parameter(torch.empty(ffn_hidden_size, hidden_size, dtype=dtype))
-        self.up_weight = nn.Parameter(torch.empty(ffn_hidden_size, hidden_size, dtype=dtype))
-        self.fc2_weight = nn.Parameter(torch.empty(hidden_size, ffn_hidden_size, dtype=dtype))
+        self.gate_weight = nn.Parameter(torch.empty(ffn, hidden_size, dtype=dtype))
+        self.up_weight = nn.Parameter(torch.empty(ffn, hidden_size, dtype=dtype))
+        self.fc2_weight = nn.Parameter(torch.empty(hidden_size, ffn, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps)
-        return F.linear(F.silu(F.linear(x, self.gate_weight)) * F.linear(x, self.up_weight), self.fc2_weight)
+        x = self.tp.enter(F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps))
+        return self.tp.leave(F.linear(F.silu(F.linear(x, self.gate_weight)) * F.linear(x, self.up_weight), self.fc2_weight))
 
 
-class VocabEmbedding(nn.Module):
-    """Rows of a [padded vocabulary, hidden] table."""
+class VocabParallelEmbedding(nn.Module):
+    """Rows of a [padded vocabulary, hidden] table, of which this rank holds 1/tp; the result is the residual stream."""
 
-    def __init__(self, padded_vocab_size: int, hidden_size: int, *, dtype: torch.dtype) -> None:
+    def __init__(self, padded_vocab_size: int, hidden_size: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(padded_vocab_size, hidden_size, dtype=dtype))
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(tp.share(padded_vocab_size, "padded vocabulary"), hidden_size, dtype=dtype))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.tp.rank * len(self.weight)
+        mine = (local >= 0) & (local < len(self.weight))
+        # One rank's row and zeros of the others: their sum is exact.
+        return self.tp.leave(F.embedding(local * mine, self.weight) * mine[:, None])

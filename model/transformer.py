@@ -12,7 +12,8 @@ from cp.attention import Attention
 from cp.packed_seq import PackedSeq
 from model.config import GPTConfig
 from model.rope import apply_rotary
-from model.torch_layers import LayerNormLinear, LayerNormMLP, Linear, RMSNorm
+from model.torch_layers import LayerNormLinear, LayerNormMLP, RMSNorm, RowParallelLinear
+from parallel.tensor import TensorParallel
 
 
 class RowContext(NamedTuple):
@@ -27,20 +28,23 @@ class RowContext(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245) with rotary positions, over the cp group."""
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions, over the cp group; 1/tp of the groups on each rank."""
 
-    def __init__(self, config: GPTConfig, attention: Attention, cp_group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: GPTConfig, attention: Attention, cp_group: dist.ProcessGroup, dtype: torch.dtype, tp: TensorParallel
+    ) -> None:
         super().__init__()
         self.config, self.attention, self.cp_group = config, attention, cp_group
+        self.groups = tp.share(config.num_query_groups, "query groups")
         eps = config.norm_epsilon
-        self.qkv = LayerNormLinear(config.hidden_size, config.qkv_size, eps=eps, dtype=dtype)
+        self.qkv = LayerNormLinear(config.hidden_size, config.qkv_size, eps=eps, dtype=dtype, tp=tp)
         self.q_norm = RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
-        self.output = Linear(config.query_size, config.hidden_size, dtype=dtype)
+        self.output = RowParallelLinear(config.query_size, config.hidden_size, dtype=dtype, tp=tp)
 
     def forward(self, x: Tensor, row: RowContext) -> Tensor:
         c = self.config
-        qkv = self.qkv(x).view(len(x), c.num_query_groups, c.queries_per_group + 2, c.kv_channels)  # [t, g, hq/g + 2, d]
+        qkv = self.qkv(x).view(-1, self.groups, c.queries_per_group + 2, c.kv_channels)  # [t, g, hq/g + 2, d]; g of this tp rank
         q, k, v = qkv.split((c.queries_per_group, 1, 1), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -51,10 +55,14 @@ class SelfAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    def __init__(self, config: GPTConfig, attention: Attention, cp_group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+    """x is the residual stream: [t, h], or [t / tp, h] with sequence parallelism."""
+
+    def __init__(
+        self, config: GPTConfig, attention: Attention, cp_group: dist.ProcessGroup, dtype: torch.dtype, tp: TensorParallel
+    ) -> None:
         super().__init__()
-        self.attention = SelfAttention(config, attention, cp_group, dtype)
-        self.mlp = LayerNormMLP(config.hidden_size, config.ffn_hidden_size, eps=config.norm_epsilon, dtype=dtype)
+        self.attention = SelfAttention(config, attention, cp_group, dtype, tp)
+        self.mlp = LayerNormMLP(config.hidden_size, config.ffn_hidden_size, eps=config.norm_epsilon, dtype=dtype, tp=tp)
 
     def forward(self, x: Tensor, row: RowContext) -> Tensor:
         x = x + self.attention(x, row)

@@ -6,7 +6,7 @@ pass, so FSDP2's own averaging is switched off (divide factor 1, plain sums on t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,7 @@ def reshard_model(model: nn.Module) -> None:
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by name, as the optimiser holds them."""
     parameters = dict(model.named_parameters())
-    if isinstance(model, FSDPModule):
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
         assert all(isinstance(p, DTensor) for p in parameters.values()), "weights are still gathered: reshard_model first"
     return parameters
 
@@ -91,26 +91,30 @@ def local_grads(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[nn.Parameter], grid: Grid, *, max_norm: float) -> Tensor:
+def clip_grad_norm_(parameters: Mapping[str, nn.Parameter], grid: Grid, *, max_norm: float, counts: Callable[[str], bool]) -> Tensor:
     """L2 norm of the whole model's gradient, every weight counted once, and gradients scaled to `max_norm`.
 
-    Squares are summed over `fsdp` (the shards) and not over dp_replicate (the copies).
+    Squares are summed over `fsdp` (the shards) and `model` (the parts), not over dp_replicate (the copies).
 
     Args:
+        parameters: by canonical name.
         max_norm: 0 turns clipping off; the norm is still returned.
+        counts: whether this rank counts a weight, of which others of `model` may hold copies.
 
     Returns:
         The norm before clipping, a float64 scalar on the gradients' device. No host synchronisation.
     """
-    parameters = list(parameters)
-    device = parameters[0].device
-    grads = [g for g in local_grads(parameters) if g.numel()]
-    norms = torch._foreach_norm(grads) if grads else []
+    device = next(iter(parameters.values())).device
+    grads = [g for g in local_grads(parameters.values()) if g.numel()]
+    counted = [p for name, p in parameters.items() if counts(name)]
+    counted_grads = [g for g in local_grads(counted) if g.numel()]
+    norms = torch._foreach_norm(counted_grads) if counted_grads else []
     squares = torch.zeros((), dtype=torch.float64, device=device)
     if norms:
         squares = torch.stack([n.to(torch.float64) for n in norms]).square().sum()
-    if grid.size("fsdp") > 1:
-        dist.all_reduce(squares, group=grid.group("fsdp"))
+    for axis in ("fsdp", "model"):
+        if grid.size(axis) > 1:
+            dist.all_reduce(squares, group=grid.group(axis))
     norm = squares.sqrt()
     if max_norm > 0 and grads:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)

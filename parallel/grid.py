@@ -167,6 +167,20 @@ def device_mesh(grid: Grid, axes: Sequence[str], device_type: str) -> DeviceMesh
     return DeviceMesh.from_group([grid.group(axis) for axis in axes], device_type, mesh=rows, mesh_dim_names=tuple(axes))
 
 
+def ends_group(grid: Grid, axis: str, *, timeout: timedelta | None = None, backend: str | None = None) -> dist.ProcessGroup | None:
+    """The first and the last rank along `axis`, two or more; None on ranks between them.
+
+    Collective: every rank of the world calls it. `timeout` and `backend` as `build_grid`.
+    """
+    assert grid.size(axis) > 1
+    mine = None
+    for ranks in ranks_along(grid.sizes, axis):
+        ends = [ranks[0], ranks[-1]]
+        group = dist.new_group(ends, timeout=timeout, backend=backend, group_desc=f"{axis} ends")
+        mine = group if grid.global_rank in ends else mine
+    return mine
+
+
 def split_group(
     grid: Grid, axis: str, inner_size: int, *, timeout: timedelta | None = None, backend: str | None = None
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

@@ -29,8 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 import train
 from cp.attention import build_attention
@@ -38,15 +37,16 @@ from cp.packed_seq import PackedSeq
 from cp.plan import AttentionChoice, cells, smallest_alignment
 from data.loader import Batch, BatchPlan, Sequence, SequenceDataset, build_batch
 from model.config import GPTConfig, padded_vocab_size
-from model.gpt import GPT
+from model.gpt import GPT, Stages
 from model.init import initialise
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_, shard_model
 from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes, build_grid
 from training.arguments import model_config, parse_arguments, resolve
+from training.checkpoint import whole_tensors
 from training.initialize import cuda_device_count, group_backend, initialise_distributed, on_rank_zero_first, read_launch
 from training.optimizer import build_optimizer
-from training.step import forward_backward
+from training.step import Pipeline, counts_here, forward_backward
 
 TOLERANCE = 4.0  # an error may be this many times its noise floor
 QUERY_CHUNK = 1024  # rows of scores that exist at a time in the reference attention
@@ -117,17 +117,15 @@ class Report:
         return all(line.passed for line in self.lines)
 
 
-def _whole(parameters: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Full tensors; gathering is collective, keeping is rank 0's."""
-    gathered = {}
-    for name, x in parameters.items():
-        full = x.full_tensor() if isinstance(x, DTensor) else x
-        if keep:
-            gathered[name] = full.detach().to("cpu", torch.float64, copy=True)
-    return gathered
+def _whole(parameters: dict[str, Tensor], grid: Grid, keep: bool) -> dict[str, Tensor]:
+    """Full tensors in float64; gathering is collective, keeping is rank 0's."""
+    gathered = whole_tensors(parameters, grid)
+    return {name: x.double() for name, x in gathered.items()} if keep else {}
 
 
-def run_step(model: nn.Module, batches: list[Batch], grid: Grid, device: torch.device, args: argparse.Namespace) -> Outcome:
+def run_step(
+    model: GPT | Stages, batches: list[Batch], grid: Grid, device: torch.device, args: argparse.Namespace, pipeline: Pipeline | None = None
+) -> Outcome:
     """Forward, backward and one AdamW step, as train.py does them, without clipping."""
     optimizer = build_optimizer(
         model, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay
@@ -135,14 +133,14 @@ def run_step(model: nn.Module, batches: list[Batch], grid: Grid, device: torch.d
     tokens = torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64, device=device)
     tokens = sum_over(tokens, grid.group("batch"))
     start = time.perf_counter()
-    total = forward_backward(model, batches, loss_tokens=tokens, device=device, reshard_between=False)
-    loss = (sum_over(total, grid.group("loss")) / tokens).item()
+    total = forward_backward(model, batches, loss_tokens=tokens, device=device, reshard_between=False, pipeline=pipeline)
+    loss = (sum_over(sum_over(total, grid.group("loss")), grid.group("pp")) / tokens).item()
     seconds = time.perf_counter() - start
     keep = dist.get_rank() == 0
-    grads = _whole({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, keep)
-    norm = clip_grad_norm_(model.parameters(), grid, max_norm=0.0).item()
+    grads = _whole({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, grid, keep)
+    norm = clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=0.0, counts=counts_here(model, grid)).item()
     optimizer.step()
-    weights = _whole(dict(model.named_parameters()), keep)
+    weights = _whole(dict(model.named_parameters()), grid, keep)
     return Outcome(loss, norm, seconds, grads, weights)
 
 
@@ -168,7 +166,7 @@ def run_one_rank(
             z_loss=args.z_loss,
         )
     compute = train.COMPUTE_DTYPES[dtype]
-    shard_model(model, model.layers, grid, device_type=device.type, compute_dtype=compute, reshard_after_forward=False)
+    shard_model(model, model.layers.values(), grid, device_type=device.type, compute_dtype=compute, reshard_after_forward=False)
     initialise(model, config, seed=args.seed, device=device)
     batches = [build_batch([row], cp_size=1, cp_rank=0, qkv_format=args.qkv_format, layout="contiguous") for row in rows]
     return run_step(model, batches, grid, device, args)
@@ -281,10 +279,12 @@ class Verifier:
                 qkv_format=plan.qkv_format,
                 layout=plan.layout,
                 pad_rows=args.pad_rows,
+                row_unit=math.lcm(2 * args.cp_size, args.cp_size * args.tp_size),
             )
             for microbatch in range(plan.num_microbatches)
         ]
-        got = run_step(model, batches, self.grid, self.device, args)
+        pipeline = train.build_pipeline(args, model, config, self.grid, self.device, plan.num_microbatches)
+        got = run_step(model, batches, self.grid, self.device, args, pipeline)
         report = None
         if dist.get_rank() == 0:
             exact = self._one_rank(args, dtype="fp64", reference=True)

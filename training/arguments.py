@@ -24,6 +24,7 @@ from data.corpus import open_source
 from data.packing import PACKINGS, PAD_ROWS, resolve_packing
 from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer, load_sentencepiece
 from model.config import GPTConfig
+from parallel.stages import PP_SCHEDULES, check_microbatches, split_layers
 from training.lr_schedule import LR_DECAY_STYLES
 
 TRANSFORMER_IMPLS = ("torch",)
@@ -53,14 +54,23 @@ def build_parser() -> OneLineParser:
 
 def _add_parallel(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("parallel: pp x dp_replicate x dp_shard x cp x tp = number of ranks")
-    group.add_argument("--pp-size", type=int, default=1, help="pipeline stages (only 1 so far)")
+    group.add_argument("--pp-size", type=int, default=1, help="ranks that share the layers, each with its own")
+    group.add_argument(
+        "--pp-schedule",
+        choices=PP_SCHEDULES,
+        default="1f1b",
+        help="order of the stages' work; interleaved needs --virtual-stages 2 or more",
+    )
+    group.add_argument("--virtual-stages", type=int, default=1, help="stages on each pp rank")
+    group.add_argument("--first-stage-layers", type=int, help="layers of the first stage; default: like the others")
+    group.add_argument("--last-stage-layers", type=int, help="layers of the last stage; default: like the others")
     group.add_argument("--dp-replicate-size", type=int, default=1, help="copies of the model, each with its own data")
     group.add_argument(
         "--dp-shard-size", type=int, default=-1, help="ranks that share one copy, each with its own data; -1: all that are left"
     )
     group.add_argument("--cp-size", type=int, default=1, help="ranks that share each sequence")
-    group.add_argument("--tp-size", type=int, default=1, help="ranks that share each matrix (only 1 so far)")
-    group.add_argument("--sequence-parallel", action=SWITCH, default=False, help="norms on 1/tp of the tokens (needs --tp-size above 1)")
+    group.add_argument("--tp-size", type=int, default=1, help="ranks that share each matrix and its heads")
+    group.add_argument("--sequence-parallel", action=SWITCH, help="norms on 1/tp of the tokens; default: on where --tp-size is above 1")
     group.add_argument("--cp-backend", choices=("auto", *plan.BACKENDS), default="auto", help="what computes attention over cp ranks")
     group.add_argument(
         "--cp-comm-type",
@@ -287,6 +297,7 @@ def resolve(args: argparse.Namespace, *, world_size: int, local_world_size: int,
     _resolve_attention(args, chosen)
     _resolve_sequence(args, chosen)
     _check_batch(args)
+    _check_stages(args)
     _resolve_schedule(args)
     _check_data(args)
     _check_folders(args)
@@ -317,11 +328,12 @@ def _resolve_grid(args: argparse.Namespace, world_size: int, local_world_size: i
     for name in ("pp", "dp_replicate", "cp", "tp"):
         if getattr(args, f"{name}_size") < 1:
             raise ValueError(f"--{name.replace('_', '-')}-size {getattr(args, f'{name}_size')}: must be at least 1")
-    for name, what in (("pp", "pipeline"), ("tp", "tensor")):
-        if getattr(args, f"{name}_size") > 1:
-            raise ValueError(f"--{name}-size {getattr(args, f'{name}_size')}: {what} parallelism is not there yet; only 1 is legal")
     if args.sequence_parallel and args.tp_size == 1:
         raise ValueError("--sequence-parallel needs --tp-size above 1, which is 1")
+    if args.sequence_parallel is None:
+        args.sequence_parallel = args.tp_size > 1
+        if args.tp_size > 1:
+            chosen.append("--sequence-parallel")
     others = args.pp_size * args.dp_replicate_size * args.cp_size * args.tp_size
     nodes = max(1, world_size // local_world_size)
 
@@ -355,6 +367,7 @@ def _check_positive(args: argparse.Namespace) -> None:
     at_least_one = (
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
         "heads_k_stride", "cp_a2a_size", "make_vocab_size_divisible_by", "tokenizer_vocab_size", "seq_length",
+        "virtual_stages", "first_stage_layers", "last_stage_layers",
         "document_alignment", "micro_batch_size", "global_batch_size", "train_iters", "loss_chunk_size", "lr_decay_iters",
         "eval_iters", "log_interval",
     )  # fmt: skip
@@ -396,7 +409,17 @@ def _resolve_model(args: argparse.Namespace) -> None:
     if args.kv_channels % 2:
         raise ValueError(f"--kv-channels {args.kv_channels}: rotary positions need an even number, such as {args.kv_channels + 1}")
     if args.ffn_hidden_size is None:
-        args.ffn_hidden_size = -(-args.hidden_size * 8 // 3 // 16) * 16
+        unit = math.lcm(16, args.tp_size)
+        args.ffn_hidden_size = -(-args.hidden_size * 8 // 3 // unit) * unit
+    tp = args.tp_size
+    if groups % tp:
+        legal = [t for t in range(1, groups + 1) if groups % t == 0]
+        raise ValueError(f"--tp-size {tp} does not divide --num-query-groups {groups}: choose from {', '.join(map(str, legal))}")
+    for flag, value in (
+        ("--ffn-hidden-size", args.ffn_hidden_size), ("--make-vocab-size-divisible-by", args.make_vocab_size_divisible_by),
+    ):  # fmt: skip
+        if value % tp:
+            raise ValueError(f"{flag} {value} does not divide by --tp-size {tp}: nearest legal value {_nearest_multiple(value, tp)}")
 
 
 def _resolve_attention(args: argparse.Namespace, chosen: list[str]) -> None:
@@ -423,8 +446,8 @@ def _resolve_attention(args: argparse.Namespace, chosen: list[str]) -> None:
         a2a_size=args.cp_a2a_size,
         heads_k_stride=args.heads_k_stride,
         head_dim=args.kv_channels,
-        heads=args.num_attention_heads,
-        groups=args.num_query_groups,
+        heads=args.num_attention_heads // args.tp_size,
+        groups=args.num_query_groups // args.tp_size,
     )
     if args.cp_layout == "auto":
         args.cp_layout = args.attention.layout
@@ -454,6 +477,14 @@ def _resolve_sequence(args: argparse.Namespace, chosen: list[str]) -> None:
     for unit, name in ((args.document_alignment, "--document-alignment"), (ranks, "cp * tp =")):
         if args.seq_length % unit:
             raise ValueError(f"--seq-length {args.seq_length} is not a multiple of {name} {unit}: nearest legal value {nearest}")
+
+
+def _check_stages(args: argparse.Namespace) -> None:
+    split_layers(args.num_layers, args.pp_size * args.virtual_stages, first=args.first_stage_layers, last=args.last_stage_layers)
+    microbatches = args.global_batch_size // (args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size)
+    check_microbatches(args.pp_schedule, microbatches, args.pp_size, args.virtual_stages)
+    if args.pp_size > 1 and args.pad_rows == "dynamic":
+        raise ValueError(f"--pad-rows dynamic needs --pp-size 1, not {args.pp_size}: what goes from stage to stage has one shape; use full")
 
 
 def _check_batch(args: argparse.Namespace) -> None:

@@ -11,16 +11,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from parallel.fsdp import sharded_parameters
+from model.init import local_rows
+from model.names import tp_dim
+from parallel.collectives import sum_over
+from parallel.fsdp import local_tensor, sharded_parameters
+from parallel.grid import Grid, device_mesh
 
 RUN_FILE = "run.json"
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
@@ -69,17 +75,72 @@ def _ensure_optimizer_state(optimizer: torch.optim.AdamW) -> None:
                 }
 
 
-def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
-    """Everything that is loaded in place, by canonical name."""
+def whole_tensor(name: str, x: Tensor, grid: Grid, mesh: DeviceMesh) -> DTensor:
+    """A parameter, or what has its shape, as the part of a canonical tensor that it is; shares storage with `x`.
+
+    Two tp ranks that saved their parts under one name as plain tensors would load wrong without a word. The mesh is
+    ordered (dp_replicate, tp, fsdp): a cut of the rows by tp and then by fsdp is contiguous.
+
+    Args:
+        x: this rank's part: a DTensor over fsdp, or plain where FSDP does nothing.
+        mesh: from `checkpoint_mesh`.
+    """
+    dim = tp_dim(name)
+    shape = list(x.shape)
+    if dim is not None:
+        shape[dim] *= grid.size("tp")
+    placements: list[Placement] = [Replicate(), Replicate() if dim is None else Shard(dim), Shard(0)]
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local_tensor(x), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def checkpoint_mesh(grid: Grid, device_type: str) -> DeviceMesh:
+    return device_mesh(grid, ("dp_replicate", "tp", "fsdp"), device_type)
+
+
+def whole_tensors(parts: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
+    """Every named tensor of the model, whole, in host memory, on every rank: for checks and small models. Collective.
+
+    Args:
+        parts: this rank's, by canonical name, each with its parameter's shape.
+    """
+    mine = {}
+    for name, x in parts.items():
+        local, dim = local_tensor(x.detach()), tp_dim(name)
+        shape = list(x.shape)
+        place = [slice(*local_rows(x)), *(slice(None) for _ in shape[1:])]
+        if dim is not None:
+            shape[dim] *= grid.size("tp")
+            offset = grid.rank("tp") * x.shape[dim]
+            place[dim] = slice((place[dim].start or 0) + offset, (x.shape[dim] if place[dim].stop is None else place[dim].stop) + offset)
+        full = local.new_zeros(shape)
+        full[tuple(place)] = local
+        if isinstance(x, DTensor):
+            sum_over(full, grid.group("fsdp"))
+        if dim is not None:
+            sum_over(full, grid.group("tp"))
+        mine[name] = full.cpu()
+    stages: list[Any] = [None] * grid.size("pp")
+    dist.all_gather_object(stages, mine, group=grid.group("pp"))
+    return {name: x for stage in stages for name, x in stage.items()}
+
+
+def _state(model: nn.Module, optimizer: torch.optim.AdamW, grid: Grid) -> dict[str, Any]:
+    """Everything that is loaded in place, by canonical name. A tied weight's copies are equal, so either may be written."""
     _ensure_optimizer_state(optimizer)
     parameters = sharded_parameters(model)
+    mesh = checkpoint_mesh(grid, next(iter(parameters.values())).device.type)
+
+    def whole(name: str, x: Tensor) -> Tensor:
+        return whole_tensor(name, x.detach(), grid, mesh) if x.dim() else x
+
     return {
-        "model": {name: p.detach() for name, p in parameters.items()},
-        "optimizer": {name: dict(optimizer.state[p]) for name, p in parameters.items()},
+        "model": {name: whole(name, p) for name, p in parameters.items()},
+        "optimizer": {name: {k: whole(name, v) for k, v in optimizer.state[p].items()} for name, p in parameters.items()},
     }
 
 
-def save_checkpoint(save: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW, *, facts: dict[str, Any]) -> Path:
+def save_checkpoint(save: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW, grid: Grid, *, facts: dict[str, Any]) -> Path:
     """Write step_<step> under `save`. Collective. `facts` must be JSON and goes to run.json with the step."""
     place = step_folder(save, step)
     scratch = save / f".{place.name}.part"
@@ -87,7 +148,7 @@ def save_checkpoint(save: Path, step: int, model: nn.Module, optimizer: torch.op
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_state(model, optimizer), checkpoint_id=scratch)
+    dcp.save(_state(model, optimizer, grid), checkpoint_id=scratch)
     if dist.get_rank() == 0:
         (scratch / RUN_FILE).write_text(json.dumps(facts | {"step": step}, indent=1))
         old = save / f".{place.name}.old"
@@ -100,13 +161,13 @@ def save_checkpoint(save: Path, step: int, model: nn.Module, optimizer: torch.op
     return place
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
-    """Load weights and optimiser state in place, each rank its shard. Collective. Returns the step."""
-    state = _state(model, optimizer)
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.AdamW, grid: Grid) -> int:
+    """Load weights and optimiser state in place, each rank its shard, from any layout. Collective. Returns the step."""
+    state = _state(model, optimizer, grid)
     dcp.load(state, checkpoint_id=checkpoint)
-    # Tensors were filled in place; scalars come back as new objects.
+    # What has a parameter's shape was filled in place; scalars come back as new objects.
     for name, parameter in sharded_parameters(model).items():
-        optimizer.state[parameter].update(state["optimizer"][name])
+        optimizer.state[parameter].update({k: v for k, v in state["optimizer"][name].items() if not v.dim()})
     return int(read_run_facts(checkpoint)["step"])
 
 

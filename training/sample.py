@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from cp.packed_seq import build_packed_seq
-from parallel.fsdp import reshard_model
-from parallel.grid import Grid
+from data.loader import Batch
+from model.gpt import GPT, Stages
+from parallel.grid import AXES, Grid, rank_of
+from training.step import finish_forward, forward_only
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: GPT | Stages,
     prompt: list[int],
     *,
     num_tokens: int,
@@ -49,24 +50,22 @@ def generate(
         row = np.full(int(padded[0]), pad_token, np.int64)
         row[: len(ids)] = ids
         last = np.flatnonzero(owned == len(ids) - 1)  # one row on the rank that owns the last token, else none
-        logits = model(
-            torch.from_numpy(row[owned]).to(device),
-            packed_seq.move(lambda x: x.to(device)),
-            logits_rows=torch.from_numpy(last).to(device),
-        ).float()
-        total = logits.sum(0)  # [V]; zeros where the token is another rank's
-        dist.all_reduce(total, group=grid.group("cp"))
-        total = total.cpu()
-        if temperature > 0:
-            chosen = int(torch.multinomial(torch.softmax(total / temperature, -1), 1, generator=generator))
-        else:
-            chosen = int(total.argmax())
-        draw = torch.tensor([chosen], device=device)
-        dist.broadcast(draw, src=0)  # one draw for all, whatever the last bit of their logits
+        tokens = torch.from_numpy(row[owned])
+        batch = Batch(tokens, tokens, packed_seq, loss_tokens=0, real_tokens=len(ids), cp_balance=1.0).to(device)
+        draw = torch.zeros(1, dtype=torch.int64, device=device)
+        for logits in forward_only(model, [batch], grid, logits_rows=torch.from_numpy(last).to(device)):  # none before the last stage
+            total = logits.float().sum(0)  # [V]; zeros where the token is another rank's
+            dist.all_reduce(total, group=grid.group("cp"))
+            total = total.cpu()
+            if temperature > 0:
+                draw += int(torch.multinomial(torch.softmax(total / temperature, -1), 1, generator=generator))
+            else:
+                draw += int(total.argmax())
+        # One draw for all, whatever the last bit of their logits: that of the last stage's first rank.
+        dist.broadcast(draw, src=rank_of(grid.sizes, dict.fromkeys(AXES, 0) | {"pp": grid.size("pp") - 1}))
         chosen = int(draw)
         if chosen == eod:
             break
         ids.append(chosen)
-    reshard_model(model)
-    model.train()
+    finish_forward(model)
     return ids[len(prompt) :]

@@ -1,33 +1,129 @@
-"""Forward and backward over the microbatches of one step."""
+"""Forward and backward over the microbatches of one step, and of its gradients what parallel ranks owe each other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from data.loader import Batch
-from parallel.fsdp import set_last_microbatch
+from model.gpt import GPT, StageRows, Stages, chunks_of
+from model.names import is_cut, sees_part
+from parallel.fsdp import local_grads, reshard_model, set_last_microbatch
+from parallel.grid import Grid
+from parallel.pipeline import pipeline_forward
+from parallel.tensor import sum_gradients_
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What pipeline stages need beside the model.
+
+    Attributes:
+        schedule: from `parallel.pipeline.build_schedule`.
+        group: of the pp axis.
+        tied_group: the first and the last stage where they share the embedding, else None.
+    """
+
+    schedule: Any
+    group: dist.ProcessGroup
+    tied_group: dist.ProcessGroup | None = None
 
 
 def forward_backward(
-    model: nn.Module, batches: Sequence[Batch], *, loss_tokens: Tensor, device: torch.device, reshard_between: bool
+    model: GPT | Stages,
+    batches: Sequence[Batch],
+    *,
+    loss_tokens: Tensor,
+    device: torch.device,
+    reshard_between: bool,
+    pipeline: Pipeline | None = None,
 ) -> Tensor:
     """Gradients of (sum of all token losses) / `loss_tokens`, summed over the ranks after the last microbatch.
 
     Args:
         loss_tokens: labelled tokens of the whole step, over every microbatch and rank; one number for all.
         reshard_between: free gathered weights between microbatches.
+        pipeline: where the model is one of several stages.
 
     Returns:
-        This rank's sum of cross-entropies, a float64 scalar on `device`, without a gradient.
+        This rank's sum of cross-entropies, a float64 scalar on `device`, without a gradient; 0 before the last stage.
     """
+    batches = [batch.to(device) for batch in batches] if pipeline else batches
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for number, batch in enumerate(batches, 1):
-        set_last_microbatch(model, number == len(batches), reshard_between=reshard_between)
-        batch = batch.to(device)
-        loss_sum, cross_entropy = model(batch.tokens, batch.packed_seq, labels=batch.labels)
-        (loss_sum / loss_tokens.to(loss_sum.dtype)).backward()
-        total += cross_entropy
+    chunks = chunks_of(model)
+    if pipeline is not None:
+        rows = StageRows([b.tokens for b in batches], [b.labels for b in batches], [b.packed_seq for b in batches], loss_tokens, total)
+        numbers = torch.arange(len(batches))
+        for chunk in chunks:
+            chunk.rows = rows
+        first, last = (any(getattr(chunk, which) for chunk in chunks) for which in ("is_first", "is_last"))
+        pipeline.schedule.step(*([numbers] if first else []), **({"target": numbers} if last else {}), microbatch=numbers)
+        for chunk in chunks:
+            chunk.rows = None
+    else:
+        for number, batch in enumerate(batches, 1):
+            set_last_microbatch(model, number == len(batches), reshard_between=reshard_between)
+            batch = batch.to(device)
+            loss_sum, cross_entropy = model(batch.tokens, batch.packed_seq, labels=batch.labels)
+            (loss_sum / loss_tokens.to(loss_sum.dtype)).backward()
+            total += cross_entropy
+    tp = chunks[0].tp
+    if tp.group is not None:
+        parts = [p for n, p in model.named_parameters() if sees_part(n, sequence_parallel=tp.sequence_parallel)]
+        sum_gradients_(local_grads(parts), tp.group)
+    if pipeline is not None and pipeline.tied_group is not None:
+        tied = [p for n, p in model.named_parameters() if n == "embedding.weight"]
+        sum_gradients_(local_grads(tied), pipeline.tied_group)
     return total
+
+
+def counts_here(model: GPT | Stages, grid: Grid) -> Callable[[str], bool]:
+    """Whether this rank counts a weight in the gradient norm: one rank of pp x tp does for each part."""
+    copies = {n for chunk in chunks_of(model) for n, _ in chunk.named_parameters() if chunk.is_copy(n)}
+    return lambda name: name not in copies and (grid.rank("tp") == 0 or is_cut(name))
+
+
+@torch.no_grad()
+def forward_only(model: GPT | Stages, batches: Sequence[Batch], grid: Grid, logits_rows: Tensor | None = None) -> list:
+    """What the model returns for each row: (loss sum, cross-entropy), or logits of `logits_rows`. Collective over pp.
+
+    Args:
+        batches: on the device.
+
+    Returns:
+        One entry a row on the last stage; nothing on others.
+    """
+    chunks = chunks_of(model)
+
+    def forward_of(chunk: GPT) -> Callable[[int, Tensor | None], Any]:
+        def forward(number: int, hidden: Tensor | None) -> Any:
+            batch = batches[number]
+            labels = batch.labels if logits_rows is None else None
+            return chunk(batch.tokens if hidden is None else hidden, batch.packed_seq, labels=labels, logits_rows=logits_rows)
+
+        return forward
+
+    if grid.size("pp") == 1:
+        return [forward_of(chunks[0])(number, None) for number in range(len(batches))]
+    tp, width = chunks[0].tp, chunks[0].config.hidden_size
+    share = tp.size if tp.sequence_parallel else 1
+    results = pipeline_forward(
+        [forward_of(chunk) for chunk in chunks],
+        grid.group("pp"),
+        microbatches=len(batches),
+        hidden=lambda n: torch.empty(
+            len(batches[n].tokens) // share, width, dtype=chunks[0].compute_dtype, device=batches[n].tokens.device
+        ),
+    )
+    return results
+
+
+def finish_forward(model: GPT | Stages) -> None:
+    """After forward passes without backward: free gathered weights and go back to training."""
+    reshard_model(model)
+    model.train()

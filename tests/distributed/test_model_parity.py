@@ -7,26 +7,31 @@ numbers of labelled tokens, so a wrong divisor or an average where a sum belongs
 from __future__ import annotations
 
 import functools
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from cp.attention import build_attention
 from cp.packed_seq import build_packed_seq
 from cp.plan import AttentionChoice
-from data.loader import Sequence, build_batch
+from data.loader import Batch, Sequence, build_batch
 from model.config import GPTConfig
-from model.gpt import GPT
+from model.gpt import GPT, Stages, chunks_of
 from model.init import initial_rows, initialise
+from model.names import is_cut
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_, local_tensor, shard_model
 from parallel.grid import Grid, GridSizes, build_grid
+from parallel.stages import split_layers
+from parallel.tensor import TensorParallel
 from tests.reference import random_documents, reference_loss, relative_error
 from tests.world import World
+from train import build_pipeline
+from training.checkpoint import whole_tensors
 from training.optimizer import build_optimizer
-from training.step import forward_backward
+from training.step import Pipeline, counts_here, forward_backward
 
 ROWS, ROW_LENGTH, ALIGNMENT, SEED = 4, 64, 8, 7
 LAYOUTS = {
@@ -35,7 +40,18 @@ LAYOUTS = {
     "dp_replicate 2 x cp 2": GridSizes(dp_replicate=2, cp=2),
     "dp_replicate 2 x dp_shard 2": GridSizes(dp_replicate=2, dp_shard=2),
     "cp 4": GridSizes(cp=4),
+    "tp 2 x cp 2": GridSizes(tp=2, cp=2),
+    "tp 2 x dp_shard 2": GridSizes(tp=2, dp_shard=2),
+    "tp 2 x dp_replicate 2": GridSizes(tp=2, dp_replicate=2),
+    "tp 4": GridSizes(tp=4),
+    "pp 4": GridSizes(pp=4),
+    "pp 2 x cp 2": GridSizes(pp=2, cp=2),
+    "pp 2 x tp 2": GridSizes(pp=2, tp=2),
+    "pp 2 x dp_shard 2": GridSizes(pp=2, dp_shard=2),
+    "pp 2 x dp_replicate 2": GridSizes(pp=2, dp_replicate=2),
 }
+# What a layout needs of the model: a group for each tp rank, a layer for each stage.
+NEEDS: dict[str, dict] = {"tp 4": {"num_query_groups": 4}, "pp 4": {"num_layers": 5}}
 P2P = {f: AttentionChoice(backend="native", method="p2p", qkv_format=f, layout="zigzag", cp_size=1) for f in ("thd", "bshd")}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -83,27 +99,61 @@ def rows_of(qkv_format: str) -> list[Sequence]:
     return rows
 
 
-def built(grid: Grid, config: GPTConfig, dtype: str, reshard: bool = False, qkv_format: str = "thd") -> GPT:
+def built(
+    grid: Grid,
+    config: GPTConfig,
+    dtype: str,
+    reshard: bool = False,
+    qkv_format: str = "thd",
+    sequence_parallel: bool = True,
+    virtual_stages: int = 1,
+) -> GPT | Stages:
     compute = DTYPES[dtype]
-    with torch.device("meta"):
-        model = GPT(
-            config,
-            attention=build_attention(P2P[qkv_format], head_dim=config.kv_channels),
-            cp_group=grid.group("cp"),
-            dtype=torch.float64 if dtype == "fp64" else torch.float32,
-            loss_chunk_size=24,
-        )
-    shard_model(model, model.layers, grid, device_type="cpu", compute_dtype=compute, reshard_after_forward=reshard)
-    initialise(model, config, seed=SEED, device=torch.device("cpu"))
+    tp = TensorParallel(grid.group("tp"), sequence_parallel and grid.size("tp") > 1)
+    chunks = []
+    stages = split_layers(config.num_layers, grid.size("pp") * virtual_stages)
+    for layers in stages[grid.rank("pp") :: grid.size("pp")]:
+        with torch.device("meta"):
+            chunk = GPT(
+                config,
+                attention=build_attention(P2P[qkv_format], head_dim=config.kv_channels),
+                cp_group=grid.group("cp"),
+                dtype=torch.float64 if dtype == "fp64" else torch.float32,
+                compute_dtype=compute,
+                tp=tp,
+                loss_chunk_size=24,
+                layers=layers,
+            )
+        shard_model(chunk, chunk.layers.values(), grid, device_type="cpu", compute_dtype=compute, reshard_after_forward=reshard)
+        chunks.append(chunk)
+    model = chunks[0] if len(chunks) == 1 else Stages(chunks)
+    initialise(model, config, seed=SEED, device=torch.device("cpu"), tp=tp)
     return model
 
 
-def full(x: torch.Tensor) -> torch.Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def pipeline_of(model: GPT | Stages, grid: Grid, batches: list[Batch], schedule: str = "1f1b") -> Pipeline | None:
+    """As train.py builds it, for these rows."""
+    args = Namespace(pp_size=grid.size("pp"), cp_size=grid.size("cp"), tp_size=grid.size("tp"), micro_batch_size=1, pp_schedule=schedule)
+    args.seq_length, args.distributed_timeout_minutes = len(batches[0].tokens) * grid.size("cp"), 5.0
+    args.sequence_parallel = chunks_of(model)[0].tp.sequence_parallel
+    return build_pipeline(args, model, chunks_of(model)[0].config, grid, torch.device("cpu"), len(batches))
+
+
+def full(model: GPT, grid: Grid, of: str = "weight") -> dict[str, torch.Tensor]:
+    """Every weight or gradient, whole, by name."""
+    parts = {name: p if of == "weight" else p.grad for name, p in model.named_parameters()}
+    return whole_tensors({name: x for name, x in parts.items() if x is not None}, grid)
 
 
 def run_steps(
-    model: GPT, grid: Grid, rows: list[Sequence], micro_batch: int, steps: int, reshard: bool = False, qkv_format: str = "thd"
+    model: GPT | Stages,
+    grid: Grid,
+    rows: list[Sequence],
+    micro_batch: int,
+    steps: int,
+    reshard: bool = False,
+    qkv_format: str = "thd",
+    schedule: str = "1f1b",
 ) -> dict:
     """`steps` AdamW steps on the same rows; facts of the first step and of the end."""
     optimizer = build_optimizer(model, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -114,17 +164,35 @@ def run_steps(
     batches = [build_batch(g, qkv_format=qkv_format, **place) for g in mine]
     tokens = sum_over(torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64), grid.group("batch"))
     result: dict = {}
+    options = dict(loss_tokens=tokens, device=torch.device("cpu"), reshard_between=reshard)
+    options["pipeline"] = pipeline_of(model, grid, batches, schedule)
     for step in range(steps):
-        total = forward_backward(model, batches, loss_tokens=tokens, device=torch.device("cpu"), reshard_between=reshard)
-        loss = (sum_over(total, grid.group("loss")) / tokens).item()
-        grads = {n: full(p.grad).clone() for n, p in model.named_parameters()} if step == 0 else None
-        norm = clip_grad_norm_(model.parameters(), grid, max_norm=1.0).item()
+        total = forward_backward(model, batches, **options)
+        loss = (sum_over(sum_over(total, grid.group("loss")), grid.group("pp")) / tokens).item()
+        grads = full(model, grid, "grad") if step == 0 else None
+        norm = clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=1.0, counts=counts_here(model, grid)).item()
         if grads is not None:
-            result = {"loss": loss, "grads": grads, "norm": norm, "clipped": full(next(model.parameters()).grad).clone()}
+            result = {"loss": loss, "grads": grads, "norm": norm, "clipped": full(model, grid, "grad")["embedding.weight"]}
         optimizer.step()
         optimizer.zero_grad()
-    result["weights"] = {n: full(p.detach()) for n, p in model.named_parameters()}
+    result["weights"] = full(model, grid)
     return result
+
+
+def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[Sequence], steps: int) -> list[float]:
+    """Losses of `steps` steps without clipping, a row a microbatch."""
+    mine = rows[grid.rank("batch") :: grid.size("batch")]
+    place = dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), layout="zigzag")
+    batches = [build_batch([row], qkv_format="thd", **place) for row in mine]
+    tokens = sum_over(torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64), grid.group("batch"))
+    losses = []
+    options = dict(loss_tokens=tokens, device=torch.device("cpu"), reshard_between=False, pipeline=pipeline_of(model, grid, batches))
+    for _ in range(steps):
+        total = forward_backward(model, batches, **options)
+        losses.append((sum_over(sum_over(total, grid.group("loss")), grid.group("pp")) / tokens).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
 
 
 def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes) -> dict:
@@ -150,13 +218,24 @@ def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes) -> dict:
     return {"loss": loss.item(), "grads": grads, "norm": norm}
 
 
-def check_layout(rank: int, layout: str, dtype: str, qkv_format: str, micro_batch: int, changes: dict, reshard: bool) -> dict:
+def check_layout(
+    rank: int,
+    layout: str,
+    dtype: str,
+    qkv_format: str,
+    micro_batch: int,
+    changes: dict,
+    reshard: bool,
+    sequence_parallel: bool = True,
+    schedule: str = "1f1b",
+    virtual_stages: int = 1,
+) -> dict:
     """Largest relative errors against the oracle."""
-    config, rows = config_of(**changes), rows_of(qkv_format)
+    config, rows = config_of(**(NEEDS.get(layout, {}) | changes)), rows_of(qkv_format)
     grid = grid_of(layout)
-    model = built(grid, config, dtype, reshard, qkv_format)
-    got = run_steps(model, grid, rows, micro_batch, steps=1, reshard=reshard, qkv_format=qkv_format)
-    want = oracle(config, rows, {n: p.shape for n, p in model.named_parameters()})
+    model = built(grid, config, dtype, reshard, qkv_format, sequence_parallel, virtual_stages)
+    got = run_steps(model, grid, rows, micro_batch, steps=1, reshard=reshard, qkv_format=qkv_format, schedule=schedule)
+    want = oracle(config, rows, {n: w.shape for n, w in got["weights"].items()})
     errors = {name: relative_error(got["grads"][name], want["grads"][name]) for name in want["grads"]}
     clip = min(1.0, 1.0 / (want["norm"] + 1e-6))
     errors["clipped"] = relative_error(got["clipped"], want["grads"]["embedding.weight"] * clip)
@@ -184,6 +263,24 @@ def test_model_variants(world: World, changes: dict) -> None:
         assert max(errors.values()) <= 1e-10, errors
 
 
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("layout", ["tp 2 x cp 2", "tp 4"])
+@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"tie_embeddings": True}, {"padded_vocab_size": 256}], ids=str)
+def test_tensor_parallel_variants(world: World, layout: str, changes: dict, sequence_parallel: bool) -> None:
+    """A vocabulary of 61 padded to 256 leaves the last ranks with padded columns only."""
+    for errors in world.run(check_layout, layout, "fp64", "thd", 2, changes, False, sequence_parallel):
+        assert max(errors.values()) <= 1e-10, errors
+
+
+@pytest.mark.parametrize(("schedule", "virtual_stages"), [("1f1b", 1), ("gpipe", 1), ("interleaved", 2)])
+@pytest.mark.parametrize("layout", ["pp 2 x cp 2", "pp 2 x tp 2", "pp 2 x dp_shard 2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_pipeline_schedules(world: World, layout: str, schedule: str, virtual_stages: int, tied: bool) -> None:
+    changes = {"num_layers": 5, "tie_embeddings": tied, "qk_norm": True}
+    for errors in world.run(check_layout, layout, "fp64", "thd", 1, changes, False, True, schedule, virtual_stages):
+        assert max(errors.values()) <= 1e-10, errors
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2])
 @pytest.mark.parametrize("reshard", [False, True])
 @pytest.mark.parametrize("qkv_format", ["thd", "bshd"])
@@ -194,7 +291,7 @@ def test_micro_batch_and_reshard_change_nothing(world: World, micro_batch: int, 
 
 def test_bf16_is_as_close_as_without_cp(world: World) -> None:
     alone = world.run(check_layout, "dp_shard 4", "bf16", "thd", 1, {}, False)[0]
-    for layout in ("dp_shard 2 x cp 2", "cp 4"):
+    for layout in ("dp_shard 2 x cp 2", "cp 4", "tp 2 x cp 2", "pp 2 x cp 2"):
         errors = world.run(check_layout, layout, "bf16", "thd", 1, {}, False)[0]
         for name, error in errors.items():
             if name not in ("loss", "norm"):  # scalars can be right by luck in one layout
@@ -203,16 +300,18 @@ def test_bf16_is_as_close_as_without_cp(world: World) -> None:
 
 
 def check_replicas(rank: int, layout: str, dtype: str) -> tuple[tuple[int, ...], dict[str, bytes]]:
-    """This rank's shard of every weight after ten steps, as bytes, and its place within fsdp."""
+    """This rank's shard of every weight after ten steps, as bytes, and its place within fsdp and tp."""
     grid = grid_of(layout)
     config = config_of()
     model = built(grid, config, dtype)
     run_steps(model, grid, rows_of("thd"), 1, steps=10)
     shards = {n: local_tensor(p.detach()).contiguous().view(torch.uint8).numpy().tobytes() for n, p in model.named_parameters()}
-    return (grid.rank("fsdp"),), shards
+    return (grid.rank("fsdp"), grid.rank("tp"), grid.rank("pp")), shards
 
 
-@pytest.mark.parametrize("layout", ["dp_replicate 2 x cp 2", "dp_replicate 2 x dp_shard 2"])
+@pytest.mark.parametrize(
+    "layout", ["dp_replicate 2 x cp 2", "dp_replicate 2 x dp_shard 2", "tp 2 x dp_replicate 2", "pp 2 x dp_replicate 2"]
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_replicas_hold_the_same_bits_after_ten_steps(world: World, layout: str, dtype: str) -> None:
     by_place: dict = {}
@@ -221,6 +320,9 @@ def test_replicas_hold_the_same_bits_after_ten_steps(world: World, layout: str, 
     assert len(by_place) == 2 and all(len(copies) == 2 for copies in by_place.values())
     for first, second in by_place.values():
         assert first == second
+    if "tp" in layout:  # what tp ranks hold whole is the same on both
+        one, other = (copies[0] for copies in by_place.values())
+        assert all(one[name] == other[name] for name in one if not is_cut(name))
 
 
 def weights_after_steps(rank: int, layout: str, reshard: bool) -> dict:
@@ -231,7 +333,7 @@ def weights_after_steps(rank: int, layout: str, reshard: bool) -> dict:
 
 def test_weights_after_ten_steps_are_the_same_in_every_layout(world: World) -> None:
     wanted = world.run(weights_after_steps, "dp_shard 4", False)[0]
-    for layout in ("dp_shard 2 x cp 2", "dp_replicate 2 x cp 2", "cp 4"):
+    for layout in ("dp_shard 2 x cp 2", "dp_replicate 2 x cp 2", "cp 4", "tp 2 x cp 2", "tp 2 x dp_shard 2", "pp 2 x cp 2"):
         for weights in world.run(weights_after_steps, layout, False):
             assert weights.keys() == wanted.keys()
             worst = max(relative_error(weights[n], wanted[n]) for n in wanted)
@@ -239,14 +341,13 @@ def test_weights_after_ten_steps_are_the_same_in_every_layout(world: World) -> N
 
 
 def initial_weights(rank: int, layout: str) -> dict:
-    model = built(grid_of(layout), config_of(vocab_size=600, padded_vocab_size=640), "fp32")
-    return {n: full(p.detach()) for n, p in model.named_parameters()}
+    return full(built(grid_of(layout), config_of(vocab_size=600, padded_vocab_size=640, num_query_groups=4), "fp32"), grid_of(layout))
 
 
 def test_initial_weights_do_not_depend_on_the_layout(world: World) -> None:
     """640 rows are two and a half blocks, cut over four ranks inside a block."""
     wanted = world.run(initial_weights, "dp_replicate 2 x dp_shard 2")[0]
-    for layout in ("dp_shard 4", "cp 4"):
+    for layout in ("dp_shard 4", "cp 4", "tp 4", "tp 2 x dp_shard 2", "pp 2 x tp 2"):
         for weights in world.run(initial_weights, layout):
             assert all(torch.equal(weights[n], wanted[n]) for n in wanted)
     table = wanted["embedding.weight"]
