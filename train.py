@@ -231,7 +231,8 @@ def main(argv: list[str]) -> None:
     vocab = padded_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by)
     config = model_config(args, vocab_size=tokenizer.vocab_size, padded_vocab_size=vocab)
     cp_clock = WaitClock() if args.attention.backend == "native" and args.cp_size > 1 else None
-    model = build_model(args, config, grid, device, cp_clock)
+    with one_line_refusals():
+        model = build_model(args, config, grid, device, cp_clock)
     pipeline = build_pipeline(args, model, config, grid, device, batch_plan.num_microbatches)
     optimizer = build_optimizer(
         model, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay

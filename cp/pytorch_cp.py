@@ -10,6 +10,8 @@ All private names of PyTorch are imported here and nowhere else.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,12 +20,58 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor.experimental._context_parallel import _attention as torch_cp
 
 from cp.packed_seq import PackedSeq
 
 aten = torch.ops.aten
 SEQUENCE_DIM = 2  # of [b, h, s, d]
+
+PRIVATE_MODULE = "torch.distributed.tensor.experimental._context_parallel._attention"
+# What is called there, with the parameters that it is called with.
+_SHARDS = ("query", "key", "value")
+PRIVATE_FUNCTIONS = {
+    "_templated_ring_attention": ("group", "seq_dim", "op", *_SHARDS, "is_causal"),
+    "_templated_ring_attention_backward": (
+        "group",
+        "seq_dim",
+        "op",
+        "grad_out",
+        "grad_out_name",
+        *_SHARDS,
+        "out",
+        "logsumexp",
+        "is_causal",
+    ),
+    "set_rotate_method": ("rotate_method",),
+}
+PRIVATE_OPTIONS = ("rotate_method", "enable_load_balance", "convert_to_f32")
+
+
+def load_private() -> Any:
+    """The module of PyTorch's ring, checked to have what this file uses.
+
+    Raises:
+        ValueError: another PyTorch moved or changed something; names what.
+    """
+    advice = f"in PyTorch {torch.__version__}: use --cp-backend native, or mend cp/pytorch_cp.py"
+    try:
+        module = importlib.import_module(PRIVATE_MODULE)
+    except ImportError as error:
+        raise ValueError(f"--cp-backend pytorch: {PRIVATE_MODULE} is gone {advice}") from error
+    for name, wanted in PRIVATE_FUNCTIONS.items():
+        function = getattr(module, name, None)
+        if function is None:
+            raise ValueError(f"--cp-backend pytorch: {name} is gone from {PRIVATE_MODULE} {advice}")
+        found = tuple(inspect.signature(function).parameters)
+        if found[: len(wanted)] != wanted:
+            raise ValueError(f"--cp-backend pytorch: {name} takes {', '.join(found)} {advice}")
+    missing = [name for name in PRIVATE_OPTIONS if not hasattr(getattr(module, "_cp_options", None), name)]
+    if missing:
+        raise ValueError(f"--cp-backend pytorch: its options have no {', '.join(missing)} {advice}")
+    return module
+
+
+torch_cp = load_private()
 
 
 @contextmanager

@@ -449,6 +449,12 @@ def _resolve_attention(args: argparse.Namespace, chosen: list[str]) -> None:
         heads=args.num_attention_heads // args.tp_size,
         groups=args.num_query_groups // args.tp_size,
     )
+    if args.cp_backend == "ring":
+        for package in ("ring_flash_attn", *(["flash_attn"] if args.device == "cuda" else [])):
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(
+                    f"--cp-backend ring needs the package {package.replace('_', '-')}: pip install it, or use --cp-backend native"
+                )
     if args.cp_layout == "auto":
         args.cp_layout = args.attention.layout
         chosen.append(f"--cp-layout {args.cp_layout}")

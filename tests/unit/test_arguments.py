@@ -128,6 +128,8 @@ def test_a_missing_package_is_said_with_a_way_out(monkeypatch) -> None:
     with pytest.raises(ValueError, match="--tensorboard-dir needs the tensorboard package: pip install"):
         resolved(*byte)
     resolved(*byte, "--tensorboard-dir", "none")
+    with pytest.raises(ValueError, match="--cp-backend ring needs the package ring-flash-attn"):
+        resolved(*byte, "--cp-backend", "ring", "--dtype", "bf16", "--cp-size", "2", world=2)
 
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node", "MASTER_PORT": "1"}
