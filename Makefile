@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 NPROC ?= 4
 ARGS ?=
 
-.PHONY: setup train test lint bench clean
+.PHONY: setup train test test-full lint bench clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,10 @@ train: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+# All of it, also what only repeats on more layouts what every push sees: about twice as long.
+test-full: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "full or not full" $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 # What a stage computes for one microbatch: (its number, the hidden state from the stage before or None) -> hidden state or loss.
 StageForward = Callable[[int, Tensor | None], Tensor]
@@ -41,6 +40,9 @@ def build_schedule(
         hidden_shape: of what goes from stage to stage.
         dtype: of it.
     """
+    # Half a second to import, which runs without stages need not spend.
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+
     size, num_stages = group.size(), group.size() * len(chunks)
     hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
     loss = torch.empty(1, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="meta", requires_grad=True)

@@ -25,10 +25,14 @@ LAYOUTS = {
     "tp 2 x dp_shard 2, whole stream": (4, "--tp-size 2 --no-sequence-parallel"),
     "pp 2 x cp 2": (4, "--pp-size 2 --cp-size 2"),
 }
-# Every layout at both row sizes, once in each dtype.
-RUNS = [(layout, dtype, micro) for layout in LAYOUTS for dtype, micro in (("fp64", 1), ("fp64", 2), ("fp32", 2))]
-RUNS += [("pp 2 x tp 2 x cp 2", "fp64", 1)]
 LAYOUTS["pp 2 x tp 2 x cp 2"] = (8, "--pp-size 2 --tp-size 2 --cp-size 2 --sample-tokens 3 --eval-interval 10 --verify-steps 2")
+# Every layout at both row sizes and in both dtypes; on every push the ones that differ most.
+EVERY_PUSH = [
+    ("cp 2", "fp64", 2), ("cp 4", "fp64", 1), ("dp_shard 2 x cp 2", "fp64", 1), ("dp_replicate 2 x cp 2", "fp64", 2),
+    ("dp_shard 2 x cp 2", "fp32", 2), ("tp 2 x cp 2", "fp64", 2), ("pp 2 x cp 2", "fp64", 1), ("pp 2 x tp 2 x cp 2", "fp64", 1),
+]  # fmt: skip
+REST = [(layout, dtype, micro) for layout in LAYOUTS for dtype, micro in (("fp64", 1), ("fp64", 2), ("fp32", 2)) if LAYOUTS[layout][0] < 8]
+RUNS = EVERY_PUSH + [pytest.param(*run, marks=pytest.mark.full) for run in REST if run not in EVERY_PUSH]
 LIMITS = {"fp64": 1e-9, "fp32": 1e-5}
 
 
@@ -105,7 +109,7 @@ BACKENDS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=[pytest.mark.full] if b in ("all_gather", "a2a+p2p") else []) for b in BACKENDS])
 def test_every_backend_has_the_losses_of_one_rank(base, one_rank, tmp_path: Path, backend: str) -> None:
     flags = BACKENDS[backend].split()
     dtype = "fp32" if "fp32" in flags else "fp64"
