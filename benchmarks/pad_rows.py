@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -22,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.launch import train
 
 SEQ_LENGTH = 2048
-FLAGS = f"""--cp-size 2 --seq-length {SEQ_LENGTH} --micro-batch-size 2 --global-batch-size 2 --document-alignment 4 --device cpu
-    --eval-interval 0 --save-interval 0 --sample-tokens 0 --tensorboard-dir none --num-workers 0 --make-vocab-size-divisible-by 128""".split()
+FLAGS = shlex.split(f"""
+    --cp-size 2 --seq-length {SEQ_LENGTH} --micro-batch-size 2 --global-batch-size 2 --document-alignment 4 --device cpu --num-workers 0
+    --eval-interval 0 --save-interval 0 --sample-tokens 0 --tensorboard-dir none
+""")
 
 
 def sparse_corpus(folder: Path) -> list[str]:
@@ -53,16 +56,8 @@ def main() -> None:
             for number in range(args.rounds):
                 for rows, found in speeds.items():
                     run = folder / f"{corpus}-{rows}-{number}"
-                    flags = [
-                        *FLAGS,
-                        *data,
-                        "--pad-rows",
-                        rows,
-                        "--train-iters",
-                        str(args.steps),
-                        "--data-cache-path",
-                        str(folder / "cache"),
-                    ]
+                    flags = [*FLAGS, *data, "--pad-rows", rows, "--train-iters", str(args.steps)]
+                    flags += ["--data-cache-path", str(folder / "cache")]
                     steps = train(2, run, *flags)[2:]
                     found.append(statistics.median(step["tokens_per_s"] for step in steps))
                     if rows == "full":
