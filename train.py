@@ -129,6 +129,7 @@ def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.de
                 z_loss=args.z_loss,
                 compute_dtype=compute_dtype,
                 layers=layers,
+                recompute=args.recompute,
             )
         shard_model(
             chunk,

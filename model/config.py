@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# What the backward pass may compute again instead of keeping it (model/transformer.py).
+RECOMPUTE = ("none", "selective", "full")
+
 
 def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
     """Smallest multiple of `divisible_by` that holds the vocabulary. It never depends on tp: tp must divide it."""

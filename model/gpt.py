@@ -44,6 +44,7 @@ class GPT(nn.Module):
         loss_chunk_size: tokens whose logits exist at a time.
         z_loss: weight of log(Z)^2; 0 turns it off.
         compute_dtype: what FSDP casts parameters to, and so the hidden states'; None: `dtype`.
+        recompute: of `TransformerLayer`.
         layers: those of this stage; None: all. The stage with the first one embeds, that with the last one has the output.
     """
 
@@ -59,6 +60,7 @@ class GPT(nn.Module):
         z_loss: float = 0.0,
         compute_dtype: torch.dtype | None = None,
         layers: range | None = None,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         layers = range(config.num_layers) if layers is None else layers
@@ -71,7 +73,7 @@ class GPT(nn.Module):
         if self.is_first or (self.is_last and config.tie_embeddings):  # the last stage of several holds a copy
             self.embedding = VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         # By their number in the whole model, so that names do not depend on the stage.
-        self.layers = nn.ModuleDict({str(i): TransformerLayer(config, attention, cp_group, dtype, tp) for i in layers})
+        self.layers = nn.ModuleDict({str(i): TransformerLayer(config, attention, cp_group, dtype, tp, recompute) for i in layers})
         if self.is_last:
             self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_epsilon, dtype=dtype)
             if not config.tie_embeddings:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cp.attention import Attention
 from cp.packed_seq import PackedSeq
-from model.config import GPTConfig
+from model.config import RECOMPUTE, GPTConfig
 from model.rope import apply_rotary
 from model.torch_layers import LayerNormLinear, LayerNormMLP, RMSNorm, RowParallelLinear
 from parallel.tensor import TensorParallel
@@ -55,15 +57,40 @@ class SelfAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """x is the residual stream: [t, h], or [t / tp, h] with sequence parallelism."""
+    """x is the residual stream: [t, h], or [t / tp, h] with sequence parallelism.
+
+    Args:
+        recompute: what the backward pass computes again instead of keeping it: `none`, `selective` (the MLP, whose activations
+            are the widest), or `full` (everything between the layer's input and output). The gradients are the same bits.
+    """
 
     def __init__(
-        self, config: GPTConfig, attention: Attention, cp_group: dist.ProcessGroup, dtype: torch.dtype, tp: TensorParallel
+        self,
+        config: GPTConfig,
+        attention: Attention,
+        cp_group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        tp: TensorParallel,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
+        assert recompute in RECOMPUTE
+        self.recompute = recompute
         self.attention = SelfAttention(config, attention, cp_group, dtype, tp)
         self.mlp = LayerNormMLP(config.hidden_size, config.ffn_hidden_size, eps=config.norm_epsilon, dtype=dtype, tp=tp)
 
     def forward(self, x: Tensor, row: RowContext) -> Tensor:
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return _again(self._block, x, row)
+        return self._block(x, row)
+
+    def _block(self, x: Tensor, row: RowContext) -> Tensor:
         x = x + self.attention(x, row)
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            return x + _again(self.mlp, x)
         return x + self.mlp(x)
+
+
+def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args), computed anew in the backward pass. Nothing in it is random."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -23,7 +23,7 @@ from cp.layout import LAYOUTS
 from data.corpus import open_source
 from data.packing import PACKINGS, PAD_ROWS, resolve_packing
 from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer, load_sentencepiece
-from model.config import GPTConfig
+from model.config import RECOMPUTE, GPTConfig
 from parallel.stages import PP_SCHEDULES, check_microbatches, split_layers
 from training.lr_schedule import LR_DECAY_STYLES
 
@@ -150,6 +150,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *plan.DTYPES),
         default="auto",
         help="of the computation; fp64: weights too. auto: bf16 on cuda, fp32 on cpu",
+    )
+    group.add_argument(
+        "--recompute", choices=RECOMPUTE, default="none", help="computed again for the backward pass: selective, each MLP; full, each layer"
     )
     group.add_argument("--loss-chunk-size", type=int, default=512, help="tokens whose logits exist at a time")
     group.add_argument("--z-loss", type=float, default=0.0, help="weight of log(Z)^2 in the loss; 0: off")

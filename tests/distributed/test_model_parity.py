@@ -107,6 +107,7 @@ def built(
     qkv_format: str = "thd",
     sequence_parallel: bool = True,
     virtual_stages: int = 1,
+    recompute: str = "none",
 ) -> GPT | Stages:
     compute = DTYPES[dtype]
     tp = TensorParallel(grid.group("tp"), sequence_parallel and grid.size("tp") > 1)
@@ -123,6 +124,7 @@ def built(
                 tp=tp,
                 loss_chunk_size=24,
                 layers=layers,
+                recompute=recompute,
             )
         shard_model(chunk, chunk.layers.values(), grid, device_type="cpu", compute_dtype=compute, reshard_after_forward=reshard)
         chunks.append(chunk)
@@ -245,8 +247,10 @@ def check_layout(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("qkv_format", ["thd", "bshd"])
-@pytest.mark.parametrize(("dtype", "limit"), [("fp64", 1e-10), ("fp32", 1e-5)])
+@pytest.mark.parametrize(
+    ("qkv_format", "dtype", "limit"),
+    [("thd", "fp64", 1e-10), ("thd", "fp32", 1e-5), ("bshd", "fp64", 1e-10), pytest.param("bshd", "fp32", 1e-5, marks=pytest.mark.full)],
+)
 def test_loss_and_gradients_equal_one_rank(world: World, layout: str, qkv_format: str, dtype: str, limit: float) -> None:
     for errors in world.run(check_layout, layout, dtype, qkv_format, 1, {}, False):
         assert max(errors.values()) <= limit, errors
@@ -272,7 +276,9 @@ def test_tensor_parallel_variants(world: World, layout: str, changes: dict, sequ
         assert max(errors.values()) <= 1e-10, errors
 
 
-@pytest.mark.parametrize(("schedule", "virtual_stages"), [("1f1b", 1), ("gpipe", 1), ("interleaved", 2)])
+@pytest.mark.parametrize(
+    ("schedule", "virtual_stages"), [("1f1b", 1), pytest.param("gpipe", 1, marks=pytest.mark.full), ("interleaved", 2)]
+)
 @pytest.mark.parametrize("layout", ["pp 2 x cp 2", "pp 2 x tp 2", "pp 2 x dp_shard 2"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_pipeline_schedules(world: World, layout: str, schedule: str, virtual_stages: int, tied: bool) -> None:
@@ -297,6 +303,21 @@ def test_bf16_is_as_close_as_without_cp(world: World) -> None:
             if name not in ("loss", "norm"):  # scalars can be right by luck in one layout
                 assert error <= 4 * alone[name], (layout, name, error, alone[name])
         assert errors["loss"] < 1e-2 and errors["norm"] < 5e-2
+
+
+def gradients(rank: int, layout: str, dtype: str, recompute: str, virtual_stages: int) -> dict[str, torch.Tensor]:
+    grid = grid_of(layout)
+    model = built(grid, config_of(num_layers=4, qk_norm=True), dtype, False, "thd", True, virtual_stages, recompute)
+    return run_steps(model, grid, rows_of("thd"), 1, steps=1, schedule="interleaved" if virtual_stages > 1 else "1f1b")["grads"]
+
+
+@pytest.mark.parametrize(("layout", "virtual_stages"), [("dp_shard 2 x cp 2", 1), ("tp 2 x cp 2", 1), ("pp 2 x cp 2", 2), ("cp 4", 1)])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_recomputed_gradients_are_the_same_bits(world: World, layout: str, virtual_stages: int, dtype: str) -> None:
+    wanted = world.run(gradients, layout, dtype, "none", virtual_stages)[0]
+    for recompute in ("selective", "full"):
+        got = world.run(gradients, layout, dtype, recompute, virtual_stages)[0]
+        assert got.keys() == wanted.keys() and all(torch.equal(got[n], wanted[n]) for n in wanted), recompute
 
 
 def check_replicas(rank: int, layout: str, dtype: str) -> tuple[tuple[int, ...], dict[str, bytes]]:

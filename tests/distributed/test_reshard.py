@@ -62,7 +62,9 @@ def read(rank: int, layout: str, folder: str) -> tuple[dict, list[float]]:
     return loaded, steps_of(model, optimizer, grid, rows_of("thd"), 2)
 
 
-@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize(
+    "source", [pytest.param(x, marks=[pytest.mark.full] if x in ("cp 4", "dp_shard 4", "tp 4") else []) for x in LAYOUTS]
+)
 def test_a_checkpoint_loads_under_every_layout(world: World, tmp_path: Path, source: str) -> None:
     assert ROWS % 4 == 0
     wanted, losses = world.run(written, source, str(tmp_path))[0]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import parallel.grid as grid_module
-from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes, build_grid, coordinates_of, device_mesh, rank_of, split_group
+from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes, build_grid, coordinates_of, device_mesh, ends_group, rank_of, split_group
 from tests.unit.test_grid import factorisations
 
 LARGER = [(1, 2, 2, 4, 2), (2, 1, 3, 4, 2), (1, 4, 1, 8, 1), (2, 2, 2, 2, 2)]
@@ -102,6 +102,20 @@ def test_split_groups_cross(shape: tuple[int, ...], inner: int, monkeypatch) -> 
         at = cp.index(rank)
         assert neighbours == cp[at // inner * inner : at // inner * inner + inner]
         assert across == cp[at % inner :: inner]
+    assert len(orders) == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 2, 1), (4, 1, 1, 1, 2), (3, 2, 1, 1, 1)], ids=str)
+def test_the_ends_of_an_axis_meet(shape: tuple[int, ...], monkeypatch) -> None:
+    """The first and the last pipeline stage, which share a tied embedding; those between make the groups too and hold none."""
+    sizes = sizes_of(shape)
+    orders = set()
+    for rank, (grid, _) in enumerate(whole_world(sizes, monkeypatch)):
+        stand_in = StandIn(rank, sizes.world_size)
+        monkeypatch.setattr(grid_module, "dist", stand_in)
+        pp = grid.group("pp")
+        assert ends_group(grid, "pp") == ((pp[0], pp[-1]) if rank in (pp[0], pp[-1]) else None)
+        orders.add(tuple(stand_in.made))
     assert len(orders) == 1
 
 
