@@ -9,7 +9,7 @@ with `cp/`. Beside each error stands the noise floor: what one rank in the run's
 Exit code 1 if an error exceeds four times its floor.
 
     --verify-layers N     layers of the model that are checked (default 2)
-    --verify-sequences N  sequences that are read (default: one microbatch on each data rank)
+    --verify-sequences N  sequences that are read (default: a microbatch on each data rank, times --pp-size)
     --all                 every backend, method, format, layout and dtype of cp/plan.py for this cp size and device
     --json FILE           the same as JSON
 """
@@ -229,8 +229,8 @@ class Verifier:
 
     def __init__(self, args: argparse.Namespace, grid: Grid, device: torch.device, *, layers: int, sequences: int | None) -> None:
         self.grid, self.device = grid, device
-        self.layers = min(layers, args.num_layers)
-        self.num_sequences = sequences or args.micro_batch_size * grid.size("batch")
+        self.layers = min(max(layers, args.pp_size * args.virtual_stages), args.num_layers)  # at least one a stage
+        self.num_sequences = sequences or args.micro_batch_size * grid.size("batch") * grid.size("pp")  # a microbatch a stage
         unit = args.micro_batch_size * grid.size("batch")
         if self.num_sequences % unit:
             raise ValueError(f"--verify-sequences {self.num_sequences} is not a multiple of micro batch * data ranks = {unit}")
