@@ -79,7 +79,7 @@ def test_the_default_command_for_three_steps(tmp_path: Path) -> None:
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     losses = [r["loss"] for r in records if "loss" in r]
     assert len(losses) == 3 and losses[0] == pytest.approx(8.34, abs=0.1)  # ln(4224) for a model that knows nothing
-    assert "validation_loss" in records[-1] and records[0]["packing_efficiency"] > 0.99 and records[0]["cp_balance"] < 1.1
+    assert "validation_loss" in records[-1] and records[0]["packing_efficiency"] > 0.95 and records[0]["cp_balance"] < 1.1
     assert output.index("sample before training") < output.index("step   1/3".replace("   ", " ")) < output.index("sample after training")
     for line, place in (("checkpoint:", "checkpoints/step_0000003"), ("TensorBoard:", "tensorboard"), ("metrics:", "metrics.jsonl")):
         assert (tmp_path / "run" / place).exists()
