@@ -13,7 +13,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,11 +38,12 @@ from parallel.stages import split_layers
 from parallel.tensor import TensorParallel
 from training.arguments import model_config, parse_arguments, parse_split, resolve
 from training.banner import print_banner
-from training.checkpoint import check_same_run, checkpoints, find_checkpoint, load_checkpoint, read_run_facts, save_checkpoint
+from training.checkpoint import Saver
+from training.checkpoint_files import checkpoints
 from training.evaluate import evaluate
 from training.flops import known_peak_tflops
 from training.initialize import (
-    broadcast_string,
+    broadcast_object,
     check_ranks_agree,
     cuda_device_count,
     group_backend,
@@ -54,17 +55,13 @@ from training.initialize import (
 from training.lr_schedule import LRSchedule
 from training.metrics import MetricsLog, row_facts
 from training.optimizer import build_optimizer, set_lr
+from training.resume import Started, find_start, load_start, run_facts
 from training.sample import generate
 from training.step import Pipeline, counts_here, forward_backward
 from training.verify_step import verify_rows, verify_weights
 
 # Flags that may have another value on another node: where files lie there.
 LOCAL_FLAGS = {"data_path", "data_cache_path", "tokenizer_model", "config"}
-# Facts of a run that may change when it goes on from a checkpoint; what changed is printed.
-FREE_FACTS = (
-    "--dtype", "--lr", "--min-lr", "--lr-warmup-iters", "--lr-decay-iters", "--lr-decay-style", "--lr-wsd-decay-iters",
-    "--weight-decay", "--adam-beta1", "--adam-beta2", "--adam-eps", "--clip-grad", "--z-loss",
-)  # fmt: skip
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -167,16 +164,6 @@ def build_pipeline(
     return Pipeline(schedule, grid.group("pp"), tied)
 
 
-def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequences: SequenceDataset) -> dict:
-    """What a run that goes on from a checkpoint must share with the one that wrote it."""
-    data_flags = ("seq_length", "global_batch_size", "document_alignment", "packing", "qkv_format", "data_split", "seed")
-    facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in data_flags}
-    facts |= {name: getattr(args, name.removeprefix("--").replace("-", "_")) for name in FREE_FACTS}
-    facts |= {f"model {name}": value for name, value in asdict(config).items()}
-    facts["weights' dtype"] = "fp64" if args.dtype == "fp64" else "fp32"
-    return facts | {"tokenizer": tokenizer.fingerprint, "training documents": sequences.fingerprint()}
-
-
 def main(argv: list[str]) -> None:
     start_time = time.time()
 
@@ -186,8 +173,14 @@ def main(argv: list[str]) -> None:
     with one_line_refusals():
         launch = read_launch()
         args = parse_arguments(argv)
-        chosen = resolve(args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count)
-        start_from = _find_start(args)
+        start = find_start(args)
+        chosen = resolve(
+            args,
+            world_size=launch.world_size,
+            local_world_size=launch.local_world_size,
+            cuda_devices=cuda_device_count,
+            goes_on_from=start.facts if start and not start.weights_only else None,
+        )
 
     # ------------------------------------------------------------------------------------------------
     # Ranks and their grid
@@ -198,9 +191,9 @@ def main(argv: list[str]) -> None:
         check_ranks_agree({k: v for k, v in vars(args).items() if k not in LOCAL_FLAGS} | {"torch": torch.__version__}, "flags")
     sizes = GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size)
     grid = build_grid(sizes, timeout=timedelta(minutes=args.distributed_timeout_minutes), backend=group_backend(device))
-    run_dir = Path(args.run_dir or broadcast_string(time.strftime("runs/%Y%m%d-%H%M%S")))
-    start_name = broadcast_string(str(start_from or ""))  # one rank's view of the file system
-    start_from = Path(start_name) if start_name else None
+    checkpoint_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=args.distributed_timeout_minutes), group_desc="checkpoint")
+    run_dir = Path(args.run_dir or broadcast_object(time.strftime("runs/%Y%m%d-%H%M%S")))
+    start = broadcast_object(start)  # one rank's view of the file system
     save_dir = Path(args.save) if args.save else run_dir / "checkpoints"
     metrics_file = _optional_path(args.metrics_file, run_dir / "metrics.jsonl")
     tensorboard_dir = _optional_path(args.tensorboard_dir, run_dir / "tensorboard")
@@ -248,12 +241,21 @@ def main(argv: list[str]) -> None:
     )
     counts = counts_here(model, grid)
     facts = run_facts(args, config, tokenizer, train_sequences)
-    first_step = 0
-    changed: list[str] = []
-    if start_from is not None:
+    started = Started()
+    if start is not None:
         with one_line_refusals():
-            changed = check_same_run(read_run_facts(start_from), facts, FREE_FACTS, start_from)
-        first_step = load_checkpoint(start_from, model, optimizer, grid)
+            started = load_start(start, facts, model, optimizer, grid, group=checkpoint_group)
+    first_step = started.first_step
+    saver = Saver(
+        save_dir,
+        model,
+        optimizer,
+        grid,
+        group=checkpoint_group,
+        keep=args.keep_checkpoints,
+        asynchronous=args.async_save,
+        tell=lambda place: print(f"saved {place}", flush=True),
+    )
 
     peak_tflops = args.peak_tflops
     if peak_tflops is None and device.type == "cuda":
@@ -268,7 +270,7 @@ def main(argv: list[str]) -> None:
         cp_clock=cp_clock,
         metrics_file=metrics_file,
         tensorboard_dir=tensorboard_dir,
-        keep_before=first_step if start_from is not None else None,
+        keep_before=first_step if started.goes_on else None,
     )
     if is_writer:
         print_banner(
@@ -280,9 +282,7 @@ def main(argv: list[str]) -> None:
             peak_tflops=peak_tflops,
             train=train_sequences,
             valid=valid_sequences,
-            start_from=start_from,
-            first_step=first_step,
-            changed=changed,
+            started=started,
             paths={"checkpoints": save_dir, "TensorBoard": tensorboard_dir, "metrics": metrics_file},
         )
 
@@ -373,41 +373,27 @@ def main(argv: list[str]) -> None:
         if args.eval_interval and (done % args.eval_interval == 0 or done == args.train_iters):
             validate(done)
             log.restart_clock()
-        if args.save_interval and (done % args.save_interval == 0 or done == args.train_iters):
+        if (args.save_interval and done % args.save_interval == 0) or (args.save_final and done == args.train_iters):
             log.flush()  # a loss that is not finite ends the run before it is saved
-            place = save_checkpoint(save_dir, done, model, optimizer, grid, facts=facts)
-            if is_writer:
-                print(f"saved {place}", flush=True)
+            with one_line_refusals(OSError, exit_code=1):
+                saver.save(done, facts)
             log.restart_clock()
 
     # ------------------------------------------------------------------------------------------------
     # The end
 
     sample("after training")
+    with one_line_refusals(OSError, exit_code=1):
+        saver.wait()
     log.close()
     if is_writer:
         found = checkpoints(save_dir)
         print(f"done in {time.time() - start_time:.0f} s")
-        print(f"checkpoint:  {found[-1] if found else 'none (--save-interval 0)'}")
+        print(f"checkpoint:  {found[-1] if found else 'none (--save-interval 0, --no-save-final)'}")
         print(f"TensorBoard: {tensorboard_dir or 'off'}")
         print(f"metrics:     {metrics_file or 'off'}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _find_start(args: Namespace) -> Path | None:
-    """The checkpoint to start from, if any; refuses to mix two runs' checkpoints or metrics."""
-    save = Path(args.save) if args.save else Path(args.run_dir or "") / "checkpoints"
-    found = checkpoints(save) if args.save or args.run_dir else []
-    if args.resume:
-        return found[-1] if found else None
-    start_from = find_checkpoint(Path(args.load)) if args.load else None
-    if found and (start_from is None or start_from.resolve() != found[-1].resolve()):
-        raise ValueError(f"--save {save} already holds {found[-1].name}: go on from it with --resume, or choose another folder")
-    metrics = _optional_path(args.metrics_file, Path(args.run_dir) / "metrics.jsonl" if args.run_dir else None)
-    if start_from is None and metrics is not None and metrics.exists() and metrics.stat().st_size:
-        raise ValueError(f"--metrics-file {metrics} is another run's: go on with --resume, or choose another file or --run-dir")
-    return start_from
 
 
 def _optional_path(flag: str | None, default: Path | None) -> Path | None:

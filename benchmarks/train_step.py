@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 
 from data.loader import Sequence, build_batch
 from model.config import GPTConfig, padded_vocab_size
-from model.rope import rotary_tables
+from model.rope import rotary_frequencies, rotary_tables
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_, local_tensor
 from parallel.grid import GridSizes, build_grid
@@ -141,7 +141,9 @@ class BareGPT(nn.Module):
         self.layers = nn.ModuleList(BareLayer(c) for _ in range(c.num_layers))
         self.final_norm = nn.RMSNorm(c.hidden_size, eps=c.norm_epsilon)
         self.lm_head = nn.Linear(c.hidden_size, c.padded_vocab_size, bias=False)
-        self.cos, self.sin = rotary_tables(torch.arange(seq_length), head_dim=c.kv_channels, base=c.rotary_base, dtype=torch.float32)
+        self.cos, self.sin = rotary_tables(
+            torch.arange(seq_length), rotary_frequencies(head_dim=c.kv_channels, base=c.rotary_base), dtype=torch.float32
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)  # [b, s, h]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 # What the backward pass may compute again instead of keeping it (model/transformer.py).
 RECOMPUTE = ("none", "selective", "full")
+# How rotary positions reach beyond the length that was trained on (model/rope.py).
+ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
@@ -30,6 +32,9 @@ class GPTConfig:
     vocab_size: int
     padded_vocab_size: int
     rotary_base: float = 10000.0
+    rope_scaling: str = "none"
+    rope_scaling_factor: float = 1.0
+    rope_original_seq_length: int = 0
     norm_epsilon: float = 1e-5
     qk_norm: bool = False
     tie_embeddings: bool = False

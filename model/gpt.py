@@ -13,7 +13,7 @@ from cp.attention import Attention
 from cp.packed_seq import PackedSeq
 from model.config import GPTConfig
 from model.loss import chunked_cross_entropy
-from model.rope import rotary_tables
+from model.rope import rotary_frequencies, rotary_tables
 from model.torch_layers import ColumnParallelLinear, RMSNorm, VocabParallelEmbedding
 from model.transformer import RowContext, TransformerLayer
 from parallel.tensor import TensorParallel
@@ -142,7 +142,15 @@ class GPT(nn.Module):
             assert self.embedding is not None
             x = self.embedding(x)  # [t, h], or [t / tp, h] with sequence parallelism
         table_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = rotary_tables(packed_seq.positions, head_dim=self.config.kv_channels, base=self.config.rotary_base, dtype=table_dtype)
+        frequencies = rotary_frequencies(
+            head_dim=self.config.kv_channels,
+            base=self.config.rotary_base,
+            scaling=self.config.rope_scaling,
+            factor=self.config.rope_scaling_factor,
+            original_seq_length=self.config.rope_original_seq_length,
+            device=packed_seq.positions.device,
+        )
+        cos, sin = rotary_tables(packed_seq.positions, frequencies, dtype=table_dtype)
         row = RowContext(packed_seq, cos, sin)
         for layer in self.layers.values():
             x = layer(x, row)

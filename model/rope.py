@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Llama 3.1's: frequencies that turn less than this often over the original length are slowed, those above the second are not.
+LLAMA3_TURNS = (1.0, 4.0)
 
-def rotary_tables(positions: Tensor, *, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2i/d), once a microbatch.
+
+def rotary_frequencies(
+    *,
+    head_dim: int,
+    base: float,
+    scaling: str = "none",
+    factor: float = 1.0,
+    original_seq_length: int = 0,
+    device: torch.device | None = None,
+) -> Tensor:
+    """[head_dim / 2] float64 radians a position: base^(-2i/d), slowed for contexts longer than were trained on.
+
+    Args:
+        scaling: `none`; `linear`, all by the factor (position interpolation, arXiv:2306.15595); `llama3`, those that turn less than
+            once over the original length by the factor, those that turn more than four times not at all, a mixture between (Llama 3.1).
+        original_seq_length: tokens, of `llama3`.
+    """
+    frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    if scaling == "none":
+        return frequency
+    if scaling == "linear":
+        return frequency / factor
+    assert scaling == "llama3"
+    low, high = LLAMA3_TURNS
+    turns = original_seq_length * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequency * kept + frequency / factor * (1 - kept)
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, once a microbatch.
 
     Angles are taken in float64: in float32 the angle of position 1,000,000 is off by 0.06.
 
     Args:
         positions: [t] int64, restarting at each document.
+        frequencies: [head_dim / 2] float64, on the same device.
         dtype: of the tables; fp32, or fp64 in an fp64 run.
 
     Returns:
         Two tensors [t, head_dim / 2].
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    angle = positions.to(torch.float64)[:, None] * base**-exponent  # [t, d/2]
+    angle = positions.to(torch.float64)[:, None] * frequencies  # [t, d/2]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 

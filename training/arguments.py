@@ -12,7 +12,7 @@ import difflib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ from cp.layout import LAYOUTS
 from data.corpus import open_source
 from data.packing import PACKINGS, PAD_ROWS, resolve_packing
 from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer, load_sentencepiece
-from model.config import RECOMPUTE, GPTConfig
+from model.config import RECOMPUTE, ROPE_SCALINGS, GPTConfig
 from parallel.stages import PP_SCHEDULES, check_microbatches, split_layers
 from training.lr_schedule import LR_DECAY_STYLES
 
@@ -105,6 +105,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-query-groups", type=int, default=2, help="key/value heads; equal to the query heads turns GQA off")
     group.add_argument("--kv-channels", type=int, help="channels of one head; default: hidden size / heads")
     group.add_argument("--rotary-base", type=float, default=10000.0, help="base of the rotary frequencies")
+    group.add_argument(
+        "--rope-scaling",
+        choices=ROPE_SCALINGS,
+        default="none",
+        help="longer contexts than trained on: linear, positions divided by the factor; llama3, slow frequencies only",
+    )
+    group.add_argument("--rope-scaling-factor", type=float, default=8.0, help="of --rope-scaling")
+    group.add_argument("--rope-original-seq-length", type=int, default=8192, help="of llama3: the length that was trained on before")
     group.add_argument("--norm-epsilon", type=float, default=1e-5, help="added to the mean square in RMSNorm")
     group.add_argument("--qk-norm", action=SWITCH, default=False, help="RMSNorm on each query and key head")
     group.add_argument("--tie-embeddings", action=SWITCH, default=False, help="one matrix for embedding and output")
@@ -177,13 +185,27 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--run-dir", help="folder of the run: checkpoints, metrics, TensorBoard; default: runs/<date-time>")
     group.add_argument("--save", help="folder for checkpoints; default: <run-dir>/checkpoints")
-    group.add_argument("--save-interval", type=int, default=100, help="steps between checkpoints, and one at the end; 0: none at all")
+    group.add_argument("--save-interval", type=int, default=100, help="steps between checkpoints; 0: none on the way")
+    group.add_argument("--save-final", action=SWITCH, help="a checkpoint after the last step; default: on, unless --save-interval is 0")
+    group.add_argument("--async-save", action=SWITCH, default=False, help="write checkpoints in the background, from a copy in host memory")
+    group.add_argument(
+        "--keep-checkpoints", type=int, default=0, metavar="N", help="the newest N stay, older ones are removed; 0: all stay"
+    )
     group.add_argument("--load", help="checkpoint, or folder with some, to start from; refused if there is none")
     group.add_argument(
         "--resume",
         action=SWITCH,
         default=False,
-        help="go on from the newest checkpoint under --save if there is one, else start fresh",
+        help="go on from the newest checkpoint under --save if there is one, else start fresh (or as --load --load-weights-only says)",
+    )
+    group.add_argument(
+        "--load-weights-only",
+        action=SWITCH,
+        default=False,
+        help="a new run from --load's weights: step 0, fresh optimiser and data; --seq-length and the rotary flags may be new",
+    )
+    group.add_argument(
+        "--load-fallback", action=SWITCH, default=False, help="take the newest older checkpoint that is whole if the wanted one is damaged"
     )
 
 
@@ -280,11 +302,19 @@ def _config_parser() -> OneLineParser:
 # Resolving and checking
 
 
-def resolve(args: argparse.Namespace, *, world_size: int, local_world_size: int, cuda_devices: Callable[[], int]) -> list[str]:
+def resolve(
+    args: argparse.Namespace,
+    *,
+    world_size: int,
+    local_world_size: int,
+    cuda_devices: Callable[[], int],
+    goes_on_from: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Replace every `auto` and open default in `args`, and refuse what cannot be done.
 
     Args:
         cuda_devices: asked only where a CUDA device could be meant.
+        goes_on_from: facts of the checkpoint that the run goes on from, whose data must come in the same order.
 
     Returns:
         A line for each thing that was chosen, for the banner.
@@ -298,7 +328,7 @@ def resolve(args: argparse.Namespace, *, world_size: int, local_world_size: int,
     _resolve_grid(args, world_size, local_world_size, chosen)
     _resolve_model(args)
     _resolve_attention(args, chosen)
-    _resolve_sequence(args, chosen)
+    _resolve_sequence(args, chosen, goes_on_from or {})
     _check_batch(args)
     _check_stages(args)
     _resolve_schedule(args)
@@ -370,15 +400,23 @@ def _check_positive(args: argparse.Namespace) -> None:
     at_least_one = (
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
         "heads_k_stride", "cp_a2a_size", "make_vocab_size_divisible_by", "tokenizer_vocab_size", "seq_length",
-        "virtual_stages", "first_stage_layers", "last_stage_layers",
+        "rope_original_seq_length", "virtual_stages", "first_stage_layers", "last_stage_layers",
         "document_alignment", "micro_batch_size", "global_batch_size", "train_iters", "loss_chunk_size", "lr_decay_iters",
         "eval_iters", "log_interval",
     )  # fmt: skip
     not_negative = (
         "z_loss", "lr", "min_lr", "lr_warmup_iters", "lr_wsd_decay_iters", "weight_decay", "clip_grad", "eval_interval",
-        "save_interval", "verify_steps", "sample_tokens", "num_workers", "seed",
+        "save_interval", "keep_checkpoints", "verify_steps", "sample_tokens", "num_workers", "seed",
     )  # fmt: skip
-    above_zero = ("rotary_base", "norm_epsilon", "init_method_std", "adam_eps", "peak_tflops", "distributed_timeout_minutes")
+    above_zero = (
+        "rotary_base",
+        "rope_scaling_factor",
+        "norm_epsilon",
+        "init_method_std",
+        "adam_eps",
+        "peak_tflops",
+        "distributed_timeout_minutes",
+    )
     for names, legal, words in (
         (at_least_one, lambda x: x >= 1, "at least 1"),
         (not_negative, lambda x: 0 <= x < float("inf"), "0 or more"),
@@ -463,7 +501,7 @@ def _resolve_attention(args: argparse.Namespace, chosen: list[str]) -> None:
         chosen.append(f"--cp-layout {args.cp_layout}")
 
 
-def _resolve_sequence(args: argparse.Namespace, chosen: list[str]) -> None:
+def _resolve_sequence(args: argparse.Namespace, chosen: list[str], goes_on_from: Mapping[str, Any]) -> None:
     if args.packing == "auto":
         args.packing = resolve_packing("auto", args.qkv_format)
         chosen.append(f"--packing {args.packing}")
@@ -472,6 +510,16 @@ def _resolve_sequence(args: argparse.Namespace, chosen: list[str]) -> None:
             f"--packing {args.packing} is not offered for --qkv-format {args.qkv_format}: use {resolve_packing('auto', args.qkv_format)}"
         )
     smallest = plan.smallest_alignment(args.cp_layout, args.cp_size)
+    kept = goes_on_from.get("--document-alignment")
+    if args.document_alignment is None and kept is not None:
+        if kept % smallest:
+            raise ValueError(
+                f"--cp-size {args.cp_size}: layout {args.cp_layout} needs documents aligned to a multiple of {smallest}, but the "
+                f"checkpoint's data were packed with --document-alignment {kept}: use a --cp-size whose alignment divides {kept}, or "
+                "--cp-comm-type all_gather --cp-layout contiguous, or start a new run from its weights with --load-weights-only"
+            )
+        args.document_alignment = kept
+        chosen.append(f"--document-alignment {kept} (the checkpoint's)")
     if args.document_alignment is None:
         args.document_alignment = smallest
         chosen.append(f"--document-alignment {smallest}")
@@ -552,8 +600,17 @@ def _check_data(args: argparse.Namespace) -> None:
 
 
 def _check_folders(args: argparse.Namespace) -> None:
-    if args.resume and args.load:
-        raise ValueError("--resume and --load: give one; --resume looks under --save, --load names a checkpoint")
+    if args.save_final is None:
+        args.save_final = args.save_interval > 0
+    if args.load_weights_only and not args.load:
+        raise ValueError("--load-weights-only needs --load, which names the checkpoint")
+    if args.load_fallback and not (args.load or args.resume):
+        raise ValueError("--load-fallback needs --load or --resume")
+    if args.resume and args.load and not args.load_weights_only:
+        raise ValueError(
+            "--resume and --load: give one (--resume looks under --save, --load names a checkpoint), or add --load-weights-only, for a "
+            "run that takes weights at its first start and goes on from its own checkpoints after"
+        )
     if args.resume and not (args.save or args.run_dir):
         raise ValueError("--resume needs --save or --run-dir: without one every start has a new folder and nothing to go on from")
     folders = {"--run-dir": args.run_dir, "--save": args.save, "--data-cache-path": args.data_cache_path}
@@ -590,6 +647,10 @@ def model_config(args: argparse.Namespace, *, vocab_size: int, padded_vocab_size
         vocab_size=vocab_size,
         padded_vocab_size=padded_vocab_size,
         rotary_base=args.rotary_base,
+        rope_scaling=args.rope_scaling,
+        # What a scaling does not read is no part of the model.
+        rope_scaling_factor=1.0 if args.rope_scaling == "none" else args.rope_scaling_factor,
+        rope_original_seq_length=args.rope_original_seq_length if args.rope_scaling == "llama3" else 0,
         norm_epsilon=args.norm_epsilon,
         qk_norm=args.qk_norm,
         tie_embeddings=args.tie_embeddings,

@@ -12,6 +12,7 @@ from data.loader import SequenceDataset
 from data.packing import StreamEpoch
 from model.config import GPTConfig
 from parallel.grid import Grid
+from training.resume import Started
 
 
 def count_parameters(config: GPTConfig) -> int:
@@ -32,6 +33,12 @@ def describe_sequences(sequences: SequenceDataset) -> str:
     return f"{text}, {share:.2%} full; {cut:,} documents longer than a sequence cut into pieces, none dropped"
 
 
+def _describe_start(started: Started) -> str:
+    if started.checkpoint is None:
+        return "fresh"
+    return f"step {started.first_step}, from {started.checkpoint}" if started.goes_on else f"step 0, weights from {started.checkpoint}"
+
+
 def print_banner(
     args: Namespace,
     grid: Grid,
@@ -42,9 +49,7 @@ def print_banner(
     peak_tflops: float | None,
     train: SequenceDataset,
     valid: SequenceDataset | None,
-    start_from: Path | None,
-    first_step: int,
-    changed: list[str],
+    started: Started,
     paths: dict[str, Path | None],
 ) -> None:
     """Versions, grid, what every `auto` became, model, data, and where things are written."""
@@ -66,8 +71,8 @@ def print_banner(
         "validation": describe_sequences(valid) if valid else "off (--eval-interval 0)",
         "step": f"{args.global_batch_size} sequences = {step_tokens:,} tokens in {microbatches} microbatches of "
         f"{args.micro_batch_size} on each of {grid.size('batch')} data ranks; {args.train_iters} steps",
-        "start": f"step {first_step}, from {start_from}" if start_from else "fresh",
-        **({"changed": "; ".join(changed)} if changed else {}),
+        "start": _describe_start(started),
+        **{f"start, {number}": note for number, note in enumerate(started.notes, 1)},
     } | {name: str(path) if path else "off" for name, path in paths.items()}
     print("-" * 100)
     for key, value in lines.items():

@@ -1,17 +1,14 @@
-"""Checkpoints through torch.distributed.checkpoint: whole or not there, by canonical parameter name.
+"""A run's weights and optimiser state in checkpoints of torch.distributed.checkpoint, by canonical parameter name.
 
-    <save>/step_0000200/      model, optimiser (sharded files), run.json
-
-A checkpoint is written beside its place and renamed into it by rank 0 after every rank has finished, so a
-folder named step_* is always whole.
+Saved under any layout, loaded under any other. `training/checkpoint_files.py` says what lies in the folder.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
@@ -27,40 +25,20 @@ from model.names import tp_dim
 from parallel.collectives import sum_over
 from parallel.fsdp import local_tensor, sharded_parameters
 from parallel.grid import Grid, device_mesh
-
-RUN_FILE = "run.json"
-STEP_FOLDER = re.compile(r"step_(\d{7,})")
-
-
-def step_folder(save: Path, step: int) -> Path:
-    return save / f"step_{step:07d}"
-
-
-def checkpoints(save: Path) -> list[Path]:
-    """Whole checkpoints under `save`, oldest first."""
-    if not save.is_dir():
-        return []
-    found = [p for p in save.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / RUN_FILE).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
-
-
-def find_checkpoint(load: Path) -> Path:
-    """The checkpoint that `--load` means: that folder itself, or the newest one under it.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    if (load / RUN_FILE).is_file():
-        return load
-    found = checkpoints(load)
-    if not found:
-        raise ValueError(f"--load {load}: no checkpoint there (neither {RUN_FILE} nor a whole step_* folder)")
-    return found[-1]
-
-
-def read_run_facts(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote as `facts`, with `step`."""
-    return json.loads((checkpoint / RUN_FILE).read_text())
+from training.checkpoint_files import (
+    DamagedCheckpoint,
+    checksums,
+    clear_left_overs,
+    damage,
+    prune,
+    publish,
+    read_checksums,
+    read_run_facts,
+    scratch_folder,
+    step_folder,
+    sync,
+    unlisted,
+)
 
 
 def _ensure_optimizer_state(optimizer: torch.optim.AdamW) -> None:
@@ -85,13 +63,17 @@ def whole_tensor(name: str, x: Tensor, grid: Grid, mesh: DeviceMesh) -> DTensor:
         x: this rank's part: a DTensor over fsdp, or plain where FSDP does nothing.
         mesh: from `checkpoint_mesh`.
     """
+    return _whole_tensor(name, local_tensor(x), tuple(x.shape), grid, mesh)
+
+
+def _whole_tensor(name: str, local: Tensor, tp_shape: tuple[int, ...], grid: Grid, mesh: DeviceMesh) -> DTensor:
     dim = tp_dim(name)
-    shape = list(x.shape)
+    shape = list(tp_shape)
     if dim is not None:
         shape[dim] *= grid.size("tp")
     placements: list[Placement] = [Replicate(), Replicate() if dim is None else Shard(dim), Shard(0)]
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local_tensor(x), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def checkpoint_mesh(grid: Grid, device_type: str) -> DeviceMesh:
@@ -125,73 +107,217 @@ def whole_tensors(parts: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
     return {name: x for stage in stages for name, x in stage.items()}
 
 
-def _state(model: nn.Module, optimizer: torch.optim.AdamW, grid: Grid) -> dict[str, Any]:
-    """Everything that is loaded in place, by canonical name. A tied weight's copies are equal, so either may be written."""
-    _ensure_optimizer_state(optimizer)
-    parameters = sharded_parameters(model)
-    mesh = checkpoint_mesh(grid, next(iter(parameters.values())).device.type)
-
-    def whole(name: str, x: Tensor) -> Tensor:
-        return whole_tensor(name, x.detach(), grid, mesh) if x.dim() else x
-
-    return {
-        "model": {name: whole(name, p) for name, p in parameters.items()},
-        "optimizer": {name: {k: whole(name, v) for k, v in optimizer.state[p].items()} for name, p in parameters.items()},
-    }
+Stage = Callable[[str, Tensor], Tensor]
 
 
-def save_checkpoint(save: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW, grid: Grid, *, facts: dict[str, Any]) -> Path:
-    """Write step_<step> under `save`. Collective. `facts` must be JSON and goes to run.json with the step."""
-    place = step_folder(save, step)
-    scratch = save / f".{place.name}.part"
-    if dist.get_rank() == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    dist.barrier()
-    dcp.save(_state(model, optimizer, grid), checkpoint_id=scratch)
-    if dist.get_rank() == 0:
-        (scratch / RUN_FILE).write_text(json.dumps(facts | {"step": step}, indent=1))
-        old = save / f".{place.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if place.exists():  # the same step saved before, by a run that was resumed from an earlier one
-            place.rename(old)  # two renames, so that a whole one is always there to be found or put back
-        scratch.rename(place)
-        shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-    return place
-
-
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.AdamW, grid: Grid) -> int:
-    """Load weights and optimiser state in place, each rank its shard, from any layout. Collective. Returns the step."""
-    state = _state(model, optimizer, grid)
-    dcp.load(state, checkpoint_id=checkpoint)
-    # What has a parameter's shape was filled in place; scalars come back as new objects.
-    for name, parameter in sharded_parameters(model).items():
-        optimizer.state[parameter].update({k: v for k, v in state["optimizer"][name].items() if not v.dim()})
-    return int(read_run_facts(checkpoint)["step"])
-
-
-def check_same_run(facts: dict[str, Any], wanted: dict[str, Any], free: Collection[str], checkpoint: Path) -> list[str]:
-    """Refuse to go on with another model or other data than the checkpoint's.
+def _state(model: nn.Module, optimizer: torch.optim.AdamW | None, grid: Grid, stage: Stage | None = None) -> dict[str, Any]:
+    """Everything that is saved, or loaded in place, by canonical name. A tied weight's copies are equal, so either may be written.
 
     Args:
-        facts, wanted: the checkpoint's and the run's, by flag (`--hidden-size`) or name.
-        free: those that may change on purpose, such as the learning rate.
+        optimizer: None leaves its state out.
+        stage: (key, this rank's part) -> what to put in its place, in host memory; None: the part itself.
+    """
+    parameters = sharded_parameters(model)
+    mesh = checkpoint_mesh(grid, "cpu" if stage else next(iter(parameters.values())).device.type)
 
-    Returns:
-        A line for each of `free` that did change.
+    def whole(key: str, name: str, x: Tensor) -> Tensor:
+        local = local_tensor(x.detach())
+        local = stage(f"{key} {name}", local) if stage else local
+        return _whole_tensor(name, local, tuple(x.shape), grid, mesh) if x.dim() else local
+
+    state = {"model": {name: whole("weight", name, p) for name, p in parameters.items()}}
+    if optimizer is None:
+        return state
+    _ensure_optimizer_state(optimizer)
+    moments = {name: {k: whole(k, name, v) for k, v in optimizer.state[p].items()} for name, p in parameters.items()}
+    return state | {"optimizer": moments}
+
+
+def _first_cause(error: CheckpointException) -> tuple[int, BaseException]:
+    """The lowest rank that failed inside the library, and why."""
+    rank = min(error.failures)
+    return rank, error.failures[rank][0]
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time. Every method is collective: all ranks call it in the same order.
+
+    Args:
+        save: folder of the checkpoints, shared by all nodes.
+        group: over all ranks, for host memory (gloo), used by nothing else: an asynchronous save talks over it.
+        keep: how many checkpoints stay; 0: all.
+        asynchronous: write a copy in the background while training goes on; a second save waits for the first.
+        tell: called on rank 0 with each checkpoint that is whole; in the background where saving is.
+    """
+
+    def __init__(
+        self,
+        save: Path,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        grid: Grid,
+        *,
+        group: dist.ProcessGroup | None = None,
+        keep: int = 0,
+        asynchronous: bool = False,
+        tell: Callable[[Path], None] | None = None,
+    ) -> None:
+        self.save_dir, self.model, self.optimizer, self.grid, self.group = save, model, optimizer, grid, group
+        self.keep, self.asynchronous, self.tell = keep, asynchronous, tell
+        self._copies: dict[str, Tensor] = {}  # kept: new (pinned) memory at every save would cost more than the copy
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, facts: dict[str, Any]) -> None:
+        """Write step_<step>; in the background, return when the state has been copied.
+
+        Args:
+            facts: JSON, for run.json, beside the step.
+
+        Raises:
+            OSError: on every rank, what could not be written, of this save or of the one before.
+        """
+        self.wait()
+        if not self.asynchronous:
+            self._write(_state(self.model, self.optimizer, self.grid), step, facts)
+            return
+        state = _state(self.model, self.optimizer, self.grid, self._copy)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._thread = threading.Thread(target=self._write_in_background, args=(state, step, facts), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the save under way, if any, is whole.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _copy(self, key: str, x: Tensor) -> Tensor:
+        if key not in self._copies:
+            self._copies[key] = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+        return self._copies[key].copy_(x, non_blocking=True)
+
+    def _write_in_background(self, state: dict[str, Any], step: int, facts: dict[str, Any]) -> None:
+        try:
+            self._write(state, step, facts)
+        except BaseException as error:  # raised to the caller by `wait`
+            self._error = error
+
+    def _write(self, state: dict[str, Any], step: int, facts: dict[str, Any]) -> None:
+        place, scratch = step_folder(self.save_dir, step), scratch_folder(self.save_dir, step)
+        self._on_rank_zero(lambda: self._make_empty(scratch))
+        try:
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(scratch), process_group=self.group)
+            sums = self._check_own_files(scratch)
+            self._on_rank_zero(lambda: self._publish(scratch, place, facts | {"step": step}, sums))
+        except (CheckpointException, OSError) as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(scratch, ignore_errors=True)  # a full disk gets its room back
+            if isinstance(error, CheckpointException):
+                rank, cause = _first_cause(error)
+                if isinstance(cause, OSError):
+                    where = cause.filename or scratch / f"__{rank}_*.distcp"
+                    raise OSError(f"cannot write {where}: rank {rank}: {cause.strerror or cause}") from error
+            raise
+
+    def _make_empty(self, scratch: Path) -> None:
+        self.save_dir.mkdir(parents=True, exist_ok=True)
+        clear_left_overs(self.save_dir)
+        scratch.mkdir()
+
+    def _check_own_files(self, scratch: Path) -> dict[str, list]:
+        """Sync this rank's files and read them once; every rank's checksums, on rank 0."""
+        rank = dist.get_rank()
+        mine = [p for p in scratch.iterdir() if p.name.startswith(f"__{rank}_")]
+        mine += [scratch / ".metadata"] if rank == 0 else []
+        failure, own = None, {}
+        try:
+            for path in mine:
+                sync(path)  # the library syncs before its last bytes leave the buffer
+            own = checksums(mine)
+        except OSError as error:
+            failure = str(error)
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (failure, own), group=self.group)
+        for number, (failure, _) in enumerate(gathered):
+            if failure:
+                raise OSError(f"cannot write {scratch}: rank {number}: {failure}")
+        return {name: value for _, sums in gathered for name, value in sums.items()}
+
+    def _publish(self, scratch: Path, place: Path, facts: dict[str, Any], sums: dict[str, list]) -> None:
+        publish(scratch, place, facts=facts, sums=sums)
+        prune(self.save_dir, self.keep)
+        if self.tell is not None:
+            self.tell(place)
+
+    def _on_rank_zero(self, work: Callable[[], None]) -> None:
+        """`work()` on rank 0; its OSError on every rank."""
+        failure: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                work()
+            except OSError as error:
+                failure = [f"{error.filename or self.save_dir}: {error.strerror or error}"]
+        dist.broadcast_object_list(failure, src=0, group=self.group)
+        if failure[0] is not None:
+            raise OSError(f"cannot write {failure[0]}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Loading
+
+
+def _own_damage(checkpoint: Path) -> list[str]:
+    """Of this rank's share of the files, what is wrong with them: a line each."""
+    try:
+        sums = read_checksums(checkpoint)
+    except ValueError as error:
+        return [str(error)]
+    rank = dist.get_rank()
+    return damage(checkpoint, sorted(sums)[rank :: dist.get_world_size()], sums) + (unlisted(checkpoint, sums) if rank == 0 else [])
+
+
+def load_checkpoint(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.AdamW | None, grid: Grid, *, group: dist.ProcessGroup | None = None
+) -> int:
+    """Load weights and optimiser state in place, each rank its shard, from any layout. Collective. Returns the step.
+
+    Every file's checksum is verified meanwhile, each by one rank.
+
+    Args:
+        optimizer: None loads the weights alone.
+        group: as `Saver`'s.
 
     Raises:
-        ValueError: names the first other that differs or that the checkpoint does not have, with both values.
+        DamagedCheckpoint: a file is missing or is not as it was written; the weights are then no longer what they were.
+        ValueError: it lacks a tensor of this model, or holds it in another shape.
     """
-    changed = []
-    for name, value in wanted.items():
-        if name in facts and facts[name] == value:
-            continue
-        if name in free:
-            changed.append(f"{name} {value} (the checkpoint: {facts.get(name, 'unknown')})")
-        elif name in facts:
-            raise ValueError(f"{name} {value}: the checkpoint {checkpoint} was made with {facts[name]}")
-        else:
-            raise ValueError(f"{name} {value}: the checkpoint {checkpoint} does not say with what it was made")
-    return changed
+    state = _state(model, optimizer, grid)
+    failure: CheckpointException | None = None
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(_own_damage, checkpoint)
+        try:
+            dcp.load(state, checkpoint_id=checkpoint, process_group=group)
+        except CheckpointException as error:  # what damage did to the library is told as damage
+            failure = error
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, checked.result(), group=group)
+    lines = list(dict.fromkeys(line for part in found for line in part))
+    if lines:
+        raise DamagedCheckpoint(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from failure
+    if failure is not None:
+        rank, cause = _first_cause(failure)
+        raise ValueError(f"cannot load {checkpoint}: rank {rank}: {cause}") from failure
+    if optimizer is not None:
+        # What has a parameter's shape was filled in place; scalars come back as new objects.
+        for name, parameter in sharded_parameters(model).items():
+            optimizer.state[parameter].update({k: v for k, v in state["optimizer"][name].items() if not v.dim()})
+    return int(read_run_facts(checkpoint)["step"])

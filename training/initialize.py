@@ -142,7 +142,7 @@ def check_ranks_agree(facts: dict[str, Any], what: str) -> None:
     )
 
 
-def broadcast_string(value: str) -> str:
+def broadcast_object(value: T) -> T:
     """Rank 0's value on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)

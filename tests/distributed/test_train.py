@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.launch import SMALL, read_metrics, run_train, train, write_corpus
+from tools.checkpoint import differences
+from training.checkpoint_files import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +147,8 @@ def test_resume_is_bit_identical(base, tmp_path: Path) -> None:
     first = [*flags, "--lr-decay-iters", "10"]
     train(2, tmp_path / "parts", *first, "--train-iters", "7", "--resume")
     folder = tmp_path / "parts" / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["step_0000005", "step_0000007"]
-    (folder / "step_0000007" / "run.json").unlink()  # no longer whole
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_0000005", "step_0000007"]
+    shutil.rmtree(folder / "step_0000007")
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as out:
         out.write('{"step": 8, "lo')  # as a run that dies leaves it
     parts = train(2, tmp_path / "parts", *first, "--resume")
@@ -176,6 +180,77 @@ def test_load_starts_from_a_named_checkpoint_and_refuses_another_model(base, tmp
         assert result.returncode == 2 and name in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
+def test_saving_beside_training_changes_nothing_and_keeps_two(base, one_rank, tmp_path: Path) -> None:
+    flags = [*base, "--dtype", "fp64", "--cp-size", "2", "--save-interval", "2", "--async-save", "--keep-checkpoints", "2"]
+    assert_same_run(train(2, tmp_path, *flags), one_rank["fp64"], 1e-9)
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step_0000008", "step_0000010"]
+    start = str(tmp_path / "checkpoints" / "step_0000008")
+    assert_same_run([*one_rank["fp64"][:8], *train(0, tmp_path / "on", *base, "--dtype", "fp64", "--load", start)], one_rank["fp64"], 1e-9)
+
+
+def test_a_damaged_checkpoint_is_refused_and_passed_over_on_demand(base, tmp_path: Path) -> None:
+    """The newest has a flipped byte, the one before no run.json."""
+    flags = [*base, "--dtype", "fp64", "--train-iters", "3", "--save-interval", "1", "--cp-size", "2"]
+    whole = train(2, tmp_path / "whole", *flags)
+    folder = tmp_path / "whole" / "checkpoints"
+    data = folder / "step_0000003" / "__1_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[100] ^= 4
+    data.write_bytes(content)
+    load = [*base, "--dtype", "fp64", "--train-iters", "4", "--load", str(folder)]
+    result = run_train(0, *load, "--run-dir", str(tmp_path / "a"))
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert all(w in result.stderr for w in ("step_0000003/__1_0.distcp", "checksum", "--load-fallback", "step_0000002")), result.stderr
+    (folder / "step_0000002" / "run.json").unlink()
+    result = run_train(0, *load, "--run-dir", str(tmp_path / "b"), "--load-fallback")
+    assert result.returncode == 0, result.stderr
+    assert "step 1, from" in result.stdout and result.stdout.count("skipped a damaged checkpoint") == 2, result.stdout
+    losses = [r["loss"] for r in read_metrics(tmp_path / "b" / "metrics.jsonl")]
+    assert losses[:2] == pytest.approx([r["loss"] for r in whole[1:]], rel=1e-9)
+    result = run_train(0, *load, "--run-dir", str(tmp_path / "c"), "--load", str(folder / "step_0000002"))
+    assert result.returncode == 2 and "step_0000002/run.json" in result.stderr and "step_0000001" in result.stderr, result.stderr
+
+
+def test_weights_alone_start_a_longer_context(base, tmp_path: Path) -> None:
+    """Twice the length, another base, linear scaling; the optimiser is fresh, and the run can be requeued as it stands."""
+    train(0, tmp_path / "short", *base, "--dtype", "fp64", "--save-interval", "10")
+    start = str(tmp_path / "short" / "checkpoints")
+    longer = shlex.split("--dtype fp64 --seq-length 512 --rotary-base 40000 --rope-scaling linear --rope-scaling-factor 2 --train-iters 3")
+    flags = [*base, *longer, "--load", start, "--load-weights-only", "--resume", "--save-interval", "2", "--lr", "0"]
+    flags += ["--min-lr", "0", "--verify-steps", "0"]
+    first = train(0, tmp_path / "long", *flags)
+    assert [r["step"] for r in first] == [1, 2, 3] and first[0]["lr"] == 0
+    # Without an update the weights are the checkpoint's, bit for bit, and AdamW has counted three steps of its own.
+    differing = [
+        line.split(":")[0] for line in differences(tmp_path / "short/checkpoints/step_0000010", tmp_path / "long/checkpoints/step_0000003")
+    ]
+    assert not [name for name in differing if name.startswith("model.")], differing
+    assert {"--seq-length", "model rotary_base", "model rope_scaling", "step"} <= set(differing)
+    moments = [name for name in differing if name.startswith("optimizer.")]
+    assert moments and not [name for name in moments if "weight.step" not in name and "exp_avg" not in name]
+    # The same command again goes on from its own checkpoint.
+    again = run_train(0, *flags, "--run-dir", str(tmp_path / "long"), "--train-iters", "4")
+    assert again.returncode == 0 and "step 3, from" in again.stdout, again.stdout + again.stderr
+    # Other heads are another model, with or without the optimiser.
+    result = run_train(0, *base, "--num-query-groups", "4", "--load", start, "--load-weights-only", "--run-dir", str(tmp_path / "other"))
+    assert result.returncode == 2 and "model num_query_groups 4" in result.stderr, result.stderr
+
+
+def test_data_order_is_the_checkpoints(base, tmp_path: Path) -> None:
+    """--document-alignment comes from the checkpoint where it is not given; a layout that cannot keep it is refused."""
+    plain = [*base, "--dtype", "fp64", "--train-iters", "2", "--save-interval", "1"]
+    at = plain.index("--document-alignment")
+    del plain[at : at + 2]
+    first = train(2, tmp_path / "two", *plain, "--cp-size", "2")
+    start = str(tmp_path / "two" / "checkpoints" / "step_0000001")
+    result = run_train(0, *plain, "--load", start, "--run-dir", str(tmp_path / "one"))
+    assert result.returncode == 0 and "--document-alignment 4 (the checkpoint's)" in result.stdout, result.stdout + result.stderr
+    (one,) = read_metrics(tmp_path / "one" / "metrics.jsonl")
+    assert one["loss"] == pytest.approx(first[1]["loss"], rel=1e-9)
+    result = run_train(4, *plain, "--cp-size", "4", "--load", start, "--run-dir", str(tmp_path / "four"))
+    assert result.returncode != 0 and "--document-alignment 4" in result.stderr and "--load-weights-only" in result.stderr, result.stderr
+
+
 def test_validation_loss_does_not_depend_on_the_layout(base, tmp_path: Path) -> None:
     """Fewer held-out sequences than a batch: the rest is empty and counts nothing."""
     flags = [*base, "--dtype", "fp64", "--train-iters", "1", "--eval-interval", "1", "--data-split", "80,20,0"]
@@ -195,7 +270,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(base, tmp_path: Path) ->
     records = read_metrics(tmp_path / "metrics.jsonl")
     bad = next(r["step"] for r in records if not abs(r["loss"]) + abs(r["grad_norm"]) < float("inf"))
     assert f"step {bad}: loss" in result.stderr
-    saved = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    saved = [p.name for p in checkpoints(tmp_path / "checkpoints")]
     assert saved == [f"step_{n:07d}" for n in range(1, bad)]
 
 

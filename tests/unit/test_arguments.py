@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
-from training.arguments import build_parser, parse_arguments, resolve
+from training.arguments import build_parser, model_config, parse_arguments, resolve
 from training.initialize import Launch, read_launch
 
 
@@ -70,6 +71,10 @@ REFUSALS = [
     (["--rotary-base", "0"], 1, ["--rotary-base 0"]),
     (["--resume"], 1, ["--resume", "--run-dir"]),
     (["--resume", "--load", "x", "--run-dir", "y"], 1, ["--resume", "--load"]),
+    (["--load-weights-only"], 1, ["--load-weights-only", "--load"]),
+    (["--load-fallback"], 1, ["--load-fallback", "--load or --resume"]),
+    (["--rope-scaling", "yarn"], 1, ["--rope-scaling", "yarn", "linear"]),
+    (["--rope-scaling-factor", "0"], 1, ["--rope-scaling-factor 0"]),
     (["--config", "no/such.yaml"], 1, ["--config no/such.yaml"]),
     (["--log-interval", "0"], 1, ["--log-interval 0"]),
     (["--cp-backend", "pytorch"], 1, ["--qkv-format thd", "pytorch", "bshd"]),
@@ -186,6 +191,7 @@ def test_flags_that_the_issue_names_exist() -> None:
         micro-batch-size global-batch-size train-iters seed dtype save load save-interval eval-interval eval-iters log-interval
         tensorboard-dir metrics-file data-path data-cache-path tokenizer-type tokenizer-model num-workers device transformer-impl
         ring-attn-func heads-k-stride cp-rotate-method cp-a2a-size verify-steps pad-rows
+        save-final async-save keep-checkpoints load-weights-only load-fallback rope-scaling recompute
         config resume clip-grad lr-decay-style z-loss loss-chunk-size reshard-after-forward peak-tflops
     """
     known = {option for action in build_parser()._actions for option in action.option_strings}
@@ -199,3 +205,32 @@ def test_every_flag_has_help() -> None:
 def test_contiguous_takes_documents_of_any_length() -> None:
     args = resolved("--cp-comm-type", "all_gather", "--cp-layout", "contiguous", "--cp-size", "4", world=4)
     assert args.document_alignment == 1
+
+
+def test_a_run_that_goes_on_keeps_the_checkpoints_alignment() -> None:
+    def on(facts: dict, *flags: str, world: int) -> int:
+        args = parse_arguments(flags)
+        resolve(args, world_size=world, local_world_size=world, cuda_devices=lambda: 0, goes_on_from=facts)
+        return args.document_alignment
+
+    facts = {"--document-alignment": 8}
+    assert on(facts, "--cp-size", "2", world=2) == on(facts, "--cp-size", "4", world=4) == on(facts, world=1) == 8
+    assert on(facts, "--document-alignment", "4", "--cp-size", "2", world=2) == 4  # asked for: refused when facts are compared
+    with pytest.raises(ValueError) as refused:
+        on(facts, "--cp-size", "8", world=8)
+    assert all(w in str(refused.value) for w in ("--cp-size 8", "16", "--document-alignment 8", "--load-weights-only", "contiguous"))
+    assert on(facts, *shlex.split("--cp-size 8 --num-query-groups 4 --cp-comm-type all_gather --cp-layout contiguous"), world=8) == 8
+
+
+def test_a_final_checkpoint_is_the_default_unless_there_are_none() -> None:
+    for flags, wanted in (([], True), (["--save-interval", "0"], False), (["--save-interval", "0", "--save-final"], True)):
+        assert resolved(*flags).save_final is wanted
+    assert resolved("--no-save-final").save_final is False
+
+
+def test_a_scaling_that_is_off_leaves_no_trace_in_the_model() -> None:
+    sizes = dict(vocab_size=10, padded_vocab_size=16)
+    plain = model_config(resolved(), **sizes)
+    assert model_config(resolved("--rope-scaling-factor", "3"), **sizes) == plain
+    assert model_config(resolved("--rope-scaling", "linear", "--rope-scaling-factor", "3"), **sizes).rope_scaling_factor == 3
+    assert model_config(resolved("--rope-scaling", "llama3"), **sizes).rope_original_seq_length == 8192

@@ -1,0 +1,244 @@
+"""Saving beside training, damage, full disks, and writers that are killed: what is left always loads."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from tests.distributed.test_model_parity import built, config_of, full, grid_of, rows_of, steps_of
+from tests.distributed.test_reshard import moments, optimizer_of
+from tests.launch import ROOT, environment
+from tests.world import World
+from tools import checkpoint as tool
+from training.checkpoint import Saver, load_checkpoint
+from training.checkpoint_files import DamagedCheckpoint, checkpoints, read_checksums
+
+LAYOUT = "tp 2 x dp_shard 2"
+
+
+@pytest.fixture(scope="module")
+def world():
+    with World(4) as world:
+        yield world
+
+
+def trained(layout: str = LAYOUT, dtype: str = "fp64", steps: int = 1):
+    grid = grid_of(layout)
+    model = built(grid, config_of(), dtype)
+    optimizer = optimizer_of(model)
+    steps_of(model, optimizer, grid, rows_of("thd"), steps)
+    return grid, model, optimizer
+
+
+def saved_beside_training(rank: int, folder: str) -> dict:
+    """Save in the background, held up before it writes, and train on meanwhile: what is saved is what was there before."""
+    grid, model, optimizer = trained()
+    held, go_on = dcp.save, threading.Event()
+    told: list[str] = []
+    group = dist.new_group(backend="gloo")
+    saver = Saver(Path(folder), model, optimizer, grid, group=group, asynchronous=True, tell=lambda place: told.append(place.name))
+    before = full(model, grid) | moments(model, optimizer, grid)
+
+    def late(*args, **kwargs):
+        assert threading.current_thread().name == "checkpoint" and go_on.wait(60)
+        return held(*args, **kwargs)
+
+    dcp.save = late
+    try:
+        saver.save(1, {})
+        steps_of(model, optimizer, grid, rows_of("thd"), 2)
+        unfinished = checkpoints(Path(folder)) == [] and not told
+        dist.barrier()
+        go_on.set()
+        saver.save(3, {})  # waits for the first
+        first_is_there = (Path(folder) / "step_0000001").is_dir()
+        at_three = full(model, grid)
+        saver.wait()
+    finally:
+        dcp.save = held
+    names = [p.name for p in checkpoints(Path(folder))]
+    after = {}
+    for step in (1, 3):
+        load_checkpoint(Path(folder) / f"step_000000{step}", model, optimizer, grid)
+        after[step] = full(model, grid) | moments(model, optimizer, grid)
+    return {
+        "unfinished": unfinished,
+        "first is there": first_is_there,
+        "names": names,
+        "told": told,
+        "first": all(torch.equal(after[1][n], before[n]) for n in before),
+        "third": all(torch.equal(after[3][n], at_three[n]) for n in at_three),
+        "moved": not torch.equal(before["embedding.weight"], at_three["embedding.weight"]),
+    }
+
+
+def test_a_background_save_holds_what_was_there_when_it_began(world: World, tmp_path: Path) -> None:
+    for rank, result in enumerate(world.run(saved_beside_training, str(tmp_path))):
+        names = ["step_0000001", "step_0000003"]
+        assert result.pop("names") == names and result.pop("told") == (names if rank == 0 else [])
+        assert all(result.values()), result
+
+
+def kept(rank: int, folder: str) -> list[str]:
+    grid, model, optimizer = trained(steps=0)
+    saver = Saver(Path(folder), model, optimizer, grid, keep=2)
+    for step in range(1, 5):
+        saver.save(step, {})
+    return [p.name for p in Path(folder).iterdir()]
+
+
+def test_keep_checkpoints(world: World, tmp_path: Path) -> None:
+    assert sorted(world.run(kept, str(tmp_path))[0]) == ["latest", "step_0000003", "step_0000004"]
+
+
+def wants(rank: int, folder: str, error: type[Exception]) -> str:
+    """The words with which loading is refused."""
+    grid, model, optimizer = trained(steps=0)
+    with pytest.raises(error) as caught:
+        load_checkpoint(Path(folder), model, optimizer, grid)
+    return str(caught.value)
+
+
+def saved(rank: int, folder: str, dtype: str = "fp64") -> None:
+    grid, model, optimizer = trained(dtype=dtype)
+    Saver(Path(folder), model, optimizer, grid).save(1, {})
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_damage_is_found_on_every_rank_and_names_the_file(world: World, tmp_path: Path) -> None:
+    world.run(saved, str(tmp_path))
+    place = tmp_path / "step_0000001"
+    names = sorted(read_checksums(place))
+    assert [n for n in names if n.startswith("__")] == [f"__{rank}_0.distcp" for rank in range(4)] and ".metadata" in names
+    for name in [*names, "checksums.json"]:
+        content = (place / name).read_bytes()
+        for do in (flip, Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-1])):
+            do(place / name)
+            for words in world.run(wants, str(place), DamagedCheckpoint):
+                assert f"{place.name}/{name}:" in words, words
+            assert tool.main(["verify", str(place)]) == 1
+            (place / name).write_bytes(content)
+    assert tool.main(["verify", str(place)]) == 0
+
+
+def full_disk(rank: int, folder: str, asynchronous: bool) -> tuple[str, list[str], bool]:
+    """Rank 1 may write no file beyond a size: what it says, what is left, and that the next save goes well."""
+    grid, model, optimizer = trained(steps=0)
+    saver = Saver(Path(folder), model, optimizer, grid, asynchronous=asynchronous, group=dist.new_group(backend="gloo"))
+    saver.save(1, {})
+    saver.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OSError) as caught:
+        try:
+            if rank == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+            saver.save(2, {})
+            saver.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    left = sorted(p.name for p in Path(folder).iterdir())
+    dist.barrier()
+    saver.save(3, {})
+    saver.wait()
+    return str(caught.value), left, (Path(folder) / "step_0000003" / "run.json").is_file()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_cannot_be_written_names_the_file_and_leaves_the_previous_one(world: World, tmp_path: Path, asynchronous: bool) -> None:
+    for words, left, goes_on in world.run(full_disk, str(tmp_path), asynchronous):
+        assert "cannot write" in words and "__1_" in words and "File too large" in words and "\n" not in words, words
+        assert left == ["latest", "step_0000001"] and goes_on
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A file system of 1 MiB there; skips where this user may not mount one."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a small disk; test_what_cannot_be_written covers the error path by a file size limit")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(rank: int, folder: str) -> tuple[str, list[str], list[str]]:
+    grid, model, optimizer = trained(steps=0)
+    saver = Saver(Path(folder), model, optimizer, grid)
+    try:
+        for step in range(1, 50):
+            saver.save(step, {})
+    except OSError as error:
+        dist.barrier()
+        return str(error), [p.name for p in checkpoints(Path(folder))], [p.name for p in Path(folder).iterdir()]
+    raise AssertionError("a disk of 1 MiB held 49 checkpoints")
+
+
+def test_a_full_disk(world: World, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk"):
+        for words, found, left in world.run(fill, str(tmp_path / "disk")):
+            assert "No space left on device" in words and "disk/" in words, words
+            assert found and sorted(left) == ["latest", *found]
+        assert tool.main(["verify", str(tmp_path / "disk")]) == 0
+
+
+def test_the_tool_tells_where_two_checkpoints_differ(world: World, tmp_path: Path, capsys) -> None:
+    for name in ("a", "b"):
+        world.run(saved, str(tmp_path / name))
+    assert tool.main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "no difference" in capsys.readouterr().out
+    world.run(saved, str(tmp_path / "c"), "fp32")
+    world.run(changed, str(tmp_path / "d"))
+    assert tool.main(["diff", str(tmp_path / "a"), str(tmp_path / "c")]) == 1
+    assert "model.embedding.weight: ([64, 32], torch.float64) | ([64, 32], torch.float32)" in capsys.readouterr().out
+    assert tool.main(["diff", str(tmp_path / "a"), str(tmp_path / "d")]) == 1
+    norm = tool.tensors_of(tmp_path / "a" / "step_0000001")["model.final_norm.weight"]
+    relative = 0.5 / tool.read_tensor(tmp_path / "a" / "step_0000001", "model.final_norm.weight", norm).norm().item()
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        "lr: missing | 0.5",
+        f"model.final_norm.weight: 1 of 32 differ, at most by 5.000e-01, relative {relative:.3e}",
+    ]
+    assert tool.main(["inspect", str(tmp_path / "d")]) == 0
+    shown = capsys.readouterr().out
+    assert "step 1" in shown and "lr " in shown and "model.lm_head.weight" in shown and "[64, 32] in 4 parts" in shown
+    assert tool.main(["inspect", str(tmp_path)]) == 1
+
+
+def changed(rank: int, folder: str) -> None:
+    grid, model, optimizer = trained()
+    with torch.no_grad():
+        norm = dict(model.named_parameters())["final_norm.weight"].to_local()
+        if grid.rank("fsdp") == 0:
+            norm[0] += 0.5
+    Saver(Path(folder), model, optimizer, grid).save(1, {"lr": 0.5})
+
+
+def test_killed_at_any_moment_a_checkpoint_loads(tmp_path: Path) -> None:
+    """Two ranks that save without pause are killed, both or one, at 20 random moments (tests/killed_writers.py)."""
+    command = [sys.executable, "-m", "tests.killed_writers", str(tmp_path), "20"]
+    start = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("killed ")]
+    assert len(lines) == 20 and all("loads" in line for line in lines), done.stdout
+    assert sum(".part" in line for line in lines) >= 5, "hardly one was killed in the middle of a save"
+    assert time.monotonic() - start < 280
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".step") and os.path.isfile(p)]

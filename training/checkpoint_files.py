@@ -1,0 +1,245 @@
+"""Checkpoints as files: which are there, their checksums, how one appears and how old ones go. No torch.
+
+    <save>/latest                 the name of the newest, for people and scripts
+    <save>/step_0000200/          .metadata, __<rank>_<n>.distcp   (torch.distributed.checkpoint)
+                        run.json         the run's facts and the step
+                        checksums.json   of every other file
+
+A checkpoint is written as `.step_0000200.part` and renamed when every rank has written, synced and checked its files: a
+folder called step_* was whole when it got that name. What is wrong with one later is therefore damage, and refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RUN_FILE = "run.json"
+SUMS_FILE = "checksums.json"
+LATEST_FILE = "latest"
+STEP_FOLDER = re.compile(r"step_(\d{7,})")
+OLD_FOLDER = re.compile(r"\.(step_\d{7,})\.old")
+LEFT_OVER = re.compile(r"\.step_\d{7,}\.(part|gone)")
+
+WORDS_PER_PAGE = 512  # of 8 bytes
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint's files are missing or not as they were written. An older one may serve."""
+
+
+def step_folder(save: Path, step: int) -> Path:
+    return save / f"step_{step:07d}"
+
+
+def scratch_folder(save: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return save / f".step_{step:07d}.part"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a folder that `checkpoints` lists."""
+    return int(re.sub(r"\D", "", checkpoint.name))
+
+
+def checkpoints(save: Path) -> list[Path]:
+    """The checkpoints under `save`, oldest first; a step that was being replaced when its writer died is its old one."""
+    if not save.is_dir():
+        return []
+    names = {p.name for p in save.iterdir()}
+    found = [name for name in names if STEP_FOLDER.fullmatch(name)]
+    found += [name for name in names if (old := OLD_FOLDER.fullmatch(name)) and old[1] not in names]
+    return sorted((save / name for name in found), key=step_of)
+
+
+def find_checkpoint(load: Path) -> Path:
+    """The checkpoint that `--load` means: that folder itself, or the newest one under it.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if (load / RUN_FILE).is_file() or STEP_FOLDER.fullmatch(load.name):
+        if not load.is_dir():
+            raise ValueError(f"--load {load}: no such folder")
+        return load
+    found = checkpoints(load)
+    if not found:
+        raise ValueError(f"--load {load}: no checkpoint there (neither {RUN_FILE} nor a step_* folder)")
+    return found[-1]
+
+
+def older_than(checkpoint: Path) -> list[Path]:
+    """The checkpoints beside this one with fewer steps, newest first."""
+    return [p for p in reversed(checkpoints(checkpoint.parent)) if step_of(p) < step_of(checkpoint)]
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: missing or not JSON, naming the file.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path}: damaged, not JSON any more") from error
+
+
+def read_run_facts(checkpoint: Path) -> dict[str, Any]:
+    """What the run wrote about itself, with `step`.
+
+    Raises:
+        DamagedCheckpoint: `run.json` is missing or damaged.
+    """
+    facts = read_json(checkpoint / RUN_FILE)
+    if not isinstance(facts, dict) or "step" not in facts:
+        raise DamagedCheckpoint(f"{checkpoint / RUN_FILE}: damaged, says no step")
+    return facts
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checksums
+
+
+def checksum(path: Path) -> tuple[int, str]:
+    """Size in bytes and a checksum of a file: SHA-256 over its size and the sum of each page's 64-bit words.
+
+    Finds every change of one word in a page for certain, others but for one in 2^64, at the speed of memory: a CRC of the
+    same file takes longer than loading it (benchmarks/checkpoint.py).
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "little"))
+        words = size // 8
+        if words:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                data = np.frombuffer(mapped, "<u8", count=words)
+                pages = words // WORDS_PER_PAGE * WORDS_PER_PAGE
+                digest.update(data[:pages].reshape(-1, WORDS_PER_PAGE).sum(1, dtype=np.uint64).tobytes())
+                digest.update(data[pages:].tobytes())
+                del data  # the map cannot be closed while something looks into it
+        file.seek(words * 8)
+        digest.update(file.read())
+    return size, digest.hexdigest()
+
+
+def checksums(paths: Iterable[Path]) -> dict[str, list]:
+    """{file name: [bytes, checksum]}."""
+    return {path.name: list(checksum(path)) for path in paths}
+
+
+def read_checksums(checkpoint: Path) -> dict[str, list]:
+    """{file name: [bytes, checksum]} of every file of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: `checksums.json` is missing or damaged.
+    """
+    sums = read_json(checkpoint / SUMS_FILE)
+    if not isinstance(sums, dict) or RUN_FILE not in sums or not all(isinstance(v, list) and len(v) == 2 for v in sums.values()):
+        raise DamagedCheckpoint(f"{checkpoint / SUMS_FILE}: damaged")
+    return sums
+
+
+def damage(checkpoint: Path, names: Iterable[str], sums: dict[str, list]) -> list[str]:
+    """One line for each of the named files that is not as it was written."""
+    found = []
+    for name in names:
+        path = checkpoint / name
+        size, wanted = sums[name]
+        try:
+            got_size, got = checksum(path)
+        except OSError as error:
+            found.append(f"{path}: {error.strerror or error}")
+            continue
+        if got_size != size:
+            found.append(f"{path}: {got_size} bytes, written were {size}")
+        elif got != wanted:
+            found.append(f"{path}: damaged, its checksum differs from the one in {SUMS_FILE}")
+    return found
+
+
+def unlisted(checkpoint: Path, sums: dict[str, list]) -> list[str]:
+    """One line for each file in the folder that has no checksum."""
+    known = {*sums, SUMS_FILE}
+    return [f"{p}: {SUMS_FILE} does not list it" for p in sorted(checkpoint.iterdir()) if p.name not in known]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Coming and going
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def clear_left_overs(save: Path) -> None:
+    """Remove what writers that died left half written or half removed."""
+    for path in save.iterdir():
+        old = OLD_FOLDER.fullmatch(path.name)
+        if LEFT_OVER.fullmatch(path.name) or (old and (save / old[1]).exists()):
+            shutil.rmtree(path)
+
+
+def publish(scratch: Path, place: Path, *, facts: dict[str, Any], sums: dict[str, list]) -> None:
+    """Turn a folder that every rank has written into the checkpoint `place`, by one rename.
+
+    Args:
+        facts: for run.json.
+        sums: of every file in it, from the ranks that wrote them.
+    """
+    for name, (size, _) in sums.items():
+        there = (scratch / name).stat().st_size
+        if there != size:
+            raise OSError(f"{scratch / name}: {there} bytes on rank 0, its writer saw {size}; is the folder shared by all nodes?")
+    unknown = {p.name for p in scratch.iterdir()} - sums.keys()
+    assert not unknown, f"files nobody has a checksum of: {sorted(unknown)}"
+    _write_synced(scratch / RUN_FILE, json.dumps(facts, indent=1))
+    _write_synced(scratch / SUMS_FILE, json.dumps(sums | checksums([scratch / RUN_FILE]), indent=1))
+    sync(scratch)
+    old = place.with_name(f".{place.name}.old")
+    if place.exists():  # the same step saved before, by a run that went on from an earlier one
+        shutil.rmtree(old, ignore_errors=True)
+        place.rename(old)  # which `checkpoints` lists until the new one has its name
+    scratch.rename(place)
+    sync(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    latest = place.with_name(LATEST_FILE)
+    beside = place.with_name(f".{LATEST_FILE}.part")
+    _write_synced(beside, place.name + "\n")
+    beside.replace(latest)
+    sync(place.parent)
+
+
+def prune(save: Path, keep: int) -> list[str]:
+    """Remove all but the `keep` newest checkpoints; the names of those that went. 0 keeps all."""
+    gone = []
+    for path in checkpoints(save)[:-keep] if keep else []:
+        doomed = path.with_name(f".{path.name.strip('.').removesuffix('.old')}.gone")
+        path.rename(doomed)  # a half removed one must not look whole
+        shutil.rmtree(doomed)
+        gone.append(path.name)
+    return gone

@@ -1,0 +1,173 @@
+"""Where a run starts: fresh, from a checkpoint, or from a checkpoint's weights alone, and what must be the same then."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data.loader import SequenceDataset
+from data.tokenizer import Tokenizer
+from model.config import GPTConfig
+from parallel.grid import Grid
+from training.checkpoint import load_checkpoint
+from training.checkpoint_files import DamagedCheckpoint, checkpoints, find_checkpoint, older_than, read_run_facts
+
+# Facts of a run that may change when it goes on from a checkpoint; what changed is printed.
+FREE_FACTS = (
+    "--dtype", "--lr", "--min-lr", "--lr-warmup-iters", "--lr-decay-iters", "--lr-decay-style", "--lr-wsd-decay-iters",
+    "--weight-decay", "--adam-beta1", "--adam-beta2", "--adam-eps", "--clip-grad", "--z-loss",
+)  # fmt: skip
+# What a new run that takes only the weights may change of the model: how positions turn.
+FREE_OF_WEIGHTS = ("model rotary_base", "model rope_scaling", "model rope_scaling_factor", "model rope_original_seq_length")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint to start from.
+
+    Attributes:
+        facts: its run.json.
+        weights_only: a new run from its weights; else the same run goes on.
+        older: checkpoints that may be taken instead if it is damaged, newest first.
+        notes: lines for the banner.
+    """
+
+    checkpoint: Path
+    facts: dict[str, Any]
+    weights_only: bool
+    older: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def find_start(args: Namespace) -> Start | None:
+    """What `--resume`, `--load` and their kin mean here; None: a fresh start.
+
+    Raises:
+        ValueError: no checkpoint there, a damaged one, or another run's checkpoints or metrics in the way.
+    """
+    save = Path(args.save) if args.save else Path(args.run_dir or "") / "checkpoints"
+    found = checkpoints(save) if args.save or args.run_dir else []
+    if args.resume and found:
+        return _newest_readable(found[-1], weights_only=False, fallback=args.load_fallback)
+    start = None
+    if args.load:
+        start = _newest_readable(find_checkpoint(Path(args.load)), weights_only=args.load_weights_only, fallback=args.load_fallback)
+    goes_on = start is not None and not start.weights_only
+    if found and not (goes_on and start is not None and start.checkpoint.resolve() == found[-1].resolve()):
+        raise ValueError(f"--save {save} already holds {found[-1].name}: go on from it with --resume, or choose another folder")
+    named = None if args.metrics_file == "none" else args.metrics_file or (args.run_dir and f"{args.run_dir}/metrics.jsonl")
+    if not goes_on and not args.resume and named and Path(named).exists() and Path(named).stat().st_size:
+        raise ValueError(f"--metrics-file {named} is another run's: go on with --resume, or choose another file or --run-dir")
+    return start
+
+
+def _newest_readable(checkpoint: Path, *, weights_only: bool, fallback: bool) -> Start:
+    """The checkpoint, or with `fallback` the newest older one, whose run.json can be read."""
+    older = older_than(checkpoint)
+    notes: tuple[str, ...] = ()
+    for number, candidate in enumerate((checkpoint, *older)):
+        try:
+            facts = read_run_facts(candidate)
+        except DamagedCheckpoint as error:
+            if not fallback or number == len(older):
+                raise ValueError(f"{error}{_way_out(older)}") from error
+            notes += (f"skipped a damaged checkpoint: {error}",)
+            continue
+        return Start(candidate, facts, weights_only, tuple(older[number:]) if fallback else (), notes)
+    raise AssertionError("the last candidate returns or raises")
+
+
+def _way_out(older: Collection[Path]) -> str:
+    return f"; --load-fallback takes an older one, such as {next(iter(older)).name}" if older else "; there is no older one beside it"
+
+
+def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequences: SequenceDataset) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint must share with the one that wrote it."""
+    data_flags = ("seq_length", "global_batch_size", "document_alignment", "packing", "qkv_format", "data_split", "seed")
+    facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in data_flags}
+    facts |= {name: getattr(args, name.removeprefix("--").replace("-", "_")) for name in FREE_FACTS}
+    facts |= {f"model {name}": value for name, value in asdict(config).items()}
+    facts["weights' dtype"] = "fp64" if args.dtype == "fp64" else "fp32"
+    return facts | {"tokenizer": tokenizer.fingerprint, "training documents": sequences.fingerprint()}
+
+
+def check_same_run(facts: dict[str, Any], wanted: dict[str, Any], free: Collection[str], checkpoint: Path) -> list[str]:
+    """Refuse to go on with another model or other data than the checkpoint's.
+
+    Args:
+        facts, wanted: the checkpoint's and the run's, by flag (`--hidden-size`) or name.
+        free: those that may change on purpose, such as the learning rate.
+
+    Returns:
+        A line for each of `free` that did change.
+
+    Raises:
+        ValueError: names the first other that differs or that the checkpoint does not have, with both values.
+    """
+    changed = []
+    for name, value in wanted.items():
+        if name in facts and facts[name] == value:
+            continue
+        if name in free:
+            changed.append(f"{name} {value} (the checkpoint: {facts.get(name, 'unknown')})")
+        elif name in facts:
+            raise ValueError(f"{name} {value}: the checkpoint {checkpoint} was made with {facts[name]}")
+        else:
+            raise ValueError(f"{name} {value}: the checkpoint {checkpoint} does not say with what it was made")
+    return changed
+
+
+@dataclass(frozen=True)
+class Started:
+    """Where a run stands after loading: the checkpoint it came from, its first step, lines for the banner."""
+
+    checkpoint: Path | None = None
+    first_step: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def goes_on(self) -> bool:
+        return self.first_step > 0
+
+
+def load_start(
+    start: Start,
+    wanted: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    grid: Grid,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Started:
+    """Load what `find_start` found, in place. Collective.
+
+    Args:
+        wanted: the run's own facts, from `run_facts`.
+        group: as `load_checkpoint`'s.
+
+    Raises:
+        ValueError: another model or other data; or a damaged checkpoint without `--load-fallback` or an older whole one.
+    """
+    free: Collection[str] = FREE_FACTS
+    if start.weights_only:
+        free = [name for name in wanted if name in FREE_OF_WEIGHTS or not (name.startswith("model ") or name == "tokenizer")]
+    notes = list(start.notes)
+    candidates = (start.checkpoint, *start.older)
+    for number, checkpoint in enumerate(candidates, 1):
+        try:
+            changed = check_same_run(read_run_facts(checkpoint), wanted, free, checkpoint)
+            step = load_checkpoint(checkpoint, model, None if start.weights_only else optimizer, grid, group=group)
+        except DamagedCheckpoint as error:
+            if number == len(candidates):
+                raise ValueError(f"{error}{'' if start.older else _way_out(older_than(checkpoint))}") from error
+            notes.append(f"skipped a damaged checkpoint: {error}")
+            continue
+        return Started(checkpoint, 0 if start.weights_only else step, notes + [f"changed: {line}" for line in changed])
+    raise AssertionError("the last candidate returns or raises")
