@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,27 +54,24 @@ def _ensure_optimizer_state(optimizer: torch.optim.AdamW) -> None:
                 }
 
 
-def whole_tensor(name: str, x: Tensor, grid: Grid, mesh: DeviceMesh) -> DTensor:
-    """A parameter, or what has its shape, as the part of a canonical tensor that it is; shares storage with `x`.
+def whole_tensor(name: str, x: Tensor, shape: Sequence[int], grid: Grid, mesh: DeviceMesh) -> DTensor:
+    """This rank's part of a parameter, or of what has its shape, as the part of a canonical tensor that it is; shares storage.
 
     Two tp ranks that saved their parts under one name as plain tensors would load wrong without a word. The mesh is
     ordered (dp_replicate, tp, fsdp): a cut of the rows by tp and then by fsdp is contiguous.
 
     Args:
-        x: this rank's part: a DTensor over fsdp, or plain where FSDP does nothing.
+        x: plain, this rank's shard.
+        shape: of its tp rank's parameter.
         mesh: from `checkpoint_mesh`.
     """
-    return _whole_tensor(name, local_tensor(x), tuple(x.shape), grid, mesh)
-
-
-def _whole_tensor(name: str, local: Tensor, tp_shape: tuple[int, ...], grid: Grid, mesh: DeviceMesh) -> DTensor:
     dim = tp_dim(name)
-    shape = list(tp_shape)
+    whole = list(shape)
     if dim is not None:
-        shape[dim] *= grid.size("tp")
+        whole[dim] *= grid.size("tp")
     placements: list[Placement] = [Replicate(), Replicate() if dim is None else Shard(dim), Shard(0)]
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    stride = torch.empty(whole, device="meta").stride()
+    return DTensor.from_local(x, mesh, placements, run_check=False, shape=torch.Size(whole), stride=stride)
 
 
 def checkpoint_mesh(grid: Grid, device_type: str) -> DeviceMesh:
@@ -107,30 +105,48 @@ def whole_tensors(parts: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
     return {name: x for stage in stages for name, x in stage.items()}
 
 
-Stage = Callable[[str, Tensor], Tensor]
+@dataclass(frozen=True)
+class _Part:
+    """What a rank holds of a tensor of the state: its shard, and the shape of its tp rank's parameter."""
+
+    name: str
+    local: Tensor
+    shape: tuple[int, ...]
 
 
-def _state(model: nn.Module, optimizer: torch.optim.AdamW | None, grid: Grid, stage: Stage | None = None) -> dict[str, Any]:
-    """Everything that is saved, or loaded in place, by canonical name. A tied weight's copies are equal, so either may be written.
+def _parts(model: nn.Module, optimizer: torch.optim.AdamW | None) -> dict[str, dict[str, _Part]]:
+    """This rank's part of the state: {"weight" or the optimiser's key: {canonical name: part}}."""
+    parameters = sharded_parameters(model)
+    parts = {"weight": {name: _Part(name, local_tensor(p.detach()), tuple(p.shape)) for name, p in parameters.items()}}
+    if optimizer is not None:
+        _ensure_optimizer_state(optimizer)
+        for name, parameter in parameters.items():
+            for key, x in optimizer.state[parameter].items():
+                parts.setdefault(key, {})[name] = _Part(name, local_tensor(x.detach()), tuple(x.shape))
+    return parts
+
+
+def _state(parts: Mapping[str, Mapping[str, _Part]], grid: Grid, mesh: DeviceMesh) -> dict[str, Any]:
+    """Everything that is saved, or loaded in place, by canonical name. A tied weight's copies are equal, so either may be written."""
+    whole = {
+        key: {name: whole_tensor(name, p.local, p.shape, grid, mesh) if p.shape else p.local for name, p in named.items()}
+        for key, named in parts.items()
+    }
+    state: dict[str, Any] = {"model": whole.pop("weight")}
+    if whole:
+        state["optimizer"] = {name: {key: whole[key][name] for key in whole} for name in state["model"]}
+    return state
+
+
+def trained_state(model: nn.Module, optimizer: torch.optim.AdamW | None, grid: Grid) -> dict[str, Any]:
+    """Weights and optimiser state as torch.distributed.checkpoint saves and loads them; shares storage with both.
 
     Args:
         optimizer: None leaves its state out.
-        stage: (key, this rank's part) -> what to put in its place, in host memory; None: the part itself.
     """
-    parameters = sharded_parameters(model)
-    mesh = checkpoint_mesh(grid, "cpu" if stage else next(iter(parameters.values())).device.type)
-
-    def whole(key: str, name: str, x: Tensor) -> Tensor:
-        local = local_tensor(x.detach())
-        local = stage(f"{key} {name}", local) if stage else local
-        return _whole_tensor(name, local, tuple(x.shape), grid, mesh) if x.dim() else local
-
-    state = {"model": {name: whole("weight", name, p) for name, p in parameters.items()}}
-    if optimizer is None:
-        return state
-    _ensure_optimizer_state(optimizer)
-    moments = {name: {k: whole(k, name, v) for k, v in optimizer.state[p].items()} for name, p in parameters.items()}
-    return state | {"optimizer": moments}
+    parts = _parts(model, optimizer)
+    device = next(iter(parts["weight"].values())).local.device
+    return _state(parts, grid, checkpoint_mesh(grid, device.type))
 
 
 def _first_cause(error: CheckpointException) -> tuple[int, BaseException]:
@@ -164,7 +180,7 @@ class Saver:
     ) -> None:
         self.save_dir, self.model, self.optimizer, self.grid, self.group = save, model, optimizer, grid, group
         self.keep, self.asynchronous, self.tell = keep, asynchronous, tell
-        self._copies: dict[str, Tensor] = {}  # kept: new (pinned) memory at every save would cost more than the copy
+        self._copies: dict[tuple[str, str], Tensor] = {}  # kept: new (pinned) memory at every save would cost more than the copy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -178,13 +194,14 @@ class Saver:
             OSError: on every rank, what could not be written, of this save or of the one before.
         """
         self.wait()
+        parts = _parts(self.model, self.optimizer)
         if not self.asynchronous:
-            self._write(_state(self.model, self.optimizer, self.grid), step, facts)
+            self._write(parts, step, facts)
             return
-        state = _state(self.model, self.optimizer, self.grid, self._copy)
+        parts = {key: {name: self._copy(key, part) for name, part in named.items()} for key, named in parts.items()}
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._thread = threading.Thread(target=self._write_in_background, args=(state, step, facts), name="checkpoint", daemon=True)
+            torch.cuda.synchronize()  # the copies must be complete before the next step writes
+        self._thread = threading.Thread(target=self._write_in_background, args=(parts, step, facts), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -200,22 +217,26 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _copy(self, key: str, x: Tensor) -> Tensor:
-        if key not in self._copies:
-            self._copies[key] = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
-        return self._copies[key].copy_(x, non_blocking=True)
+    def _copy(self, key: str, part: _Part) -> _Part:
+        place = (key, part.name)
+        if place not in self._copies:
+            self._copies[place] = torch.empty_like(part.local, device="cpu", pin_memory=part.local.is_cuda)
+        return replace(part, local=self._copies[place].copy_(part.local, non_blocking=True))
 
-    def _write_in_background(self, state: dict[str, Any], step: int, facts: dict[str, Any]) -> None:
+    def _write_in_background(self, parts: dict[str, dict[str, _Part]], step: int, facts: dict[str, Any]) -> None:
         try:
-            self._write(state, step, facts)
+            self._write(parts, step, facts)
         except BaseException as error:  # raised to the caller by `wait`
             self._error = error
 
-    def _write(self, state: dict[str, Any], step: int, facts: dict[str, Any]) -> None:
+    def _write(self, parts: dict[str, dict[str, _Part]], step: int, facts: dict[str, Any]) -> None:
+        device = next(iter(parts["weight"].values())).local.device
+        state = _state(parts, self.grid, checkpoint_mesh(self.grid, device.type))
         place, scratch = step_folder(self.save_dir, step), scratch_folder(self.save_dir, step)
         self._on_rank_zero(lambda: self._make_empty(scratch))
         try:
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(scratch), process_group=self.group)
+            # Synced by us: the library would sync before the last bytes leave its buffer, and wait where checksums can be taken.
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(scratch, sync_files=False), process_group=self.group)
             sums = self._check_own_files(scratch)
             self._on_rank_zero(lambda: self._publish(scratch, place, facts | {"step": step}, sums))
         except (CheckpointException, OSError) as error:
@@ -240,9 +261,11 @@ class Saver:
         mine += [scratch / ".metadata"] if rank == 0 else []
         failure, own = None, {}
         try:
-            for path in mine:
-                sync(path)  # the library syncs before its last bytes leave the buffer
-            own = checksums(mine)
+            with ThreadPoolExecutor(1) as pool:
+                synced = [pool.submit(sync, path) for path in mine]
+                own = checksums(mine)
+                for file in synced:
+                    file.result()
         except OSError as error:
             failure = str(error)
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -300,7 +323,7 @@ def load_checkpoint(
         DamagedCheckpoint: a file is missing or is not as it was written; the weights are then no longer what they were.
         ValueError: it lacks a tensor of this model, or holds it in another shape.
     """
-    state = _state(model, optimizer, grid)
+    state = trained_state(model, optimizer, grid)
     failure: CheckpointException | None = None
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(_own_damage, checkpoint)
