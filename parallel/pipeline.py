@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.stages import VIRTUAL_SCHEDULES
+
 # What a stage computes for one microbatch: (its number, the hidden state from the stage before or None) -> hidden state or loss.
 StageForward = Callable[[int, Tensor | None], Tensor]
 
@@ -41,7 +43,13 @@ def build_schedule(
         dtype: of it.
     """
     # Half a second to import, which runs without stages need not spend.
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+    from torch.distributed.pipelining import (
+        PipelineStage,
+        Schedule1F1B,
+        ScheduleGPipe,
+        ScheduleInterleaved1F1B,
+        ScheduleInterleavedZeroBubble,
+    )
 
     size, num_stages = group.size(), group.size() * len(chunks)
     hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
@@ -63,8 +71,9 @@ def build_schedule(
         )
     # The loss is already divided by the step's token count: gradients are sums, not means over microbatches.
     options: dict[str, Any] = dict(n_microbatches=microbatches, loss_fn=lambda output, target: output.sum(), scale_grads=False)
-    if schedule == "interleaved":
-        return ScheduleInterleaved1F1B(stages, **options)
+    if schedule in VIRTUAL_SCHEDULES:
+        # zero_bubble: weights' gradients are computed where a rank would wait (arXiv:2401.10241).
+        return {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}[schedule](stages, **options)
     return {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[schedule](stages[0], **options)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-PP_SCHEDULES = ("1f1b", "gpipe", "interleaved")
+PP_SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble")
+# Those that give every rank several stages.
+VIRTUAL_SCHEDULES = ("interleaved", "zero_bubble")
 
 
 def split_layers(num_layers: int, num_stages: int, *, first: int | None = None, last: int | None = None) -> list[range]:
@@ -45,14 +47,16 @@ def check_microbatches(schedule: str, microbatches: int, pp_size: int, virtual_s
         if virtual_stages > 1:
             raise ValueError(f"--virtual-stages {virtual_stages} needs --pp-size above 1")
         return
-    if (virtual_stages > 1) != (schedule == "interleaved"):
-        raise ValueError(f"--pp-schedule {schedule} with --virtual-stages {virtual_stages}: interleaved takes 2 or more, the others 1")
+    if (virtual_stages > 1) != (schedule in VIRTUAL_SCHEDULES):
+        raise ValueError(
+            f"--pp-schedule {schedule} with --virtual-stages {virtual_stages}: {' and '.join(VIRTUAL_SCHEDULES)} take 2 or more, others 1"
+        )
     if microbatches < pp_size:
         raise ValueError(f"--global-batch-size makes {microbatches} microbatches a step, fewer than --pp-size {pp_size}: raise it")
-    if schedule == "interleaved":
+    if schedule in VIRTUAL_SCHEDULES:
         rounds = microbatches // pp_size
         if microbatches % rounds:
             legal = rounds * pp_size
             raise ValueError(
-                f"--pp-schedule interleaved cannot run {microbatches} microbatches on {pp_size} ranks: make it {legal} or {legal + pp_size}"
+                f"--pp-schedule {schedule} cannot run {microbatches} microbatches on {pp_size} ranks: make it {legal} or {legal + pp_size}"
             )

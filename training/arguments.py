@@ -59,7 +59,7 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
         "--pp-schedule",
         choices=PP_SCHEDULES,
         default="1f1b",
-        help="order of the stages' work; interleaved needs --virtual-stages 2 or more",
+        help="order of the stages' work; interleaved and zero_bubble need --virtual-stages 2 or more",
     )
     group.add_argument("--virtual-stages", type=int, default=1, help="stages on each pp rank")
     group.add_argument("--first-stage-layers", type=int, help="layers of the first stage; default: like the others")

@@ -24,7 +24,7 @@ from model.names import is_cut
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_, local_tensor, shard_model
 from parallel.grid import Grid, GridSizes, build_grid
-from parallel.stages import split_layers
+from parallel.stages import VIRTUAL_SCHEDULES, split_layers
 from parallel.tensor import TensorParallel
 from tests.reference import random_documents, reference_loss, relative_error
 from tests.world import World
@@ -277,7 +277,7 @@ def test_tensor_parallel_variants(world: World, layout: str, changes: dict, sequ
 
 
 @pytest.mark.parametrize(
-    ("schedule", "virtual_stages"), [("1f1b", 1), pytest.param("gpipe", 1, marks=pytest.mark.full), ("interleaved", 2)]
+    ("schedule", "virtual_stages"), [("1f1b", 1), pytest.param("gpipe", 1, marks=pytest.mark.full), ("interleaved", 2), ("zero_bubble", 2)]
 )
 @pytest.mark.parametrize("layout", ["pp 2 x cp 2", "pp 2 x tp 2", "pp 2 x dp_shard 2"])
 @pytest.mark.parametrize("tied", [False, True])
@@ -305,18 +305,25 @@ def test_bf16_is_as_close_as_without_cp(world: World) -> None:
         assert errors["loss"] < 1e-2 and errors["norm"] < 5e-2
 
 
-def gradients(rank: int, layout: str, dtype: str, recompute: str, virtual_stages: int) -> dict[str, torch.Tensor]:
+def gradients(rank: int, layout: str, dtype: str, recompute: str, schedule: str) -> dict[str, torch.Tensor]:
+    virtual_stages = 2 if schedule in VIRTUAL_SCHEDULES else 1
     grid = grid_of(layout)
     model = built(grid, config_of(num_layers=4, qk_norm=True), dtype, False, "thd", True, virtual_stages, recompute)
-    return run_steps(model, grid, rows_of("thd"), 1, steps=1, schedule="interleaved" if virtual_stages > 1 else "1f1b")["grads"]
+    return run_steps(model, grid, rows_of("thd"), 1, steps=1, schedule=schedule)["grads"]
 
 
-@pytest.mark.parametrize(("layout", "virtual_stages"), [("dp_shard 2 x cp 2", 1), ("tp 2 x cp 2", 1), ("pp 2 x cp 2", 2), ("cp 4", 1)])
+RECOMPUTED = [
+    ("dp_shard 2 x cp 2", "1f1b"), ("tp 2 x cp 2", "1f1b"), ("cp 4", "1f1b"),
+    ("pp 2 x cp 2", "interleaved"), ("pp 2 x cp 2", "zero_bubble"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "schedule"), RECOMPUTED)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_recomputed_gradients_are_the_same_bits(world: World, layout: str, virtual_stages: int, dtype: str) -> None:
-    wanted = world.run(gradients, layout, dtype, "none", virtual_stages)[0]
+def test_recomputed_gradients_are_the_same_bits(world: World, layout: str, schedule: str, dtype: str) -> None:
+    wanted = world.run(gradients, layout, dtype, "none", schedule)[0]
     for recompute in ("selective", "full"):
-        got = world.run(gradients, layout, dtype, recompute, virtual_stages)[0]
+        got = world.run(gradients, layout, dtype, recompute, schedule)[0]
         assert got.keys() == wanted.keys() and all(torch.equal(got[n], wanted[n]) for n in wanted), recompute
 
 
