@@ -99,6 +99,35 @@ def kept(rank: int, folder: str) -> list[str]:
     return [p.name for p in Path(folder).iterdir()]
 
 
+def written_uneven(rank: int, layout: str, folder: str) -> dict[str, torch.Tensor]:
+    """A checkpoint of matrices whose rows divide by no number of ranks; every tensor, whole, by names as the files have them."""
+    grid = grid_of(layout)
+    config = config_of(hidden_size=33, ffn_hidden_size=52, kv_channels=6, num_query_groups=4, num_layers=4, qk_norm=True)
+    model = built(grid, config, "fp64")
+    optimizer = optimizer_of(model)
+    steps_of(model, optimizer, grid, rows_of("thd"), 1)
+    Saver(Path(folder), model, optimizer, grid).save(1, {})
+    whole = {f"model.{name}": x for name, x in full(model, grid).items()}
+    for place, x in moments(model, optimizer, grid).items():
+        if place != "step":
+            name, key = place.split()
+            whole[f"optimizer.{name}.{key}"] = x
+    return whole
+
+
+@pytest.mark.parametrize(
+    "layout", ["tp 4", "tp 2 x dp_shard 2", "tp 2 x dp_replicate 2", "dp_shard 4", "pp 4", "pp 2 x tp 2", "pp 2 x dp_shard 2"]
+)
+def test_every_shard_lies_at_its_place_in_the_whole(world: World, tmp_path: Path, layout: str) -> None:
+    """Read by one process that knows no layout: each tensor of the file is the canonical one, whatever the ranks held of it."""
+    wanted = world.run(written_uneven, layout, str(tmp_path))[0]
+    place = tmp_path / "step_0000001"
+    stored = {name: what for name, what in tool.tensors_of(place).items() if not name.endswith(".step")}
+    assert stored.keys() == wanted.keys() and len(wanted) == 3 * (3 + 4 * 9)
+    for name, what in stored.items():
+        assert torch.equal(tool.read_tensor(place, name, what), wanted[name]), name
+
+
 def test_keep_checkpoints(world: World, tmp_path: Path) -> None:
     assert sorted(world.run(kept, str(tmp_path))[0]) == ["latest", "step_0000003", "step_0000004"]
 
