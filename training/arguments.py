@@ -24,7 +24,7 @@ from data.corpus import open_source
 from data.packing import PACKINGS, PAD_ROWS, resolve_packing
 from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer, load_sentencepiece
 from model.config import RECOMPUTE, ROPE_SCALINGS, GPTConfig
-from parallel.stages import PP_SCHEDULES, check_microbatches, split_layers
+from parallel.stages import PP_SCHEDULES, check_microbatches, fewest_microbatches, split_layers
 from training.lr_schedule import LR_DECAY_STYLES
 
 TRANSFORMER_IMPLS = ("torch",)
@@ -150,7 +150,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--micro-batch-size", type=int, default=1, help="sequences in a row; nothing but speed depends on it")
-    group.add_argument("--global-batch-size", type=int, default=1, help="sequences in a step, over all ranks")
+    group.add_argument(
+        "--global-batch-size",
+        type=int,
+        help="sequences in a step, over all ranks; default: the fewest that give every data rank and stage work",
+    )
     group.add_argument("--train-iters", type=int, default=200, help="steps in all")
     group.add_argument("--seed", type=int, default=1234, help="of the initial weights and of the data's order")
     group.add_argument(
@@ -329,7 +333,7 @@ def resolve(
     _resolve_model(args)
     _resolve_attention(args, chosen)
     _resolve_sequence(args, chosen, goes_on_from or {})
-    _check_batch(args)
+    _resolve_batch(args, chosen, goes_on_from or {})
     _check_stages(args)
     _resolve_schedule(args)
     _check_data(args)
@@ -544,8 +548,14 @@ def _check_stages(args: argparse.Namespace) -> None:
         raise ValueError(f"--pad-rows dynamic needs --pp-size 1, not {args.pp_size}: what goes from stage to stage has one shape; use full")
 
 
-def _check_batch(args: argparse.Namespace) -> None:
+def _resolve_batch(args: argparse.Namespace, chosen: list[str], goes_on_from: Mapping[str, Any]) -> None:
     unit = args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size
+    if args.global_batch_size is None and "--global-batch-size" in goes_on_from:
+        args.global_batch_size = goes_on_from["--global-batch-size"]
+        chosen.append(f"--global-batch-size {args.global_batch_size} (the checkpoint's)")
+    if args.global_batch_size is None:
+        args.global_batch_size = unit * fewest_microbatches(args.pp_size)
+        chosen.append(f"--global-batch-size {args.global_batch_size}")
     if args.global_batch_size % unit:
         nearest = _nearest_multiple(args.global_batch_size, unit)
         raise ValueError(

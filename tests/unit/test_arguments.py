@@ -32,7 +32,7 @@ REFUSALS = [
     (["--tp-size", "2", "--ffn-hidden-size", "49"], 2, ["--ffn-hidden-size 49", "--tp-size 2", "48"]),
     (["--tp-size", "2", "--make-vocab-size-divisible-by", "7"], 2, ["--make-vocab-size-divisible-by 7", "--tp-size 2", "8"]),
     (["--tp-size", "2", "--cp-size", "4", "--cp-comm-type", "a2a"], 8, ["--cp-size 4", "2 query heads", "1, 2"]),
-    (["--pp-size", "2"], 2, ["1 microbatches", "--pp-size 2"]),
+    (["--pp-size", "2", "--global-batch-size", "1"], 2, ["1 microbatches", "--pp-size 2"]),
     (["--pp-size", "2", "--global-batch-size", "2", "--pad-rows", "dynamic"], 2, ["--pad-rows dynamic", "--pp-size"]),
     (["--pp-size", "4", "--num-layers", "3", "--global-batch-size", "4"], 4, ["--num-layers 3", "4 stages"]),
     (["--pp-size", "2", "--first-stage-layers", "6", "--global-batch-size", "2"], 2, ["--num-layers 6", "2 stages"]),
@@ -234,3 +234,15 @@ def test_a_scaling_that_is_off_leaves_no_trace_in_the_model() -> None:
     assert model_config(resolved("--rope-scaling-factor", "3"), **sizes) == plain
     assert model_config(resolved("--rope-scaling", "linear", "--rope-scaling-factor", "3"), **sizes).rope_scaling_factor == 3
     assert model_config(resolved("--rope-scaling", "llama3"), **sizes).rope_original_seq_length == 8192
+
+
+def test_the_default_batch_is_the_smallest_that_the_layout_can_work_on() -> None:
+    """The command of README's layouts runs as it stands; a run that goes on keeps the checkpoint's."""
+    for flags, world, wanted in (
+        ("--cp-size 4", 4, 1), ("--pp-size 2 --tp-size 2 --cp-size 2", 8, 2), ("--pp-size 2 --cp-size 2", 8, 4), ("", 4, 4),
+        ("--micro-batch-size 3 --pp-size 2", 4, 12),
+    ):  # fmt: skip
+        assert resolved(*flags.split(), world=world).global_batch_size == wanted
+    args = parse_arguments([])
+    resolve(args, world_size=2, local_world_size=2, cuda_devices=lambda: 0, goes_on_from={"--global-batch-size": 6})
+    assert args.global_batch_size == 6
