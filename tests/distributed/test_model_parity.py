@@ -165,7 +165,7 @@ def run_steps(
     place = dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), layout="zigzag")
     batches = [build_batch(g, qkv_format=qkv_format, **place) for g in mine]
     tokens = sum_over(torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64), grid.group("batch"))
-    result: dict = {}
+    result: dict = {"losses": [], "norms": []}
     options = dict(loss_tokens=tokens, device=torch.device("cpu"), reshard_between=reshard)
     options["pipeline"] = pipeline_of(model, grid, batches, schedule)
     for step in range(steps):
@@ -173,8 +173,10 @@ def run_steps(
         loss = (sum_over(sum_over(total, grid.group("loss")), grid.group("pp")) / tokens).item()
         grads = full(model, grid, "grad") if step == 0 else None
         norm = clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=1.0, counts=counts_here(model, grid)).item()
+        result["losses"].append(loss)
+        result["norms"].append(norm)
         if grads is not None:
-            result = {"loss": loss, "grads": grads, "norm": norm, "clipped": full(model, grid, "grad")["embedding.weight"]}
+            result |= {"loss": loss, "grads": grads, "norm": norm, "clipped": full(model, grid, "grad")["embedding.weight"]}
         optimizer.step()
         optimizer.zero_grad()
     result["weights"] = full(model, grid)
@@ -197,8 +199,8 @@ def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[Se
     return losses
 
 
-def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes) -> dict:
-    """Loss and gradients of the same rows on one rank in float64."""
+def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes, steps: int = 1) -> dict:
+    """The same rows on one rank in float64, with AdamW steps as `run_steps` takes them: losses, norms, first gradients, last weights."""
     weights = {}
     for name, shape in names_and_shapes.items():
         if len(shape) == 1:
@@ -207,17 +209,27 @@ def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes) -> dict:
             scale = (2 * config.num_layers) ** 0.5 if name.endswith(("attention.output.weight", "fc2_weight")) else 1.0
             weights[name] = initial_rows(SEED, name, 0, shape[0], shape[1], config.init_std / scale).double()
         weights[name].requires_grad_()
-    total = torch.zeros((), dtype=torch.float64)
-    count = 0
-    for row in rows:
-        labels = torch.from_numpy(row.labels)
-        total = total + reference_loss(weights, config, torch.from_numpy(row.tokens), labels, row.lengths, row.padded_lengths)
-        count += int((labels >= 0).sum())
-    loss = total / count
-    loss.backward()
-    grads = {n: w.grad for n, w in weights.items()}
-    norm = torch.stack([g.norm() for g in grads.values()]).norm().item()
-    return {"loss": loss.item(), "grads": grads, "norm": norm}
+    groups = [
+        {"params": [w for w in weights.values() if (w.dim() > 1) == is_matrix], "weight_decay": 0.1 * is_matrix} for is_matrix in (1, 0)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    result: dict = {"losses": [], "norms": []}
+    for step in range(steps):
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for row in rows:
+            labels = torch.from_numpy(row.labels)
+            total = total + reference_loss(weights, config, torch.from_numpy(row.tokens), labels, row.lengths, row.padded_lengths)
+            count += int((labels >= 0).sum())
+        loss = total / count
+        loss.backward()
+        result["losses"].append(loss.item())
+        result["norms"].append(torch.nn.utils.clip_grad_norm_(list(weights.values()), 1e30).item())
+        if step == 0:
+            result |= {"loss": loss.item(), "grads": {n: w.grad.clone() for n, w in weights.items()}, "norm": result["norms"][0]}
+        torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return result | {"weights": {n: w.detach() for n, w in weights.items()}}
 
 
 def check_layout(
