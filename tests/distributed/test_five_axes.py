@@ -33,7 +33,7 @@ EIGHT = {
     "pp 2 zero bubble x dp_shard 2 x tp 2": GridSizes(pp=2, dp_shard=2, tp=2),
     "dp_replicate 2 x cp 2 x tp 2": GridSizes(dp_replicate=2, cp=2, tp=2),
     "pp 2 x dp_replicate 2 x tp 2": GridSizes(pp=2, dp_replicate=2, tp=2),
-    "pp 2 x dp_replicate 2 x dp_shard 2": GridSizes(pp=2, dp_replicate=2, dp_shard=2),
+    "pp 2 x dp_replicate 2 x cp 2": GridSizes(pp=2, dp_replicate=2, cp=2),
     "cp 4 x tp 2": GridSizes(cp=4, tp=2),
     "pp 4 x cp 2": GridSizes(pp=4, cp=2),
 }
