@@ -127,6 +127,7 @@ def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.de
                 compute_dtype=compute_dtype,
                 layers=layers,
                 recompute=args.recompute,
+                dropout_seed=args.seed,
             )
         shard_model(
             chunk,

@@ -1,6 +1,8 @@
 """One call for every context-parallel attention: the registry.
 
 attention(q, k, v, packed_seq, group) -> out      # q [t, hq, d]; k, v [t, hkv, d]; t = T / cp
+
+With attention dropout, which only some rows of `cp.plan.SUPPORT` offer, `dropout=AttentionDropout(...)` comes with the call.
 """
 
 from __future__ import annotations
@@ -14,11 +16,10 @@ from torch import Tensor
 from cp.native_a2a import a2a_attention
 from cp.native_all_gather import all_gather_attention
 from cp.native_p2p import ring_attention
-from cp.packed_seq import PackedSeq
 from cp.plan import AttentionChoice
 from parallel.collectives import WaitClock
 
-Attention = Callable[[Tensor, Tensor, Tensor, PackedSeq, dist.ProcessGroup], Tensor]
+Attention = Callable[..., Tensor]
 
 
 def build_attention(

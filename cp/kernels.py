@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cp.dropped import AttentionDropout, Segment, dropped_backward, dropped_forward
 from cp.layout import ranges
 
 Rows = slice | Tensor
@@ -49,6 +50,7 @@ class Block:
         q_rows, k_rows: rows that take part, ascending; a slice where they are contiguous.
         cu_q, cu_k: [segments + 1] int32 running sums of the lengths; CUDA only.
         max_q, max_k: longest segments.
+        places: where a row drops attention: ids of the query tokens [t] and positions of the keys in their documents [t'], by storage row.
     """
 
     causal: bool
@@ -59,6 +61,18 @@ class Block:
     cu_k: Tensor | None
     max_q: int
     max_k: int
+    places: tuple[Tensor, Tensor] | None = None
+
+    def segments(self) -> list[Segment]:
+        """The runs taken apart."""
+        return [
+            Segment(
+                slice(run.q_start + i * run.q_stride, run.q_start + i * run.q_stride + run.q_length),
+                slice(run.k_start + i * run.k_stride, run.k_start + i * run.k_stride + run.k_length),
+            )
+            for run in self.runs
+            for i in range(run.count)
+        ]
 
 
 def _rows(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Rows:
@@ -101,8 +115,13 @@ def build_block(
     *,
     causal: bool,
     device: torch.device,
+    places: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Block | None:
-    """A `Block` from segments in storage rows; segments without queries or keys are left out. None if none is left."""
+    """A `Block` from segments in storage rows; segments without queries or keys are left out. None if none is left.
+
+    Args:
+        places: as `Block`'s, int64.
+    """
     segments = np.stack((q_starts, q_lengths, k_starts, k_lengths), 1).astype(np.int64)
     segments = segments[(segments[:, 1] > 0) & (segments[:, 3] > 0)]
     if not len(segments):
@@ -122,6 +141,7 @@ def build_block(
         cu_k=running_sum(segments[:, 3]) if on_cuda else None,
         max_q=int(segments[:, 1].max()),
         max_k=int(segments[:, 3].max()),
+        places=None if places is None else (to_device(places[0], device), to_device(places[1], device)),
     )
 
 
@@ -268,21 +288,36 @@ def _cuda_backward(
 # ---------------------------------------------------------------------------------------------------
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
+def block_forward(
+    q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float, dropout: AttentionDropout | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of the block's query rows over its key rows.
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d] whole storage, hkv divides hq.
+        dropout: by explicit scores instead of the kernel; CPU only.
 
     Returns:
         out [rows, hq, d] in q's dtype and lse [rows, hq] (natural log) in the accumulator's, for `block.q_rows`.
     """
+    if dropout is not None:
+        assert block.places is not None and not q.is_cuda
+        where = (block.segments(), *block.places)
+        return dropped_forward(q, k, v, *where, causal=block.causal, scale=scale, dropout=dropout, dtype=accumulator_dtype(q.dtype))
     forward = _cuda_forward if q.is_cuda else _cpu_forward
     return forward(q, k, v, block, scale)
 
 
 def block_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block: Block,
+    scale: float,
+    dropout: AttentionDropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block's part of the gradients, given the *final* out and lse of the whole attention.
 
@@ -292,5 +327,10 @@ def block_backward(
     Returns:
         dq for `block.q_rows`, dk and dv for `block.k_rows`.
     """
+    if dropout is not None:
+        assert block.places is not None and not q.is_cuda
+        where = (block.segments(), *block.places)
+        dtype = accumulator_dtype(q.dtype)
+        return dropped_backward(dout, q, k, v, out, lse, *where, causal=block.causal, scale=scale, dropout=dropout, dtype=dtype)
     backward = _cuda_backward if q.is_cuda else _cpu_backward
     return backward(dout, q, k, v, out, lse, block, scale)

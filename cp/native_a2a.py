@@ -12,13 +12,14 @@ makes the ring's own layout.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cp.dropped import AttentionDropout
 from cp.kernels import Block, to_device
 from cp.layout import shard_indices
 from cp.native_p2p import plan_ring, ring_attention_blocks
@@ -56,7 +57,9 @@ def kv_copies(kv_heads: int, a2a_size: int) -> int:
     return a2a_size // math.gcd(kv_heads, a2a_size)
 
 
-def plan_exchange(packed_seq: PackedSeq, *, a2a_size: int, ring_size: int, ring_rank: int, device: torch.device) -> _Plan:
+def plan_exchange(
+    packed_seq: PackedSeq, *, a2a_size: int, ring_size: int, ring_rank: int, device: torch.device, with_places: bool = False
+) -> _Plan:
     padded, cp_size = packed_seq.padded_lengths, a2a_size * ring_size
     neighbours = range(ring_rank * a2a_size, (ring_rank + 1) * a2a_size)
     exchanged = np.concatenate([shard_indices(padded, cp_size=cp_size, cp_rank=r, layout="zigzag") for r in neighbours])
@@ -71,7 +74,7 @@ def plan_exchange(packed_seq: PackedSeq, *, a2a_size: int, ring_size: int, ring_
     return _Plan(
         order=None if same else to_device(order, device),
         inverse=None if same else to_device(inverse, device),
-        blocks=plan_ring(packed_seq, cp_size=ring_size, cp_rank=ring_rank, device=device),
+        blocks=plan_ring(packed_seq, cp_size=ring_size, cp_rank=ring_rank, device=device, with_places=with_places),
     )
 
 
@@ -100,6 +103,7 @@ def a2a_attention(
     a2a_group: dist.ProcessGroup,
     ring_group: dist.ProcessGroup,
     clock: WaitClock | None = None,
+    dropout: AttentionDropout | None = None,
 ) -> Tensor:
     """Causal attention within each document of a zigzag row over `group` = a2a_group x ring_group.
 
@@ -108,20 +112,28 @@ def a2a_attention(
         a2a_group: this rank's neighbours, with consecutive cp ranks.
         ring_group: the ranks at this rank's place among their own neighbours.
         clock: counts the ring's waits; the all-to-alls have nothing to hide behind and are not on it.
+        dropout: of the probabilities, its heads those of `q`; CPU only.
 
     Returns:
         [t, hq, d]; 0 in padding.
     """
     assert a2a_group.size() * ring_group.size() == group.size()
-    key = ("native_a2a", a2a_group.size(), q.device)
+    key = ("native_a2a", a2a_group.size(), q.device, dropout is not None)
     if key not in packed_seq.plans:
         packed_seq.plans[key] = plan_exchange(
-            packed_seq, a2a_size=a2a_group.size(), ring_size=ring_group.size(), ring_rank=ring_group.rank(), device=q.device
+            packed_seq,
+            a2a_size=a2a_group.size(),
+            ring_size=ring_group.size(),
+            ring_rank=ring_group.rank(),
+            device=q.device,
+            with_places=dropout is not None,
         )
     plan = packed_seq.plans[key]
     copies = kv_copies(k.shape[1], a2a_group.size())
     if copies > 1:
         k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
+    if dropout is not None:  # this rank's share of the heads
+        dropout = replace(dropout, first_head=dropout.first_head + a2a_group.rank() * (q.shape[1] // a2a_group.size()))
     q, k, v = (_permute(_tokens_for_heads(x, a2a_group), plan.order, plan.inverse) for x in (q, k, v))
-    out = ring_attention_blocks(q, k, v, plan.blocks, ring_group, scale=scale, clock=clock)  # [A * t, hq / A, d]
+    out = ring_attention_blocks(q, k, v, plan.blocks, ring_group, scale=scale, clock=clock, dropout=dropout)  # [A * t, hq / A, d]
     return _heads_for_tokens(_permute(out, plan.inverse, plan.order), a2a_group)

@@ -11,7 +11,7 @@ its document before it (no mask).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cp.dropped import AttentionDropout
 from cp.kernels import Block, accumulator_dtype, add_rows_, block_backward, block_forward, build_block, spread_rows, to_device
-from cp.layout import shard_indices, unshard_indices
+from cp.layout import ranges, shard_indices, unshard_indices
 from cp.native_p2p import merge_rows_
 from cp.packed_seq import PackedSeq
 from parallel.collectives import Gather, WaitClock, reduce_scatter, start_all_gather
@@ -39,7 +40,8 @@ class _Plan:
     from_row: Tensor | None
 
 
-def plan_all_gather(packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device) -> _Plan:
+def plan_all_gather(packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_places: bool = False) -> _Plan:
+    """`with_places` for dropout."""
     layout, padded = packed_seq.layout, packed_seq.padded_lengths
     owned = shard_indices(padded, cp_size=cp_size, cp_rank=cp_rank, layout=layout)
     ends = np.cumsum(padded)
@@ -59,9 +61,12 @@ def plan_all_gather(packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
         to_row, from_row = to_device(order, device), to_device(inverse, device)
+    places = None
+    if with_places:
+        places = (packed_seq.places(cp_size=cp_size, cp_rank=cp_rank)[0], ranges(np.zeros_like(padded), padded))
     return _Plan(
-        own=build_block(q_start, real, k_start, real, causal=True, device=device),
-        before=build_block(q_start, real, document_start, before, causal=False, device=device),
+        own=build_block(q_start, real, k_start, real, causal=True, device=device, places=places),
+        before=build_block(q_start, real, document_start, before, causal=False, device=device, places=places),
         to_row=to_row,
         from_row=from_row,
     )
@@ -84,10 +89,23 @@ def _head_slices(kv_heads: int, stride: int, queries_per_group: int) -> list[tup
     return [(slice(h, h + stride), slice(h * queries_per_group, (h + stride) * queries_per_group)) for h in range(0, kv_heads, stride)]
 
 
+def _of_heads(dropout: AttentionDropout | None, q_heads: slice) -> AttentionDropout | None:
+    return None if dropout is None else replace(dropout, first_head=dropout.first_head + q_heads.start)
+
+
 class _AllGatherAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, group: dist.ProcessGroup, scale: float, stride: int, clock: WaitClock | None
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: _Plan,
+        group: dist.ProcessGroup,
+        scale: float,
+        stride: int,
+        clock: WaitClock | None,
+        dropout: AttentionDropout | None,
     ) -> Tensor:
         accumulate = accumulator_dtype(q.dtype)
         result = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -101,14 +119,15 @@ class _AllGatherAttention(torch.autograd.Function):
             if plan.own is None:
                 continue
             part = q[:, q_heads]
-            out, part_lse = block_forward(part, row_k, row_v, plan.own, scale)
+            dropped = _of_heads(dropout, q_heads)
+            out, part_lse = block_forward(part, row_k, row_v, plan.own, scale, dropped)
             out = spread_rows(out.to(accumulate), plan.own.q_rows, len(q))
             part_lse = spread_rows(part_lse.to(accumulate), plan.own.q_rows, len(q))
             if plan.before is not None:
-                merge_rows_(out, part_lse, plan.before, *block_forward(part, row_k, row_v, plan.before, scale))
+                merge_rows_(out, part_lse, plan.before, *block_forward(part, row_k, row_v, plan.before, scale, dropped))
             result[:, q_heads], lse[:, q_heads] = out.to(q.dtype), part_lse
         ctx.save_for_backward(q, k, v, result, lse)
-        ctx.plan, ctx.group, ctx.scale, ctx.rounds, ctx.clock = plan, group, scale, rounds, clock
+        ctx.plan, ctx.group, ctx.scale, ctx.rounds, ctx.clock, ctx.dropout = plan, group, scale, rounds, clock, dropout
         return result
 
     @staticmethod
@@ -129,7 +148,9 @@ class _AllGatherAttention(torch.autograd.Function):
             for block in (plan.own, plan.before):
                 if block is None:
                     continue
-                block_dq, block_dk, block_dv = block_backward(part_dout, part_q, row_k, row_v, part_out, part_lse, block, ctx.scale)
+                block_dq, block_dk, block_dv = block_backward(
+                    part_dout, part_q, row_k, row_v, part_out, part_lse, block, ctx.scale, _of_heads(ctx.dropout, q_heads)
+                )
                 add_rows_(dq[:, q_heads], block.q_rows, block_dq)
                 add_rows_(dkv[:, 0], block.k_rows, block_dk)
                 add_rows_(dkv[:, 1], block.k_rows, block_dv)
@@ -137,7 +158,7 @@ class _AllGatherAttention(torch.autograd.Function):
                 dkv = dkv.index_select(0, plan.from_row)
             mine = reduce_scatter(dkv, group)  # [t, 2, stride, d]
             dk[:, kv_heads], dv[:, kv_heads] = mine[:, 0].to(k.dtype), mine[:, 1].to(v.dtype)
-        return dq.to(q.dtype), dk, dv, None, None, None, None, None
+        return dq.to(q.dtype), dk, dv, None, None, None, None, None, None
 
 
 def all_gather_attention(
@@ -150,17 +171,21 @@ def all_gather_attention(
     scale: float,
     heads_k_stride: int,
     clock: WaitClock | None = None,
+    dropout: AttentionDropout | None = None,
 ) -> Tensor:
     """Causal attention within each document of a row cut over `group` (zigzag or contiguous).
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size.
         heads_k_stride: key/value heads gathered at a time; divides hkv.
+        dropout: of the probabilities; CPU only.
 
     Returns:
         [t, hq, d]; 0 in padding.
     """
-    key = ("native_all_gather", q.device)
+    key = ("native_all_gather", q.device, dropout is not None)
     if key not in packed_seq.plans:
-        packed_seq.plans[key] = plan_all_gather(packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device)
-    return _AllGatherAttention.apply(q, k, v, packed_seq.plans[key], group, scale, heads_k_stride, clock)
+        packed_seq.plans[key] = plan_all_gather(
+            packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device, with_places=dropout is not None
+        )
+    return _AllGatherAttention.apply(q, k, v, packed_seq.plans[key], group, scale, heads_k_stride, clock, dropout)

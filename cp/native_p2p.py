@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cp.dropped import AttentionDropout
 from cp.kernels import Block, accumulator_dtype, add_rows_, block_backward, block_forward, build_block, fill_rows_, spread_rows, take_rows
 from cp.packed_seq import PackedSeq
 from parallel.collectives import WaitClock, start_ring_shift
@@ -30,8 +31,10 @@ from parallel.collectives import WaitClock, start_ring_shift
 KV_TAG, GRAD_TAG = 0, 1
 
 
-def plan_ring(packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device) -> list[Block | None]:
+def plan_ring(packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_places: bool = False) -> list[Block | None]:
     """The block of each ring step: at step s the shard of rank (cp_rank - s) mod cp_size is here.
+
+    `with_places` for dropout.
 
     All lengths are known on the host, so no step asks the device for one. None: nothing to compute.
     """
@@ -46,8 +49,10 @@ def plan_ring(packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torc
 
     first, second = real(cp_rank), real(2 * cp_size - 1 - cp_rank)
     blocks: list[Block | None] = []
+    own_ids = packed_seq.places(cp_size=cp_size, cp_rank=cp_rank)[0] if with_places else None
     for step in range(cp_size):
         peer = (cp_rank - step) % cp_size
+        places = None if own_ids is None else (own_ids, packed_seq.places(cp_size=cp_size, cp_rank=peer)[1])
         keys = real(peer) + real(2 * cp_size - 1 - peer)
         if peer == cp_rank:
             segments = (start, first + second, start, keys)
@@ -55,7 +60,7 @@ def plan_ring(packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torc
             segments = (start, first + second, start, real(peer))
         else:
             segments = (start + chunk, second, start, keys)
-        blocks.append(build_block(*segments, causal=peer == cp_rank, device=device))
+        blocks.append(build_block(*segments, causal=peer == cp_rank, device=device, places=places))
     return blocks
 
 
@@ -80,7 +85,15 @@ def merge_rows_(out: Tensor, lse: Tensor, block: Block, block_out: Tensor, block
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block | None], group: dist.ProcessGroup, scale: float, clock: WaitClock | None
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: list[Block | None],
+        group: dist.ProcessGroup,
+        scale: float,
+        clock: WaitClock | None,
+        dropout: AttentionDropout | None,
     ) -> Tensor:
         cp_size = len(blocks)
         accumulate = accumulator_dtype(q.dtype)
@@ -88,7 +101,7 @@ class _RingAttention(torch.autograd.Function):
         for step, block in enumerate(blocks):
             shift = start_ring_shift(kv, group, tag=KV_TAG) if step + 1 < cp_size else None
             if block is not None:
-                block_out, block_lse = block_forward(q, kv[0], kv[1], block, scale)
+                block_out, block_lse = block_forward(q, kv[0], kv[1], block, scale, dropout)
                 if step == 0:
                     out = spread_rows(block_out.to(accumulate), block.q_rows, len(q))
                     lse = spread_rows(block_lse.to(accumulate), block.q_rows, len(q))
@@ -100,7 +113,7 @@ class _RingAttention(torch.autograd.Function):
                 kv = shift.wait(clock)
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse)
-        ctx.blocks, ctx.group, ctx.scale, ctx.clock = blocks, group, scale, clock
+        ctx.blocks, ctx.group, ctx.scale, ctx.clock, ctx.dropout = blocks, group, scale, clock, dropout
         return result
 
     @staticmethod
@@ -118,7 +131,7 @@ class _RingAttention(torch.autograd.Function):
             # Filled before the gradient of the same shard arrives from the rank that had it before.
             dkv = torch.empty((2, *k.shape), dtype=accumulate, device=q.device)
             if block is not None:
-                block_dq, block_dk, block_dv = block_backward(dout, q, kv[0], kv[1], out, lse, block, ctx.scale)
+                block_dq, block_dk, block_dv = block_backward(dout, q, kv[0], kv[1], out, lse, block, ctx.scale, ctx.dropout)
                 (fill_rows_ if step == 0 else add_rows_)(dq, block.q_rows, block_dq)
                 fill_rows_(dkv[0], block.k_rows, block_dk)
                 fill_rows_(dkv[1], block.k_rows, block_dv)
@@ -134,7 +147,7 @@ class _RingAttention(torch.autograd.Function):
                 kv = kv_shift.wait(ctx.clock)
         if dkv_shift is not None:
             dkv = dkv_shift.wait(ctx.clock)
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None, None
+        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None, None, None
 
 
 def ring_attention_blocks(
@@ -146,9 +159,10 @@ def ring_attention_blocks(
     *,
     scale: float,
     clock: WaitClock | None = None,
+    dropout: AttentionDropout | None = None,
 ) -> Tensor:
-    """The ring over `group` with the blocks that `plan_ring` made for it."""
-    return _RingAttention.apply(q, k, v, blocks, group, scale, clock)
+    """The ring over `group` with the blocks that `plan_ring` made for it, with places where there is dropout."""
+    return _RingAttention.apply(q, k, v, blocks, group, scale, clock, dropout)
 
 
 def ring_attention(
@@ -160,17 +174,21 @@ def ring_attention(
     *,
     scale: float,
     clock: WaitClock | None = None,
+    dropout: AttentionDropout | None = None,
 ) -> Tensor:
     """Causal attention within each document of a row that is cut over `group` in zigzag order.
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size, hkv divides hq.
         clock: counts the time in which computation waits for a transfer.
+        dropout: of the probabilities; CPU only.
 
     Returns:
         [t, hq, d]; 0 in padding. Gradients of padding's q, k and v are 0.
     """
-    key = ("native_p2p", q.device)
+    key = ("native_p2p", q.device, dropout is not None)
     if key not in packed_seq.plans:
-        packed_seq.plans[key] = plan_ring(packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device)
-    return ring_attention_blocks(q, k, v, packed_seq.plans[key], group, scale=scale, clock=clock)
+        packed_seq.plans[key] = plan_ring(
+            packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device, with_places=dropout is not None
+        )
+    return ring_attention_blocks(q, k, v, packed_seq.plans[key], group, scale=scale, clock=clock, dropout=dropout)

@@ -33,6 +33,8 @@ class PackedSeq:
         positions: [T / cp_size] int64, index within its document of each token this rank holds.
         qkv_format: `thd` or `bshd`.
         layout: how the row is cut over the cp ranks (`cp.layout`).
+        first_ids: [documents] int64 on the host, the number in the whole run of each document's first token; a token's is that
+            plus its position. It names a token whatever the layout, for dropout.
         plans: what an attention backend prepared for this row, made once and read by every layer.
     """
 
@@ -44,6 +46,7 @@ class PackedSeq:
     positions: Tensor
     qkv_format: str
     layout: str
+    first_ids: np.ndarray
     plans: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -62,7 +65,13 @@ class PackedSeq:
             positions=move_tensor(self.positions),
             qkv_format=self.qkv_format,
             layout=self.layout,
+            first_ids=self.first_ids,
         )
+
+    def places(self, *, cp_size: int, cp_rank: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and positions of the tokens that a cp rank holds, [T / cp_size] int64 each."""
+        owned = shard_indices(self.padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=self.layout)
+        return ranges(self.first_ids, self.padded_lengths)[owned], ranges(np.zeros_like(self.padded_lengths), self.padded_lengths)[owned]
 
 
 def _running_sum(lengths: np.ndarray) -> Tensor:
@@ -77,12 +86,14 @@ def build_packed_seq(
     cp_rank: int = 0,
     qkv_format: str = "thd",
     layout: str = "zigzag",
+    first_ids: np.ndarray | None = None,
 ) -> tuple[PackedSeq, np.ndarray]:
     """Describe a row and say which of its tokens this rank holds.
 
     Args:
         lengths: [documents] real lengths; 0 is legal (a tail).
         padded_lengths: [documents] stored lengths.
+        first_ids: as `PackedSeq`'s; None: places in the row.
 
     Returns:
         The `PackedSeq` (CPU tensors) and the [T / cp_size] int64 indices into the row of this rank's tokens.
@@ -106,5 +117,6 @@ def build_packed_seq(
         positions=torch.from_numpy(positions),
         qkv_format=qkv_format,
         layout=layout,
+        first_ids=np.cumsum(padded_lengths) - padded_lengths if first_ids is None else first_ids,
     )
     return packed_seq, owned

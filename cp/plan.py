@@ -31,7 +31,7 @@ class Support:
         splits_heads: query heads must divide by the ranks that trade them (`a2a_size`).
         stride: takes `--heads-k-stride`.
         min_cp: fewest cp ranks.
-        dropout: attention dropout.
+        dropout: devices on which it can drop attention probabilities.
         library: package that must be installed, with the line that does.
         head_dim_multiple, head_dim_max: on CUDA, of one head.
         note: for the docs.
@@ -45,7 +45,7 @@ class Support:
     splits_heads: bool = False
     stride: bool = False
     min_cp: int = 1
-    dropout: bool = False
+    dropout: tuple[str, ...] = ()
     library: str | None = None
     head_dim_multiple: int = 8
     head_dim_max: int = 256
@@ -53,18 +53,27 @@ class Support:
 
 
 _NATIVE_DTYPES = {"cpu": ("bf16", "fp32", "fp64"), "cuda": ("bf16",)}
+_NATIVE_DROPOUT = ("cpu",)  # by explicit scores; CUDA's kernel would draw masks that depend on the layout
 _ZIGZAG = {"thd": ("zigzag",), "bshd": ("zigzag",)}
 _RING = "ring-flash-attn==0.1.8"
 _RING_FP32 = "its fp32 gradients are silently wrong"
 _BF16 = {"cpu": ("bf16",), "cuda": ("bf16",)}
 
 SUPPORT: tuple[Support, ...] = (
-    Support(backend="native", method="p2p", layouts=_ZIGZAG, dtypes=_NATIVE_DTYPES, note="ring; K and V of one neighbour at a time"),
+    Support(
+        backend="native",
+        method="p2p",
+        layouts=_ZIGZAG,
+        dtypes=_NATIVE_DTYPES,
+        dropout=_NATIVE_DROPOUT,
+        note="ring; K and V of one neighbour at a time",
+    ),
     Support(
         backend="native",
         method="all_gather",
         layouts={"thd": ("zigzag", "contiguous"), "bshd": ("zigzag", "contiguous")},
         dtypes=_NATIVE_DTYPES,
+        dropout=_NATIVE_DROPOUT,
         stride=True,
         note="K and V of some heads gathered; contiguous takes documents of any length",
     ),
@@ -73,6 +82,7 @@ SUPPORT: tuple[Support, ...] = (
         method="a2a",
         layouts=_ZIGZAG,
         dtypes=_NATIVE_DTYPES,
+        dropout=_NATIVE_DROPOUT,
         splits_heads=True,
         note="Ulysses: tokens traded for heads; fewer K/V heads than ranks are repeated",
     ),
@@ -81,6 +91,7 @@ SUPPORT: tuple[Support, ...] = (
         method="a2a+p2p",
         layouts=_ZIGZAG,
         dtypes=_NATIVE_DTYPES,
+        dropout=_NATIVE_DROPOUT,
         splits_heads=True,
         note="a2a among --cp-a2a-size neighbours, a ring over the rest",
     ),
@@ -182,11 +193,12 @@ def choose(
     head_dim: int,
     heads: int,
     groups: int,
+    dropout: float = 0.0,
 ) -> AttentionChoice:
     """The table's answer to a run's flags, `auto` and None replaced.
 
     Args:
-        layout: `auto` or a name; heads, groups: query and key/value heads of one tp rank.
+        layout: `auto` or a name; heads, groups: query and key/value heads of one tp rank; dropout: of attention probabilities.
 
     Raises:
         ValueError: one line that names the flag, what was asked and what is legal.
@@ -207,6 +219,10 @@ def choose(
         raise ValueError(f"{asked} needs --cp-size {row.min_cp} or more, not {cp_size}; use --cp-backend native for one rank")
     if groups != heads and not row.gqa:
         raise ValueError(f"--num-query-groups {groups} with --num-attention-heads {heads}: {asked} needs them equal")
+    if dropout and device not in row.dropout:
+        able = sorted({r.backend for r in SUPPORT if device in r.dropout})
+        others = f"--cp-backend {' or '.join(able)} can" if able else f"none can on {device}"
+        raise ValueError(f"--attention-dropout {dropout}: {asked} cannot drop attention on {device}; {others}, or use 0")
     if device == "cuda" and (head_dim % row.head_dim_multiple or head_dim > row.head_dim_max):
         raise ValueError(f"--kv-channels {head_dim}: {asked} on CUDA takes multiples of {row.head_dim_multiple} up to {row.head_dim_max}")
     return AttentionChoice(
@@ -292,6 +308,6 @@ def markdown_table() -> str:
         heads = "--cp-a2a-size" if row.method == "a2a+p2p" else "cp" if row.splits_heads else "any"
         lines.append(
             f"| {row.backend} | `{METHOD_FLAGS[row.backend]} {row.method}` | {' | '.join(layouts)} | {' | '.join(types)} | "
-            f"{'yes' if row.gqa else 'no'} | {heads} | {'yes' if row.dropout else 'no'} | {row.note} |"
+            f"{'yes' if row.gqa else 'no'} | {heads} | {', '.join(row.dropout) or 'no'} | {row.note} |"
         )
     return "\n".join(lines)

@@ -31,12 +31,17 @@ INDEX_VERSION = 1
 
 @dataclass(frozen=True)
 class Sequence:
-    """`seq_length` tokens with their labels. lengths, padded_lengths: of its documents, the tail included."""
+    """`seq_length` tokens with their labels.
+
+    lengths, padded_lengths: of its documents, the tail included.
+    first_id: the number of its first token in the whole run, epochs included.
+    """
 
     tokens: np.ndarray
     labels: np.ndarray
     lengths: np.ndarray
     padded_lengths: np.ndarray
+    first_id: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +151,8 @@ class SequenceDataset:
         index = self.epoch(epoch)
         assert len(index) == self.sequences_per_epoch
         pieces = index.sequence(at)
-        return self._from_stream(pieces) if self.packing == "stream" else self._from_pieces(pieces)
+        sequence = self._from_stream(pieces) if self.packing == "stream" else self._from_pieces(pieces)
+        return replace(sequence, first_id=n * self.seq_length)
 
     def empty_sequence(self) -> Sequence:
         """All padding: fills the last batch of an evaluation without counting."""
@@ -203,7 +209,10 @@ def build_batch(
         sequences = _without_tails(sequences, unit=row_unit or 2 * cp_size)
     lengths = np.concatenate([s.lengths for s in sequences])
     padded_lengths = np.concatenate([s.padded_lengths for s in sequences])
-    packed_seq, owned = build_packed_seq(lengths, padded_lengths, cp_size=cp_size, cp_rank=cp_rank, qkv_format=qkv_format, layout=layout)
+    first_ids = np.concatenate([s.first_id + np.cumsum(s.padded_lengths) - s.padded_lengths for s in sequences])
+    packed_seq, owned = build_packed_seq(
+        lengths, padded_lengths, cp_size=cp_size, cp_rank=cp_rank, qkv_format=qkv_format, layout=layout, first_ids=first_ids
+    )
     tokens = np.concatenate([s.tokens for s in sequences])
     labels = np.concatenate([s.labels for s in sequences])
     row_hash = None
@@ -228,7 +237,8 @@ def _without_tails(sequences: list[Sequence], *, unit: int) -> list[Sequence]:
     kept = []
     for s in sequences:
         real = np.repeat(s.lengths > 0, s.padded_lengths)
-        kept.append(Sequence(s.tokens[real], s.labels[real], s.lengths[s.lengths > 0], s.padded_lengths[s.lengths > 0]))
+        assert (s.lengths[:-1] > 0).all(), "only the last document of a sequence is a tail"
+        kept.append(Sequence(s.tokens[real], s.labels[real], s.lengths[s.lengths > 0], s.padded_lengths[s.lengths > 0], s.first_id))
     total = sum(len(s.tokens) for s in kept)
     missing = -total % unit or (unit if not total else 0)
     if missing:

@@ -39,6 +39,8 @@ class GPTConfig:
     qk_norm: bool = False
     tie_embeddings: bool = False
     init_std: float = 0.02
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
 
     @property
     def queries_per_group(self) -> int:

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cp.attention import Attention
+from cp.kernels import to_device
 from cp.packed_seq import PackedSeq
 from model.config import GPTConfig
+from model.dropout import HiddenDropout
 from model.loss import chunked_cross_entropy
 from model.rope import rotary_frequencies, rotary_tables
 from model.torch_layers import ColumnParallelLinear, RMSNorm, VocabParallelEmbedding
@@ -45,6 +47,7 @@ class GPT(nn.Module):
         z_loss: weight of log(Z)^2; 0 turns it off.
         compute_dtype: what FSDP casts parameters to, and so the hidden states'; None: `dtype`.
         recompute: of `TransformerLayer`.
+        dropout_seed: of the masks of `config`'s dropout.
         layers: those of this stage; None: all. The stage with the first one embeds, that with the last one has the output.
     """
 
@@ -61,6 +64,7 @@ class GPT(nn.Module):
         compute_dtype: torch.dtype | None = None,
         layers: range | None = None,
         recompute: str = "none",
+        dropout_seed: int = 0,
     ) -> None:
         super().__init__()
         layers = range(config.num_layers) if layers is None else layers
@@ -73,7 +77,11 @@ class GPT(nn.Module):
         if self.is_first or (self.is_last and config.tie_embeddings):  # the last stage of several holds a copy
             self.embedding = VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         # By their number in the whole model, so that names do not depend on the stage.
-        self.layers = nn.ModuleDict({str(i): TransformerLayer(config, attention, cp_group, dtype, tp, recompute) for i in layers})
+        self.layers = nn.ModuleDict(
+            {str(i): TransformerLayer(config, attention, cp_group, dtype, tp, recompute, number=i, seed=dropout_seed) for i in layers}
+        )
+        self.cp_group = cp_group
+        self.after_embedding = HiddenDropout(config.hidden_dropout, seed=dropout_seed, name="embedding")
         if self.is_last:
             self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_epsilon, dtype=dtype)
             if not config.tie_embeddings:
@@ -138,9 +146,11 @@ class GPT(nn.Module):
 
     def _hidden(self, x: Tensor, packed_seq: PackedSeq) -> Tensor:
         """Through this stage's layers, and on the last stage the final norm with all tokens on every tp rank."""
+        token_ids = self._token_ids(packed_seq, x.device) if self.config.hidden_dropout and self.training else None
         if self.is_first:
             assert self.embedding is not None
             x = self.embedding(x)  # [t, h], or [t / tp, h] with sequence parallelism
+            x = self.after_embedding(x, token_ids)
         table_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         frequencies = rotary_frequencies(
             head_dim=self.config.kv_channels,
@@ -151,10 +161,20 @@ class GPT(nn.Module):
             device=packed_seq.positions.device,
         )
         cos, sin = rotary_tables(packed_seq.positions, frequencies, dtype=table_dtype)
-        row = RowContext(packed_seq, cos, sin)
+        row = RowContext(packed_seq, cos, sin, token_ids)
         for layer in self.layers.values():
             x = layer(x, row)
         return self.tp.enter(self.final_norm(x)) if self.final_norm is not None else x
+
+    def _token_ids(self, packed_seq: PackedSeq, device: torch.device) -> Tensor:
+        """Of the tokens of this rank's residual stream, made once a microbatch and device."""
+        key = ("token ids", device)
+        if key not in packed_seq.plans:
+            ids, _ = packed_seq.places(cp_size=self.cp_group.size(), cp_rank=self.cp_group.rank())
+            if self.tp.sequence_parallel:
+                ids = ids.reshape(self.tp.size, -1)[self.tp.rank]
+            packed_seq.plans[key] = to_device(ids, device)
+        return packed_seq.plans[key]
 
     def _loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return chunked_cross_entropy(

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cp.attention import Attention
+from cp.dropped import AttentionDropout
 from cp.packed_seq import PackedSeq
 from model.config import RECOMPUTE, GPTConfig
+from model.dropout import HiddenDropout
 from model.rope import apply_rotary
 from model.torch_layers import LayerNormLinear, LayerNormMLP, RMSNorm, RowParallelLinear
+from parallel.keyed_random import key_of
 from parallel.tensor import TensorParallel
 
 
@@ -22,21 +25,29 @@ class RowContext(NamedTuple):
     """What every layer needs to know of the row: made once a microbatch.
 
     cos, sin: [t, kv_channels / 2] rotary tables of this rank's tokens.
+    token_ids: of the tokens of this rank's residual stream, [t], or [t / tp] with sequence parallelism; None without hidden dropout.
     """
 
     packed_seq: PackedSeq
     cos: Tensor
     sin: Tensor
+    token_ids: Tensor | None = None
 
 
 class SelfAttention(nn.Module):
     """Grouped-query attention (arXiv:2305.13245) with rotary positions, over the cp group; 1/tp of the groups on each rank."""
 
     def __init__(
-        self, config: GPTConfig, attention: Attention, cp_group: dist.ProcessGroup, dtype: torch.dtype, tp: TensorParallel
+        self,
+        config: GPTConfig,
+        attention: Attention,
+        cp_group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        tp: TensorParallel,
+        dropout: AttentionDropout | None,
     ) -> None:
         super().__init__()
-        self.config, self.attention, self.cp_group = config, attention, cp_group
+        self.config, self.attention, self.cp_group, self.dropout = config, attention, cp_group, dropout
         self.groups = tp.share(config.num_query_groups, "query groups")
         eps = config.norm_epsilon
         self.qkv = LayerNormLinear(config.hidden_size, config.qkv_size, eps=eps, dtype=dtype, tp=tp)
@@ -52,7 +63,8 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = apply_rotary(q, row.cos, row.sin).flatten(1, 2)  # [t, hq, d]
         k = apply_rotary(k, row.cos, row.sin).flatten(1, 2)  # [t, g, d]
-        out = self.attention(q, k, v.flatten(1, 2), row.packed_seq, self.cp_group)  # [t, hq, d]
+        options = {"dropout": self.dropout} if self.dropout is not None and self.training else {}
+        out = self.attention(q, k, v.flatten(1, 2), row.packed_seq, self.cp_group, **options)  # [t, hq, d]
         return self.output(out.flatten(1, 2))
 
 
@@ -62,6 +74,8 @@ class TransformerLayer(nn.Module):
     Args:
         recompute: what the backward pass computes again instead of keeping it: `none`, `selective` (the MLP, whose activations
             are the widest), or `full` (everything between the layer's input and output). The gradients are the same bits.
+        number: of the layer in the whole model.
+        seed: of the dropout masks.
     """
 
     def __init__(
@@ -72,11 +86,20 @@ class TransformerLayer(nn.Module):
         dtype: torch.dtype,
         tp: TensorParallel,
         recompute: str = "none",
+        *,
+        number: int,
+        seed: int,
     ) -> None:
         super().__init__()
         assert recompute in RECOMPUTE
         self.recompute = recompute
-        self.attention = SelfAttention(config, attention, cp_group, dtype, tp)
+        dropped = None
+        if config.attention_dropout:
+            first_head = tp.rank * tp.share(config.num_attention_heads, "query heads")
+            dropped = AttentionDropout(config.attention_dropout, key_of(seed, f"dropout layers.{number}.scores"), first_head)
+        self.attention = SelfAttention(config, attention, cp_group, dtype, tp, dropped)
+        self.after_attention = HiddenDropout(config.hidden_dropout, seed=seed, name=f"layers.{number}.attention")
+        self.after_mlp = HiddenDropout(config.hidden_dropout, seed=seed, name=f"layers.{number}.mlp")
         self.mlp = LayerNormMLP(config.hidden_size, config.ffn_hidden_size, eps=config.norm_epsilon, dtype=dtype, tp=tp)
 
     def forward(self, x: Tensor, row: RowContext) -> Tensor:
@@ -85,12 +108,11 @@ class TransformerLayer(nn.Module):
         return self._block(x, row)
 
     def _block(self, x: Tensor, row: RowContext) -> Tensor:
-        x = x + self.attention(x, row)
-        if self.recompute == "selective" and torch.is_grad_enabled():
-            return x + _again(self.mlp, x)
-        return x + self.mlp(x)
+        x = x + self.after_attention(self.attention(x, row), row.token_ids)
+        recompute = self.recompute == "selective" and torch.is_grad_enabled()
+        return x + self.after_mlp(_again(self.mlp, x) if recompute else self.mlp(x), row.token_ids)
 
 
 def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args), computed anew in the backward pass. Nothing in it is random."""
+    """function(*args), computed anew in the backward pass. Dropout's masks are functions of places, so no random state is kept."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parallel.keyed_random import keep_mask, key_of
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, lengths, padded_lengths, *, scale: float) -> Tensor:
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, lengths, padded_lengths, *, scale: float, kept: Tensor | None = None) -> Tensor:
     """Causal attention within each document by an explicit [T, T] mask.
 
-    q [T, hq, d]; k, v [T, hkv, d] of the whole row in order. Rows of padding are 0.
+    q [T, hq, d]; k, v [T, hkv, d] of the whole row in order. Rows of padding are 0. kept: [hq, T, T], what probabilities are times.
     """
     document = np.full(int(np.sum(padded_lengths)), -1)
     at = 0
@@ -26,6 +28,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, lengths, padded_lengths, *,
     scores = scores.masked_fill(~allowed, float("-inf"))
     # A row of padding has no key: softmax of all -inf is nan, so give it weight 0 by hand.
     weights = torch.softmax(scores.masked_fill(~allowed.any(1)[:, None], 0.0), -1) * allowed
+    if kept is not None:
+        weights = weights * kept
     return torch.einsum("hqk,khd->qhd", weights, v)
 
 
@@ -54,11 +58,25 @@ def random_documents(rng: np.random.Generator, row_length: int, alignment: int) 
     return np.array(real), np.array(padded)
 
 
-def reference_loss(weights: dict[str, Tensor], config, tokens: Tensor, labels: Tensor, lengths, padded_lengths) -> Tensor:
+def reference_loss(
+    weights: dict[str, Tensor], config, tokens: Tensor, labels: Tensor, lengths, padded_lengths, *, first_id: int = 0, seed: int = 0
+) -> Tensor:
     """Sum of the labelled tokens' cross-entropies of one row, from canonical weights; plain float64 code of its own.
 
-    weights: by canonical name; tokens, labels [T] of the whole row in order.
+    weights: by canonical name; tokens, labels [T] of the whole row in order. first_id, seed: of dropout's masks, whose hash is the
+    only thing shared with the code under test.
     """
+    ids = first_id + torch.arange(len(tokens))
+    within = torch.cat([torch.arange(n) for n in padded_lengths])
+
+    def dropped(x: Tensor, place: str) -> Tensor:
+        rate = config.hidden_dropout
+        return x * keep_mask(key_of(seed, f"dropout {place}"), ids, torch.arange(x.shape[1]), rate) / (1 - rate)
+
+    def kept_scores(layer: int) -> Tensor:
+        rate, key = config.attention_dropout, key_of(seed, f"dropout layers.{layer}.scores")
+        return torch.stack([keep_mask(key, ids, head * 2**32 + within, rate) for head in range(config.num_attention_heads)]) / (1 - rate)
+
     groups, per_group, dim = config.num_query_groups, config.num_attention_heads // config.num_query_groups, config.kv_channels
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -72,7 +90,7 @@ def reference_loss(weights: dict[str, Tensor], config, tokens: Tensor, labels: T
         turned = torch.complex(x[..., : dim // 2].contiguous(), x[..., dim // 2 :].contiguous()) * turn
         return torch.cat((turned.real, turned.imag), -1)
 
-    x = weights["embedding.weight"][tokens]
+    x = dropped(weights["embedding.weight"][tokens], "embedding")
     for layer in range(config.num_layers):
         w = {name.split(".", 2)[2]: value for name, value in weights.items() if name.startswith(f"layers.{layer}.")}
         normed = norm(x, w["attention.qkv.layer_norm_weight"])
@@ -85,11 +103,11 @@ def reference_loss(weights: dict[str, Tensor], config, tokens: Tensor, labels: T
         q, k, v = (torch.stack(heads, 1) for heads in (queries, keys, values))
         if config.qk_norm:
             q, k = norm(q, w["attention.q_norm.weight"]), norm(k, w["attention.k_norm.weight"])
-        out = dense_attention(rotate(q), rotate(k), v, lengths, padded_lengths, scale=dim**-0.5)
-        x = x + out.flatten(1) @ w["attention.output.weight"].T
+        out = dense_attention(rotate(q), rotate(k), v, lengths, padded_lengths, scale=dim**-0.5, kept=kept_scores(layer))
+        x = x + dropped(out.flatten(1) @ w["attention.output.weight"].T, f"layers.{layer}.attention")
         normed = norm(x, w["mlp.layer_norm_weight"])
         gate, up = normed @ w["mlp.gate_weight"].T, normed @ w["mlp.up_weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ w["mlp.fc2_weight"].T
+        x = x + dropped((gate * torch.sigmoid(gate) * up) @ w["mlp.fc2_weight"].T, f"layers.{layer}.mlp")
     head = weights["embedding.weight"] if config.tie_embeddings else weights["lm_head.weight"]
     logits = norm(x, weights["final_norm.weight"]) @ head[: config.vocab_size].T
     counted = labels >= 0

@@ -33,6 +33,7 @@ from torch import Tensor
 
 import train
 from cp.attention import build_attention
+from cp.dropped import AttentionDropout
 from cp.packed_seq import PackedSeq
 from cp.plan import AttentionChoice, cells, smallest_alignment
 from data.loader import Batch, BatchPlan, Sequence, SequenceDataset, build_batch
@@ -52,11 +53,14 @@ TOLERANCE = 4.0  # an error may be this many times its noise floor
 QUERY_CHUNK = 1024  # rows of scores that exist at a time in the reference attention
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: object = None) -> Tensor:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: object = None, *, dropout: AttentionDropout | None = None
+) -> Tensor:
     """Causal attention within each document of a whole row, by an explicit mask, a chunk of queries at a time.
 
     q [T, hq, d]; k, v [T, hkv, d]. Padding rows are 0. Differentiable by autograd.
     """
+    ids, positions = (torch.from_numpy(x).to(q.device) for x in packed_seq.places(cp_size=1, cp_rank=0))
     document, number, at = torch.full((len(q),), -1), 0, 0
     for real, stored in zip(packed_seq.lengths.tolist(), packed_seq.padded_lengths.tolist(), strict=True):
         document[at : at + real] = number
@@ -71,6 +75,8 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, 
         is_real = (document[rows] >= 0)[:, None, None]
         scores = torch.einsum("qhd,khd->hqk", q[rows], k) * q.shape[-1] ** -0.5
         weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1)
+        if dropout is not None:
+            weights = weights * dropout.kept(ids[rows], positions, q.shape[1]) / (1 - dropout.rate)
         parts.append(torch.einsum("hqk,khd->qhd", weights, v) * is_real)
     return torch.cat(parts)
 
@@ -164,6 +170,7 @@ def run_one_rank(
             dtype=torch.float64 if dtype == "fp64" else torch.float32,
             loss_chunk_size=args.loss_chunk_size,
             z_loss=args.z_loss,
+            dropout_seed=args.seed,
         )
     compute = train.COMPUTE_DTYPES[dtype]
     shard_model(model, model.layers.values(), grid, device_type=device.type, compute_dtype=compute, reshard_after_forward=False)

@@ -117,6 +117,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--qk-norm", action=SWITCH, default=False, help="RMSNorm on each query and key head")
     group.add_argument("--tie-embeddings", action=SWITCH, default=False, help="one matrix for embedding and output")
     group.add_argument("--make-vocab-size-divisible-by", type=int, default=128, help="the vocabulary is padded to a multiple of it")
+    group.add_argument(
+        "--hidden-dropout", type=float, default=0.0, help="share of channels dropped after embedding, attention and MLP; 0: none"
+    )
+    group.add_argument("--attention-dropout", type=float, default=0.0, help="share of attention probabilities dropped; 0: none")
     group.add_argument("--init-method-std", type=float, default=0.02, help="standard deviation of initial weights")
     group.add_argument("--transformer-impl", choices=TRANSFORMER_IMPLS, default="torch", help="whose layers: torch, plain PyTorch")
 
@@ -425,7 +429,7 @@ def _check_positive(args: argparse.Namespace) -> None:
         (at_least_one, lambda x: x >= 1, "at least 1"),
         (not_negative, lambda x: 0 <= x < float("inf"), "0 or more"),
         (above_zero, lambda x: 0 < x < float("inf"), "above 0"),
-        (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "from 0 to below 1"),
+        (("adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout"), lambda x: 0 <= x < 1, "from 0 to below 1"),
     ):
         for name in names:
             value = getattr(args, name)
@@ -493,6 +497,7 @@ def _resolve_attention(args: argparse.Namespace, chosen: list[str]) -> None:
         head_dim=args.kv_channels,
         heads=args.num_attention_heads // args.tp_size,
         groups=args.num_query_groups // args.tp_size,
+        dropout=args.attention_dropout,
     )
     if args.cp_backend == "ring":
         for package in ("ring_flash_attn", *(["flash_attn"] if args.device == "cuda" else [])):
@@ -665,4 +670,6 @@ def model_config(args: argparse.Namespace, *, vocab_size: int, padded_vocab_size
         qk_norm=args.qk_norm,
         tie_embeddings=args.tie_embeddings,
         init_std=args.init_method_std,
+        hidden_dropout=args.hidden_dropout,
+        attention_dropout=args.attention_dropout,
     )

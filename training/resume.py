@@ -22,7 +22,7 @@ from training.checkpoint_files import DamagedCheckpoint, checkpoints, find_check
 # Facts of a run that may change when it goes on from a checkpoint; what changed is printed.
 FREE_FACTS = (
     "--dtype", "--lr", "--min-lr", "--lr-warmup-iters", "--lr-decay-iters", "--lr-decay-style", "--lr-wsd-decay-iters",
-    "--weight-decay", "--adam-beta1", "--adam-beta2", "--adam-eps", "--clip-grad", "--z-loss",
+    "--weight-decay", "--adam-beta1", "--adam-beta2", "--adam-eps", "--clip-grad", "--z-loss", "--hidden-dropout", "--attention-dropout",
 )  # fmt: skip
 # What a new run that takes only the weights may change of the model: how positions turn.
 FREE_OF_WEIGHTS = ("model rotary_base", "model rope_scaling", "model rope_scaling_factor", "model rope_original_seq_length")
@@ -93,7 +93,7 @@ def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequence
     data_flags = ("seq_length", "global_batch_size", "document_alignment", "packing", "qkv_format", "data_split", "seed")
     facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in data_flags}
     facts |= {name: getattr(args, name.removeprefix("--").replace("-", "_")) for name in FREE_FACTS}
-    facts |= {f"model {name}": value for name, value in asdict(config).items()}
+    facts |= {f"model {name}": value for name, value in asdict(config).items() if not name.endswith("_dropout")}
     facts["weights' dtype"] = "fp64" if args.dtype == "fp64" else "fp32"
     return facts | {"tokenizer": tokenizer.fingerprint, "training documents": sequences.fingerprint()}
 

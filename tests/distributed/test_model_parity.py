@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cp.attention import build_attention
+from cp.attention import Attention, build_attention
 from cp.packed_seq import build_packed_seq
 from cp.plan import AttentionChoice
 from data.loader import Batch, Sequence, build_batch
@@ -95,7 +95,7 @@ def rows_of(qkv_format: str) -> list[Sequence]:
         real = np.concatenate([np.arange(p) < n for n, p in zip(lengths, padded, strict=True)])
         labels[~real] = -100
         labels[rng.random(ROW_LENGTH) < 0.2 * row] = -100  # rows weigh differently
-        rows.append(Sequence(tokens, labels, lengths, padded))
+        rows.append(Sequence(tokens, labels, lengths, padded, first_id=row * ROW_LENGTH))
     return rows
 
 
@@ -108,6 +108,7 @@ def built(
     sequence_parallel: bool = True,
     virtual_stages: int = 1,
     recompute: str = "none",
+    attention: Attention | None = None,
 ) -> GPT | Stages:
     compute = DTYPES[dtype]
     tp = TensorParallel(grid.group("tp"), sequence_parallel and grid.size("tp") > 1)
@@ -117,7 +118,7 @@ def built(
         with torch.device("meta"):
             chunk = GPT(
                 config,
-                attention=build_attention(P2P[qkv_format], head_dim=config.kv_channels),
+                attention=attention or build_attention(P2P[qkv_format], head_dim=config.kv_channels),
                 cp_group=grid.group("cp"),
                 dtype=torch.float64 if dtype == "fp64" else torch.float32,
                 compute_dtype=compute,
@@ -125,6 +126,7 @@ def built(
                 loss_chunk_size=24,
                 layers=layers,
                 recompute=recompute,
+                dropout_seed=SEED,
             )
         shard_model(chunk, chunk.layers.values(), grid, device_type="cpu", compute_dtype=compute, reshard_after_forward=reshard)
         chunks.append(chunk)
@@ -218,7 +220,9 @@ def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes, steps: int
         total, count = torch.zeros((), dtype=torch.float64), 0
         for row in rows:
             labels = torch.from_numpy(row.labels)
-            total = total + reference_loss(weights, config, torch.from_numpy(row.tokens), labels, row.lengths, row.padded_lengths)
+            total = total + reference_loss(
+                weights, config, torch.from_numpy(row.tokens), labels, row.lengths, row.padded_lengths, first_id=row.first_id, seed=SEED
+            )
             count += int((labels >= 0).sum())
         loss = total / count
         loss.backward()

@@ -73,6 +73,18 @@ REFUSALS = [
     (["--resume", "--load", "x", "--run-dir", "y"], 1, ["--resume", "--load"]),
     (["--load-weights-only"], 1, ["--load-weights-only", "--load"]),
     (["--load-fallback"], 1, ["--load-fallback", "--load or --resume"]),
+    (
+        ["--attention-dropout", "0.1", "--cp-backend", "pytorch", "--qkv-format", "bshd"],
+        1,
+        ["--attention-dropout 0.1", "pytorch", "native"],
+    ),
+    (
+        ["--attention-dropout", "0.1", "--cp-backend", "ring", "--dtype", "bf16", "--cp-size", "2"],
+        2,
+        ["--attention-dropout 0.1", "ring", "native"],
+    ),
+    (["--attention-dropout", "1"], 1, ["--attention-dropout 1", "below 1"]),
+    (["--hidden-dropout", "nan"], 1, ["--hidden-dropout nan"]),
     (["--rope-scaling", "yarn"], 1, ["--rope-scaling", "yarn", "linear"]),
     (["--rope-scaling-factor", "0"], 1, ["--rope-scaling-factor 0"]),
     (["--config", "no/such.yaml"], 1, ["--config no/such.yaml"]),

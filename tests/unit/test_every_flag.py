@@ -20,7 +20,7 @@ SWITCHES = [action.option_strings[0] for action in ACTIONS if action.nargs == 0]
 ZERO_IS_LEGAL = {
     "--num-workers", "--seed", "--z-loss", "--min-lr", "--lr-warmup-iters", "--lr-wsd-decay-iters", "--weight-decay", "--adam-beta1",
     "--adam-beta2", "--clip-grad", "--eval-interval", "--save-interval", "--verify-steps", "--sample-tokens",
-    "--keep-checkpoints",
+    "--keep-checkpoints", "--hidden-dropout", "--attention-dropout",
 }  # fmt: skip
 
 

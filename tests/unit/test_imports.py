@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"parallel", "cp", "model", "data"},
 }
 ROOMS = {*MAY_IMPORT, "train", "tools", "benchmarks", "tests"}
-NARROWER = {"data": {"cp.packed_seq", "cp.layout"}, "cp": {"parallel.collectives"}}
+NARROWER = {"data": {"cp.packed_seq", "cp.layout"}, "cp": {"parallel.collectives", "parallel.keyed_random"}}
 
 
 def imported(source: str) -> set[str]:
