@@ -262,12 +262,13 @@ class Rank:
         }
 
 
-def _serve(rank: int, size: int, threads: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, size: int, threads: int, port: int, pipe: Connection, what: type) -> None:
     torch.set_num_threads(threads)
     if size > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     initialise_distributed(read_launch(), "cpu", timeout_minutes=10)  # the allocator's settings, too, for all alike
-    state = Rank()
+    state = what()
     while True:
         method, arguments = pipe.recv()
         try:
@@ -277,9 +278,9 @@ def _serve(rank: int, size: int, threads: int, port: int, pipe: Connection) -> N
 
 
 class World:
-    """`size` processes of `threads` threads each."""
+    """`size` processes of `threads` threads each, that can be told what `what` has methods for."""
 
-    def __init__(self, size: int, *, threads: int) -> None:
+    def __init__(self, size: int, *, threads: int, what: type = Rank) -> None:
         context = multiprocessing.get_context("spawn")
         os.environ["OMP_NUM_THREADS"] = str(threads)
         with socket.socket() as free:
@@ -289,12 +290,12 @@ class World:
         for rank in range(size):
             ours, theirs = context.Pipe()
             self.pipes.append(ours)
-            self.processes.append(context.Process(target=_serve, args=(rank, size, threads, port, theirs), daemon=True))
+            self.processes.append(context.Process(target=_serve, args=(rank, size, threads, port, theirs, what), daemon=True))
             self.processes[-1].start()
             theirs.close()
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """`Rank`'s method on every rank; what each returned."""
+        """A method on every rank; what each returned."""
         for pipe in self.pipes:
             pipe.send((method, arguments))
         results: dict[int, Any] = {}

@@ -201,7 +201,8 @@ class Saver:
         parts = {key: {name: self._copy(key, part) for name, part in named.items()} for key, named in parts.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies must be complete before the next step writes
-        self._thread = threading.Thread(target=self._write_in_background, args=(parts, step, facts), name="checkpoint", daemon=True)
+        # Not a daemon: a run that ends for a reason of its own still finishes the save under way.
+        self._thread = threading.Thread(target=self._write_in_background, args=(parts, step, facts), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:

@@ -299,8 +299,21 @@ def test_validation_loss_does_not_depend_on_the_layout(base, tmp_path: Path) -> 
         assert one["validation_loss"] == pytest.approx(grid["validation_loss"], rel=1e-9)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_unsaved(base, tmp_path: Path) -> None:
-    flags = ["--lr", "1e30", "--clip-grad", "0", "--save-interval", "1", "--run-dir", str(tmp_path), "--cp-size", "2"]
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(base, tmp_path: Path, asynchronous: bool) -> None:
+    """The save under way is finished."""
+    flags = ["--async-save"] * asynchronous + [
+        "--lr",
+        "1e30",
+        "--clip-grad",
+        "0",
+        "--save-interval",
+        "1",
+        "--run-dir",
+        str(tmp_path),
+        "--cp-size",
+        "2",
+    ]
     result = run_train(2, *base, *flags)
     assert result.returncode != 0 and result.stderr.count("train.py: step") == 1, result.stderr
     assert 'File "train.py"' not in result.stderr
