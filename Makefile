@@ -4,16 +4,20 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 NPROC ?= 4
 ARGS ?=
+TE_PYTHON ?= python3
 
-.PHONY: setup train test test-full lint bench clean
+.PHONY: setup train test test-full test-te-import lint bench clean
 
 setup: $(STAMP)
 
 # torch first and by itself: asked for through another package, pip may pick another build of it.
-$(STAMP): requirements.txt
+# Transformer Engine's Python sources (1 MB, no CUDA, not on the path) are what tests/unit/test_te_contract.py checks our calls against.
+$(STAMP): requirements.txt requirements-gpu.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	rm -rf .venv/te_sources
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/te_sources "$$(sed -n 's/\[pytorch\]//p' requirements-gpu.txt)"
 	touch $(STAMP)
 
 train: $(STAMP)
@@ -25,6 +29,10 @@ test: $(STAMP)
 # All of it, also what only repeats on more layouts what every push sees: about twice as long.
 test-full: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "full or not full" $(ARGS)
+
+# Transformer Engine itself, without a GPU (docs/gpu.md): TE_PYTHON is an environment's python in which it can be imported.
+test-te-import:
+	OMP_NUM_THREADS=1 $(TE_PYTHON) -m pytest -p no:cacheprovider tests/te_import $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

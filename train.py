@@ -128,6 +128,7 @@ def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.de
                 layers=layers,
                 recompute=args.recompute,
                 dropout_seed=args.seed,
+                implementation=args.transformer_impl,
             )
         shard_model(
             chunk,

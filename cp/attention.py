@@ -49,6 +49,10 @@ def build_attention(
         from cp.pytorch_cp import pytorch_attention  # private names of PyTorch, imported where they are chosen
 
         return partial(pytorch_attention, scale=scale, rotate_method=choice.method, load_balance=choice.layout == "zigzag")
+    if choice.backend == "te":
+        from cp.te_attention import TEAttention  # an optional library
+
+        return TEAttention(choice.method, a2a_groups)
     assert choice.backend == "ring"
     from cp.ring_flash import ring_flash_attention  # an optional library
 

@@ -16,7 +16,7 @@ QKV_FORMATS = ("thd", "bshd")
 DTYPES = ("bf16", "fp32", "fp64")
 
 # The flag that chooses among a backend's methods.
-METHOD_FLAGS = {"native": "--cp-comm-type", "ring": "--ring-attn-func", "pytorch": "--cp-rotate-method"}
+METHOD_FLAGS = {"native": "--cp-comm-type", "te": "--cp-comm-type", "ring": "--ring-attn-func", "pytorch": "--cp-rotate-method"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Support:
         dtypes: compute types by device; a device that is absent is refused.
         gqa: fewer key/value heads than query heads.
         splits_heads: query heads must divide by the ranks that trade them (`a2a_size`).
+        splits_kv_heads: so must key/value heads.
         stride: takes `--heads-k-stride`.
         min_cp: fewest cp ranks.
         dropout: devices on which it can drop attention probabilities.
@@ -43,6 +44,7 @@ class Support:
     dtypes: Mapping[str, tuple[str, ...]]
     gqa: bool = True
     splits_heads: bool = False
+    splits_kv_heads: bool = False
     stride: bool = False
     min_cp: int = 1
     dropout: tuple[str, ...] = ()
@@ -55,6 +57,8 @@ class Support:
 _NATIVE_DTYPES = {"cpu": ("bf16", "fp32", "fp64"), "cuda": ("bf16",)}
 _NATIVE_DROPOUT = ("cpu",)  # by explicit scores; CUDA's kernel would draw masks that depend on the layout
 _ZIGZAG = {"thd": ("zigzag",), "bshd": ("zigzag",)}
+_TE = "transformer-engine[pytorch]==2.20.2"
+_TE_DTYPES = {"cuda": ("bf16",)}
 _RING = "ring-flash-attn==0.1.8"
 _RING_FP32 = "its fp32 gradients are silently wrong"
 _BF16 = {"cpu": ("bf16",), "cuda": ("bf16",)}
@@ -94,6 +98,42 @@ SUPPORT: tuple[Support, ...] = (
         dropout=_NATIVE_DROPOUT,
         splits_heads=True,
         note="a2a among --cp-a2a-size neighbours, a ring over the rest",
+    ),
+    Support(
+        backend="te",
+        method="p2p",
+        layouts=_ZIGZAG,
+        dtypes=_TE_DTYPES,
+        library=_TE,
+        note="Transformer Engine's ring; not run on a GPU yet",
+    ),
+    Support(
+        backend="te",
+        method="all_gather",
+        layouts=_ZIGZAG,
+        dtypes=_TE_DTYPES,
+        library=_TE,
+        note="K and V of all heads gathered; not run on a GPU yet",
+    ),
+    Support(
+        backend="te",
+        method="a2a",
+        layouts=_ZIGZAG,
+        dtypes=_TE_DTYPES,
+        splits_heads=True,
+        splits_kv_heads=True,
+        library=_TE,
+        note="not run on a GPU yet",
+    ),
+    Support(
+        backend="te",
+        method="a2a+p2p",
+        layouts=_ZIGZAG,
+        dtypes=_TE_DTYPES,
+        splits_heads=True,
+        splits_kv_heads=True,
+        library=_TE,
+        note="not run on a GPU yet",
     ),
     Support(
         backend="ring", method="zigzag", layouts=_ZIGZAG, dtypes=_BF16, min_cp=2, library=_RING, note=f"padding is computed; {_RING_FP32}"
@@ -160,9 +200,13 @@ class AttentionChoice:
     heads_k_stride: int = 1
 
 
-def resolve_backend(name: str) -> str:
-    """The backend that `--cp-backend auto` means; any other name is returned as it is."""
-    return "native" if name == "auto" else name
+def resolve_backend(name: str, *, has_te: bool = False) -> str:
+    """The backend that `--cp-backend auto` means; any other name is returned as it is.
+
+    Args:
+        has_te: the layers are Transformer Engine's.
+    """
+    return ("te" if has_te else "native") if name == "auto" else name
 
 
 def smallest_alignment(layout: str, cp_size: int) -> int:
@@ -231,12 +275,12 @@ def choose(
         qkv_format=qkv_format,
         layout=layout,
         cp_size=cp_size,
-        a2a_size=_a2a_size(row, asked, cp_size, a2a_size, heads),
+        a2a_size=_a2a_size(row, asked, cp_size, a2a_size, heads, groups),
         heads_k_stride=_heads_k_stride(row, asked, heads_k_stride, groups),
     )
 
 
-def _a2a_size(row: Support, asked: str, cp_size: int, a2a_size: int | None, heads: int) -> int:
+def _a2a_size(row: Support, asked: str, cp_size: int, a2a_size: int | None, heads: int, groups: int) -> int:
     if row.method != "a2a+p2p":
         if a2a_size is not None:
             raise ValueError(f"--cp-a2a-size {a2a_size} belongs to --cp-comm-type a2a+p2p, not to {asked}")
@@ -246,12 +290,14 @@ def _a2a_size(row: Support, asked: str, cp_size: int, a2a_size: int | None, head
     if cp_size % a2a_size:
         legal = [a for a in range(1, cp_size + 1) if cp_size % a == 0]
         raise ValueError(f"--cp-a2a-size {a2a_size} does not divide --cp-size {cp_size}; choose from {', '.join(map(str, legal))}")
-    if heads % a2a_size:
-        legal = [a for a in range(1, heads + 1) if heads % a == 0]
-        flag = "--cp-a2a-size" if row.method == "a2a+p2p" else "--cp-size"
-        raise ValueError(
-            f"{flag} {a2a_size} does not divide the {heads} query heads that {asked} trades; choose from {', '.join(map(str, legal))}"
-        )
+    traded = {"query heads": heads, **({"key/value heads": groups} if row.splits_kv_heads else {})}
+    for what, count in traded.items():
+        if count % a2a_size:
+            legal = [a for a in range(1, count + 1) if count % a == 0]
+            flag = "--cp-a2a-size" if row.method == "a2a+p2p" else "--cp-size"
+            raise ValueError(
+                f"{flag} {a2a_size} does not divide the {count} {what} that {asked} trades; choose from {', '.join(map(str, legal))}"
+            )
     return a2a_size
 
 

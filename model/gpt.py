@@ -14,9 +14,9 @@ from cp.kernels import to_device
 from cp.packed_seq import PackedSeq
 from model.config import GPTConfig
 from model.dropout import HiddenDropout
+from model.layers import layers_of
 from model.loss import chunked_cross_entropy
 from model.rope import rotary_frequencies, rotary_tables
-from model.torch_layers import ColumnParallelLinear, RMSNorm, VocabParallelEmbedding
 from model.transformer import RowContext, TransformerLayer
 from parallel.tensor import TensorParallel
 
@@ -48,6 +48,7 @@ class GPT(nn.Module):
         compute_dtype: what FSDP casts parameters to, and so the hidden states'; None: `dtype`.
         recompute: of `TransformerLayer`.
         dropout_seed: of the masks of `config`'s dropout.
+        implementation: whose layers, as `model.layers.layers_of`.
         layers: those of this stage; None: all. The stage with the first one embeds, that with the last one has the output.
     """
 
@@ -65,8 +66,10 @@ class GPT(nn.Module):
         layers: range | None = None,
         recompute: str = "none",
         dropout_seed: int = 0,
+        implementation: str = "torch",
     ) -> None:
         super().__init__()
+        impl = layers_of(implementation)
         layers = range(config.num_layers) if layers is None else layers
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
         self.compute_dtype = compute_dtype or dtype
@@ -75,17 +78,20 @@ class GPT(nn.Module):
         self.tp = tp = tp or TensorParallel()
         self.embedding = self.final_norm = self.lm_head = None
         if self.is_first or (self.is_last and config.tie_embeddings):  # the last stage of several holds a copy
-            self.embedding = VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, dtype=dtype, tp=tp)
+            self.embedding = impl.VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         # By their number in the whole model, so that names do not depend on the stage.
         self.layers = nn.ModuleDict(
-            {str(i): TransformerLayer(config, attention, cp_group, dtype, tp, recompute, number=i, seed=dropout_seed) for i in layers}
+            {
+                str(i): TransformerLayer(config, attention, cp_group, dtype, tp, recompute, number=i, seed=dropout_seed, impl=impl)
+                for i in layers
+            }
         )
         self.cp_group = cp_group
         self.after_embedding = HiddenDropout(config.hidden_dropout, seed=dropout_seed, name="embedding")
         if self.is_last:
-            self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_epsilon, dtype=dtype)
+            self.final_norm = impl.RMSNorm(config.hidden_size, eps=config.norm_epsilon, dtype=dtype)
             if not config.tie_embeddings:
-                self.lm_head = ColumnParallelLinear(config.hidden_size, config.padded_vocab_size, dtype=dtype, tp=tp)
+                self.lm_head = impl.ColumnParallelLinear(config.hidden_size, config.padded_vocab_size, dtype=dtype, tp=tp)
 
     @property
     def output_weight(self) -> Tensor:

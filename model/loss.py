@@ -101,7 +101,8 @@ def _over_ranks(
     everyones = tp.gather_columns(torch.cat((log_sum, logit), 1))  # [c, 2 * tp]
     whole = torch.logsumexp(everyones[:, ::2], 1, keepdim=True)
     shift = torch.where(log_sum == -torch.inf, 0.0, log_sum - whole)
-    return log_probs + shift, whole, everyones[:, 1::2].sum(1, keepdim=True) - whole
+    # In place: a new tensor of this size would cost more than the sum.
+    return log_probs.add_(shift), whole, everyones[:, 1::2].sum(1, keepdim=True) - whole
 
 
 def chunked_cross_entropy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from cp.packed_seq import PackedSeq
 from model.config import RECOMPUTE, GPTConfig
 from model.dropout import HiddenDropout
 from model.rope import apply_rotary
-from model.torch_layers import LayerNormLinear, LayerNormMLP, RMSNorm, RowParallelLinear
 from parallel.keyed_random import key_of
 from parallel.tensor import TensorParallel
 
@@ -45,15 +45,16 @@ class SelfAttention(nn.Module):
         dtype: torch.dtype,
         tp: TensorParallel,
         dropout: AttentionDropout | None,
+        impl: ModuleType,
     ) -> None:
         super().__init__()
         self.config, self.attention, self.cp_group, self.dropout = config, attention, cp_group, dropout
         self.groups = tp.share(config.num_query_groups, "query groups")
         eps = config.norm_epsilon
-        self.qkv = LayerNormLinear(config.hidden_size, config.qkv_size, eps=eps, dtype=dtype, tp=tp)
-        self.q_norm = RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
-        self.output = RowParallelLinear(config.query_size, config.hidden_size, dtype=dtype, tp=tp)
+        self.qkv = impl.LayerNormLinear(config.hidden_size, config.qkv_size, eps=eps, dtype=dtype, tp=tp)
+        self.q_norm = impl.RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = impl.RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
+        self.output = impl.RowParallelLinear(config.query_size, config.hidden_size, dtype=dtype, tp=tp)
 
     def forward(self, x: Tensor, row: RowContext) -> Tensor:
         c = self.config
@@ -76,6 +77,7 @@ class TransformerLayer(nn.Module):
             are the widest), or `full` (everything between the layer's input and output). The gradients are the same bits.
         number: of the layer in the whole model.
         seed: of the dropout masks.
+        impl: from `model.layers.layers_of`.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class TransformerLayer(nn.Module):
         *,
         number: int,
         seed: int,
+        impl: ModuleType,
     ) -> None:
         super().__init__()
         assert recompute in RECOMPUTE
@@ -97,10 +100,10 @@ class TransformerLayer(nn.Module):
         if config.attention_dropout:
             first_head = tp.rank * tp.share(config.num_attention_heads, "query heads")
             dropped = AttentionDropout(config.attention_dropout, key_of(seed, f"dropout layers.{number}.scores"), first_head)
-        self.attention = SelfAttention(config, attention, cp_group, dtype, tp, dropped)
+        self.attention = SelfAttention(config, attention, cp_group, dtype, tp, dropped, impl)
         self.after_attention = HiddenDropout(config.hidden_dropout, seed=seed, name=f"layers.{number}.attention")
         self.after_mlp = HiddenDropout(config.hidden_dropout, seed=seed, name=f"layers.{number}.mlp")
-        self.mlp = LayerNormMLP(config.hidden_size, config.ffn_hidden_size, eps=config.norm_epsilon, dtype=dtype, tp=tp)
+        self.mlp = impl.LayerNormMLP(config.hidden_size, config.ffn_hidden_size, eps=config.norm_epsilon, dtype=dtype, tp=tp)
 
     def forward(self, x: Tensor, row: RowContext) -> Tensor:
         if self.recompute == "full" and torch.is_grad_enabled():

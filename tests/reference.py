@@ -41,6 +41,11 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return difference / size if size else difference
 
 
+def worst(errors: dict[str, float]) -> float:
+    """The largest; infinite if one is not a number, which `max` would pass over."""
+    return max(error if error == error else float("inf") for error in errors.values())
+
+
 def random_documents(rng: np.random.Generator, row_length: int, alignment: int) -> tuple[np.ndarray, np.ndarray]:
     """Real and padded lengths that fill a row: ragged, some of length 1, often with a tail of real length 0."""
     real: list[int] = []

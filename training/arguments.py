@@ -27,7 +27,7 @@ from model.config import RECOMPUTE, ROPE_SCALINGS, GPTConfig
 from parallel.stages import PP_SCHEDULES, check_microbatches, fewest_microbatches, split_layers
 from training.lr_schedule import LR_DECAY_STYLES
 
-TRANSFORMER_IMPLS = ("torch",)
+TRANSFORMER_IMPLS = ("auto", "torch", "te")
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag, so that a preset can be overruled
 
 
@@ -75,7 +75,7 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cp-comm-type",
         choices=plan.methods("native"),
-        help="of native: p2p, a ring; all_gather, K and V of some heads at a time; a2a, Ulysses; a2a+p2p, both; default: p2p",
+        help="of native and te: p2p, a ring; all_gather, K and V of some heads at a time; a2a, Ulysses; a2a+p2p, both; default: p2p",
     )
     group.add_argument("--ring-attn-func", choices=plan.methods("ring"), help="of ring, the ring-flash-attn library; default: zigzag")
     group.add_argument(
@@ -122,7 +122,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attention-dropout", type=float, default=0.0, help="share of attention probabilities dropped; 0: none")
     group.add_argument("--init-method-std", type=float, default=0.02, help="standard deviation of initial weights")
-    group.add_argument("--transformer-impl", choices=TRANSFORMER_IMPLS, default="torch", help="whose layers: torch, plain PyTorch")
+    group.add_argument(
+        "--transformer-impl",
+        choices=TRANSFORMER_IMPLS,
+        default="auto",
+        help="whose layers: te, Transformer Engine's, CUDA only; torch, plain PyTorch; auto: te where it can",
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -335,6 +340,7 @@ def resolve(
     _check_positive(args)
     _resolve_grid(args, world_size, local_world_size, chosen)
     _resolve_model(args)
+    _resolve_impl(args, chosen)
     _resolve_attention(args, chosen)
     _resolve_sequence(args, chosen, goes_on_from or {})
     _resolve_batch(args, chosen, goes_on_from or {})
@@ -471,18 +477,38 @@ def _resolve_model(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} {value} does not divide by --tp-size {tp}: nearest legal value {_nearest_multiple(value, tp)}")
 
 
+def _check_te(asked: str, instead: str) -> None:
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(f"{asked} needs Transformer Engine: pip install -r requirements-gpu.txt, or use {instead}")
+
+
+def _resolve_impl(args: argparse.Namespace, chosen: list[str]) -> None:
+    if args.transformer_impl == "auto":
+        able = args.device == "cuda" and args.dtype == "bf16" and importlib.util.find_spec("transformer_engine") is not None
+        args.transformer_impl = "te" if able else "torch"
+        chosen.append(f"--transformer-impl {args.transformer_impl}")
+    if args.transformer_impl == "te":
+        if args.device != "cuda":
+            raise ValueError(f"--transformer-impl te runs on --device cuda, not on {args.device}: use --transformer-impl torch")
+        if args.dtype != "bf16":
+            raise ValueError(f"--transformer-impl te takes --dtype bf16, not {args.dtype}: use --transformer-impl torch")
+        _check_te("--transformer-impl te", "--transformer-impl torch")
+
+
 def _resolve_attention(args: argparse.Namespace, chosen: list[str]) -> None:
     if args.cp_backend == "auto":
-        args.cp_backend = plan.resolve_backend("auto")
+        args.cp_backend = plan.resolve_backend("auto", has_te=args.transformer_impl == "te")
         chosen.append(f"--cp-backend {args.cp_backend}")
-    for backend, flag in plan.METHOD_FLAGS.items():
+    own_flag = plan.METHOD_FLAGS[args.cp_backend]
+    for flag in dict.fromkeys(plan.METHOD_FLAGS.values()):
         name = flag.removeprefix("--").replace("-", "_")
-        if backend != args.cp_backend and getattr(args, name) is not None:
-            raise ValueError(f"{flag} {getattr(args, name)} belongs to --cp-backend {backend}, not to {args.cp_backend}")
-        if backend == args.cp_backend and getattr(args, name) is None:
-            setattr(args, name, plan.methods(backend)[0])
-            chosen.append(f"{flag} {plan.methods(backend)[0]}")
-        if backend == args.cp_backend:
+        if flag != own_flag and getattr(args, name) is not None:
+            owners = " or ".join(backend for backend, theirs in plan.METHOD_FLAGS.items() if theirs == flag)
+            raise ValueError(f"{flag} {getattr(args, name)} belongs to --cp-backend {owners}, not to {args.cp_backend}")
+        if flag == own_flag and getattr(args, name) is None:
+            setattr(args, name, plan.methods(args.cp_backend)[0])
+            chosen.append(f"{flag} {plan.methods(args.cp_backend)[0]}")
+        if flag == own_flag:
             method = getattr(args, name)
     args.attention = plan.choose(
         backend=args.cp_backend,
@@ -499,6 +525,8 @@ def _resolve_attention(args: argparse.Namespace, chosen: list[str]) -> None:
         groups=args.num_query_groups // args.tp_size,
         dropout=args.attention_dropout,
     )
+    if args.cp_backend == "te":
+        _check_te("--cp-backend te", "--cp-backend native")
     if args.cp_backend == "ring":
         for package in ("ring_flash_attn", *(["flash_attn"] if args.device == "cuda" else [])):
             if importlib.util.find_spec(package) is None:

@@ -20,7 +20,7 @@ from parallel.fsdp import local_tensor
 from parallel.grid import AXES, Grid, GridSizes, build_grid
 from tests.distributed import test_model_parity as parity
 from tests.distributed.test_model_parity import built, config_of, oracle, rows_of, run_steps
-from tests.reference import relative_error
+from tests.reference import relative_error, worst
 from tests.world import World
 
 TWO = {f"{axis} 2": GridSizes(**{axis: 2}) for axis in AXES}
@@ -122,8 +122,7 @@ def shape_model(config) -> dict[str, torch.Tensor]:
 def check(world: World, layout: str, dtype: str, labels: str, tied: bool) -> None:
     results = world.run(run, layout, dtype, labels, tied)
     errors = errors_of(results[0], wanted(config_for(layout, tied).num_layers, labels, tied))
-    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
-    assert errors[worst] <= LIMITS[dtype], (worst, errors[worst])
+    assert worst(errors) <= LIMITS[dtype], {name: error for name, error in errors.items() if not error <= LIMITS[dtype]}
     for result in results[1:]:
         assert (result["losses"], result["norms"]) == (results[0]["losses"], results[0]["norms"])
     # Replicas, and what tp ranks hold whole, are the same bits.
@@ -167,11 +166,14 @@ def test_fp32(eight: World, layout: str) -> None:
 
 
 def check_first_step(world: World, layout: str) -> None:
-    """In fp32: losses, norms and first gradients. Weights after AdamW steps are not: an element's step is its gradient's sign at first."""
+    """In fp32: losses and norms of all steps, and first gradients. An element's first AdamW step is its gradient's sign, so an element near
+    0 moves by its rounding alone: weights are held to what that can do, the losses after it to ten times the limit."""
     got = world.run(run, layout, "fp32", "all", False)[0]
     errors = errors_of(got, wanted(config_for(layout, False).num_layers, "all", False))
+    later = {name: error for name, error in errors.items() if name[:-1] in ("losses ", "norms ") and not name.endswith("0")}
+    assert worst(later) <= 10 * LIMITS["fp32"], later
     kept = {name: error for name, error in errors.items() if name.startswith(("losses 0", "norms 0", "grads"))}
-    assert max(kept.values()) <= LIMITS["fp32"], kept
+    assert worst(kept) <= LIMITS["fp32"], kept
 
 
 @pytest.mark.parametrize("layout", [pytest.param(x, marks=[] if x == PUSH[0] else [pytest.mark.full]) for x in list(EIGHT)[:5]])

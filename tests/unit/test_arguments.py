@@ -71,6 +71,8 @@ REFUSALS = [
     (["--rotary-base", "0"], 1, ["--rotary-base 0"]),
     (["--resume"], 1, ["--resume", "--run-dir"]),
     (["--resume", "--load", "x", "--run-dir", "y"], 1, ["--resume", "--load"]),
+    (["--transformer-impl", "te"], 1, ["--transformer-impl te", "cuda", "--transformer-impl torch"]),
+    (["--cp-backend", "te"], 1, ["--cp-backend te", "cuda"]),
     (["--load-weights-only"], 1, ["--load-weights-only", "--load"]),
     (["--load-fallback"], 1, ["--load-fallback", "--load or --resume"]),
     (
@@ -258,3 +260,27 @@ def test_the_default_batch_is_the_smallest_that_the_layout_can_work_on() -> None
     args = parse_arguments([])
     resolve(args, world_size=2, local_world_size=2, cuda_devices=lambda: 0, goes_on_from={"--global-batch-size": 6})
     assert args.global_batch_size == 6
+
+
+def test_transformer_engine_is_the_default_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, in bf16, installed; what is asked for and not there is refused with the line that installs it."""
+    real = importlib.util.find_spec
+
+    def resolve_on(installed: bool, *flags: str) -> argparse.Namespace:
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: (object() if installed else None) if "transformer" in name else real(name)
+        )
+        args = parse_arguments(flags)
+        resolve(args, world_size=1, local_world_size=1, cuda_devices=lambda: 1)
+        return args
+
+    args = resolve_on(True)
+    assert (args.transformer_impl, args.cp_backend, args.attention.backend, args.cp_comm_type) == ("te", "te", "te", "p2p")
+    args = resolve_on(False)
+    assert (args.transformer_impl, args.cp_backend) == ("torch", "native")
+    assert resolve_on(True, "--transformer-impl", "torch").cp_backend == "native"
+    assert resolve_on(True, "--cp-backend", "native").transformer_impl == "te"
+    assert resolve_on(True, "--device", "cpu").transformer_impl == "torch"
+    for flags in (["--transformer-impl", "te"], ["--cp-backend", "te"]):
+        with pytest.raises(ValueError, match=r"requirements-gpu\.txt"):
+            resolve_on(False, *flags)

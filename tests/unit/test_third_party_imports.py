@@ -46,7 +46,11 @@ def strangers(room: str, source: str) -> set[str]:
 
 
 # An optional library is imported in its own file and nowhere else.
-OPTIONAL = {"cp/ring_flash.py": {"ring_flash_attn"}}
+OPTIONAL = {
+    "cp/ring_flash.py": {"ring_flash_attn"},
+    "cp/te_attention.py": {"transformer_engine"},
+    "model/te_layers.py": {"transformer_engine"},
+}
 
 
 @pytest.mark.parametrize(

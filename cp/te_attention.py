@@ -1,0 +1,74 @@
+"""Transformer Engine's attention, with its own context parallelism over cp ranks (`--cp-backend te`). CUDA only.
+
+`--cp-comm-type p2p | all_gather | a2a | a2a+p2p` are its own rings, gathers and exchanges. Its order of tokens over the ranks
+(DualChunkSwap, per document in THD) is our zigzag, index for index.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformer_engine.pytorch as te
+from torch import Tensor
+
+from cp.packed_seq import PackedSeq
+
+
+class TEAttention:
+    """The attention call on one `DotProductAttention`, made when the heads at hand are known.
+
+    Args:
+        method: value of `--cp-comm-type`.
+        groups: for a2a+p2p, the neighbours that trade heads and the ring over the rest.
+    """
+
+    def __init__(self, method: str, groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None) -> None:
+        self.method, self.groups = method, groups
+        self.modules: dict[tuple[int, int, int], te.DotProductAttention] = {}
+
+    def _module(self, heads: int, kv_heads: int, head_dim: int, group: dist.ProcessGroup) -> te.DotProductAttention:
+        """Of one tp rank's heads, which is all that it is told of tensor parallelism."""
+        key = (heads, kv_heads, head_dim)
+        if key not in self.modules:
+            dpa = te.DotProductAttention(heads, head_dim, num_gqa_groups=kv_heads, attention_dropout=0.0)
+            if group.size() > 1:
+                dpa.set_context_parallel_group(
+                    list(self.groups) if self.method == "a2a+p2p" and self.groups is not None else group,
+                    dist.get_process_group_ranks(group),
+                    torch.cuda.Stream(),
+                    cp_comm_type=self.method,
+                )
+            self.modules[key] = dpa
+        return self.modules[key]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:
+        """q [t, hq, d]; k, v [t, hkv, d] -> [t, hq, d], 0 in padding."""
+        dpa = self._module(q.shape[1], k.shape[1], q.shape[2], group)
+        if packed_seq.qkv_format == "bshd":
+            sequences = len(packed_seq.lengths)
+            q4, k4, v4 = (x.unflatten(0, (sequences, -1)) for x in (q, k, v))  # [b, s / cp, h, d]
+            out = dpa(q4, k4, v4, qkv_format="bshd", attn_mask_type="causal")  # [b, s / cp, hq * d]
+        else:
+            out = dpa(q, k, v, **thd_arguments(packed_seq))  # [t, hq * d]
+        return out.reshape(q.shape)
+
+
+def thd_arguments(packed_seq: PackedSeq) -> dict:
+    """What a packed row is told to `DotProductAttention`: real and stored lengths, of the whole row on every cp rank.
+
+    `pad_between_seqs` is never left to be guessed: padding behind the last document only is taken for none (TE issue 3331).
+    """
+    real, stored = packed_seq.lengths, packed_seq.padded_lengths
+    longest = int(stored[real > 0].max(initial=int(np.min(stored))))  # a multiple of 2 * cp, as every stored length
+    return {
+        "qkv_format": "thd",
+        "attn_mask_type": "padding_causal",
+        "cu_seqlens_q": packed_seq.cu_seqlens,
+        "cu_seqlens_kv": packed_seq.cu_seqlens,
+        "cu_seqlens_q_padded": packed_seq.cu_seqlens_padded,
+        "cu_seqlens_kv_padded": packed_seq.cu_seqlens_padded,
+        "max_seqlen_q": longest,
+        "max_seqlen_kv": longest,
+        "pad_between_seqs": bool((real != stored).any()),
+    }

@@ -1,0 +1,119 @@
+"""Transformer Engine itself, without a GPU: the whole model from te_layers.py on the meta device, beside the one from torch_layers.py.
+
+    make test-te-import TE_PYTHON=<python of an environment in which `import transformer_engine.pytorch` works>
+
+Not part of `make test`: such an environment takes gigabytes (docs/gpu.md). No kernel can run here; constructors can, once told
+that there is a Hopper card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+te = pytest.importorskip("transformer_engine.pytorch", exc_type=(ImportError, RuntimeError, OSError))
+
+from cp.attention import build_attention  # noqa: E402
+from cp.packed_seq import build_packed_seq  # noqa: E402
+from cp.plan import SUPPORT, choose  # noqa: E402
+from cp.te_attention import TEAttention, thd_arguments  # noqa: E402
+from model.config import GPTConfig  # noqa: E402
+from model.gpt import GPT  # noqa: E402
+from model.layers import layers_of  # noqa: E402
+from parallel.grid import Grid, GridSizes, build_grid, split_group  # noqa: E402
+from parallel.tensor import TensorParallel  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What constructors ask of the machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    """Eight ranks, of which this is one: the others are imagined (the fake backend's collectives do nothing)."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+def config_of(**changes) -> GPTConfig:
+    shape = dict(
+        num_layers=4, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=4, kv_channels=32, vocab_size=1000,
+        padded_vocab_size=1024,
+    )  # fmt: skip
+    return GPTConfig(**(shape | changes))
+
+
+def model_of(implementation: str, config: GPTConfig, grid: Grid, sequence_parallel: bool, layers: range) -> GPT:
+    with torch.device("meta"):
+        return GPT(
+            config,
+            attention=lambda *_: None,
+            cp_group=grid.group("cp"),
+            dtype=torch.float32,
+            compute_dtype=torch.bfloat16,
+            tp=TensorParallel(grid.group("tp"), sequence_parallel and grid.size("tp") > 1),
+            layers=layers,
+            implementation=implementation,
+        )
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "tie_embeddings": True}], ids=str)
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("sizes", [dict(dp_shard=8), dict(tp=2, cp=4), dict(tp=4, dp_shard=2), dict(pp=2, tp=2, cp=2)], ids=str)
+def test_parameters_have_the_same_names_and_shapes(world, sizes: dict, sequence_parallel: bool, changes: dict) -> None:
+    grid, config = build_grid(GridSizes(**sizes)), config_of(**changes)
+    for layers in [range(4)] if "pp" not in sizes else [range(2), range(2, 4)]:
+        ours, theirs = (model_of(name, config, grid, sequence_parallel, layers) for name in ("torch", "te"))
+        assert [(n, p.shape, p.dtype, p.device) for n, p in theirs.named_parameters()] == [
+            (n, p.shape, p.dtype, p.device) for n, p in ours.named_parameters()
+        ]
+        assert all(p.device.type == "meta" for p in theirs.parameters())
+
+
+def test_the_fused_tensor_of_the_mlp_is_gate_above_up(world) -> None:
+    grid = build_grid(GridSizes(tp=2, dp_shard=4))
+    with torch.device("meta"):
+        mlp = layers_of("te").LayerNormMLP(256, 704, eps=1e-5, dtype=torch.float32, tp=TensorParallel(grid.group("tp"), True))
+    inner = dict(mlp.hidden[0].named_parameters())
+    assert {n: tuple(p.shape) for n, p in inner.items()} == {
+        "layer_norm_weight": (256,), "fc1_weight": (704, 256), "fc2_weight": (256, 352),
+    }  # fmt: skip
+    assert mlp.hidden[0].activation == "swiglu" and mlp.hidden[0].normalization == "RMSNorm"
+    assert (mlp.hidden[0].tp_size, mlp.hidden[0].sequence_parallel, mlp.hidden[0].set_parallel_mode) == (2, True, True)
+
+
+@pytest.mark.parametrize("method", [row.method for row in SUPPORT if row.backend == "te"])
+def test_attention_is_built_with_its_group(world, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream")
+    grid = build_grid(GridSizes(cp=4, dp_shard=2))
+    size = 2 if method == "a2a+p2p" else None
+    options = dict(qkv_format="thd", layout="auto", dtype="bf16", device="cuda", cp_size=4, a2a_size=size, heads_k_stride=None)
+    choice = choose(backend="te", method=method, head_dim=64, heads=8, groups=4, **options)
+    groups = split_group(grid, "cp", choice.a2a_size) if choice.a2a_size > 1 else None
+    attention = build_attention(choice, head_dim=64, a2a_groups=groups)
+    assert isinstance(attention, TEAttention)
+    dpa = attention._module(8, 4, 64, grid.group("cp"))
+    assert dpa is attention._module(8, 4, 64, grid.group("cp"))
+    assert dpa.cp_comm_type == method and list(dpa.cp_global_ranks) == [0, 1, 2, 3]
+    assert dpa.cp_group == (list(groups) if method == "a2a+p2p" and groups else grid.group("cp"))
+
+
+def test_a_packed_row_is_told_both_lengths() -> None:
+    import numpy as np
+
+    packed_seq, _ = build_packed_seq(np.array([5, 8, 0]), np.array([8, 8, 16]), cp_size=2, cp_rank=0)
+    told = thd_arguments(packed_seq)
+    assert told["pad_between_seqs"] is True and told["max_seqlen_q"] == 8
+    assert told["cu_seqlens_q"].tolist() == [0, 5, 13, 13] and told["cu_seqlens_q_padded"].tolist() == [0, 8, 16, 32]
+    whole, _ = build_packed_seq(np.array([8, 8]), np.array([8, 8]), cp_size=2, cp_rank=0)
+    assert thd_arguments(whole)["pad_between_seqs"] is False

@@ -1,0 +1,156 @@
+"""Every name and keyword of Transformer Engine that our code uses exists in the sources of the pinned release.
+
+The sources are the wheel's own Python files, which `make setup` unpacks beside the environment (nothing of it is imported: that
+takes CUDA's libraries). What our code uses is read off our code, so a new use is checked without being listed here.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OURS = [ROOT / "model" / "te_layers.py", ROOT / "cp" / "te_attention.py"]
+PINNED = re.search(r"==([\d.]+)", (ROOT / "requirements-gpu.txt").read_text().split("transformer-engine")[1])
+
+
+def sources() -> Path:
+    """Where `make setup` unpacked the wheel, seen from this checkout's environment."""
+    found = [p for p in (ROOT / ".venv" / "te_sources", Path(sys.prefix) / "te_sources") if p.is_dir()]
+    if not found:
+        pytest.fail("the sources of Transformer Engine are not there: make setup unpacks them into .venv/te_sources")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Use:
+    """A call of ours: what of Transformer Engine, its method, how many plain arguments, which keywords, and where."""
+
+    name: str
+    method: str
+    plain: int
+    keywords: tuple[str, ...]
+    where: str
+
+
+def dict_keys(tree: ast.AST) -> dict[str, tuple[str, ...]]:
+    """Functions of ours that return keywords: {name: keys of every dict they return}."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            keys = [k.value for d in ast.walk(node) if isinstance(d, ast.Dict) for k in d.keys if isinstance(k, ast.Constant)]
+            found[node.name] = tuple(dict.fromkeys(keys))
+    return found
+
+
+def keywords_of(call: ast.Call, returning: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    names = [k.arg for k in call.keywords if k.arg]
+    for k in call.keywords:
+        if k.arg is None:  # **function(...)
+            assert isinstance(k.value, ast.Call) and isinstance(k.value.func, ast.Name), ast.dump(k.value)
+            names += returning[k.value.func.id]
+    return tuple(names)
+
+
+def uses_in(path: Path) -> list[Use]:
+    tree = ast.parse(path.read_text())
+    returning, found = dict_keys(tree), []
+    variables = {}  # name -> class of what it holds
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and is_te(node.value.func):
+            variables |= {t.id: node.value.func.attr for t in node.targets if isinstance(t, ast.Name)}  # type: ignore[attr-defined]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            bases = [base.attr for base in node.bases if is_te(base)]  # type: ignore[attr-defined]
+            for call in (c for c in ast.walk(node) if bases and isinstance(c, ast.Call)):
+                if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Call):  # super().__init__(...)
+                    found.append(Use(bases[0], call.func.attr, len(call.args), keywords_of(call, returning), f"{path.name}:{call.lineno}"))
+        if not isinstance(node, ast.Call):
+            continue
+        where = f"{path.name}:{node.lineno}"
+        if is_te(node.func):
+            found.append(Use(node.func.attr, "__init__", len(node.args), keywords_of(node, returning), where))  # type: ignore[attr-defined]
+        elif isinstance(node.func, ast.Name) and node.func.id == "dpa":
+            found.append(Use("DotProductAttention", "forward", len(node.args), keywords_of(node, returning), where))
+        elif isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) and node.func.value.id in variables:
+            found.append(Use(variables[node.func.value.id], node.func.attr, len(node.args), keywords_of(node, returning), where))
+    return found
+
+
+def is_te(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "te"
+
+
+def classes() -> dict[str, tuple[ast.ClassDef, Path]]:
+    """Every class of the package's PyTorch part; those that the front door exports win over others of the same name."""
+    found: dict[str, tuple[ast.ClassDef, Path]] = {}
+    for path in sorted((sources() / "transformer_engine" / "pytorch").glob("**/*.py")):
+        for node in ast.parse(path.read_text()).body:
+            # RMSNorm and its like exist as an operation and, with the old arguments, as a module: the module is exported.
+            if isinstance(node, ast.ClassDef) and (node.name not in found or path.parent.name == "module"):
+                found[node.name] = (node, path)
+    return found
+
+
+def signature(name: str, method: str, known: dict[str, tuple[ast.ClassDef, Path]]) -> ast.arguments:
+    node, path = known[name]
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == method:
+            return item.args
+    pytest.fail(f"{name} has no method {method} in {path}")
+
+
+USES = [use for path in OURS for use in uses_in(path)]
+
+
+def test_the_release_is_the_pinned_one() -> None:
+    assert PINNED is not None
+    assert [p.name for p in sources().glob("transformer_engine-*.dist-info")] == [f"transformer_engine-{PINNED[1]}.dist-info"]
+
+
+@pytest.mark.parametrize("use", USES, ids=lambda use: f"{use.name}.{use.method} at {use.where}")
+def test_what_we_call_exists_with_its_keywords(use: Use) -> None:
+    known = classes()
+    front = (sources() / "transformer_engine" / "pytorch" / "__init__.py").read_text()
+    assert re.search(rf"\b{use.name}\b", front), f"{use.name} is not exported by transformer_engine.pytorch"
+    arguments = signature(use.name, use.method, known)
+    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args)][1:]
+    assert use.plain <= len(names), f"{use.where}: {use.plain} plain arguments, it takes {len(names)}"
+    allowed = {*names, *(a.arg for a in arguments.kwonlyargs)}
+    missing = [k for k in use.keywords if k not in allowed]
+    if arguments.kwarg is not None and missing:
+        # Passed on to the class it is made from.
+        node, _ = known[use.name]
+        base = next(b for b in node.bases if isinstance(b, (ast.Name, ast.Attribute)))
+        base_name = base.id if isinstance(base, ast.Name) else base.attr
+        path = next((sources() / "transformer_engine" / "pytorch" / "ops").glob("**/rmsnorm.py"))
+        inner = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "RMSNorm")
+        assert "RMSNorm" in base_name
+        initialiser = next(i for i in inner.body if isinstance(i, ast.FunctionDef) and i.name == use.method)
+        allowed |= {a.arg for a in (*initialiser.args.args, *initialiser.args.kwonlyargs)}
+        missing = [k for k in use.keywords if k not in allowed]
+    assert not missing, f"{use.where}: {use.name}.{use.method} takes no {missing}"
+
+
+def test_the_uses_were_found() -> None:
+    """A reader that sees nothing would pass everything."""
+    seen = {(use.name, use.method) for use in USES}
+    assert seen == {
+        ("RMSNorm", "__init__"), ("Linear", "__init__"), ("LayerNormLinear", "__init__"), ("LayerNormMLP", "__init__"),
+        ("DotProductAttention", "__init__"), ("DotProductAttention", "forward"), ("DotProductAttention", "set_context_parallel_group"),
+    }  # fmt: skip
+    mlp = next(use for use in USES if use.name == "LayerNormMLP")
+    assert {"activation", "normalization", "set_parallel_mode", "tp_group", "sequence_parallel", "device"} <= set(mlp.keywords)
+    thd = [use for use in USES if use.method == "forward"]
+    assert any("pad_between_seqs" in use.keywords and "cu_seqlens_q_padded" in use.keywords for use in thd)
+
+
+def test_a_wrong_keyword_would_be_seen() -> None:
+    wrong = Use("LayerNormLinear", "__init__", 2, ("epsilon",), "here")
+    with pytest.raises(AssertionError, match="epsilon"):
+        test_what_we_call_exists_with_its_keywords(wrong)
