@@ -236,8 +236,7 @@ class Saver:
         place, scratch = step_folder(self.save_dir, step), scratch_folder(self.save_dir, step)
         self._on_rank_zero(lambda: self._make_empty(scratch))
         try:
-            # Synced by us: the library would sync before the last bytes leave its buffer, and wait where checksums can be taken.
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(scratch, sync_files=False), process_group=self.group)
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(scratch), process_group=self.group)
             sums = self._check_own_files(scratch)
             self._on_rank_zero(lambda: self._publish(scratch, place, facts | {"step": step}, sums))
         except (CheckpointException, OSError) as error:
@@ -262,11 +261,9 @@ class Saver:
         mine += [scratch / ".metadata"] if rank == 0 else []
         failure, own = None, {}
         try:
-            with ThreadPoolExecutor(1) as pool:
-                synced = [pool.submit(sync, path) for path in mine]
-                own = checksums(mine)
-                for file in synced:
-                    file.result()
+            for path in mine:
+                sync(path)  # the library syncs before its last bytes have left the buffer
+            own = checksums(mine)
         except OSError as error:
             failure = str(error)
         gathered: list[Any] = [None] * dist.get_world_size()
