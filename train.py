@@ -246,7 +246,7 @@ def main(argv: list[str]) -> None:
     started = Started()
     if start is not None:
         with one_line_refusals():
-            started = load_start(start, facts, model, optimizer, grid, group=checkpoint_group)
+            started = load_start(start, facts, model, optimizer, grid, save=save_dir, group=checkpoint_group)
     first_step = started.first_step
     saver = Saver(
         save_dir,

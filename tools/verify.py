@@ -17,6 +17,7 @@ Exit code 1 if an error exceeds four times its floor.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -302,10 +303,24 @@ class Verifier:
         return report
 
 
+# What a backend imports.
+LIBRARIES = {"te": "transformer_engine", "ring": "ring_flash_attn"}
+
+
 def cells_of(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """Resolved flags of every cell of the table for the run's cp size and device, all over documents of one alignment."""
+    """Resolved flags of every cell of the table for the run's cp size and device, all over documents of one alignment.
+
+    Backends whose library is not installed are left out, which is said.
+    """
     runs = []
+    absent = {backend for backend, module in LIBRARIES.items() if importlib.util.find_spec(module) is None}
     for choice, dtype in cells(device=args.device, cp_size=args.cp_size, heads=args.num_attention_heads, groups=args.num_query_groups):
+        if choice.backend in absent:
+            if dist.get_rank() == 0:
+                print(
+                    f"left out, {LIBRARIES[choice.backend]} is not installed: {choice.backend} {choice.method} {choice.qkv_format} {dtype}"
+                )
+            continue
         run = copy(args)
         run.attention, run.dtype, run.qkv_format, run.cp_layout = choice, dtype, choice.qkv_format, choice.layout
         run.packing = "best-fit" if choice.qkv_format == "thd" else "stream"

@@ -275,7 +275,7 @@ class Saver:
 
     def _publish(self, scratch: Path, place: Path, facts: dict[str, Any], sums: dict[str, list]) -> None:
         publish(scratch, place, facts=facts, sums=sums)
-        prune(self.save_dir, self.keep)
+        prune(self.save_dir, self.keep, place)
         if self.tell is not None:
             self.tell(place)
 

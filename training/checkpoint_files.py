@@ -172,8 +172,12 @@ def damage(checkpoint: Path, names: Iterable[str], sums: dict[str, list]) -> lis
 
 def unlisted(checkpoint: Path, sums: dict[str, list]) -> list[str]:
     """One line for each file in the folder that has no checksum."""
-    known = {*sums, SUMS_FILE}
-    return [f"{p}: {SUMS_FILE} does not list it" for p in sorted(checkpoint.iterdir()) if p.name not in known]
+    return [f"{checkpoint / name}: {SUMS_FILE} does not list it" for name in _names(checkpoint) if name not in {*sums, SUMS_FILE}]
+
+
+def _names(folder: Path) -> list[str]:
+    """Its files, but for what NFS leaves of removed ones that are still open."""
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".nfs"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -215,8 +219,9 @@ def publish(scratch: Path, place: Path, *, facts: dict[str, Any], sums: dict[str
         there = (scratch / name).stat().st_size
         if there != size:
             raise OSError(f"{scratch / name}: {there} bytes on rank 0, its writer saw {size}; is the folder shared by all nodes?")
-    unknown = {p.name for p in scratch.iterdir()} - sums.keys()
-    assert not unknown, f"files nobody has a checksum of: {sorted(unknown)}"
+    unknown = [name for name in _names(scratch) if name not in sums]
+    if unknown:
+        raise OSError(f"{scratch / unknown[0]}: no rank says that it wrote this file")
     _write_synced(scratch / RUN_FILE, json.dumps(facts, indent=1))
     _write_synced(scratch / SUMS_FILE, json.dumps(sums | checksums([scratch / RUN_FILE]), indent=1))
     sync(scratch)
@@ -234,12 +239,25 @@ def publish(scratch: Path, place: Path, *, facts: dict[str, Any], sums: dict[str
     sync(place.parent)
 
 
-def prune(save: Path, keep: int) -> list[str]:
-    """Remove all but the `keep` newest checkpoints; the names of those that went. 0 keeps all."""
+def prune(save: Path, keep: int, newest: Path) -> list[str]:
+    """Remove all but the `keep` newest checkpoints, and never `newest`, which was just written. 0 keeps all.
+
+    Returns:
+        The names of those that went.
+    """
     gone = []
     for path in checkpoints(save)[:-keep] if keep else []:
-        doomed = path.with_name(f".{path.name.strip('.').removesuffix('.old')}.gone")
-        path.rename(doomed)  # a half removed one must not look whole
-        shutil.rmtree(doomed)
-        gone.append(path.name)
+        if path != newest:
+            doomed = path.with_name(f".{path.name.strip('.').removesuffix('.old')}.gone")
+            path.rename(doomed)  # a half removed one must not look whole
+            shutil.rmtree(doomed)
+            gone.append(path.name)
     return gone
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name under which no run finds it: as the newest it would be taken for one, and kept for one."""
+    place = checkpoint.with_name(f"{checkpoint.name.strip('.')}.damaged")
+    if place.exists():
+        shutil.rmtree(place)
+    return checkpoint.rename(place)

@@ -17,7 +17,7 @@ from data.tokenizer import Tokenizer
 from model.config import GPTConfig
 from parallel.grid import Grid
 from training.checkpoint import load_checkpoint
-from training.checkpoint_files import DamagedCheckpoint, checkpoints, find_checkpoint, older_than, read_run_facts
+from training.checkpoint_files import DamagedCheckpoint, checkpoints, find_checkpoint, older_than, read_run_facts, set_aside
 
 # Facts of a run that may change when it goes on from a checkpoint; what changed is printed.
 FREE_FACTS = (
@@ -36,14 +36,14 @@ class Start:
         facts: its run.json.
         weights_only: a new run from its weights; else the same run goes on.
         older: checkpoints that may be taken instead if it is damaged, newest first.
-        notes: lines for the banner.
+        damaged: those that were passed over already, each with why.
     """
 
     checkpoint: Path
     facts: dict[str, Any]
     weights_only: bool
     older: tuple[Path, ...]
-    notes: tuple[str, ...] = ()
+    damaged: tuple[tuple[Path, str], ...] = ()
 
 
 def find_start(args: Namespace) -> Start | None:
@@ -71,16 +71,16 @@ def find_start(args: Namespace) -> Start | None:
 def _newest_readable(checkpoint: Path, *, weights_only: bool, fallback: bool) -> Start:
     """The checkpoint, or with `fallback` the newest older one, whose run.json can be read."""
     older = older_than(checkpoint)
-    notes: tuple[str, ...] = ()
+    damaged: tuple[tuple[Path, str], ...] = ()
     for number, candidate in enumerate((checkpoint, *older)):
         try:
             facts = read_run_facts(candidate)
         except DamagedCheckpoint as error:
             if not fallback or number == len(older):
                 raise ValueError(f"{error}{_way_out(older)}") from error
-            notes += (f"skipped a damaged checkpoint: {error}",)
+            damaged += ((candidate, str(error)),)
             continue
-        return Start(candidate, facts, weights_only, tuple(older[number:]) if fallback else (), notes)
+        return Start(candidate, facts, weights_only, tuple(older[number:]) if fallback else (), damaged)
     raise AssertionError("the last candidate returns or raises")
 
 
@@ -144,12 +144,14 @@ def load_start(
     optimizer: torch.optim.AdamW,
     grid: Grid,
     *,
+    save: Path,
     group: dist.ProcessGroup | None = None,
 ) -> Started:
     """Load what `find_start` found, in place. Collective.
 
     Args:
         wanted: the run's own facts, from `run_facts`.
+        save: where the run saves; a damaged checkpoint that was passed over there is set aside under another name.
         group: as `load_checkpoint`'s.
 
     Raises:
@@ -158,7 +160,7 @@ def load_start(
     free: Collection[str] = FREE_FACTS
     if start.weights_only:
         free = [name for name in wanted if name in FREE_OF_WEIGHTS or not (name.startswith("model ") or name == "tokenizer")]
-    notes = list(start.notes)
+    damaged = list(start.damaged)
     candidates = (start.checkpoint, *start.older)
     for number, checkpoint in enumerate(candidates, 1):
         try:
@@ -167,7 +169,10 @@ def load_start(
         except DamagedCheckpoint as error:
             if number == len(candidates):
                 raise ValueError(f"{error}{'' if start.older else _way_out(older_than(checkpoint))}") from error
-            notes.append(f"skipped a damaged checkpoint: {error}")
+            damaged.append((checkpoint, str(error)))
             continue
+        notes = [f"passed over a damaged checkpoint: {why}" for _, why in damaged]
+        if dist.get_rank() == 0 and not start.weights_only:
+            notes += [f"set aside as {set_aside(path).name}" for path, _ in damaged if path.parent.resolve() == save.resolve()]
         return Started(checkpoint, 0 if start.weights_only else step, notes + [f"changed: {line}" for line in changed])
     raise AssertionError("the last candidate returns or raises")

@@ -240,11 +240,28 @@ def test_a_damaged_checkpoint_is_refused_and_passed_over_on_demand(base, tmp_pat
     (folder / "step_0000002" / "run.json").unlink()
     result = run_train(0, *load, "--run-dir", str(tmp_path / "b"), "--load-fallback")
     assert result.returncode == 0, result.stderr
-    assert "step 1, from" in result.stdout and result.stdout.count("skipped a damaged checkpoint") == 2, result.stdout
+    assert "step 1, from" in result.stdout and result.stdout.count("passed over a damaged checkpoint") == 2, result.stdout
     losses = [r["loss"] for r in read_metrics(tmp_path / "b" / "metrics.jsonl")]
     assert losses[:2] == pytest.approx([r["loss"] for r in whole[1:]], rel=1e-9)
     result = run_train(0, *load, "--run-dir", str(tmp_path / "c"), "--load", str(folder / "step_0000002"))
     assert result.returncode == 2 and "step_0000002/run.json" in result.stderr and "step_0000001" in result.stderr, result.stderr
+    # The run itself goes on where it can, and what it saves is neither hidden nor thrown out by the damaged ones above it.
+    result = run_train(
+        0,
+        *load[:-2],
+        "--run-dir",
+        str(tmp_path / "whole"),
+        "--resume",
+        "--load-fallback",
+        "--save-interval",
+        "1",
+        "--keep-checkpoints",
+        "1",
+    )
+    assert result.returncode == 0 and "step 1, from" in result.stdout and "step_0000003.damaged" in result.stdout, (
+        result.stdout + result.stderr
+    )
+    assert [p.name for p in checkpoints(folder)] == ["step_0000004"] and (folder / "latest").read_text() == "step_0000004\n"
 
 
 def test_weights_alone_start_a_longer_context(base, tmp_path: Path) -> None:

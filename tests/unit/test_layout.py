@@ -139,3 +139,12 @@ def test_packed_seq_holds_both_lengths() -> None:
     assert packed.max_seqlen == 5 and packed.row_length == 16
     assert owned.tolist() == [2, 3, 4, 5, 9, 10, 13, 14]
     assert packed.positions.tolist() == [2, 3, 4, 5, 1, 2, 1, 2]
+
+
+def test_zigzag_is_transformer_engines_order() -> None:
+    """The example in its documentation (context_parallel.py, attn_forward_func_with_cp): documents of 8 and 4 over two ranks."""
+    padded = np.array([8, 4])
+    positions = np.concatenate([np.arange(n) for n in padded])
+    for rank, wanted in enumerate(([0, 1, 6, 7, 0, 3], [2, 3, 4, 5, 1, 2])):
+        owned = shard_indices(padded, cp_size=2, cp_rank=rank, layout="zigzag")
+        assert positions[owned].tolist() == wanted
