@@ -115,9 +115,10 @@ def written_uneven(rank: int, layout: str, folder: str) -> dict[str, torch.Tenso
     return whole
 
 
-@pytest.mark.parametrize(
-    "layout", ["tp 4", "tp 2 x dp_shard 2", "tp 2 x dp_replicate 2", "dp_shard 4", "pp 4", "pp 2 x tp 2", "pp 2 x dp_shard 2"]
-)
+PLACED = ["tp 4", "tp 2 x dp_shard 2", "pp 2 x tp 2", "tp 2 x dp_replicate 2", "dp_shard 4", "pp 4", "pp 2 x dp_shard 2"]
+
+
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=[] if x in PLACED[:3] else [pytest.mark.full]) for x in PLACED])
 def test_every_shard_lies_at_its_place_in_the_whole(world: World, tmp_path: Path, layout: str) -> None:
     """Read by one process that knows no layout: each tensor of the file is the canonical one, whatever the ranks held of it."""
     wanted = world.run(written_uneven, layout, str(tmp_path))[0]
@@ -260,14 +261,15 @@ def changed(rank: int, folder: str) -> None:
     Saver(Path(folder), model, optimizer, grid).save(1, {"lr": 0.5})
 
 
-def test_killed_at_any_moment_a_checkpoint_loads(tmp_path: Path) -> None:
-    """Two ranks that save without pause are killed, both or one, at 20 random moments (tests/killed_writers.py)."""
-    command = [sys.executable, "-m", "tests.killed_writers", str(tmp_path), "20"]
+@pytest.mark.parametrize("trials", [6, pytest.param(20, marks=pytest.mark.full)])
+def test_killed_at_any_moment_a_checkpoint_loads(tmp_path: Path, trials: int) -> None:
+    """Two ranks that save without pause are killed, both or one, at random moments (tests/killed_writers.py)."""
+    command = [sys.executable, "-m", "tests.killed_writers", str(tmp_path), str(trials)]
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("killed ")]
-    assert len(lines) == 20 and all("loads" in line for line in lines), done.stdout
-    assert sum(".part" in line for line in lines) >= 5, "hardly one was killed in the middle of a save"
+    assert len(lines) == trials and all("loads" in line for line in lines), done.stdout
+    assert sum(".part" in line for line in lines) >= trials // 4, "hardly one was killed in the middle of a save"
     assert time.monotonic() - start < 280
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".step") and os.path.isfile(p)]

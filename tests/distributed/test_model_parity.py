@@ -296,7 +296,7 @@ def test_tensor_parallel_variants(world: World, layout: str, changes: dict, sequ
     ("schedule", "virtual_stages"), [("1f1b", 1), pytest.param("gpipe", 1, marks=pytest.mark.full), ("interleaved", 2), ("zero_bubble", 2)]
 )
 @pytest.mark.parametrize("layout", ["pp 2 x cp 2", "pp 2 x tp 2", "pp 2 x dp_shard 2"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.full), True])
 def test_pipeline_schedules(world: World, layout: str, schedule: str, virtual_stages: int, tied: bool) -> None:
     changes = {"num_layers": 5, "tie_embeddings": tied, "qk_norm": True}
     for errors in world.run(check_layout, layout, "fp64", "thd", 1, changes, False, True, schedule, virtual_stages):
@@ -335,12 +335,41 @@ RECOMPUTED = [
 
 
 @pytest.mark.parametrize(("layout", "schedule"), RECOMPUTED)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.full), "bf16"])
 def test_recomputed_gradients_are_the_same_bits(world: World, layout: str, schedule: str, dtype: str) -> None:
     wanted = world.run(gradients, layout, dtype, "none", schedule)[0]
     for recompute in ("selective", "full"):
         got = world.run(gradients, layout, dtype, recompute, schedule)[0]
         assert got.keys() == wanted.keys() and all(torch.equal(got[n], wanted[n]) for n in wanted), recompute
+
+
+def collectives(rank: int, layout: str, schedule: str, times: int) -> tuple[int, int, int]:
+    """Of a warm step over `times` rows for each row there is: microbatches, gathers of weights, reductions of gradients."""
+    grid = grid_of(layout)
+    virtual_stages = 2 if schedule in VIRTUAL_SCHEDULES else 1
+    model = built(grid, config_of(num_layers=4), "fp32", virtual_stages=virtual_stages)
+    place = dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), layout="zigzag")
+    batches = [build_batch([row], qkv_format="thd", **place) for row in (rows_of("thd") * times)[grid.rank("batch") :: grid.size("batch")]]
+    options = dict(loss_tokens=torch.tensor(100.0, dtype=torch.float64), device=torch.device("cpu"), reshard_between=False)
+    options["pipeline"] = pipeline_of(model, grid, batches, schedule)
+    forward_backward(model, batches, **options)
+    for parameter in model.parameters():
+        parameter.grad = None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        forward_backward(model, batches, **options)
+    names = [event.name for event in profile.events()]
+    return len(batches), names.count("c10d::_allgather_base_"), names.count("c10d::_reduce_scatter_base_")
+
+
+@pytest.mark.parametrize(
+    ("layout", "schedule"), [("dp_shard 2 x cp 2", "1f1b"), ("pp 2 x dp_shard 2", "1f1b"), ("pp 2 x dp_shard 2", "zero_bubble")]
+)
+def test_weights_are_gathered_and_gradients_reduced_once_a_step(world: World, layout: str, schedule: str) -> None:
+    """However many microbatches: a unit of FSDP is each layer of the stage, and the rest of it."""
+    units = 4 + 1 if schedule == "1f1b" and "pp" not in layout else 2 + 1
+    for times in (1, 4):
+        microbatches, gathers, reductions = world.run(collectives, layout, schedule, times)[0]
+        assert (microbatches, gathers, reductions) == (2 * times, units, units)
 
 
 def check_replicas(rank: int, layout: str, dtype: str) -> tuple[tuple[int, ...], dict[str, bytes]]:

@@ -65,7 +65,11 @@ def read(rank: int, layout: str, folder: str) -> tuple[dict, list[float]]:
 
 
 @pytest.mark.parametrize(
-    "source", [pytest.param(x, marks=[pytest.mark.full] if x in ("cp 4", "dp_shard 4", "tp 4") else []) for x in LAYOUTS]
+    "source",
+    [
+        pytest.param(x, marks=[pytest.mark.full] if x in ("cp 4", "dp_shard 4", "tp 4", "dp_replicate 2 x dp_shard 2") else [])
+        for x in LAYOUTS
+    ],
 )
 def test_a_checkpoint_loads_under_every_layout(world: World, tmp_path: Path, source: str) -> None:
     assert ROWS % 4 == 0

@@ -99,6 +99,7 @@ def test_eight_ranks_however_permuted_print_the_losses_of_one(base, one_rank, tm
         assert_golden(metrics, "pp 2 x tp 2 x cp 2")
 
 
+@pytest.mark.full
 def test_micro_batch_size_changes_nothing(base, one_rank, tmp_path: Path) -> None:
     assert_same_run(train(0, tmp_path, *base, "--dtype", "fp64", "--micro-batch-size", "4"), one_rank["fp64"], 1e-9)
 
@@ -149,7 +150,9 @@ BACKENDS = {
 }
 
 
-@pytest.mark.parametrize("backend", [pytest.param(b, marks=[pytest.mark.full] if b in ("all_gather", "a2a+p2p") else []) for b in BACKENDS])
+@pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=[pytest.mark.full] if b in ("all_gather", "a2a+p2p", "ring llama3") else []) for b in BACKENDS]
+)
 def test_every_backend_has_the_losses_of_one_rank(base, one_rank, tmp_path: Path, backend: str) -> None:
     flags = BACKENDS[backend].split()
     dtype = "fp32" if "fp32" in flags else "fp64"
@@ -160,12 +163,14 @@ def test_every_backend_has_the_losses_of_one_rank(base, one_rank, tmp_path: Path
         assert (ours["tokens"], ours["loss_tokens"]) == (theirs["tokens"], theirs["loss_tokens"])
 
 
+@pytest.mark.full
 def test_pytorchs_backend_has_the_losses_of_one_rank(base, tmp_path: Path) -> None:
     flags = [*base, "--qkv-format", "bshd", "--dtype", "fp64"]
     want = train(0, tmp_path / "one", *flags)
     assert_same_run(train(2, tmp_path / "cp", *flags, "--cp-size", "2", "--cp-backend", "pytorch", "--sample-tokens", "2"), want, 1e-9)
 
 
+@pytest.mark.full
 def test_bshd_has_the_same_losses_over_cp(base, tmp_path: Path) -> None:
     flags = [*base, "--qkv-format", "bshd", "--dtype", "fp64"]
     want = train(0, tmp_path / "one", *flags)
@@ -197,6 +202,7 @@ def test_resume_is_bit_identical(base, tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "parts" / "metrics.jsonl") == parts
 
 
+@pytest.mark.full
 def test_a_run_goes_on_under_another_layout(base, one_rank, tmp_path: Path) -> None:
     flags = [*base, "--dtype", "fp64", "--save-interval", "5", "--run-dir", str(tmp_path), "--lr-decay-iters", "10", "--resume"]
     run = run_train(4, *flags, "--tp-size", "2", "--cp-size", "2", "--train-iters", "5")
@@ -315,7 +321,7 @@ def test_validation_loss_does_not_depend_on_the_layout(base, tmp_path: Path) -> 
         assert one["validation_loss"] == pytest.approx(grid["validation_loss"], rel=1e-9)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_loss_that_is_not_finite_ends_the_run_unsaved(base, tmp_path: Path, asynchronous: bool) -> None:
     """The save under way is finished."""
     flags = ["--async-save"] * asynchronous + [
@@ -340,6 +346,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(base, tmp_path: Path, as
     assert saved == [f"step_{n:07d}" for n in range(1, bad)]
 
 
+@pytest.mark.full
 def test_what_may_change_on_the_way_is_told(base, tmp_path: Path) -> None:
     flags = [*base, "--train-iters", "2", "--save-interval", "2"]
     train(0, tmp_path / "a", *flags)
