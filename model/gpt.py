@@ -73,7 +73,8 @@ class GPT(nn.Module):
         layers = range(config.num_layers) if layers is None else layers
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
         self.compute_dtype = compute_dtype or dtype
-        self.rows: StageRows | None = None  # of the step that a pipeline schedule runs
+        self.rows: StageRows | None = None  # of the step that a pipeline schedule runs, which says before each forward:
+        self.microbatch = 0
         self.config, self.loss_chunk_size, self.z_loss = config, loss_chunk_size, z_loss
         self.tp = tp = tp or TensorParallel()
         self.embedding = self.final_norm = self.lm_head = None
@@ -110,7 +111,6 @@ class GPT(nn.Module):
         packed_seq: PackedSeq | None = None,
         labels: Tensor | None = None,
         logits_rows: Tensor | None = None,
-        microbatch: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """The sum of the labelled tokens' losses, the logits of some rows, or what goes to the next stage.
 
@@ -120,16 +120,15 @@ class GPT(nn.Module):
             x: [t] int64 tokens on the first stage, else the hidden state from the stage before.
             labels: [t] int64, already shifted; -100 where no loss is wanted.
             logits_rows: [n] rows whose logits are wanted instead of a loss.
-            microbatch: from a pipeline schedule instead of all these: [1], the number of the row in `rows`.
 
         Returns:
             Before the last stage: the hidden state [t, h], or [t / tp, h] with sequence parallelism.
             With `labels`: (loss sum to differentiate, cross-entropy sum without gradient).
             With `logits_rows`: logits [n, vocab_size].
-            With `microbatch`, on the last stage: the row's part of the step's mean loss, [1].
+            Under a pipeline schedule, which gives `rows` and `microbatch` instead: the row's part of the step's mean loss, [1].
         """
-        if microbatch is not None:
-            return self._scheduled(x, int(microbatch))
+        if self.rows is not None:
+            return self._scheduled(x, self.rows, self.microbatch)
         assert packed_seq is not None
         x = self._hidden(x, packed_seq)
         if not self.is_last:
@@ -140,9 +139,7 @@ class GPT(nn.Module):
         assert labels is not None
         return self._loss(x, labels)
 
-    def _scheduled(self, x: Tensor, number: int) -> Tensor:
-        rows = self.rows
-        assert rows is not None, "no rows for this step"
+    def _scheduled(self, x: Tensor, rows: StageRows, number: int) -> Tensor:
         x = self._hidden(rows.tokens[number] if self.is_first else x, rows.packed_seqs[number])
         if not self.is_last:
             return x

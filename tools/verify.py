@@ -24,6 +24,7 @@ import sys
 import time
 from copy import copy
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -216,10 +217,12 @@ def compare(got: Outcome, noisy: Outcome, exact: Outcome, args: argparse.Namespa
         values = [getattr(outcome, what) for outcome in (got, noisy, exact)]
         error, floor = (abs(v / values[2] - 1) for v in values[:2])
         lines.append(Line(what.replace("_", " "), error, max(floor, scalar_unit)))
+    only_one_has = sorted((got.grads.keys() ^ exact.grads.keys()) | (got.weights.keys() ^ exact.weights.keys()))
+    if only_one_has:
+        return (*lines, *(Line(what, float("inf"), unit, f"{only_one_has[0]} is missing on one side") for what in ("grads", "weights")))
     grad_floors: dict[str, float] = {}
     for what in ("grads", "weights"):
         tensors, wanted = getattr(got, what), getattr(exact, what)
-        assert tensors.keys() == wanted.keys()
         floors = {name: relative(x, wanted[name]) for name, x in getattr(noisy, what).items()}
         least = max(unit, sum(floors.values()) / len(floors))
         floors = {name: max(floor, least) for name, floor in floors.items()}
@@ -237,7 +240,10 @@ class Verifier:
 
     def __init__(self, args: argparse.Namespace, grid: Grid, device: torch.device, *, layers: int, sequences: int | None) -> None:
         self.grid, self.device = grid, device
-        self.layers = min(max(layers, args.pp_size * args.virtual_stages), args.num_layers)  # at least one a stage
+        stages, ends = args.pp_size * args.virtual_stages, [n for n in (args.first_stage_layers, args.last_stage_layers) if n is not None]
+        self.layers = min(
+            max(layers, sum(ends) + stages - len(ends)), args.num_layers
+        )  # at least one a stage, and what flags give the ends
         self.num_sequences = sequences or args.micro_batch_size * grid.size("batch") * grid.size("pp")  # a microbatch a stage
         unit = args.micro_batch_size * grid.size("batch")
         if self.num_sequences % unit:
@@ -365,6 +371,7 @@ def main(argv: list[str]) -> int:
     device = initialise_distributed(launch, args.device, timeout_minutes=args.distributed_timeout_minutes)
     grid = build_grid(
         GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size),
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
         backend=group_backend(device),
     )
     with train.one_line_refusals():

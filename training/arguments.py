@@ -90,7 +90,7 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
         "--reshard-after-forward",
         choices=("auto", "on", "off"),
         default="auto",
-        help="free gathered weights between forward and backward: less memory, one more gather; auto: off within one node",
+        help="free gathered weights between forward and backward: less memory, one more gather; auto: off in one node or with zero_bubble",
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
     group.add_argument("--distributed-timeout-minutes", type=float, default=30.0, help="a collective that takes longer ends the run")
@@ -405,8 +405,15 @@ def _resolve_grid(args: argparse.Namespace, world_size: int, local_world_size: i
             f"dp_shard {args.dp_shard_size} * cp {args.cp_size} * tp {args.tp_size}) but there are {world_size}: "
             f"{start(others * args.dp_shard_size)}"
         )
+    # PyTorch's zero-bubble schedules compute weights' gradients later, past FSDP: it has freed the weights, which loses gradients
+    # without a word, and what it would add up in fp32 is added up in bf16.
+    keeps = args.pp_size > 1 and args.pp_schedule == "zero_bubble"
+    if keeps and args.dtype == "bf16":
+        raise ValueError("--pp-schedule zero_bubble adds up the microbatches' gradients in --dtype bf16: use fp32, or interleaved")
+    if keeps and args.reshard_after_forward == "on":
+        raise ValueError("--reshard-after-forward on: --pp-schedule zero_bubble needs off, or take --pp-schedule interleaved")
     if args.reshard_after_forward == "auto":
-        args.reshard_after_forward = "off" if local_world_size == world_size else "on"
+        args.reshard_after_forward = "off" if keeps or local_world_size == world_size else "on"
         chosen.append(f"--reshard-after-forward {args.reshard_after_forward}")
 
 

@@ -96,11 +96,12 @@ def group_backend(device: torch.device) -> str:
 
 
 def on_rank_zero_first(build: Callable[[], T]) -> T:
-    """`build()` on rank 0, then on the others, which find what it cached.
+    """`build()` on rank 0, then on the others, which find what it cached. They wait as long as it takes.
 
     Raises:
         ValueError: on every rank, with rank 0's words, if it raised one there.
     """
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))  # tokenizing a corpus is no collective that hangs
     failure: list[str | None] = [None]
     result = None
     if dist.get_rank() == 0:
@@ -108,7 +109,8 @@ def on_rank_zero_first(build: Callable[[], T]) -> T:
             result = build()
         except (ValueError, OSError) as error:
             failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
+    dist.broadcast_object_list(failure, src=0, group=patient)
+    dist.destroy_process_group(patient)
     if failure[0] is not None:
         raise ValueError(failure[0])
     return result if result is not None else build()

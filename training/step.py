@@ -62,7 +62,7 @@ def forward_backward(
         for chunk in chunks:
             chunk.rows = rows
         first, last = (any(getattr(chunk, which) for chunk in chunks) for which in ("is_first", "is_last"))
-        pipeline.schedule.step(*([numbers] if first else []), **({"target": numbers} if last else {}), microbatch=numbers)
+        pipeline.schedule.step(*([numbers] if first else []), **({"target": numbers} if last else {}))
         for chunk in chunks:
             chunk.rows = None
     else:
@@ -72,6 +72,9 @@ def forward_backward(
             loss_sum, cross_entropy = model(batch.tokens, batch.packed_seq, labels=batch.labels)
             (loss_sum / loss_tokens.to(loss_sum.dtype)).backward()
             total += cross_entropy
+    without = next((name for name, p in model.named_parameters() if p.grad is None), None)
+    if without is not None:  # FSDP under a schedule can lose one, and the optimiser would pass over it without a word
+        raise RuntimeError(f"{without} has no gradient after the backward pass on rank {dist.get_rank()}: this must not happen")
     tp = chunks[0].tp
     if tp.group is not None:
         parts = [p for n, p in model.named_parameters() if sees_part(n, sequence_parallel=tp.sequence_parallel)]
@@ -112,9 +115,12 @@ def forward_only(model: GPT | Stages, batches: Sequence[Batch], grid: Grid, logi
         return [forward_of(chunks[0])(number, None) for number in range(len(batches))]
     tp, width = chunks[0].tp, chunks[0].config.hidden_size
     share = tp.size if tp.sequence_parallel else 1
+    world = dist.group.WORLD
+    assert world is not None
     results = pipeline_forward(
         [forward_of(chunk) for chunk in chunks],
         grid.group("pp"),
+        world,
         microbatches=len(batches),
         hidden=lambda n: torch.empty(
             len(batches[n].tokens) // share, width, dtype=chunks[0].compute_dtype, device=batches[n].tokens.device

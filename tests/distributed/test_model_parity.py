@@ -27,7 +27,7 @@ from parallel.grid import Grid, GridSizes, build_grid
 from parallel.stages import VIRTUAL_SCHEDULES, split_layers
 from parallel.tensor import TensorParallel
 from tests.reference import random_documents, reference_loss, relative_error, worst
-from tests.world import World
+from tests.world import RankError, World
 from train import build_pipeline
 from training.checkpoint import whole_tensors
 from training.optimizer import build_optimizer
@@ -301,6 +301,19 @@ def test_pipeline_schedules(world: World, layout: str, schedule: str, virtual_st
     changes = {"num_layers": 5, "tie_embeddings": tied, "qk_norm": True}
     for errors in world.run(check_layout, layout, "fp64", "thd", 1, changes, False, True, schedule, virtual_stages):
         assert worst(errors) <= 1e-10, errors
+
+
+@pytest.mark.parametrize(("schedule", "virtual_stages"), [("1f1b", 1), ("gpipe", 1), ("interleaved", 2)])
+@pytest.mark.parametrize("layout", ["pp 2 x cp 2", "pp 2 x dp_shard 2"])
+def test_pipeline_schedules_with_weights_freed_after_forward(world: World, layout: str, schedule: str, virtual_stages: int) -> None:
+    for errors in world.run(check_layout, layout, "fp64", "thd", 1, {"num_layers": 5}, True, True, schedule, virtual_stages):
+        assert worst(errors) <= 1e-10, errors
+
+
+def test_a_lost_gradient_ends_the_step(world: World) -> None:
+    """What train.py refuses: zero_bubble over freed weights."""
+    with pytest.raises(RankError, match="has no gradient after the backward pass on rank"):
+        world.run(check_layout, "pp 2 x cp 2", "fp64", "thd", 1, {"num_layers": 4}, True, True, "zero_bubble", 2)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])

@@ -44,6 +44,16 @@ REFUSALS = [
         2,
         ["5 microbatches", "4 or 6"],
     ),
+    (
+        shlex.split("--pp-size 2 --pp-schedule zero_bubble --virtual-stages 2 --reshard-after-forward on"),
+        2,
+        ["--reshard-after-forward on", "zero_bubble", "off", "interleaved"],
+    ),
+    (
+        shlex.split("--pp-size 2 --pp-schedule zero_bubble --virtual-stages 2 --dtype bf16"),
+        2,
+        ["zero_bubble", "bf16", "fp32", "interleaved"],
+    ),
     (["--sequence-parallel"], 1, ["--sequence-parallel", "--tp-size"]),
     (["--tp-size", "2", "--seq-length", "2050", "--cp-size", "2"], 4, ["--seq-length 2050", "4", "2048"]),
     (["--seq-length", "2050", "--cp-size", "4"], 4, ["--seq-length 2050", "8", "2048"]),
