@@ -30,6 +30,7 @@ from data.tokenizer import Tokenizer
 from model.config import GPTConfig, padded_vocab_size
 from model.gpt import GPT, Stages, chunks_of
 from model.init import initialise
+from model.layers import precision_of
 from parallel.collectives import WaitClock, sum_over
 from parallel.fsdp import clip_grad_norm_, shard_model
 from parallel.grid import Grid, GridSizes, build_grid, ends_group, split_group
@@ -112,6 +113,8 @@ def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.de
     a2a_groups = split_group(grid, "cp", args.attention.a2a_size, timeout=timeout, backend=backend) if args.attention.a2a_size > 1 else None
     attention = build_attention(args.attention, head_dim=config.kv_channels, a2a_groups=a2a_groups, clock=clock)
     tp = TensorParallel(grid.group("tp"), args.sequence_parallel)
+    ends = (0, config.num_layers - 1) if args.fp8_first_last_bf16 else ()
+    precision = precision_of(args.fp8, group=grid.group("stage"), bf16_layers=ends)
     stages = split_layers(config.num_layers, args.pp_size * args.virtual_stages, first=args.first_stage_layers, last=args.last_stage_layers)
     chunks = []
     for layers in stages[grid.rank("pp") :: args.pp_size]:
@@ -129,7 +132,10 @@ def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.de
                 recompute=args.recompute,
                 dropout_seed=args.seed,
                 implementation=args.transformer_impl,
+                precision=precision,
             )
+        if args.compile:
+            chunk.compile_layers()
         shard_model(
             chunk,
             chunk.layers.values(),

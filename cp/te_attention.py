@@ -44,6 +44,10 @@ class TEAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:
         """q [t, hq, d]; k, v [t, hkv, d] -> [t, hq, d], 0 in padding."""
+        with te.autocast(enabled=False):  # --fp8 is of the matrices; and one module serves all layers, which its scaling could not
+            return self._attend(q, k, v, packed_seq, group)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:
         dpa = self._module(q.shape[1], k.shape[1], q.shape[2], group)
         if packed_seq.qkv_format == "bshd":
             sequences = len(packed_seq.lengths)

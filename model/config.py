@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 # What the backward pass may compute again instead of keeping it (model/transformer.py).
 RECOMPUTE = ("none", "selective", "full")
+# How Transformer Engine finds the scale of an 8-bit tensor: delayed, from the largest values of steps before; current, from the tensor
+# itself; block, from each block of it (model/te_layers.py).
+FP8_RECIPES = ("none", "delayed", "current", "block")
 # How rotary positions reach beyond the length that was trained on (model/rope.py).
 ROPE_SCALINGS = ("none", "linear", "llama3")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,9 +16,9 @@ from cp.kernels import to_device
 from cp.packed_seq import PackedSeq
 from model.config import GPTConfig
 from model.dropout import HiddenDropout
-from model.layers import layers_of
+from model.layers import Precision, layers_of
 from model.loss import chunked_cross_entropy
-from model.rope import rotary_frequencies, rotary_tables
+from model.rope import rotary_frequencies
 from model.transformer import RowContext, TransformerLayer
 from parallel.tensor import TensorParallel
 
@@ -49,6 +51,7 @@ class GPT(nn.Module):
         recompute: of `TransformerLayer`.
         dropout_seed: of the masks of `config`'s dropout.
         implementation: whose layers, as `model.layers.layers_of`.
+        precision: of `TransformerLayer`; None: the compute dtype.
         layers: those of this stage; None: all. The stage with the first one embeds, that with the last one has the output.
     """
 
@@ -67,9 +70,11 @@ class GPT(nn.Module):
         recompute: str = "none",
         dropout_seed: int = 0,
         implementation: str = "torch",
+        precision: Precision | None = None,
     ) -> None:
         super().__init__()
         impl = layers_of(implementation)
+        self.rotary_tables, self.precision = impl.rotary_tables, precision or Precision()
         layers = range(config.num_layers) if layers is None else layers
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
         self.compute_dtype = compute_dtype or dtype
@@ -81,11 +86,9 @@ class GPT(nn.Module):
         if self.is_first or (self.is_last and config.tie_embeddings):  # the last stage of several holds a copy
             self.embedding = impl.VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         # By their number in the whole model, so that names do not depend on the stage.
+        options: dict[str, Any] = dict(seed=dropout_seed, impl=impl, precision=self.precision)
         self.layers = nn.ModuleDict(
-            {
-                str(i): TransformerLayer(config, attention, cp_group, dtype, tp, recompute, number=i, seed=dropout_seed, impl=impl)
-                for i in layers
-            }
+            {str(i): TransformerLayer(config, attention, cp_group, dtype, tp, recompute, number=i, **options) for i in layers}
         )
         self.cp_group = cp_group
         self.after_embedding = HiddenDropout(config.hidden_dropout, seed=dropout_seed, name="embedding")
@@ -100,6 +103,11 @@ class GPT(nn.Module):
         head = self.embedding if self.lm_head is None else self.lm_head
         assert head is not None
         return head.weight
+
+    def compile_layers(self) -> None:
+        """torch.compile the layers, but for attention."""
+        for layer in self.layers.values():
+            layer.compile_parts()  # type: ignore[operator]
 
     def is_copy(self, name: str) -> bool:
         """Whether another stage holds the same weight, which counts there."""
@@ -163,10 +171,10 @@ class GPT(nn.Module):
             original_seq_length=self.config.rope_original_seq_length,
             device=packed_seq.positions.device,
         )
-        cos, sin = rotary_tables(packed_seq.positions, frequencies, dtype=table_dtype)
-        row = RowContext(packed_seq, cos, sin, token_ids)
-        for layer in self.layers.values():
-            x = layer(x, row)
+        row = RowContext(packed_seq, self.rotary_tables(packed_seq.positions, frequencies, dtype=table_dtype), token_ids)
+        with self.precision.of_model() if self.training else nullcontext():
+            for layer in self.layers.values():
+                x = layer(x, row)
         return self.tp.enter(self.final_norm(x)) if self.final_norm is not None else x
 
     def _token_ids(self, packed_seq: PackedSeq, device: torch.device) -> Tensor:

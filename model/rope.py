@@ -90,4 +90,9 @@ class _Rotary(torch.autograd.Function):
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [t, ..., d] rotated by its token's position; a new contiguous tensor."""
+    if torch.compiler.is_compiling():  # which fuses plain operations, and could not see into the function
+        shape = (len(cos), *([1] * (x.dim() - 2)), cos.shape[1])
+        cos, sin = cos.view(shape), sin.view(shape)
+        first, second = x.to(cos.dtype).chunk(2, -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
     return _Rotary.apply(x, cos, sin)

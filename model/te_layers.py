@@ -6,15 +6,46 @@ norm and checkpoints know nothing of Transformer Engine. What it is told of tens
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+import torch.distributed as dist
 import transformer_engine.pytorch as te
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformer_engine.common import recipe as te_recipe
+from transformer_engine.pytorch.attention import rope as te_rope
 
+from model.layers import Precision
+from model.names import TE_FUSED
 from model.torch_layers import ColumnParallelLinear, VocabParallelEmbedding
 from parallel.tensor import TensorParallel
 
 __all__ = ["ColumnParallelLinear", "LayerNormLinear", "LayerNormMLP", "RMSNorm", "RowParallelLinear", "VocabParallelEmbedding"]
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype) -> tuple[Tensor]:
+    """Angles for the fused kernel, once a microbatch: position * frequency, taken in float64 and turned back below 2 pi.
+
+    Its own table is of float32 angles by position, of which that of position 1,000,000 is off by 0.06; and it would need to know which
+    tokens a rank holds. So the whole row is told as one sequence, with an angle for each token.
+
+    Args:
+        positions: [t] int64, restarting at each document.
+        frequencies: [head_dim / 2] float64.
+
+    Returns:
+        One tensor [t, 1, 1, head_dim] fp32; both halves of a head turn by the same angles.
+    """
+    angle = (positions.to(torch.float64)[:, None] * frequencies).remainder(2 * math.pi).to(torch.float32)
+    return (torch.cat((angle, angle), -1)[:, None, None],)
+
+
+def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
+    """x [t, g, n, d] rotated by its token's position; a new contiguous tensor."""
+    return te_rope.apply_rotary_pos_emb(x, angles, tensor_format="sbhd", fused=True)
 
 
 def _parallel(tp: TensorParallel) -> dict:
@@ -92,9 +123,72 @@ class LayerNormMLP(nn.Module):
         self.hidden = (module,)  # from nn.Module, in a tuple: its own parameters stay on the meta device, ours stand in for them
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = {
-            "layer_norm_weight": self.layer_norm_weight,
-            "fc1_weight": torch.cat((self.gate_weight, self.up_weight)),  # [2 * ffn / tp, h]
-            "fc2_weight": self.fc2_weight,
-        }
+        weights: dict[str, Tensor] = dict(self.named_parameters())
+        for fused, parts in TE_FUSED.items():  # fc1_weight [2 * ffn / tp, h]
+            weights[fused.removeprefix("mlp.")] = torch.cat([weights.pop(part.removeprefix("mlp.")) for part in parts])
         return functional_call(self.hidden[0], weights, (x,))
+
+
+# Value of --fp8 -> its recipe, and the function that says whether it can run here.
+RECIPES = {
+    "delayed": (te_recipe.DelayedScaling, te.is_fp8_available),
+    "current": (te_recipe.Float8CurrentScaling, te.is_fp8_available),
+    "block": (te_recipe.Float8BlockScaling, te.is_fp8_block_scaling_available),
+}
+
+
+class FP8(Precision):
+    """The matrices of attention and MLP in 8 bits, by Transformer Engine's recipes; all else stays as it is.
+
+    With delayed scaling the largest values are reduced at the end of an `autocast` that holds each module once. So there is one around all
+    layers, and a layer that is computed again would be outside it: refused with `--recompute`. The others keep nothing, and each
+    layer has its own.
+
+    Args:
+        name: of `RECIPES`.
+        group, bf16_layers: as `model.layers.precision_of`.
+
+    Raises:
+        ValueError: one line, with Transformer Engine's reason.
+    """
+
+    def __init__(self, name: str, *, group: dist.ProcessGroup, bf16_layers: Collection[int]) -> None:
+        recipe, available = RECIPES[name]
+        can, reason = available(return_reason=True)
+        if not can:
+            raise ValueError(f"--fp8 {name}: {reason}; use --fp8 none")
+        self.recipe, self.group, self.bf16_layers = recipe(), group, frozenset(bf16_layers)
+        self.delayed = name == "delayed"
+
+    def of_model(self) -> AbstractContextManager:
+        return self._on() if self.delayed else nullcontext()
+
+    def of_layer(self, number: int) -> AbstractContextManager:
+        if number in self.bf16_layers:
+            return te.autocast(enabled=False)
+        return nullcontext() if self.delayed else self._on()
+
+    def _on(self) -> AbstractContextManager:
+        return te.autocast(enabled=True, recipe=self.recipe, amax_reduction_group=self.group)
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Of delayed scaling: for each module its scales [n] and the largest values of steps before [history, n], forward and backward."""
+        found: dict[str, Tensor] = {}
+        for name, module, gemms in self._modules(model) if self.delayed else ():
+            if "scaling_fwd" not in module.fp8_meta:  # before the first step
+                module.fp8_meta["num_gemms"] = gemms
+                module.init_fp8_meta_tensors(self.recipe)
+            for key in ("scaling_fwd", "scaling_bwd"):
+                of_key = module.fp8_meta[key]
+                found |= {f"{name}.{key}.scale": of_key.scale, f"{name}.{key}.amax_history": of_key.amax_history}
+        return found
+
+    def _modules(self, model: nn.Module) -> Iterator[tuple[str, te.Linear | te.LayerNormLinear | te.LayerNormMLP, int]]:
+        """(name, module, how many matrices it has) of all that compute in 8 bits."""
+        for name, module in model.named_modules():
+            if name.startswith("layers.") and int(name.split(".")[1]) in self.bf16_layers:
+                continue
+            if isinstance(module, LayerNormMLP):
+                yield name, module.hidden[0], 2
+            elif isinstance(module, (te.Linear, te.LayerNormLinear)):
+                yield name, module, 1

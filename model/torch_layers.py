@@ -11,7 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.rope import apply_rotary, rotary_tables
 from parallel.tensor import TensorParallel
+
+__all__ = [
+    "ColumnParallelLinear",
+    "LayerNormLinear",
+    "LayerNormMLP",
+    "RMSNorm",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "apply_rotary",
+    "rotary_tables",
+]
 
 
 class RMSNorm(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from cp.dropped import AttentionDropout
 from cp.packed_seq import PackedSeq
 from model.config import RECOMPUTE, GPTConfig
 from model.dropout import HiddenDropout
-from model.rope import apply_rotary
+from model.layers import Precision
 from parallel.keyed_random import key_of
 from parallel.tensor import TensorParallel
 
@@ -24,13 +25,12 @@ from parallel.tensor import TensorParallel
 class RowContext(NamedTuple):
     """What every layer needs to know of the row: made once a microbatch.
 
-    cos, sin: [t, kv_channels / 2] rotary tables of this rank's tokens.
+    rotary: tables of this rank's tokens, from the `rotary_tables` of the layers.
     token_ids: of the tokens of this rank's residual stream, [t], or [t / tp] with sequence parallelism; None without hidden dropout.
     """
 
     packed_seq: PackedSeq
-    cos: Tensor
-    sin: Tensor
+    rotary: tuple[Tensor, ...]
     token_ids: Tensor | None = None
 
 
@@ -54,18 +54,24 @@ class SelfAttention(nn.Module):
         self.qkv = impl.LayerNormLinear(config.hidden_size, config.qkv_size, eps=eps, dtype=dtype, tp=tp)
         self.q_norm = impl.RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = impl.RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
+        self.apply_rotary = impl.apply_rotary
         self.output = impl.RowParallelLinear(config.query_size, config.hidden_size, dtype=dtype, tp=tp)
 
-    def forward(self, x: Tensor, row: RowContext) -> Tensor:
+    def project(self, x: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """q [t, hq, d]; k, v [t, g, d], turned by their positions."""
         c = self.config
         qkv = self.qkv(x).view(-1, self.groups, c.queries_per_group + 2, c.kv_channels)  # [t, g, hq/g + 2, d]; g of this tp rank
         q, k, v = qkv.split((c.queries_per_group, 1, 1), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = apply_rotary(q, row.cos, row.sin).flatten(1, 2)  # [t, hq, d]
-        k = apply_rotary(k, row.cos, row.sin).flatten(1, 2)  # [t, g, d]
+        q = self.apply_rotary(q, *rotary).flatten(1, 2)  # [t, hq, d]
+        k = self.apply_rotary(k, *rotary).flatten(1, 2)  # [t, g, d]
+        return q, k, v.flatten(1, 2)
+
+    def forward(self, x: Tensor, row: RowContext) -> Tensor:
+        q, k, v = self.project(x, row.rotary)
         options = {"dropout": self.dropout} if self.dropout is not None and self.training else {}
-        out = self.attention(q, k, v.flatten(1, 2), row.packed_seq, self.cp_group, **options)  # [t, hq, d]
+        out = self.attention(q, k, v, row.packed_seq, self.cp_group, **options)  # [t, hq, d]
         return self.output(out.flatten(1, 2))
 
 
@@ -78,6 +84,7 @@ class TransformerLayer(nn.Module):
         number: of the layer in the whole model.
         seed: of the dropout masks.
         impl: from `model.layers.layers_of`.
+        precision: from `model.layers.precision_of`; of training alone: without gradients all is in the compute dtype.
     """
 
     def __init__(
@@ -92,10 +99,11 @@ class TransformerLayer(nn.Module):
         number: int,
         seed: int,
         impl: ModuleType,
+        precision: Precision,
     ) -> None:
         super().__init__()
         assert recompute in RECOMPUTE
-        self.recompute = recompute
+        self.recompute, self.precision, self.number = recompute, precision, number
         dropped = None
         if config.attention_dropout:
             first_head = tp.rank * tp.share(config.num_attention_heads, "query heads")
@@ -110,10 +118,25 @@ class TransformerLayer(nn.Module):
             return _again(self._block, x, row)
         return self._block(x, row)
 
+    def compile_parts(self) -> None:
+        """torch.compile what is computed token by token, before and after attention, which stays as it is."""
+        self.attention.project = torch.compile(self.attention.project)  # type: ignore[method-assign]
+        self.attention.output.compile()
+        self.mlp.compile()
+
     def _block(self, x: Tensor, row: RowContext) -> Tensor:
+        with self.precision.of_layer(self.number) if self.training else nullcontext():
+            return self._in_precision(x, row)
+
+    def _in_precision(self, x: Tensor, row: RowContext) -> Tensor:
         x = x + self.after_attention(self.attention(x, row), row.token_ids)
         recompute = self.recompute == "selective" and torch.is_grad_enabled()
-        return x + self.after_mlp(_again(self.mlp, x) if recompute else self.mlp(x), row.token_ids)
+        return x + self.after_mlp(_again(self._mlp, x) if recompute else self.mlp(x), row.token_ids)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        """With its precision, which the backward pass does not know."""
+        with self.precision.of_layer(self.number) if self.training else nullcontext():
+            return self.mlp(x)
 
 
 def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -24,6 +24,7 @@ DERIVED_AXES: dict[str, tuple[str, ...]] = {
     "fsdp": ("dp_shard", "cp"),  # parameters are sharded over it
     "batch": ("dp_replicate", "dp_shard"),  # each coordinate reads its own rows
     "loss": ("dp_replicate", "dp_shard", "cp"),  # tokens are counted, gradients summed
+    "stage": ("dp_replicate", "dp_shard", "cp", "tp"),  # holds the same layers
     "model": ("pp", "tp"),  # the gradient norm adds the parts of one replica
 }
 

@@ -23,10 +23,11 @@ from cp.layout import LAYOUTS
 from data.corpus import open_source
 from data.packing import PACKINGS, PAD_ROWS, resolve_packing
 from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer, load_sentencepiece
-from model.config import RECOMPUTE, ROPE_SCALINGS, GPTConfig
+from model.config import FP8_RECIPES, RECOMPUTE, ROPE_SCALINGS, GPTConfig
 from parallel.stages import PP_SCHEDULES, check_microbatches, fewest_microbatches, split_layers
 from training.lr_schedule import LR_DECAY_STYLES
 
+FP8_UNIT = 16  # sizes of a matrix in 8 bits are multiples of it
 TRANSFORMER_IMPLS = ("auto", "torch", "te")
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag, so that a preset can be overruled
 
@@ -127,6 +128,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         choices=TRANSFORMER_IMPLS,
         default="auto",
         help="whose layers: te, Transformer Engine's, CUDA only; torch, plain PyTorch; auto: te where it can",
+    )
+    group.add_argument(
+        "--fp8",
+        choices=FP8_RECIPES,
+        default="none",
+        help="matrices of the te layers in 8 bits, scaled by the values of steps before, by the tensor's own or block by block",
+    )
+    group.add_argument("--fp8-first-last-bf16", action=SWITCH, default=False, help="with --fp8: the first and last layer stay in bf16")
+    group.add_argument(
+        "--compile", action=SWITCH, default=False, help="torch.compile the torch layers, but for attention; the first steps take minutes"
     )
 
 
@@ -500,6 +511,36 @@ def _resolve_impl(args: argparse.Namespace, chosen: list[str]) -> None:
         if args.dtype != "bf16":
             raise ValueError(f"--transformer-impl te takes --dtype bf16, not {args.dtype}: use --transformer-impl torch")
         _check_te("--transformer-impl te", "--transformer-impl torch")
+        if args.compile:
+            raise ValueError("--compile is of --transformer-impl torch, not of te, whose kernels are fused already")
+    if args.fp8_first_last_bf16 and args.fp8 == "none":
+        raise ValueError("--fp8-first-last-bf16 needs --fp8 delayed, current or block")
+    if args.fp8 != "none":
+        _check_fp8(args)
+
+
+def _check_fp8(args: argparse.Namespace) -> None:
+    if args.transformer_impl != "te":
+        raise ValueError(f"--fp8 {args.fp8} needs --transformer-impl te (CUDA, bf16, Transformer Engine), not {args.transformer_impl}")
+    if args.fp8 == "delayed" and args.recompute != "none":
+        raise ValueError(f"--fp8 delayed cannot go with --recompute {args.recompute}: use --fp8 current, or --recompute none")
+    if args.pad_rows == "dynamic":
+        raise ValueError(f"--fp8 {args.fp8} needs rows of a multiple of {FP8_UNIT} tokens on each rank, not --pad-rows dynamic: use full")
+    heads = args.num_attention_heads + 2 * args.num_query_groups
+    for what, size in (
+        (f"--hidden-size {args.hidden_size}", args.hidden_size),
+        (f"--ffn-hidden-size {args.ffn_hidden_size} / --tp-size {args.tp_size}", args.ffn_hidden_size // args.tp_size),
+        (f"query channels / --tp-size {args.tp_size}", args.num_attention_heads * args.kv_channels // args.tp_size),
+        (f"query, key and value channels / --tp-size {args.tp_size}", heads * args.kv_channels // args.tp_size),
+        (
+            f"--micro-batch-size {args.micro_batch_size} * --seq-length {args.seq_length} / (cp {args.cp_size} * tp {args.tp_size})",
+            args.micro_batch_size * args.seq_length // (args.cp_size * args.tp_size),
+        ),
+    ):
+        if size % FP8_UNIT:
+            raise ValueError(
+                f"--fp8 {args.fp8}: {what} = {size} is not a multiple of {FP8_UNIT}: nearest {_nearest_multiple(size, FP8_UNIT)}"
+            )
 
 
 def _resolve_attention(args: argparse.Namespace, chosen: list[str]) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from model.gpt import GPT
 from model.init import local_rows
 from model.names import tp_dim
 from parallel.collectives import sum_over
@@ -123,6 +124,10 @@ def _parts(model: nn.Module, optimizer: torch.optim.AdamW | None) -> dict[str, d
         for name, parameter in parameters.items():
             for key, x in optimizer.state[parameter].items():
                 parts.setdefault(key, {})[name] = _Part(name, local_tensor(x.detach()), tuple(x.shape))
+    if optimizer is not None:
+        scales = {n: x for m in model.modules() if isinstance(m, GPT) for n, x in m.precision.state(m).items()}
+        if scales:
+            parts["fp8"] = {name: _Part(name, x, ()) for name, x in scales.items()}  # the same on every rank that has them
     return parts
 
 
@@ -133,6 +138,8 @@ def _state(parts: Mapping[str, Mapping[str, _Part]], grid: Grid, mesh: DeviceMes
         for key, named in parts.items()
     }
     state: dict[str, Any] = {"model": whole.pop("weight")}
+    if "fp8" in whole:
+        state["fp8"] = whole.pop("fp8")
     if whole:
         state["optimizer"] = {name: {key: whole[key][name] for key in whole} for name in state["model"]}
     return state
@@ -296,6 +303,14 @@ class Saver:
 # Loading
 
 
+def stores(checkpoint: Path, prefix: str) -> bool:
+    """Whether a checkpoint holds anything whose name starts so; False where its index cannot be read, which loading will say."""
+    try:
+        return any(name.startswith(prefix) for name in dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
+    except Exception:
+        return False
+
+
 def _own_damage(checkpoint: Path) -> list[str]:
     """Of this rank's share of the files, what is wrong with them: a line each."""
     try:
@@ -322,6 +337,8 @@ def load_checkpoint(
         ValueError: it lacks a tensor of this model, or holds it in another shape.
     """
     state = trained_state(model, optimizer, grid)
+    if not stores(checkpoint, "fp8."):
+        state.pop("fp8", None)  # written by a run without; its scales start fresh, and the banner says that --fp8 changed
     failure: CheckpointException | None = None
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(_own_damage, checkpoint)

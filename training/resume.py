@@ -22,7 +22,8 @@ from training.checkpoint_files import DamagedCheckpoint, checkpoints, find_check
 # Facts of a run that may change when it goes on from a checkpoint; what changed is printed.
 FREE_FACTS = (
     "--dtype", "--lr", "--min-lr", "--lr-warmup-iters", "--lr-decay-iters", "--lr-decay-style", "--lr-wsd-decay-iters",
-    "--weight-decay", "--adam-beta1", "--adam-beta2", "--adam-eps", "--clip-grad", "--z-loss", "--hidden-dropout", "--attention-dropout",
+    "--transformer-impl", "--fp8", "--fp8-first-last-bf16", "--weight-decay",
+    "--adam-beta1", "--adam-beta2", "--adam-eps", "--clip-grad", "--z-loss", "--hidden-dropout", "--attention-dropout",
 )  # fmt: skip
 # What a new run that takes only the weights may change of the model: how positions turn.
 FREE_OF_WEIGHTS = ("model rotary_base", "model rope_scaling", "model rope_scaling_factor", "model rope_original_seq_length")

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from model.layers import Precision
 from tests.distributed.test_model_parity import built, config_of, full, grid_of, rows_of, steps_of
 from tests.distributed.test_reshard import moments, optimizer_of
 from tests.launch import ROOT, environment
@@ -131,6 +132,47 @@ def test_every_shard_lies_at_its_place_in_the_whole(world: World, tmp_path: Path
 
 def test_keep_checkpoints(world: World, tmp_path: Path) -> None:
     assert sorted(world.run(kept, str(tmp_path))[0]) == ["latest", "step_0000003", "step_0000004"]
+
+
+class Scales(Precision):
+    """As `te_layers.FP8`: two tensors a layer, beside the parameters."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        for layer in model.layers:  # type: ignore[union-attr]
+            self.kept.setdefault(f"layers.{layer}.mlp.scaling_fwd.scale", torch.ones(6))
+            self.kept.setdefault(f"layers.{layer}.mlp.scaling_fwd.amax_history", torch.zeros(4, 6))
+        return {n: x for n, x in self.kept.items() if n.split(".")[1] in model.layers}  # type: ignore[operator]
+
+
+def scales_move(rank: int, folder: str) -> list[dict[str, torch.Tensor]]:
+    """Saved with tp 2, loaded with pp 2, then from a checkpoint that has none."""
+    grid, model, optimizer = trained()
+    model.precision = Scales()
+    for number, x in enumerate(model.precision.state(model).values()):
+        x.copy_(torch.arange(x.numel()).view_as(x) + number)
+    Saver(Path(folder) / "with", model, optimizer, grid).save(1, {})
+    model.precision = Precision()
+    Saver(Path(folder) / "without", model, optimizer, grid).save(1, {})
+    found = []
+    for place in ("with", "without"):
+        grid, model, optimizer = trained("pp 2 x cp 2", steps=0)
+        model.precision = Scales()
+        load_checkpoint(Path(folder) / place / "step_0000001", model, optimizer, grid)
+        found.append(model.precision.state(model))
+    return found
+
+
+def test_scales_of_8_bits_move_with_the_weights(world: World, tmp_path: Path) -> None:
+    for rank, (with_scales, without) in enumerate(world.run(scales_move, str(tmp_path))):
+        layer = rank // 2  # of two, a stage each
+        first, second = (f"layers.{layer}.mlp.scaling_fwd.{what}" for what in ("scale", "amax_history"))
+        assert with_scales.keys() == without.keys() == {first, second}
+        assert torch.equal(with_scales[first], torch.arange(6.0) + 2 * layer)
+        assert torch.equal(with_scales[second], torch.arange(24.0).view(4, 6) + 2 * layer + 1)
+        assert torch.equal(without[first], torch.ones(6)) and not without[second].any()
 
 
 def wants(rank: int, folder: str, error: type[Exception]) -> str:

@@ -20,6 +20,7 @@ from data.loader import Batch, Sequence, build_batch
 from model.config import GPTConfig
 from model.gpt import GPT, Stages, chunks_of
 from model.init import initial_rows, initialise
+from model.layers import precision_of
 from model.names import is_cut
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_, local_tensor, shard_model
@@ -109,6 +110,10 @@ def built(
     virtual_stages: int = 1,
     recompute: str = "none",
     attention: Attention | None = None,
+    compiled: bool = False,
+    device: str = "cpu",
+    implementation: str = "torch",
+    fp8: str = "none",
 ) -> GPT | Stages:
     compute = DTYPES[dtype]
     tp = TensorParallel(grid.group("tp"), sequence_parallel and grid.size("tp") > 1)
@@ -127,11 +132,15 @@ def built(
                 layers=layers,
                 recompute=recompute,
                 dropout_seed=SEED,
+                implementation=implementation,
+                precision=precision_of(fp8, group=grid.group("stage"), bf16_layers=()),
             )
-        shard_model(chunk, chunk.layers.values(), grid, device_type="cpu", compute_dtype=compute, reshard_after_forward=reshard)
+        if compiled:
+            chunk.compile_layers()
+        shard_model(chunk, chunk.layers.values(), grid, device_type=device, compute_dtype=compute, reshard_after_forward=reshard)
         chunks.append(chunk)
     model = chunks[0] if len(chunks) == 1 else Stages(chunks)
-    initialise(model, config, seed=SEED, device=torch.device("cpu"), tp=tp)
+    initialise(model, config, seed=SEED, device=torch.device(device), tp=tp)
     return model
 
 
@@ -332,6 +341,30 @@ def test_bf16_is_as_close_as_without_cp(world: World) -> None:
             if name not in ("loss", "norm"):  # scalars can be right by luck in one layout
                 assert error <= 4 * alone[name], (layout, name, error, alone[name])
         assert errors["loss"] < 1e-2 and errors["norm"] < 5e-2
+
+
+def compiled_step(rank: int, layout: str, dtype: str, recompute: str) -> tuple[int, dict[str, float]]:
+    """How many graphs were compiled, and errors against the oracle."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config, rows, grid = config_of(qk_norm=True), rows_of("thd"), grid_of(layout)
+    got = run_steps(built(grid, config, dtype, recompute=recompute, compiled=True), grid, rows, 1, steps=1)
+    want = oracle(config, rows, {n: w.shape for n, w in got["weights"].items()})
+    errors = {name: relative_error(got["grads"][name], want["grads"][name]) for name in want["grads"]}
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"], errors | {"loss": abs(got["loss"] / want["loss"] - 1)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "recompute", "limit"),
+    [
+        ("dp_shard 2 x cp 2", "fp64", "none", 1e-10),
+        pytest.param("tp 2 x cp 2", "fp64", "selective", 1e-10, marks=pytest.mark.full),
+        pytest.param("pp 2 x tp 2", "fp32", "full", 1e-5, marks=pytest.mark.full),
+    ],
+)
+def test_compiled_layers_equal_one_rank(world: World, layout: str, dtype: str, recompute: str, limit: float) -> None:
+    for graphs, errors in world.run(compiled_step, layout, dtype, recompute, timeout=400.0):
+        assert graphs > 0 and worst(errors) <= limit, errors
 
 
 def gradients(rank: int, layout: str, dtype: str, recompute: str, schedule: str) -> dict[str, torch.Tensor]:

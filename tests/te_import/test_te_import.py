@@ -9,7 +9,9 @@ that there is a Hopper card.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,12 +19,13 @@ import torch.distributed as dist
 te = pytest.importorskip("transformer_engine.pytorch", exc_type=(ImportError, RuntimeError, OSError))
 
 from cp.attention import build_attention  # noqa: E402
+from cp.layout import shard_indices  # noqa: E402
 from cp.packed_seq import build_packed_seq  # noqa: E402
 from cp.plan import SUPPORT, choose  # noqa: E402
 from cp.te_attention import TEAttention, thd_arguments  # noqa: E402
-from model.config import GPTConfig  # noqa: E402
+from model.config import FP8_RECIPES, GPTConfig  # noqa: E402
 from model.gpt import GPT  # noqa: E402
-from model.layers import layers_of  # noqa: E402
+from model.layers import layers_of, precision_of  # noqa: E402
 from parallel.grid import Grid, GridSizes, build_grid, split_group  # noqa: E402
 from parallel.tensor import TensorParallel  # noqa: E402
 
@@ -108,9 +111,98 @@ def test_attention_is_built_with_its_group(world, monkeypatch: pytest.MonkeyPatc
     assert dpa.cp_group == (list(groups) if method == "a2a+p2p" and groups else grid.group("cp"))
 
 
-def test_a_packed_row_is_told_both_lengths() -> None:
-    import numpy as np
+def fp8(monkeypatch: pytest.MonkeyPatch, name: str, group, bf16_layers=()):
+    """Constructed as for a Hopper card; scales on the CPU, where they would be on the card."""
+    from transformer_engine.pytorch import quantization
 
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=9, minor=0))
+    make = quantization.DelayedScalingRecipeState.__init__
+    monkeypatch.setattr(
+        quantization.DelayedScalingRecipeState, "__init__", lambda self, *a, **k: make(self, *a, **(k | {"device": torch.device("cpu")}))
+    )
+    return precision_of(name, group=group, bf16_layers=bf16_layers)
+
+
+@pytest.mark.parametrize("name", FP8_RECIPES[1:])
+def test_fp8_regions(world, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Delayed: one region around all layers, so that largest values are reduced once; others: one a layer; none in layers that stay."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    grid = build_grid(GridSizes(dp_shard=8))
+    precision = fp8(monkeypatch, name, grid.group("stage"), bf16_layers=(0, 3))
+    reduced = []
+    monkeypatch.setattr(FP8GlobalStateManager, "reduce_and_update_fp8_tensors", lambda forward=True: reduced.append(forward))
+    seen = []
+    with precision.of_model():
+        for number in range(4):
+            with precision.of_layer(number):
+                seen.append(FP8GlobalStateManager.is_fp8_enabled())
+                if seen[-1]:
+                    assert FP8GlobalStateManager.get_fp8_group() is grid.group("stage")
+    assert seen == [False, True, True, False] and not FP8GlobalStateManager.is_fp8_enabled()
+    assert reduced == ([True] if name == "delayed" else [True, True])
+
+
+def test_delayed_scaling_keeps_its_state(world, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = build_grid(GridSizes(tp=2, dp_shard=4))
+    precision = fp8(monkeypatch, "delayed", grid.group("stage"), bf16_layers=(0,))
+    model = model_of("te", config_of(num_layers=2), grid, True, range(2))
+    state = precision.state(model)
+    assert {n: tuple(x.shape) for n, x in state.items() if n.endswith("scale")} == {
+        "layers.1.attention.qkv.scaling_fwd.scale": (3,), "layers.1.attention.qkv.scaling_bwd.scale": (2,),
+        "layers.1.attention.output.scaling_fwd.scale": (3,), "layers.1.attention.output.scaling_bwd.scale": (2,),
+        "layers.1.mlp.scaling_fwd.scale": (6,), "layers.1.mlp.scaling_bwd.scale": (4,),
+    }  # fmt: skip
+    state["layers.1.mlp.scaling_fwd.scale"].fill_(5.0)
+    module = dict(model.named_modules())["layers.1.mlp"].hidden[0]
+    with precision.of_model():
+        module.init_fp8_metadata(num_gemms=2)  # what the first forward does
+    assert precision.state(model)["layers.1.mlp.scaling_fwd.scale"].tolist() == [5.0] * 6
+    assert module.fp8_meta["scaling_fwd"].scale.tolist() == [5.0] * 6
+    assert fp8(monkeypatch, "current", grid.group("stage")).state(model) == {}
+
+
+def test_a_card_without_8_bits_is_refused_with_the_reason(world, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.te_layers.RECIPES", {"block": (None, lambda return_reason: (False, "too old"))})
+    with pytest.raises(ValueError, match="--fp8 block: too old"):
+        precision_of("block", group=None, bf16_layers=())  # type: ignore[arg-type]
+
+
+def test_rotary_angles_are_those_of_our_tables() -> None:
+    """Turned back below 2 pi in float64, so that the kernel's float32 is enough for position 1,000,000."""
+    from model import rope, te_layers
+
+    positions, frequencies = torch.tensor([0, 3, 1_000_000]), rope.rotary_frequencies(head_dim=8, base=1e4)
+    cos, sin = rope.rotary_tables(positions, frequencies, dtype=torch.float64)
+    (angles,) = te_layers.rotary_tables(positions, frequencies, dtype=torch.float32)
+    assert angles.shape == (3, 1, 1, 8) and angles.dtype == torch.float32
+    assert (angles[:, 0, 0].double().cos() - torch.cat((cos, cos), -1)).abs().max() < 1e-6
+    assert (angles[:, 0, 0].double().sin() - torch.cat((sin, sin), -1)).abs().max() < 1e-6
+    # Its own plain code with the same arguments turns as ours does.
+    x = torch.randn(3, 2, 5, 8)
+    theirs = te_layers.te_rope.apply_rotary_pos_emb(x, angles, tensor_format="sbhd", fused=False)
+    assert (theirs - rope.apply_rotary(x, *rope.rotary_tables(positions, frequencies, dtype=torch.float32))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_zigzag_is_its_order_of_tokens(cp_size: int) -> None:
+    """Through the plain code of its own slicing, which runs on the CPU; the compiled index function is compared on a GPU."""
+    from transformer_engine.pytorch.attention.dot_product_attention.context_parallel import get_batch_on_this_cp_rank
+
+    padded = np.array([8, 24, 16, 40])
+    tokens = torch.arange(int(padded.sum()))[None]
+    cu = torch.from_numpy(np.concatenate([[0], padded.cumsum()])).int()
+    for rank in range(cp_size):
+        monkey = SimpleNamespace(size=lambda: cp_size, rank=lambda rank=rank: rank)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "get_world_size", lambda group=None: cp_size)
+            patch.setattr(dist, "get_rank", lambda group=None, rank=rank: rank)
+            theirs, _, _ = get_batch_on_this_cp_rank(cu, tokens, tokens, tokens[0], cp_group=monkey, qvk_format="thd")
+        ours = shard_indices(padded, cp_size=cp_size, cp_rank=rank, layout="zigzag")
+        assert theirs.flatten().tolist() == tokens[0][torch.from_numpy(ours)].tolist()
+
+
+def test_a_packed_row_is_told_both_lengths() -> None:
     packed_seq, _ = build_packed_seq(np.array([5, 8, 0]), np.array([8, 8, 16]), cp_size=2, cp_rank=0)
     told = thd_arguments(packed_seq)
     assert told["pad_between_seqs"] is True and told["max_seqlen_q"] == 8

@@ -83,6 +83,8 @@ REFUSALS = [
     (["--resume", "--load", "x", "--run-dir", "y"], 1, ["--resume", "--load"]),
     (["--transformer-impl", "te"], 1, ["--transformer-impl te", "cuda", "--transformer-impl torch"]),
     (["--cp-backend", "te"], 1, ["--cp-backend te", "cuda"]),
+    (["--fp8", "delayed"], 1, ["--fp8 delayed", "--transformer-impl te", "torch"]),
+    (["--fp8-first-last-bf16"], 1, ["--fp8-first-last-bf16", "--fp8"]),
     (["--load-weights-only"], 1, ["--load-weights-only", "--load"]),
     (["--load-fallback"], 1, ["--load-fallback", "--load or --resume"]),
     (
@@ -294,3 +296,28 @@ def test_transformer_engine_is_the_default_where_it_can_be(monkeypatch: pytest.M
     for flags in (["--transformer-impl", "te"], ["--cp-backend", "te"]):
         with pytest.raises(ValueError, match=r"requirements-gpu\.txt"):
             resolve_on(False, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("", []),
+        ("--fp8-first-last-bf16", []),
+        ("--recompute full", ["--fp8 delayed", "--recompute full", "--fp8 current"]),
+        ("--pad-rows dynamic", ["--pad-rows dynamic", "16"]),
+        ("--ffn-hidden-size 680", ["--ffn-hidden-size 680", "16", "nearest 672"]),
+        ("--kv-channels 6 --hidden-size 256", ["query channels", "24", "16"]),
+        ("--seq-length 2056", ["--seq-length 2056", "16", "nearest 2048"]),
+        ("--compile", ["--compile", "--transformer-impl torch"]),
+        ("--dtype fp32", ["--fp8 delayed", "--transformer-impl te"]),
+    ],
+)
+def test_what_8_bits_need(monkeypatch: pytest.MonkeyPatch, flags: str, words: list[str]) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "transformer_engine" else real(name))
+    if not words:
+        assert resolved("--fp8", "delayed", *shlex.split(flags), cuda=1).fp8 == "delayed"
+        return
+    with pytest.raises(ValueError) as refusal:
+        resolved("--fp8", "delayed", *shlex.split(flags), cuda=1)
+    assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value)

@@ -83,18 +83,51 @@ def uses_in(path: Path) -> list[Use]:
 
 
 def is_te(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "te"
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ALIASES
+
+
+# What our code calls the package's modules -> their files; the first exports what others define.
+ALIASES = {
+    "te": "pytorch/__init__.py",
+    "te_recipe": "common/recipe/__init__.py",
+    "te_rope": "pytorch/attention/rope.py",
+}
+
+
+def names_in(path: Path) -> set[tuple[str, str]]:
+    """(alias, name) of everything of the package that a file of ours names."""
+    tree = ast.parse(path.read_text())
+    return {(node.value.id, node.attr) for node in ast.walk(tree) if is_te(node)}  # type: ignore[attr-defined]
 
 
 def classes() -> dict[str, tuple[ast.ClassDef, Path]]:
-    """Every class of the package's PyTorch part; those that the front door exports win over others of the same name."""
+    """Every class and function of the package; those that the front door exports win over others of the same name."""
     found: dict[str, tuple[ast.ClassDef, Path]] = {}
-    for path in sorted((sources() / "transformer_engine" / "pytorch").glob("**/*.py")):
+    root = sources() / "transformer_engine"
+    for path in sorted([*(root / "pytorch").glob("**/*.py"), root / "common" / "recipe" / "__init__.py"]):
         for node in ast.parse(path.read_text()).body:
+            if isinstance(
+                node, ast.FunctionDef
+            ):  # as a class of which only the call matters, its first argument a `self` that is not there
+                node = ast.ClassDef(node.name, [], [], [_as_method(node)], [])
             # RMSNorm and its like exist as an operation and, with the old arguments, as a module: the module is exported.
             if isinstance(node, ast.ClassDef) and (node.name not in found or path.parent.name == "module"):
                 found[node.name] = (node, path)
     return found
+
+
+def _as_method(function: ast.FunctionDef) -> ast.FunctionDef:
+    given = function.args
+    arguments = ast.arguments(
+        posonlyargs=given.posonlyargs,
+        args=[ast.arg("self"), *given.args],
+        vararg=given.vararg,
+        kwonlyargs=given.kwonlyargs,
+        kw_defaults=given.kw_defaults,
+        kwarg=given.kwarg,
+        defaults=given.defaults,
+    )
+    return ast.FunctionDef("__init__", arguments, function.body, [], None)
 
 
 def signature(name: str, method: str, known: dict[str, tuple[ast.ClassDef, Path]]) -> ast.arguments:
@@ -102,6 +135,9 @@ def signature(name: str, method: str, known: dict[str, tuple[ast.ClassDef, Path]
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == method:
             return item.args
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in known:
+            return signature(base.id, method, known)
     pytest.fail(f"{name} has no method {method} in {path}")
 
 
@@ -113,11 +149,30 @@ def test_the_release_is_the_pinned_one() -> None:
     assert [p.name for p in sources().glob("transformer_engine-*.dist-info")] == [f"transformer_engine-{PINNED[1]}.dist-info"]
 
 
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.name)
+def test_every_name_is_there(path: Path) -> None:
+    known = classes()
+    for alias, name in names_in(path):
+        text = (sources() / "transformer_engine" / ALIASES[alias]).read_text()
+        assert re.search(rf"\b{name}\b", text), f"{name} is not in {ALIASES[alias]}"
+        assert name in known, f"{name} is no class or function of the package"
+
+
+@pytest.mark.parametrize("name", ["is_fp8_available", "is_fp8_block_scaling_available"])
+def test_what_is_called_through_a_table(name: str) -> None:
+    assert "return_reason" in [a.arg for a in signature(name, "__init__", classes()).args]
+
+
+@pytest.mark.parametrize("name", ["scaling_fwd", "scaling_bwd", "num_gemms", "amax_history"])
+def test_the_state_of_scaling_has_the_names_that_we_read(name: str) -> None:
+    """They are no arguments; a release that renames them would break checkpoints of --fp8 delayed."""
+    base = (sources() / "transformer_engine" / "pytorch" / "module" / "base.py").read_text()
+    assert re.search(rf"\b{name}\b", base)
+
+
 @pytest.mark.parametrize("use", USES, ids=lambda use: f"{use.name}.{use.method} at {use.where}")
 def test_what_we_call_exists_with_its_keywords(use: Use) -> None:
     known = classes()
-    front = (sources() / "transformer_engine" / "pytorch" / "__init__.py").read_text()
-    assert re.search(rf"\b{use.name}\b", front), f"{use.name} is not exported by transformer_engine.pytorch"
     arguments = signature(use.name, use.method, known)
     names = [a.arg for a in (*arguments.posonlyargs, *arguments.args)][1:]
     assert use.plain <= len(names), f"{use.where}: {use.plain} plain arguments, it takes {len(names)}"
@@ -143,6 +198,7 @@ def test_the_uses_were_found() -> None:
     assert seen == {
         ("RMSNorm", "__init__"), ("Linear", "__init__"), ("LayerNormLinear", "__init__"), ("LayerNormMLP", "__init__"),
         ("DotProductAttention", "__init__"), ("DotProductAttention", "forward"), ("DotProductAttention", "set_context_parallel_group"),
+        ("LayerNormMLP", "init_fp8_meta_tensors"), ("autocast", "__init__"), ("apply_rotary_pos_emb", "__init__"),
     }  # fmt: skip
     mlp = next(use for use in USES if use.name == "LayerNormMLP")
     assert {"activation", "normalization", "set_parallel_mode", "tp_group", "sequence_parallel", "device"} <= set(mlp.keywords)
