@@ -5,19 +5,25 @@ STAMP := .venv/.installed
 NPROC ?= 4
 ARGS ?=
 TE_PYTHON ?= python3
+GPU_PYTHON ?= python3
 
-.PHONY: setup train test test-full test-te-import lint bench clean
+.PHONY: setup train test test-full test-te-import test-gpu lint bench clean
 
 setup: $(STAMP)
 
 # torch first and by itself: asked for through another package, pip may pick another build of it.
-# Transformer Engine's Python sources (1 MB, no CUDA, not on the path) are what tests/unit/test_te_contract.py checks our calls against.
+# Python sources of Transformer Engine and flash-attn (no CUDA, not on the path) are what tests/unit/test_*_contract.py check our calls against.
 $(STAMP): requirements.txt requirements-gpu.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	rm -rf .venv/te_sources
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/te_sources "$$(sed -n 's/\[pytorch\]//p' requirements-gpu.txt)"
+	rm -rf .venv/flash_attn_sources
+	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--no-binary flash-attn --dest .venv/flash_attn_sources "$$(sed -n 's/^# optional: //p' requirements-gpu.txt)"
+	tar -xzf .venv/flash_attn_sources/*.tar.gz -C .venv/flash_attn_sources --strip-components=2 --wildcards '*/flash_attn/flash_attn_interface.py'
+	rm .venv/flash_attn_sources/*.tar.gz
 	touch $(STAMP)
 
 train: $(STAMP)
@@ -33,6 +39,11 @@ test-full: $(STAMP)
 # Transformer Engine itself, without a GPU (docs/gpu.md): TE_PYTHON is an environment's python in which it can be imported.
 test-te-import:
 	OMP_NUM_THREADS=1 $(TE_PYTHON) -m pytest -p no:cacheprovider tests/te_import $(ARGS)
+
+# On a machine with one GPU and the packages of docs/gpu.md, which GPU_PYTHON has. Figures go to $OUT, or to benchmarks/results.
+test-gpu:
+	$(GPU_PYTHON) -m pytest -p no:cacheprovider -rs tests/gpu $(ARGS)
+	$(GPU_PYTHON) tools/verify.py --all --device cuda --json $(or $(OUT),benchmarks/results)/verify_all_gpu.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

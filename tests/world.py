@@ -1,4 +1,4 @@
-"""A world of gloo ranks that is spawned once and runs many cases.
+"""A world of ranks that is spawned once and runs many cases.
 
     with World(4) as world:
         results = world.run(case, 1, 2)      # case(rank, 1, 2) on every rank; a list of what they returned
@@ -25,14 +25,20 @@ class RankError(AssertionError):
     """A rank of the world failed."""
 
 
-def _worker(rank: int, world_size: int, store_path: str, pipe: Connection) -> None:
+def _worker(rank: int, world_size: int, store_path: str, pipe: Connection, backend: str, device: str) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if backend == "staged":
+        from tests.gpu.staged import register
+
+        register()
+    if device == "cuda":
+        torch.cuda.set_device(0)
     store = dist.FileStore(store_path, world_size)
     # A rank whose peers are gone gives up by itself, also when nobody is left to end it.
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=5))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=5))
     pipe.send(("ready", None))
     while True:
         message = pipe.recv()
@@ -49,10 +55,15 @@ def _worker(rank: int, world_size: int, store_path: str, pipe: Connection) -> No
 
 
 class World:
-    """`size` gloo ranks of one thread each."""
+    """`size` ranks of one thread each.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Args:
+        backend: gloo, or staged (tests/gpu/staged.py).
+        device: cpu, or cuda: all ranks on the one card.
+    """
+
+    def __init__(self, size: int, *, backend: str = "gloo", device: str = "cpu") -> None:
+        self.size, self.backend, self.device = size, backend, device
         self._start()
 
     def _start(self) -> None:
@@ -66,12 +77,12 @@ class World:
         store = os.path.join(self.directory.name, "store")
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, size, store, theirs), daemon=True)
+            process = context.Process(target=_worker, args=(rank, size, store, theirs, self.backend, self.device), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
-        self._collect(timeout=120.0)
+        self._collect(timeout=240.0)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180.0, **kwargs: Any) -> list[Any]:
         """function(rank, *args, **kwargs) on every rank; what each returned, by rank."""

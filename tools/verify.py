@@ -310,7 +310,8 @@ class Verifier:
 
 
 # What a backend imports.
-LIBRARIES = {"te": "transformer_engine", "ring": "ring_flash_attn"}
+LIBRARIES = {"te": ("transformer_engine",), "ring": ("ring_flash_attn",)}
+CUDA_LIBRARIES = LIBRARIES | {"ring": ("ring_flash_attn", "flash_attn")}
 
 
 def cells_of(args: argparse.Namespace) -> list[argparse.Namespace]:
@@ -319,13 +320,13 @@ def cells_of(args: argparse.Namespace) -> list[argparse.Namespace]:
     Backends whose library is not installed are left out, which is said.
     """
     runs = []
-    absent = {backend for backend, module in LIBRARIES.items() if importlib.util.find_spec(module) is None}
+    libraries = CUDA_LIBRARIES if args.device == "cuda" else LIBRARIES
+    absent = {backend: [m for m in modules if importlib.util.find_spec(m) is None] for backend, modules in libraries.items()}
     for choice, dtype in cells(device=args.device, cp_size=args.cp_size, heads=args.num_attention_heads, groups=args.num_query_groups):
-        if choice.backend in absent:
+        if absent.get(choice.backend):
             if dist.get_rank() == 0:
-                print(
-                    f"left out, {LIBRARIES[choice.backend]} is not installed: {choice.backend} {choice.method} {choice.qkv_format} {dtype}"
-                )
+                cell = f"{choice.backend} {choice.method} {choice.qkv_format} {dtype}"
+                print(f"left out, {' and '.join(absent[choice.backend])} is not installed: {cell}")
             continue
         run = copy(args)
         run.attention, run.dtype, run.qkv_format, run.cp_layout = choice, dtype, choice.qkv_format, choice.layout

@@ -144,12 +144,16 @@ def built(
     return model
 
 
+def device_of(model: GPT | Stages) -> torch.device:
+    return next(model.parameters()).device
+
+
 def pipeline_of(model: GPT | Stages, grid: Grid, batches: list[Batch], schedule: str = "1f1b") -> Pipeline | None:
     """As train.py builds it, for these rows."""
     args = Namespace(pp_size=grid.size("pp"), cp_size=grid.size("cp"), tp_size=grid.size("tp"), micro_batch_size=1, pp_schedule=schedule)
     args.seq_length, args.distributed_timeout_minutes = len(batches[0].tokens) * grid.size("cp"), 5.0
     args.sequence_parallel = chunks_of(model)[0].tp.sequence_parallel
-    return build_pipeline(args, model, chunks_of(model)[0].config, grid, torch.device("cpu"), len(batches))
+    return build_pipeline(args, model, chunks_of(model)[0].config, grid, device_of(model), len(batches))
 
 
 def full(model: GPT, grid: Grid, of: str = "weight") -> dict[str, torch.Tensor]:
@@ -177,7 +181,7 @@ def run_steps(
     batches = [build_batch(g, qkv_format=qkv_format, **place) for g in mine]
     tokens = sum_over(torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64), grid.group("batch"))
     result: dict = {"losses": [], "norms": []}
-    options = dict(loss_tokens=tokens, device=torch.device("cpu"), reshard_between=reshard)
+    options = dict(loss_tokens=tokens, device=device_of(model), reshard_between=reshard)
     options["pipeline"] = pipeline_of(model, grid, batches, schedule)
     for step in range(steps):
         total = forward_backward(model, batches, **options)

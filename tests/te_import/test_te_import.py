@@ -209,3 +209,38 @@ def test_a_packed_row_is_told_both_lengths() -> None:
     assert told["cu_seqlens_q"].tolist() == [0, 5, 13, 13] and told["cu_seqlens_q_padded"].tolist() == [0, 8, 16, 32]
     whole, _ = build_packed_seq(np.array([8, 8]), np.array([8, 8]), cp_size=2, cp_rank=0)
     assert thd_arguments(whole)["pad_between_seqs"] is False
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+@pytest.mark.parametrize("qkv_format", ["thd", "bshd"])
+@pytest.mark.parametrize("method", [row.method for row in SUPPORT if row.backend == "te"])
+def test_its_own_filter_lets_our_table_pass(monkeypatch: pytest.MonkeyPatch, method: str, qkv_format: str, cp_size: int) -> None:
+    """What our table offers, its Python filter leaves to the fused kernels; what cuDNN itself says needs a driver, and is taken for yes."""
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    if method == "a2a+p2p" and cp_size < 4:
+        pytest.skip("two levels need four ranks")
+    size = 2 if method == "a2a+p2p" else None
+    options = dict(qkv_format=qkv_format, layout="auto", dtype="bf16", device="cuda", cp_size=cp_size, a2a_size=size, heads_k_stride=None)
+    choose(backend="te", method=method, head_dim=64, heads=8, groups=4, **options)
+    yes = int(utils.FusedAttnBackend["F16_arbitrary_seqlen"])
+    monkeypatch.setattr(utils, "_get_fused_attn_backend", lambda **_: (yes, ""))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=9, minor=0))
+    packed_seq, _ = build_packed_seq(np.array([30, 64, 0]), np.array([32, 64, 32]), cp_size=cp_size, cp_rank=0)
+    told = thd_arguments(packed_seq) if qkv_format == "thd" else {"max_seqlen_q": 128, "max_seqlen_kv": 128, "pad_between_seqs": False}
+    asked = utils.AttentionParams(
+        qkv_layout="_".join([qkv_format] * 3),
+        num_heads=8,
+        num_gqa_groups=4,
+        head_dim_qk=64,
+        head_dim_v=64,
+        attn_mask_type=told.get("attn_mask_type", "causal"),
+        window_size=(-1, 0),
+        context_parallel=cp_size > 1,
+        cp_comm_type=method,
+        cp_size=cp_size,
+        cp_size_a2a=size or 1,
+        **{name: told[name] for name in ("max_seqlen_q", "max_seqlen_kv", "pad_between_seqs")},
+    )
+    _, _, fused, backend, _, _ = utils.get_attention_backend(asked)
+    assert fused and backend == yes

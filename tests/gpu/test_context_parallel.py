@@ -1,0 +1,78 @@
+"""Every backend of the table on one GPU: alone, and over two and four ranks of the one card through `staged`."""
+
+from __future__ import annotations
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from cp.layout import shard_indices
+from parallel.grid import Grid, GridSizes, build_grid
+from tests.launch import SMALL, write_corpus
+from tests.world import World
+from tools.verify import Verifier, cells_of
+from training.arguments import parse_arguments, resolve
+
+# Heads of 64 channels: what every CUDA kernel takes.
+FLAGS = [*SMALL, "--hidden-size", "256", "--ffn-hidden-size", "512", "--num-attention-heads", "8", "--num-query-groups", "4"]
+FLAGS += ["--kv-channels", "64", "--device", "cuda", "--dtype", "bf16", "--transformer-impl", "torch", "--cp-backend", "native"]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def world(request):
+    with World(request.param, backend="staged", device="cuda") as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("corpus")
+    return [*FLAGS, "--data-path", str(write_corpus(folder)), "--data-cache-path", str(folder / "cache")]
+
+
+@functools.cache
+def grid_of(cp_size: int) -> Grid:
+    return build_grid(GridSizes(cp=cp_size))
+
+
+def resolved(flags: list[str], cp_size: int) -> Namespace:
+    args = parse_arguments([*flags, "--cp-size", str(cp_size), "--global-batch-size", "1"])
+    resolve(args, world_size=cp_size, local_world_size=cp_size, cuda_devices=lambda: cp_size)  # the one card, told as so many
+    return args
+
+
+def all_cells(rank: int, flags: list[str], cp_size: int, device: str) -> list[tuple[str, bool, float]]:
+    """(title, passed, worst error over its floor) of each cell whose library is there; on rank 0."""
+    args = resolved(flags, cp_size)
+    verifier = Verifier(args, grid_of(cp_size), torch.device(device), layers=1, sequences=1)
+    reports = [verifier.verify(run) for run in cells_of(args)]
+    return [] if rank else [(r.title, r.passed, max(line.ratio for line in r.lines)) for r in reports if r is not None]
+
+
+def test_every_cell_of_the_table_agrees(world: World, flags: list[str], record: Callable) -> None:
+    results = world.run(all_cells, flags, world.size, "cuda", timeout=500.0)[0]
+    record(**{title: ratio for title, _, ratio in results})
+    assert len(results) >= 8
+    assert [title for title, passed, _ in results if not passed] == []
+
+
+def partition(rank: int, cp_size: int) -> bool:
+    import transformer_engine_torch as tex
+
+    padded = np.array([8, 24, 16, 40, 64])
+    cu = torch.from_numpy(np.concatenate([[0], padded.cumsum()])).int().cuda()
+    for part in range(cp_size):
+        theirs = tex.thd_get_partitioned_indices(cu, int(padded.sum()), cp_size, part).cpu().numpy()
+        if not np.array_equal(theirs, shard_indices(padded, cp_size=cp_size, cp_rank=part, layout="zigzag")):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_zigzag_is_transformer_engines_order(cp_size: int) -> None:
+    with World(1, backend="staged", device="cuda") as world:
+        assert world.run(partition, cp_size)[0]

@@ -1,0 +1,63 @@
+"""flash-attn's functions take what ring-flash-attn passes them, and our reference of them on the CPU takes the same.
+
+flash-attn's sources are those of the pinned release, which `make setup` unpacks beside the environment; it is not imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+from cp import flash_attn_reference
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FUNCTIONS = ("_flash_attn_forward", "_flash_attn_backward", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
+
+
+def arguments_of(name: str) -> list[str]:
+    """Of the release, in order."""
+    places = [Path(base) / "flash_attn_sources" / "flash_attn_interface.py" for base in (ROOT / ".venv", sys.prefix)]
+    found = next((p for p in places if p.is_file()), None)
+    if found is None:
+        pytest.fail("the sources of flash-attn are not there: make setup unpacks them into .venv/flash_attn_sources")
+    functions = {node.name: node for node in ast.parse(found.read_text()).body if isinstance(node, ast.FunctionDef)}
+    return [a.arg for a in functions[name].args.args]
+
+
+def passed_by_the_library() -> dict[str, set[str]]:
+    """Names of arguments that ring-flash-attn sets, by the function that it asks the defaults of, read off its sources."""
+    spec = importlib.util.find_spec("ring_flash_attn")
+    assert spec is not None and spec.submodule_search_locations
+    found: dict[str, set[str]] = {}
+    for path in Path(spec.submodule_search_locations[0]).glob("*.py"):
+        for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+            current = None
+            for node in (n for s in function.body for n in ast.walk(s)):
+                if not isinstance(node, ast.Call):
+                    continue
+                if isinstance(node.func, ast.Name) and node.func.id == "get_default_args" and isinstance(node.args[0], ast.Name):
+                    current = node.args[0].id
+                elif isinstance(node.func, ast.Attribute) and node.func.attr == "update" and current and isinstance(node.args[0], ast.Dict):
+                    keys = {key.value for key in node.args[0].keys if isinstance(key, ast.Constant)}
+                    found.setdefault(current, set()).update(str(key) for key in keys)
+    return found
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_our_reference_takes_what_flash_attn_takes(name: str) -> None:
+    """In the same order: all of it may be given by place."""
+    ours = list(inspect.signature(getattr(flash_attn_reference, name)).parameters)
+    assert ours == arguments_of(name)[: len(ours)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_flash_attn_takes_what_the_library_passes(name: str) -> None:
+    passed = passed_by_the_library()[name]
+    assert {"q", "k", "v", "causal", "softmax_scale"} <= passed
+    # It asks first which of the two names of a window there are.
+    assert passed - {"window_size"} <= set(arguments_of(name))
