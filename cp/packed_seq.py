@@ -73,6 +73,11 @@ class PackedSeq:
         owned = shard_indices(self.padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=self.layout)
         return ranges(self.first_ids, self.padded_lengths)[owned], ranges(np.zeros_like(self.padded_lengths), self.padded_lengths)[owned]
 
+    def padding(self, *, cp_size: int, cp_rank: int) -> np.ndarray:
+        """Which tokens that a cp rank holds are padding, [T / cp_size] bool."""
+        owned = shard_indices(self.padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=self.layout)
+        return (ranges(np.zeros_like(self.padded_lengths), self.padded_lengths) >= np.repeat(self.lengths, self.padded_lengths))[owned]
+
 
 def _running_sum(lengths: np.ndarray) -> Tensor:
     return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))

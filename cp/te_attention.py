@@ -12,6 +12,7 @@ import torch.distributed as dist
 import transformer_engine.pytorch as te
 from torch import Tensor
 
+from cp.kernels import to_device
 from cp.packed_seq import PackedSeq
 
 
@@ -53,9 +54,26 @@ class TEAttention:
             sequences = len(packed_seq.lengths)
             q4, k4, v4 = (x.unflatten(0, (sequences, -1)) for x in (q, k, v))  # [b, s / cp, h, d]
             out = dpa(q4, k4, v4, qkv_format="bshd", attn_mask_type="causal")  # [b, s / cp, hq * d]
-        else:
-            out = dpa(q, k, v, **thd_arguments(packed_seq))  # [t, hq * d]
-        return out.reshape(q.shape)
+            return out.reshape(q.shape)
+        # What the kernels leave in rows of padding, of the output and of the gradients, is nowhere promised; NaN there would reach
+        # weights through the rows' zero gradients. masked_fill stops it both ways.
+        padding = self._padding(packed_seq, group, q.device) if is_padded(packed_seq) else None
+        if padding is not None:
+            q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
+        out = dpa(q, k, v, **thd_arguments(packed_seq)).reshape(q.shape)  # from [t, hq * d]
+        return out if padding is None else out.masked_fill(padding, 0)
+
+    def _padding(self, packed_seq: PackedSeq, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+        """[t, 1, 1] bool, made once a row."""
+        key = ("te padding", device)
+        if key not in packed_seq.plans:
+            rows = packed_seq.padding(cp_size=group.size(), cp_rank=group.rank())
+            packed_seq.plans[key] = to_device(rows, device)[:, None, None]
+        return packed_seq.plans[key]
+
+
+def is_padded(packed_seq: PackedSeq) -> bool:
+    return bool((packed_seq.lengths != packed_seq.padded_lengths).any())
 
 
 def thd_arguments(packed_seq: PackedSeq) -> dict:
@@ -74,5 +92,5 @@ def thd_arguments(packed_seq: PackedSeq) -> dict:
         "cu_seqlens_kv_padded": packed_seq.cu_seqlens_padded,
         "max_seqlen_q": longest,
         "max_seqlen_kv": longest,
-        "pad_between_seqs": bool((real != stored).any()),
+        "pad_between_seqs": is_padded(packed_seq),
     }

@@ -244,3 +244,32 @@ def test_its_own_filter_lets_our_table_pass(monkeypatch: pytest.MonkeyPatch, met
     )
     _, _, fused, backend, _, _ = utils.get_attention_backend(asked)
     assert fused and backend == yes
+
+
+def test_what_kernels_leave_in_padding_goes_nowhere(world, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that writes NaN in every row of padding, forward and backward, leaves zeros there and the rest alone."""
+
+    class Careless(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            return torch.where(padding, float("nan"), q + v.repeat_interleave(2, 1)).flatten(1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            grad = grad.view(-1, 4, 8)
+            assert not grad[padding[:, 0, 0]].any()
+            grad = torch.where(padding, float("nan"), grad)
+            return grad, torch.where(padding, float("nan"), torch.zeros(len(grad), 2, 8)), grad[:, ::2]
+
+    grid = build_grid(GridSizes(dp_shard=8))
+    packed_seq, _ = build_packed_seq(np.array([5, 8, 0]), np.array([8, 8, 4]))
+    padding = torch.from_numpy(packed_seq.padding(cp_size=1, cp_rank=0))[:, None, None]
+    assert padding.flatten().tolist() == [False] * 5 + [True] * 3 + [False] * 8 + [True] * 4
+    attention = TEAttention("p2p", None)
+    monkeypatch.setattr(attention, "_module", lambda *_: lambda q, k, v, **told: Careless.apply(q, k, v))
+    q, k, v = (torch.randn(20, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    out = attention(q, k, v, packed_seq, grid.group("cp"))
+    assert torch.equal(out, (q + v.repeat_interleave(2, 1)).masked_fill(padding, 0))
+    out.backward(torch.ones_like(out))
+    for x in (q, k, v):
+        assert x.grad is not None and x.grad.isfinite().all() and not x.grad[padding[:, 0, 0]].any()
