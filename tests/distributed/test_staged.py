@@ -62,7 +62,9 @@ def test_calls(world: World, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("layout", ["dp_shard 2 x cp 2", "tp 2 x cp 2", "pp 2 x cp 2", "dp_replicate 2 x dp_shard 2"])
+@pytest.mark.parametrize(
+    "layout", ["dp_shard 2 x cp 2", *(pytest.param(x, marks=pytest.mark.full) for x in ("tp 2 x cp 2", "pp 2 x cp 2"))]
+)
 def test_the_model_over_it(world: World, layout: str) -> None:
     for errors in world.run(check_layout, layout, "fp64", "thd", 1, {}, False):
         assert worst(errors) <= 1e-10, errors
