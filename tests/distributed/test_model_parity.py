@@ -28,7 +28,7 @@ from parallel.grid import Grid, GridSizes, build_grid
 from parallel.stages import VIRTUAL_SCHEDULES, split_layers
 from parallel.tensor import TensorParallel
 from tests.reference import random_documents, reference_loss, relative_error, worst
-from tests.world import RankError, World
+from tests.world import World
 from train import build_pipeline
 from training.checkpoint import whole_tensors
 from training.optimizer import build_optimizer
@@ -323,10 +323,26 @@ def test_pipeline_schedules_with_weights_freed_after_forward(world: World, layou
         assert worst(errors) <= 1e-10, errors
 
 
+def said_of_lost_gradients(rank: int, layout: str, reshard: bool) -> str:
+    """What a step says; nothing of what follows, for which the other ranks would wait."""
+    grid = grid_of(layout)
+    model = built(grid, config_of(num_layers=4), "fp64", reshard, virtual_stages=2)
+    place = dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), layout="zigzag")
+    batches = [build_batch([row], qkv_format="thd", **place) for row in rows_of("thd")]
+    pipeline = pipeline_of(model, grid, batches, "zero_bubble")
+    tokens = torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64)
+    try:
+        forward_backward(model, batches, loss_tokens=tokens, device=device_of(model), reshard_between=reshard, pipeline=pipeline)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def test_a_lost_gradient_ends_the_step(world: World) -> None:
-    """What train.py refuses: zero_bubble over freed weights."""
-    with pytest.raises(RankError, match="has no gradient after the backward pass on rank"):
-        world.run(check_layout, "pp 2 x cp 2", "fp64", "thd", 1, {"num_layers": 4}, True, True, "zero_bubble", 2)
+    """What train.py refuses: zero_bubble over freed weights. Kept weights lose none."""
+    said = world.run(said_of_lost_gradients, "pp 2 x cp 2", True)
+    assert any("has no gradient after the backward pass on rank" in line for line in said), said
+    assert world.run(said_of_lost_gradients, "pp 2 x cp 2", False) == [""] * 4
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
@@ -454,6 +470,7 @@ def weights_after_steps(rank: int, layout: str, reshard: bool) -> dict:
     return run_steps(model, grid, rows_of("thd"), 1, steps=10, reshard=reshard)["weights"]
 
 
+@pytest.mark.full
 def test_weights_after_ten_steps_are_the_same_in_every_layout(world: World) -> None:
     wanted = world.run(weights_after_steps, "dp_shard 4", False)[0]
     for layout in ("dp_shard 2 x cp 2", "dp_replicate 2 x cp 2", "cp 4", "tp 2 x cp 2", "tp 2 x dp_shard 2", "pp 2 x cp 2"):

@@ -211,6 +211,7 @@ def test_a_run_goes_on_under_another_layout(base, one_rank, tmp_path: Path) -> N
     assert_same_run(metrics, one_rank["fp64"], 1e-9)
 
 
+@pytest.mark.full
 def test_load_starts_from_a_named_checkpoint_and_refuses_another_model(base, tmp_path: Path) -> None:
     flags = [*base, "--train-iters", "4", "--save-interval", "2"]
     whole = train(0, tmp_path / "whole", *flags)
@@ -222,6 +223,7 @@ def test_load_starts_from_a_named_checkpoint_and_refuses_another_model(base, tmp
         assert result.returncode == 2 and name in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
+@pytest.mark.full
 def test_saving_beside_training_changes_nothing_and_keeps_two(base, one_rank, tmp_path: Path) -> None:
     flags = [*base, "--dtype", "fp64", "--cp-size", "2", "--save-interval", "2", "--async-save", "--keep-checkpoints", "2"]
     assert_same_run(train(2, tmp_path, *flags), one_rank["fp64"], 1e-9)
@@ -295,6 +297,7 @@ def test_weights_alone_start_a_longer_context(base, tmp_path: Path) -> None:
     assert result.returncode == 2 and "model num_query_groups 4" in result.stderr, result.stderr
 
 
+@pytest.mark.full
 def test_data_order_is_the_checkpoints(base, tmp_path: Path) -> None:
     """--document-alignment comes from the checkpoint where it is not given; a layout that cannot keep it is refused."""
     plain = [*base, "--dtype", "fp64", "--train-iters", "2", "--save-interval", "1"]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from argparse import Namespace
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+import tools.verify
 from cp.layout import shard_indices
+from cp.ring_flash import load_library
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.launch import SMALL, write_corpus
 from tests.world import World
@@ -20,6 +24,7 @@ from training.arguments import parse_arguments, resolve
 # Heads of 64 channels: what every CUDA kernel takes.
 FLAGS = [*SMALL, "--hidden-size", "256", "--ffn-hidden-size", "512", "--num-attention-heads", "8", "--num-query-groups", "4"]
 FLAGS += ["--kv-channels", "64", "--device", "cuda", "--dtype", "bf16", "--transformer-impl", "torch", "--cp-backend", "native"]
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
@@ -46,16 +51,24 @@ def resolved(flags: list[str], cp_size: int) -> Namespace:
 
 
 def all_cells(rank: int, flags: list[str], cp_size: int, device: str) -> list[tuple[str, bool, float]]:
-    """(title, passed, worst error over its floor) of each cell whose library is there; on rank 0."""
-    args = resolved(flags, cp_size)
+    """(title, passed, worst error over its floor) of each cell whose library is there; on rank 0.
+
+    Without flash-attn, the rings of ring-flash-attn run over the plain reference of its kernels, on the device's tensors.
+    """
+    args, libraries = resolved(flags, cp_size), tools.verify.CUDA_LIBRARIES
+    if not HAS_FLASH_ATTN:
+        libraries = tools.verify.LIBRARIES
+        if importlib.util.find_spec("ring_flash_attn") is not None:
+            load_library("cpu")
     verifier = Verifier(args, grid_of(cp_size), torch.device(device), layers=1, sequences=1)
-    reports = [verifier.verify(run) for run in cells_of(args)]
+    with mock.patch.object(tools.verify, "CUDA_LIBRARIES", libraries):
+        reports = [verifier.verify(run) for run in cells_of(args)]
     return [] if rank else [(r.title, r.passed, max(line.ratio for line in r.lines)) for r in reports if r is not None]
 
 
 def test_every_cell_of_the_table_agrees(world: World, flags: list[str], record: Callable) -> None:
     results = world.run(all_cells, flags, world.size, "cuda", timeout=500.0)[0]
-    record(**{title: ratio for title, _, ratio in results})
+    record(flash_attn=float(HAS_FLASH_ATTN), **{title: ratio for title, _, ratio in results})
     assert len(results) >= 8
     assert [title for title, passed, _ in results if not passed] == []
 
