@@ -6,8 +6,9 @@ NPROC ?= 4
 ARGS ?=
 TE_PYTHON ?= python3
 GPU_PYTHON ?= python3
+MEGATRON ?=
 
-.PHONY: setup train test test-full test-te-import test-gpu lint bench clean
+.PHONY: setup train test test-full test-te-import test-megatron test-faults test-slurm test-netns test-gpu lint bench clean
 
 setup: $(STAMP)
 
@@ -34,11 +35,27 @@ test: $(STAMP)
 
 # All of it, also what only repeats on more layouts what every push sees: about twice as long.
 test-full: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "full or not full" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not machine" $(ARGS)
 
 # Transformer Engine itself, without a GPU (docs/gpu.md): TE_PYTHON is an environment's python in which it can be imported.
 test-te-import:
 	OMP_NUM_THREADS=1 $(TE_PYTHON) -m pytest -p no:cacheprovider tests/te_import $(ARGS)
+
+# With megatron-core itself (CPython 3.11): pip install --no-deps --target DIR megatron-core==0.16.1, then MEGATRON=DIR.
+test-megatron: $(STAMP)
+	PYTHONPATH=$(MEGATRON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/megatron $(ARGS)
+
+# Break runs in every way we know: a table, and the figures in JSON. Mounting small disks needs root.
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign --json benchmarks/results/faults_cpu.json $(ARGS)
+
+# launch/slurm.sbatch under a SLURM of its own, started and ended here; Debian: apt-get install slurm-wlm munge. About ten minutes.
+test-slurm: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m machine -rs tests/slurm $(ARGS)
+
+# launch/multi_node.sh on two "hosts", network namespaces with a cable between them that is cut: as root, with ip (Debian: iproute2).
+test-netns: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m machine -rs tests/netns $(ARGS)
 
 # On a machine with one GPU and the packages of docs/gpu.md, which GPU_PYTHON has. Figures go to $OUT, or to benchmarks/results.
 test-gpu:
@@ -52,6 +69,11 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/train_step.py
+
+# make report RUN=runs/a, or RUN="runs/a runs/b": into one HTML file. Needs no packages, so none are installed.
+.PHONY: report
+report:
+	$(PYTHON) tools/report.py $(RUN) $(ARGS)
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache

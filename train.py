@@ -6,26 +6,27 @@ python train.py --help
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
 import time
+import uuid
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from cp.attention import build_attention
 from cp.plan import smallest_alignment
-from data.build import build_tokenizer, build_tokens, split_documents
-from data.corpus import open_source
-from data.loader import BatchPlan, SequenceDataset, build_loader
+from data.build import build_sequences, train_tokenizer
+from data.cache import replace_synced
+from data.loader import BatchPlan, BlendedDataset, Sequences, build_loader, data_faults, read_batches
+from data.sources import Part, find_tokenizer, open_parts
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig, padded_vocab_size
 from model.gpt import GPT, Stages, chunks_of
@@ -37,8 +38,8 @@ from parallel.grid import Grid, GridSizes, build_grid, ends_group, split_group
 from parallel.pipeline import build_schedule
 from parallel.stages import split_layers
 from parallel.tensor import TensorParallel
-from training.arguments import model_config, parse_arguments, parse_split, resolve
-from training.banner import print_banner
+from training.arguments import model_config, parse_arguments, parse_profile_steps, parse_skips, parse_split, resolve
+from training.banner import describe_epochs, print_banner
 from training.checkpoint import Saver
 from training.checkpoint_files import checkpoints
 from training.evaluate import evaluate
@@ -46,6 +47,7 @@ from training.flops import known_peak_tflops
 from training.initialize import (
     broadcast_object,
     check_ranks_agree,
+    collective_timeout,
     cuda_device_count,
     group_backend,
     initialise_distributed,
@@ -54,63 +56,67 @@ from training.initialize import (
     read_launch,
 )
 from training.lr_schedule import LRSchedule
-from training.metrics import MetricsLog, row_facts
+from training.metrics import EVERYTHING, MetricsLog, NonFinite, row_facts
+from training.nonfinite import NonFiniteGuard, save_step
 from training.optimizer import build_optimizer, set_lr
+from training.outcome import Outcome, StatusFile, one_line, tell
+from training.planning import data_of, plan_text
+from training.profiling import StepProfiler
 from training.resume import Started, find_start, load_start, run_facts
 from training.sample import generate
+from training.signals import StopRequests, outlive_a_broadcast
 from training.step import Pipeline, counts_here, forward_backward
+from training.timers import Timers
 from training.verify_step import verify_rows, verify_weights
+from training.watchdog import Watchdog
+from training.writers import Writer, configuration, describe_data, open_writers
 
 # Flags that may have another value on another node: where files lie there.
-LOCAL_FLAGS = {"data_path", "data_cache_path", "tokenizer_model", "config"}
+LOCAL_FLAGS = {"data_path", "valid_data_path", "data_cache_path", "tokenizer_model", "config"}
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
-def build_data(args: Namespace) -> tuple[Tokenizer, SequenceDataset, SequenceDataset | None]:
+def build_tokenizer(args: Namespace) -> tuple[Tokenizer, list[Part], list[Part]]:
+    """Tokenizer, opened parts of --data-path and of --valid-data-path."""
+    parts = open_parts(args.data_path, args.json_key)
+    others = open_parts(args.valid_data_path, args.json_key, "--valid-data-path") if args.valid_data_path else []
+    tokenizer = find_tokenizer(
+        parts, others, tokenizer_type=args.tokenizer_type, model=args.tokenizer_model, eod=args.tokenizer_eod
+    ) or train_tokenizer(parts[0].content, vocab_size=args.tokenizer_vocab_size, cache_path=Path(args.data_cache_path))
+    return tokenizer, parts, others
+
+
+def build_data(args: Namespace) -> tuple[Tokenizer, Sequences, Sequences | None]:
     """Tokenizer, training and validation sequences; run on rank 0 first, which fills the cache."""
-    cache = Path(args.data_cache_path)
-    source = open_source(args.data_path, args.json_key)
-    tokenizer = build_tokenizer(
-        source,
-        tokenizer_type=args.tokenizer_type,
-        tokenizer_model=args.tokenizer_model,
-        vocab_size=args.tokenizer_vocab_size,
+    cache, split = Path(args.data_cache_path), parse_split(args.data_split)
+    tokenizer, parts, others = build_tokenizer(args)
+    if args.check_data and dist.get_rank() == 0:
+        for part in (*parts, *others):
+            part.check()
+    options = dict(
+        seq_length=args.seq_length,
+        packing=args.packing,
+        window=args.packing_window,
+        alignment=args.document_alignment if args.qkv_format == "thd" else 1,
+        one_document=args.qkv_format == "bshd",
+        seed=args.seed,
         cache_path=cache,
     )
-    tokens = build_tokens(source, tokenizer, cache_path=cache)
-    train, valid, _ = split_documents(len(tokens), parse_split(args.data_split))
-
-    def sequences(documents: np.ndarray) -> SequenceDataset:
-        return SequenceDataset(
-            tokens,
-            documents,
-            seq_length=args.seq_length,
-            packing=args.packing,
-            alignment=args.document_alignment,
-            seed=args.seed,
-            pad_token=tokenizer.eod,
-            cache_path=cache,
-        )
-
-    if args.eval_interval and not len(valid):
-        raise ValueError(f"--data-split {args.data_split} leaves no validation document out of {len(tokens)}: use --eval-interval 0")
-    train_sequences = sequences(train)
-    valid_sequences = sequences(valid) if args.eval_interval else None
-    for part, name in ((train_sequences, "train"), (valid_sequences, "validation")):
-        if part is not None and not part.sequences_per_epoch:
-            raise ValueError(
-                f"--seq-length {args.seq_length}: the {name} documents hold {int(part.lengths.sum())} tokens, not one sequence"
-            )
-    return tokenizer, train_sequences, valid_sequences
+    train = build_sequences(parts, tokenizer, split=split, which=0, flag="--data-path", **options)
+    valid = None
+    if args.eval_interval and others:
+        valid = build_sequences(others, tokenizer, split=(1.0, 0.0, 0.0), which=0, flag="--valid-data-path", **options)
+    elif args.eval_interval:
+        valid = build_sequences(parts, tokenizer, split=split, which=1, flag="--data-path", **options)
+    return tokenizer, train, valid
 
 
 def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.device, clock: WaitClock | None = None) -> GPT | Stages:
     """The model on this rank, or its stages: built on the meta device, sharded, then filled shard by shard."""
     compute_dtype = COMPUTE_DTYPES[args.dtype]
     parameter_dtype = torch.float64 if args.dtype == "fp64" else torch.float32
-    timeout = timedelta(minutes=args.distributed_timeout_minutes)
-    backend = group_backend(device)
-    a2a_groups = split_group(grid, "cp", args.attention.a2a_size, timeout=timeout, backend=backend) if args.attention.a2a_size > 1 else None
+    timeout = collective_timeout(args)
+    a2a_groups = split_group(grid, "cp", args.attention.a2a_size, timeout=timeout) if args.attention.a2a_size > 1 else None
     attention = build_attention(args.attention, head_dim=config.kv_channels, a2a_groups=a2a_groups, clock=clock)
     tp = TensorParallel(grid.group("tp"), args.sequence_parallel)
     ends = (0, config.num_layers - 1) if args.fp8_first_last_bf16 else ()
@@ -167,13 +173,13 @@ def build_pipeline(
         dtype=chunks[0].compute_dtype,
         device=device,
     )
-    timeout = timedelta(minutes=args.distributed_timeout_minutes)
-    tied = ends_group(grid, "pp", timeout=timeout, backend=group_backend(device)) if config.tie_embeddings else None
+    timeout = collective_timeout(args)
+    tied = ends_group(grid, "pp", timeout=timeout) if config.tie_embeddings else None
     return Pipeline(schedule, grid.group("pp"), tied)
 
 
-def main(argv: list[str]) -> None:
-    start_time = time.time()
+def main(argv: list[str], outcome: Outcome) -> None:
+    start_time = time.monotonic()
 
     # ------------------------------------------------------------------------------------------------
     # Flags, checked before any process group exists
@@ -189,17 +195,35 @@ def main(argv: list[str]) -> None:
             cuda_devices=cuda_device_count,
             goes_on_from=start.facts if start and not start.weights_only else None,
         )
+    if args.dry_run:
+        if launch.rank == 0:
+            size, lengths = data_of(args)
+            padded = padded_vocab_size(size, args.make_vocab_size_divisible_by)
+            print(plan_text(args, model_config(args, vocab_size=size, padded_vocab_size=padded), lengths), flush=True)
+        return
+    stops = StopRequests(interval=args.exit_interval, duration_minutes=args.exit_duration_in_mins, started=start_time)
 
     # ------------------------------------------------------------------------------------------------
     # Ranks and their grid
 
-    device = initialise_distributed(launch, args.device, timeout_minutes=args.distributed_timeout_minutes)
+    timeout = collective_timeout(args)
+    device, store = initialise_distributed(launch, args.device, timeout=timeout)
     is_writer = launch.rank == 0
+    watchdog = outcome.watchdog = Watchdog(
+        dist.PrefixStore("watchdog", store),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        startup_minutes=args.distributed_startup_timeout_minutes,
+        minutes=args.distributed_timeout_minutes,
+        on_stuck=outcome.stuck,
+        parent=os.getppid() if launch.under_torchrun else None,
+    )
     with one_line_refusals():
         check_ranks_agree({k: v for k, v in vars(args).items() if k not in LOCAL_FLAGS} | {"torch": torch.__version__}, "flags")
     sizes = GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size)
-    grid = build_grid(sizes, timeout=timedelta(minutes=args.distributed_timeout_minutes), backend=group_backend(device))
-    checkpoint_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=args.distributed_timeout_minutes), group_desc="checkpoint")
+    grid = build_grid(sizes, timeout=timeout, backend=group_backend(device))
+    checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
+    control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     run_dir = Path(args.run_dir or broadcast_object(time.strftime("runs/%Y%m%d-%H%M%S")))
     start = broadcast_object(start)  # one rank's view of the file system
     save_dir = Path(args.save) if args.save else run_dir / "checkpoints"
@@ -209,7 +233,7 @@ def main(argv: list[str]) -> None:
     # ------------------------------------------------------------------------------------------------
     # Data
 
-    with one_line_refusals():
+    with one_line_refusals(), watchdog.patient("data preparation"):
         tokenizer, train_sequences, valid_sequences = on_rank_zero_first(lambda: build_data(args))
         data_facts: dict = {"tokenizer": tokenizer.fingerprint, "training documents": train_sequences.fingerprint()}
         data_facts["validation documents"] = valid_sequences.fingerprint() if valid_sequences else None
@@ -230,11 +254,14 @@ def main(argv: list[str]) -> None:
     # ------------------------------------------------------------------------------------------------
     # Model, optimiser, schedule, and where they start from
 
+    watchdog.moved("building the model")
     vocab = padded_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by)
     config = model_config(args, vocab_size=tokenizer.vocab_size, padded_vocab_size=vocab)
     cp_clock = WaitClock() if args.attention.backend == "native" and args.cp_size > 1 else None
+    timers = Timers(args.timing_log_level, device)
     with one_line_refusals():
         model = build_model(args, config, grid, device, cp_clock)
+    timers.watch_reductions(model)
     pipeline = build_pipeline(args, model, config, grid, device, batch_plan.num_microbatches)
     optimizer = build_optimizer(
         model, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay
@@ -251,9 +278,12 @@ def main(argv: list[str]) -> None:
     facts = run_facts(args, config, tokenizer, train_sequences)
     started = Started()
     if start is not None:
+        watchdog.moved("loading")
         with one_line_refusals():
             started = load_start(start, facts, model, optimizer, grid, save=save_dir, group=checkpoint_group)
-    first_step = started.first_step
+            if started.goes_on:
+                train_sequences.go_on(started.data)
+    first_step = outcome.step = started.first_step
     saver = Saver(
         save_dir,
         model,
@@ -265,21 +295,43 @@ def main(argv: list[str]) -> None:
         tell=lambda place: print(f"saved {place}", flush=True),
     )
 
+    # ------------------------------------------------------------------------------------------------
+    # What the run tells
+
+    status = StatusFile(run_dir / "status.json", attempt=broadcast_object(uuid.uuid4().hex), rank=launch.rank)
+    settings = configuration(args, argv, config, world_size=launch.world_size)
+    keep_before = EVERYTHING if args.eval_only else first_step if started.goes_on else None
+    writers: list[Writer] = []
+    if is_writer:
+        with one_line_refusals(OSError, exit_code=1):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if not args.eval_only:
+                status.write("running", step=first_step)
+                replace_synced(run_dir / "config.json", json.dumps(settings, indent=1, default=str) + "\n")
+                writers = open_writers(tensorboard_dir, args.wandb_project, run_dir=run_dir, settings=settings, keep_before=keep_before)
+        if writers and not started.goes_on:
+            describe_data(writers, train_sequences, cp_size=args.cp_size, layout=args.cp_layout)
+    outcome.status = None if args.eval_only else status
+    stops.watch(run_dir / "stop" if is_writer and not args.eval_only else None, control_group)  # the folder may be a living run's
     peak_tflops = args.peak_tflops
     if peak_tflops is None and device.type == "cuda":
         peak_tflops = known_peak_tflops(torch.cuda.get_device_name(device))
-    log = MetricsLog(
-        config=config,
-        world_size=launch.world_size,
-        is_writer=is_writer,
-        train_iters=args.train_iters,
-        log_interval=args.log_interval,
-        peak_tflops=peak_tflops,
-        cp_clock=cp_clock,
-        metrics_file=metrics_file,
-        tensorboard_dir=tensorboard_dir,
-        keep_before=first_step if started.goes_on else None,
-    )
+    with one_line_refusals(OSError, exit_code=1):
+        log = MetricsLog(
+            config=config,
+            world_size=launch.world_size,
+            is_writer=is_writer,
+            train_iters=args.train_iters,
+            log_interval=args.log_interval,
+            peak_tflops=peak_tflops,
+            cp_clock=cp_clock,
+            metrics_file=metrics_file,
+            keep_before=keep_before,
+            writers=writers,
+            timers=timers,
+            control_group=control_group,
+            takes_nonfinite=args.on_nonfinite == "skip",
+        )
     if is_writer:
         print_banner(
             args,
@@ -291,28 +343,53 @@ def main(argv: list[str]) -> None:
             train=train_sequences,
             valid=valid_sequences,
             started=started,
-            paths={"checkpoints": save_dir, "TensorBoard": tensorboard_dir, "metrics": metrics_file},
+            paths={"run": run_dir, "checkpoints": save_dir, "TensorBoard": tensorboard_dir, "metrics": metrics_file},
         )
+    guard = NonFiniteGuard(
+        skip=args.on_nonfinite == "skip",
+        most=args.max_skipped_in_a_row,
+        looks=device.type == "cpu" or args.on_nonfinite == "skip",
+        model=model,
+        grid=grid,
+        folder=run_dir / "nonfinite",
+        control_group=control_group,
+        flush=log.flush,
+        save=lambda place, step, told: save_step(
+            place,
+            step=step,
+            told=told,
+            sequences=train_sequences,
+            numbers=range((step - 1) * args.global_batch_size, step * args.global_batch_size),
+            facts={"argv": argv, "vocab_size": tokenizer.vocab_size, "checkpoints": str(save_dir), "world_size": launch.world_size},
+        ),
+    )
+    profiler = StepProfiler(
+        parse_profile_steps(args.profile_steps) if args.profile else None, folder=run_dir / "profile", rank=launch.rank, device=device
+    )
 
     def validate(step: int) -> None:
         if valid_sequences is None:
             return
-        steps = min(args.eval_iters, -(-valid_sequences.sequences_per_epoch // args.global_batch_size))
-        batches = build_loader(
-            valid_sequences,
-            batch_plan,
-            first_step=0,
-            last_step=steps,
-            num_workers=0,
-            pin_memory=False,
-            limit=valid_sequences.sequences_per_epoch,
-        )
-        with one_line_refusals():
-            log.validation(step, *evaluate(model, batches, grid, device))
+
+        def loss_over(sequences: Sequences) -> tuple[float, int]:
+            batches = build_loader(
+                sequences,
+                batch_plan,
+                steps=range(min(args.eval_iters, -(-sequences.sequences_per_epoch // args.global_batch_size))),
+                num_workers=0,
+                pin_memory=False,
+                limit=sequences.sequences_per_epoch,
+            )
+            return evaluate(model, watchdog.each(batches, "validation"), grid, device)
+
+        parts = valid_sequences.sources if isinstance(valid_sequences, BlendedDataset) else []
+        with one_line_refusals(), timers("eval"):
+            log.validation(step, *loss_over(valid_sequences), sources={part.name: loss_over(part) for part in parts})
 
     def sample(when: str) -> None:
         if not args.sample_tokens:
             return
+        watchdog.moved("a sample")
         prompt = tokenizer.encode(args.sample_prompt).tolist() or [tokenizer.eod]
         ids = generate(
             model,
@@ -328,27 +405,45 @@ def main(argv: list[str]) -> None:
             seed=args.seed,
         )
         if is_writer:
-            print(f"\n----- sample {when} -----\n{args.sample_prompt}{tokenizer.decode(ids)}\n-----\n", flush=True)
+            text = args.sample_prompt + tokenizer.decode(ids)
+            print(f"\n----- sample {when} -----\n{text}\n-----\n", flush=True)
+            for writer in writers:
+                writer.text(f"sample/{when.replace(' ', '_')}", text)
+
+    def save(step: int) -> None:
+        watchdog.moved("a checkpoint", step)
+        with one_line_refusals(OSError, exit_code=1), timers("save"):
+            saver.save(step, facts | {"data": train_sequences.state(step * args.global_batch_size)})
 
     # ------------------------------------------------------------------------------------------------
     # The loop
 
-    sample("before training")
+    stops.watch_interrupts()
+    if args.eval_only:
+        validate(first_step)
+    else:
+        sample("before training")
     verify_before = first_step + args.verify_steps
+    skipped = parse_skips(args.skip_steps)
+    steps = [step for step in range(first_step, args.train_iters) if step + 1 not in skipped and not args.eval_only]
     loader = build_loader(
         train_sequences,
         replace(batch_plan, hash_before_step=verify_before),
-        first_step=first_step,
-        last_step=args.train_iters,
+        steps=steps,
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
+        worker_init=outlive_a_broadcast,
     )
-    batches_ahead = iter(loader)
+    batches_ahead = read_batches(loader)
+    done, saved, stop = first_step, first_step, ""
     log.restart_clock()
-    for step in range(first_step, args.train_iters):
+    for step in steps:
         # Fetch the step's rows; their global token count divides the loss and so the gradients.
+        profiler.before(step + 1)
+        watchdog.moved("training", step)
         fetch_start = time.perf_counter()
-        batches = [next(batches_ahead) for _ in range(batch_plan.num_microbatches)]
+        with timers("data"):
+            batches = [next(batches_ahead) for _ in range(batch_plan.num_microbatches)]
         data_time = time.perf_counter() - fetch_start
         step_facts = sum_over(row_facts(batches).to(device, non_blocking=True), grid.group("batch"))
         loss_tokens = step_facts[0].clamp(min=1)
@@ -356,51 +451,89 @@ def main(argv: list[str]) -> None:
             verify_rows(batches, grid, device)
 
         # Forward and backward; gradients are summed over the ranks after the last microbatch.
-        cross_entropy = forward_backward(
-            model,
-            batches,
-            loss_tokens=loss_tokens,
-            device=device,
-            reshard_between=args.reshard_after_forward == "on",
-            pipeline=pipeline,
-        )
+        with timers("forward-backward"):
+            cross_entropy = forward_backward(
+                model,
+                batches,
+                loss_tokens=loss_tokens,
+                device=device,
+                reshard_between=args.reshard_after_forward == "on",
+                pipeline=pipeline,
+                timers=timers,
+            )
+        stops.start_agreeing()
 
-        # Clip by the global norm and step.
-        grad_norm = clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=args.clip_grad, counts=counts)
+        # Clip by the global norm and step, unless something is not finite.
+        with timers("gradient norm"):
+            grad_norm = clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=args.clip_grad, counts=counts)
+        loss = sum_over(sum_over(cross_entropy.clone(), grid.group("loss")), grid.group("pp")) / loss_tokens
+        done = outcome.step = step + 1
         lr = schedule.at(step)
         set_lr(optimizer, lr)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step < verify_before:
-            verify_weights(model, grid, device)
+        with timers("optimizer"):
+            if guard.passes(done, loss, grad_norm, cross_entropy):
+                optimizer.step()
+            optimizer.zero_grad()
+        if step < verify_before or (args.check_weights_interval and done % args.check_weights_interval == 0):
+            verify_weights(model, grid, device, optimizer, tied_group=pipeline.tied_group if pipeline else None)
 
-        loss = sum_over(sum_over(cross_entropy, grid.group("loss")), grid.group("pp")) / loss_tokens
-        done = step + 1
-        # A loss that is not finite ends the run, at the next line that is due.
-        log.step(done, loss=loss, grad_norm=grad_norm, lr=lr, facts=step_facts, data_time=data_time, memory=max_memory_bytes(device))
+        memory = max_memory_bytes(device)
+        with keeping_the_step_of(guard):  # on CUDA a loss that is not finite is found when a line is due
+            log.step(
+                done,
+                loss=loss,
+                grad_norm=grad_norm,
+                lr=lr,
+                facts=step_facts,
+                data_time=data_time,
+                memory=memory,
+                skipped_steps=guard.skipped,
+            )
+            stop = stops.agreed(done)
+            save_due = (args.save_interval and done % args.save_interval == 0) or (args.save_final and done == args.train_iters)
+            if save_due or stop:
+                log.flush()
+        if profiler.after(done, is_last=bool(stop) or done == args.train_iters):
+            if is_writer:
+                print(f"profile in {profiler.folder}", flush=True)
+            log.restart_clock()
         if args.eval_interval and (done % args.eval_interval == 0 or done == args.train_iters):
             validate(done)
             log.restart_clock()
-        if (args.save_interval and done % args.save_interval == 0) or (args.save_final and done == args.train_iters):
-            log.flush()  # a loss that is not finite ends the run before it is saved
-            with one_line_refusals(OSError, exit_code=1):
-                saver.save(done, facts)
+        if args.sample_interval and done % args.sample_interval == 0:
+            sample(f"after step {done}")
             log.restart_clock()
+        if save_due:
+            save(done)
+            saved = done
+            log.restart_clock()
+        watchdog.settled()
+        if stop:
+            break
 
     # ------------------------------------------------------------------------------------------------
     # The end
 
-    sample("after training")
+    batches_ahead.close()
+    is_done = done == args.train_iters or args.eval_only
+    if stop and saved != done and not is_done:
+        save(done)
+    if is_done and not args.eval_only:
+        sample("after training")
     with one_line_refusals(OSError, exit_code=1):
         saver.wait()
     log.close()
     if is_writer:
         found = checkpoints(save_dir)
-        print(f"done in {time.time() - start_time:.0f} s")
+        if not args.eval_only:
+            status.write("done" if is_done else "requeue", step=done, reason=stop)
+        print(f"done in {time.monotonic() - start_time:.0f} s" if is_done else f"stopped after step {done} ({stop}); --resume goes on")
+        print(f"data read:   {describe_epochs(train_sequences, done * args.global_batch_size)}")
         print(f"checkpoint:  {found[-1] if found else 'none (--save-interval 0, --no-save-final)'}")
         print(f"TensorBoard: {tensorboard_dir or 'off'}")
         print(f"metrics:     {metrics_file or 'off'}", flush=True)
     dist.barrier()
+    watchdog.stop()
     dist.destroy_process_group()
 
 
@@ -409,16 +542,30 @@ def _optional_path(flag: str | None, default: Path | None) -> Path | None:
 
 
 @contextmanager
+def keeping_the_step_of(guard: NonFiniteGuard) -> Iterator[None]:
+    """A step that is only now found not to be finite is kept as the guard keeps those that it finds."""
+    try:
+        yield
+    except NonFinite as error:
+        raise NonFinite(error.step, error.loss, error.grad_norm, guard.keep(error.step, error.loss, error.grad_norm, [])) from None
+
+
+@contextmanager
 def one_line_refusals(kind: type[Exception] = ValueError, *, exit_code: int = 2) -> Iterator[None]:
-    """An error of this kind in here is told in one line by local rank 0; every rank exits with the code."""
+    """An error of this kind in here is told in one line, by local rank 0; every rank exits with the code."""
     try:
         yield
     except kind as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        raise SystemExit(exit_code) from None
+            tell(one_line(error))
+        raise SystemExit(exit_code) from error
+
+
+def run(argv: list[str]) -> None:
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    with Outcome(rank=rank, local_rank=local_rank) as outcome, data_faults():
+        main(argv, outcome)
 
 
 if __name__ == "__main__":
-    with one_line_refusals(FloatingPointError, exit_code=1):
-        main(sys.argv[1:])
+    run(sys.argv[1:])

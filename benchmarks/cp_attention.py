@@ -43,13 +43,13 @@ from torch import Tensor
 
 from cp.attention import build_attention
 from cp.layout import attention_pairs, balance
-from cp.native_a2a import kv_copies
 from cp.packed_seq import build_packed_seq
 from cp.plan import QKV_FORMATS, AttentionChoice, cells
 from parallel import collectives
 from parallel.collectives import WaitClock
 from parallel.grid import Grid, GridSizes, build_grid, split_group
 from tests.world import World
+from training.communication import cp_bytes
 from training.initialize import keep_freed_memory
 
 CP_SIZES = (2, 4)
@@ -101,29 +101,15 @@ def over_reference(choice: AttentionChoice) -> bool:
 
 
 def sent_formula(row: Row, choice: AttentionChoice) -> tuple[int, int]:
-    """Bytes that a rank sends in the forward and in the backward pass.
-
-    K and V of a rank, kv = 2 * t * hkv * d elements, reach cp-1 other ranks in either pass, in the inputs' dtype;
-    their gradients travel in fp32. A ring sends a shard's gradient in every one of cp steps, the last one home;
-    a reduce-scatter sends each rank cp-1 parts. An exchange over A ranks keeps 1/A of q, k, v and out, with hkv raised to
-    a multiple of A, and the same of their gradients; the ring that is left has cp/A ranks of A times the
-    tokens and 1/A of the heads, so kv is as above, with hkv raised. llama3 reduce-scatters in the inputs' dtype.
-    """
-    size, item = choice.cp_size, DTYPES[row.dtype].itemsize
-    tokens = row.seq_length // size
-    trade = choice.a2a_size
-    kv_heads = row.groups * (kv_copies(row.groups, trade) if trade > 1 else 1)
-    kv = 2 * tokens * kv_heads * row.head_dim
-    traded = tokens * (2 * row.heads + 2 * kv_heads) * row.head_dim * item * (trade - 1) // trade
-    ring = size // trade
-    forward = (ring - 1) * kv * item
-    if choice.method == "all_gather":
-        gradients = (ring - 1) * kv * 4
-    elif choice.method == "llama3":
-        gradients = (ring - 1) * kv * item
-    else:
-        gradients = ring * kv * 4 if ring > 1 else 0
-    return traded + forward, traded + forward + gradients
+    """Bytes that a rank sends in the forward and in the backward pass."""
+    return cp_bytes(
+        choice,
+        tokens=row.seq_length // choice.cp_size,
+        heads=row.heads,
+        groups=row.groups,
+        head_dim=row.head_dim,
+        item=DTYPES[row.dtype].itemsize,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -289,8 +275,8 @@ def counted(sent: list[int]) -> Iterator[None]:
         wrap(dist, "all_gather_into_tensor", gather),
         wrap(dist, "reduce_scatter_tensor", scatter),
         wrap(dist, "all_to_all_single", trade),
-        wrap(collectives, "_all_gather", gather),
-        wrap(collectives, "_reduce_scatter", scatter),
+        wrap(collectives, "all_gather_into", gather),
+        wrap(collectives, "reduce_scatter_into", scatter),
         wrap(functional, "permute_tensor", lambda x, *_: x.nbytes),
         wrap(functional, "all_gather_single", functional_gather),
     ]

@@ -29,6 +29,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,7 +70,7 @@ class Machine:
 
     def __init__(self, tiny: bool) -> None:
         self.tiny = tiny
-        self.device = initialise_distributed(Launch(), "cpu" if tiny else "cuda", timeout_minutes=30)
+        self.device, _ = initialise_distributed(Launch(), "cpu" if tiny else "cuda", timeout=timedelta(minutes=30))
         self.grid = build_grid(GridSizes())
         self.name = platform.processor() or "CPU" if tiny else torch.cuda.get_device_name(self.device)
         self.peak = None if tiny else known_peak_tflops(self.name)
@@ -325,17 +326,18 @@ def length(machine: Machine, rounds: int) -> dict[str, Any]:
     at = 512 if machine.tiny else 131072
     while at <= (1024 if machine.tiny else 1048576):
         shape = f"{TINY if machine.tiny else ONE_B} --seq-length {at} --recompute full --qkv-format bshd {own}"
+        if machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         try:
             ours = OurStep(machine, shape, "")
             ours()
             seconds = machine.seconds(ours)
-        except torch.cuda.OutOfMemoryError:
-            found[str(at)] = "does not fit"
+        except RuntimeError as error:  # torch's own, or what a library says that asked the driver
+            found[str(at)] = f"does not fit ({str(error).splitlines()[0]})"
             break
         found[str(at)] = {"s": seconds, "tokens/s": at / seconds}
         if machine.device.type == "cuda":
             found[str(at)]["GiB"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
         found["longest"] = at
         del ours
         machine.free()

@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 import traceback
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -267,7 +268,7 @@ def _serve(rank: int, size: int, threads: int, port: int, pipe: Connection, what
     if size > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    initialise_distributed(read_launch(), "cpu", timeout_minutes=10)  # the allocator's settings, too, for all alike
+    initialise_distributed(read_launch(), "cpu", timeout=timedelta(minutes=10))  # the allocator's settings, too, for all alike
     state = what()
     while True:
         method, arguments = pipe.recv()

@@ -25,9 +25,9 @@ def document_unit(layout: str, cp_size: int) -> int:
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Concatenation of arange(start, start + length) over all pairs, without a Python loop. int64."""
     starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+    values = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    values += np.arange(len(values))
+    return values
 
 
 def shard_indices(padded_lengths: np.ndarray, *, cp_size: int, cp_rank: int, layout: str) -> np.ndarray:
@@ -46,9 +46,11 @@ def shard_indices(padded_lengths: np.ndarray, *, cp_size: int, cp_rank: int, lay
         raise ValueError(f"unknown layout {layout!r}")
     padded_lengths = np.asarray(padded_lengths, np.int64)
     unit = document_unit(layout, cp_size)
-    bad = padded_lengths[padded_lengths % unit != 0]
-    if len(bad):
+    if (padded_lengths % unit).any():
+        bad = padded_lengths[padded_lengths % unit != 0]
         raise ValueError(f"a document of padded length {bad[0]} cannot be cut into {unit} chunks (layout {layout}, cp {cp_size})")
+    if cp_size == 1:
+        return np.arange(int(padded_lengths.sum()))
     if layout == "contiguous":
         total = int(padded_lengths.sum())
         if total % cp_size:

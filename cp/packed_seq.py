@@ -8,6 +8,7 @@ case where each document is one sequence of exactly `seq_length` tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -79,8 +80,8 @@ class PackedSeq:
         return (ranges(np.zeros_like(self.padded_lengths), self.padded_lengths) >= np.repeat(self.lengths, self.padded_lengths))[owned]
 
 
-def _running_sum(lengths: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
+def _running_sum(lengths: list[int]) -> Tensor:
+    return torch.from_numpy(np.array([0, *accumulate(lengths)], np.int32))
 
 
 def build_packed_seq(
@@ -109,19 +110,21 @@ def build_packed_seq(
     lengths, padded_lengths = np.asarray(lengths, np.int64), np.asarray(padded_lengths, np.int64)
     if lengths.shape != padded_lengths.shape or lengths.ndim != 1:
         raise ValueError(f"{lengths.shape} real lengths beside {padded_lengths.shape} padded ones")
-    if (lengths > padded_lengths).any() or (lengths < 0).any():
+    real, padded = lengths.tolist(), padded_lengths.tolist()  # a row has few documents, for which Python's numbers are quicker
+    if not all(0 <= a <= b for a, b in zip(real, padded, strict=True)):
         raise ValueError("a document's real length must lie between 0 and its padded length")
     owned = shard_indices(padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=layout)
-    positions = ranges(np.zeros_like(padded_lengths), padded_lengths)[owned]
+    starts = np.array([0, *accumulate(padded)][:-1], np.int64)
+    starts_of = np.repeat(starts, padded_lengths)
     packed_seq = PackedSeq(
         lengths=lengths,
         padded_lengths=padded_lengths,
-        cu_seqlens=_running_sum(lengths),
-        cu_seqlens_padded=_running_sum(padded_lengths),
-        max_seqlen=int(lengths.max(initial=0)),
-        positions=torch.from_numpy(positions),
+        cu_seqlens=_running_sum(real),
+        cu_seqlens_padded=_running_sum(padded),
+        max_seqlen=max(real, default=0),
+        positions=torch.from_numpy(owned - (starts_of if cp_size == 1 else starts_of[owned])),
         qkv_format=qkv_format,
         layout=layout,
-        first_ids=np.cumsum(padded_lengths) - padded_lengths if first_ids is None else first_ids,
+        first_ids=starts if first_ids is None else first_ids,
     )
     return packed_seq, owned

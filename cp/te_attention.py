@@ -25,7 +25,8 @@ class TEAttention:
     """
 
     def __init__(self, method: str, groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None) -> None:
-        self.method, self.groups = method, groups
+        # One neighbour to trade heads with is none: the ring alone, for which Transformer Engine takes one group and its own name.
+        self.method, self.groups = "p2p" if method == "a2a+p2p" and groups is None else method, groups
         self.modules: dict[tuple[int, int, int], te.DotProductAttention] = {}
 
     def _module(self, heads: int, kv_heads: int, head_dim: int, group: dist.ProcessGroup) -> te.DotProductAttention:

@@ -1,58 +1,36 @@
-"""Tokenizer, tokens and splits of a run, built from its source once and cached."""
+"""Tokenizer, tokens, splits and sequences of a run, built from its sources once and cached."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data.blend import whole_weights
 from data.cache import build_once, cache_key
 from data.corpus import Source
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
-from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from data.loader import BlendedDataset, SequenceDataset, Sequences
+from data.sources import Part, Prepared, nothing_in, train_on
+from data.tokenizer import SentencePieceTokenizer, Tokenizer
 
 # Changes when the way tokenizers are trained or tokens are written does.
 CACHE_VERSION = 2
 
 
-def build_tokenizer(source: Source, *, tokenizer_type: str, tokenizer_model: str | None, vocab_size: int, cache_path: Path) -> Tokenizer:
-    """The tokenizer of a run. Without `tokenizer_model`, SentencePiece trains one on the source, once.
+def train_tokenizer(source: Source | Prepared, *, vocab_size: int, cache_path: Path) -> Tokenizer:
+    """A SentencePiece model of a source of text, trained once.
 
     Raises:
-        ValueError: a file that is no model, a broken or empty corpus, or one too small for the vocabulary.
+        ValueError: a broken or empty corpus, or one too small for the vocabulary.
     """
-    if tokenizer_type == "byte":
-        return ByteTokenizer()
-    if tokenizer_model is not None:
-        return SentencePieceTokenizer(Path(tokenizer_model))
+
+    assert isinstance(source, Source), "a prepared corpus has its tokenizer"
 
     def train(folder: Path) -> None:
-        fault: list[ValueError] = []
-
-        def texts() -> Iterator[str]:
-            # SentencePiece turns what its iterator raises into an error of its own.
-            found = False
-            try:
-                for text in source.texts():
-                    found = True
-                    yield text
-            except ValueError as error:
-                fault.append(error)
-                raise
-            if not found:
-                fault.append(_nothing_in(source))
-
-        try:
-            model = train_sentencepiece(texts(), vocab_size=vocab_size)
-        except (RuntimeError, ValueError) as error:
-            if fault:
-                raise fault[0] from None
-            raise ValueError(
-                f"--tokenizer-vocab-size {vocab_size}: no such model can be trained on {source.name}; "
-                f"choose a smaller one or --tokenizer-type byte (SentencePiece: {str(error).splitlines()[-1]})"
-            ) from error
-        (folder / "tokenizer.model").write_bytes(model)
+        (folder / "tokenizer.model").write_bytes(train_on(source, vocab_size=vocab_size, flag="--tokenizer-vocab-size"))
 
     key = cache_key(version=CACHE_VERSION, source=source.made_from(), vocab_size=vocab_size)
     return SentencePieceTokenizer(build_once(cache_path / "tokenizer" / key, train) / "tokenizer.model")
@@ -72,12 +50,8 @@ def build_tokens(source: Source, tokenizer: Tokenizer, *, cache_path: Path) -> I
     key = cache_key(version=CACHE_VERSION, source=source.made_from(), tokenizer=tokenizer.fingerprint)
     tokens = IndexedDataset(build_once(cache_path / "tokens" / key, build) / "tokens")
     if not len(tokens):
-        raise _nothing_in(source)
+        raise nothing_in(source)
     return tokens
-
-
-def _nothing_in(source: Source) -> ValueError:
-    return ValueError(f"--data-path {source.name}: no document in it")
 
 
 def split_documents(num_documents: int, weights: tuple[float, ...]) -> list[np.ndarray]:
@@ -88,6 +62,8 @@ def split_documents(num_documents: int, weights: tuple[float, ...]) -> list[np.n
     Returns:
         One ascending array of document numbers a weight.
     """
+    if not any(weights[1:]):
+        return [np.arange(num_documents), *(np.arange(0) for _ in weights[1:])]
     order = np.random.default_rng(0).permutation(num_documents)
     counts = [max(1, round(num_documents * w / sum(weights))) if w else 0 for w in weights]
     if num_documents < sum(w > 0 for w in weights):
@@ -97,3 +73,64 @@ def split_documents(num_documents: int, weights: tuple[float, ...]) -> list[np.n
     counts[0] = num_documents - sum(counts[1:])
     ends = np.cumsum(counts)
     return [np.sort(order[end - count : end]) for count, end in zip(counts, ends, strict=True)]
+
+
+def cached_split(num_documents: int, weights: tuple[float, ...], *, cache_path: Path) -> list[np.ndarray]:
+    """`split_documents`, kept on disk and memory-mapped: every rank and worker of a node shares one copy."""
+
+    def build(folder: Path) -> None:
+        for number, documents in enumerate(split_documents(num_documents, weights)):
+            np.save(folder / f"{number}.npy", documents)
+
+    folder = build_once(cache_path / "split" / cache_key(version=1, documents=num_documents, weights=weights), build)
+    return [np.load(folder / f"{number}.npy", mmap_mode="r").view(np.ndarray) for number in range(len(weights))]
+
+
+def build_sequences(
+    parts: Sequence[Part],
+    tokenizer: Tokenizer,
+    *,
+    split: tuple[float, ...],
+    which: int,
+    flag: str,
+    seq_length: int,
+    cache_path: Path,
+    **options: Any,
+) -> Sequences:
+    """The sequences of one split of some sources, blended if there are several.
+
+    Args:
+        split: weights of train, validation and test documents.
+        which: of them; 0 is train.
+        flag: what named the sources, for errors.
+        options: of `SequenceDataset`.
+
+    Raises:
+        ValueError: a source without a document or a whole sequence in this split.
+    """
+    name = ("training", "validation", "test")[which]
+    sources = []
+    for part in parts:
+        tokens = part.content.tokens if isinstance(part.content, Prepared) else build_tokens(part.content, tokenizer, cache_path=cache_path)
+        documents = cached_split(len(tokens), split, cache_path=cache_path)[which]
+        if not len(documents):
+            raise ValueError(f"{flag} {part.name}: its {len(tokens)} documents leave no {name} document (--data-split)")
+        sequences = SequenceDataset(
+            tokens,
+            documents,
+            seq_length=seq_length,
+            pad_token=tokenizer.eod,
+            vocab_size=tokenizer.vocab_size,
+            cache_path=cache_path,
+            name=part.name,
+            **options,
+        )
+        if not sequences.sequences_per_epoch:
+            raise ValueError(
+                f"--seq-length {seq_length}: the {name} documents of {part.name} hold {sequences.num_tokens} tokens, not one sequence"
+            )
+        sources.append(sequences)
+    if len(sources) == 1:
+        return sources[0]
+    weights = [s.sequences_per_epoch if p.weight is None else p.weight for s, p in zip(sources, parts, strict=True)]
+    return BlendedDataset(sources, whole_weights(weights))

@@ -1,4 +1,4 @@
-"""Where documents come from: the Python standard library by default, or text files of the user's.
+"""Where documents come from: the Python standard library by default, or files of the user's.
 
 A source yields one text a document, in a fixed order, and says what it was made from, so that what is
 derived from it (tokenizer, tokens) can be cached.
@@ -6,19 +6,19 @@ derived from it (tokenizer, tokens) can be cached.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+from data.readers import BadRecord, Record, format_of, is_readable, read_records, text_of
 
 STDLIB = "the Python standard library"
 # Tests and vendored trees repeat themselves or are absent from some installations.
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"})
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".py")
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,23 @@ class Source:
 
     Attributes:
         name: for people.
-        files: in order. A file of JSON lines holds a document a line, any other file is one document.
-        json_key: field of a JSONL record that holds the text.
+        files: in order. JSON lines and Parquet hold a document a line or row, any other file is one document.
+        json_key: field of a JSONL record, or Parquet column, that holds the text.
+        kind: of every file (`readers.FORMATS`); None: told by each file's name and first line.
+        flag: that named it, for errors.
     """
 
     name: str
     files: tuple[Path, ...]
     json_key: str = "text"
+    kind: str | None = None
+    flag: str = "--data-path"
 
     def made_from(self) -> list:
         """Changes whenever the documents may have."""
         facts: list = [self.name, self.json_key]
+        if self.kind:
+            facts.append(self.kind)
         if self.name == STDLIB:
             facts.append(platform.python_version())
         for file in self.files:
@@ -45,64 +51,50 @@ class Source:
             facts.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
         return facts
 
-    def texts(self) -> Iterator[str]:
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """The format of each file.
+
+        Raises:
+            ValueError: a file that is not what its name says.
+        """
+        if self.kind or self.name == STDLIB:
+            return (self.kind or "text",) * len(self.files)
+        return tuple(format_of(file) for file in self.files)
+
+    def texts(self, skip: Callable[[BadRecord], None] | None = None) -> Iterator[str]:
         """The documents, empty ones left out.
+
+        Args:
+            skip: told of each record, or rest of a file, that is no document, which is then left out; None: it ends the reading.
 
         Raises:
             ValueError: a record or file that is not what its name says, with file and line.
         """
-        for file in self.files:
-            if self.name != STDLIB and holds_records(file):
-                yield from self._records(file)
-            else:
-                try:
-                    text = file.read_bytes().decode("utf-8")  # to the byte: line ends stay
-                except UnicodeDecodeError as error:
-                    if self.name == STDLIB:  # a few of its files declare another encoding
-                        text = file.read_bytes().decode("latin-1")
-                    else:
-                        raise ValueError(f"--data-path: {file} is not UTF-8 text ({error})") from error
-                if text:
-                    yield text
+        for file, kind in zip(self.files, self.kinds, strict=True):
+            try:
+                for record in read_records(file, kind=kind, json_key=self.json_key):
+                    try:
+                        text = self._text(file, kind, record)
+                    except BadRecord as error:
+                        if skip is None:
+                            raise
+                        skip(error)
+                        continue
+                    if text:
+                        yield text
+            except BadRecord as error:
+                if skip is None:
+                    raise ValueError(f"{self.flag}: {error}") from error
+                skip(error)
 
-    def _records(self, file: Path) -> Iterator[str]:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"--data-path: {file}:{number} is not a JSON record in UTF-8 ({error})") from error
-                text = record.get(self.json_key) if isinstance(record, dict) else None
-                if not isinstance(text, str):
-                    raise ValueError(f"--data-path: {file}:{number} has no text under the key {self.json_key!r}")
-                try:
-                    text.encode()
-                except UnicodeEncodeError as error:  # legal JSON, no Unicode text
-                    raise ValueError(f"--data-path: {file}:{number} holds half a surrogate pair ({error})") from error
-                if text:
-                    yield text
-
-
-def holds_records(file: Path) -> bool:
-    """Whether a file is JSON lines: by its name, or whatever it is called, if its first line is a JSON object.
-
-    Raises:
-        ValueError: a `.json` file that is not JSON lines.
-    """
-    if file.suffix in (".jsonl", ".ndjson"):
-        return True
-    with file.open("rb") as lines:
-        first = next((line for line in lines if line.strip()), b"")
-    if first.lstrip()[:1] == b"{":
+    def _text(self, file: Path, kind: str, record: Record) -> str:
         try:
-            return isinstance(json.loads(first), dict)
-        except ValueError:
-            pass  # text that happens to begin so
-    if file.suffix == ".json":
-        raise ValueError(f"--data-path: {file} is not JSON lines (one object a line); only those are read from .json files")
-    return False
+            return text_of(str(file), record, kind=kind, json_key=self.json_key)
+        except BadRecord:
+            if self.name == STDLIB and isinstance(record.content, bytes):  # a few of its files declare another encoding
+                return record.content.decode("latin-1")
+            raise
 
 
 def stdlib_source() -> Source:
@@ -123,7 +115,7 @@ def stdlib_source() -> Source:
 
 
 def open_source(data_path: str | None, json_key: str) -> Source:
-    """The source behind `--data-path`: a text file, a JSONL file, a folder of text files, or None for the default.
+    """The source behind `--data-path`: a file of text, JSON lines or Parquet, a folder of such, or None for the default.
 
     Raises:
         ValueError: missing, empty, or nothing in it that is text.
@@ -132,13 +124,12 @@ def open_source(data_path: str | None, json_key: str) -> Source:
         return stdlib_source()
     path = Path(data_path)
     if not path.exists():
-        raise ValueError(f"--data-path {data_path}: no such file or folder")
+        raise ValueError(f"--data-path {data_path}: no such file or folder, and no {path.name}.idx of a prepared corpus")
     if path.is_file():
         if path.stat().st_size == 0:
             raise ValueError(f"--data-path {data_path}: the file is empty")
         return Source(data_path, (path,), json_key)
-    suffixes = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
-    files = tuple(sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file() and p.stat().st_size))
+    files = tuple(sorted(p for p in path.rglob("*") if is_readable(p) and p.is_file() and p.stat().st_size))
     if not files:
-        raise ValueError(f"--data-path {data_path}: no text in this folder (looked for {', '.join(suffixes)})")
+        raise ValueError(f"--data-path {data_path}: no text in this folder (no .txt, .md, .jsonl, .parquet or the like)")
     return Source(data_path, files, json_key)

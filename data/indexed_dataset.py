@@ -1,21 +1,27 @@
 """Token files in Megatron-LM's `.bin/.idx` format: tokens end to end, and an index of documents.
 
 `.idx`, little-endian: magic (9 bytes), version u64 = 1, dtype u8, sequences u64, document entries u64,
-lengths i32 [sequences], byte offsets i64 [sequences], document indices i64 [entries], the first 0.
-We write one sequence a document. Both files are memory-mapped when read.
+lengths i32 [sequences], byte offsets i64 [sequences], document indices i64 [entries], the first 0, the last the
+number of sequences; then, in multimodal files only, modes i8 [sequences]. We write one sequence a document; a file of
+Megatron's may have several, end to end. Both files are memory-mapped when read.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+FLOATS = {6: "float64", 7: "float32"}
+LONGEST_DOCUMENT = 2**31 - 1  # the index counts a document's tokens in an i32
+CHUNK = 1 << 20  # entries that are looked at in one piece
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -23,38 +29,59 @@ def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
-def _files(prefix: Path) -> tuple[Path, Path]:
-    """`<prefix>.idx` and `<prefix>.bin`; a prefix may hold dots."""
-    return Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+def index_file(prefix: Path) -> Path:
+    """`<prefix>.idx`; a prefix may hold dots."""
+    return Path(f"{prefix}.idx")
+
+
+def token_file(prefix: Path) -> Path:
+    """`<prefix>.bin`."""
+    return Path(f"{prefix}.bin")
+
+
+def write_index(out: BinaryIO, lengths: np.ndarray, dtype: np.dtype) -> None:
+    """Write an index of documents that lie end to end, a sequence each, in memory that does not grow with their number.
+
+    Args:
+        lengths: [documents] int32 tokens, may be a memory map.
+        dtype: of the tokens.
+    """
+    code = next(c for c, d in DTYPES.items() if d == dtype.type)
+    count = len(lengths)
+    out.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
+    for at in range(0, count, CHUNK):
+        out.write(lengths[at : at + CHUNK].astype("<i4").tobytes())
+    offset = 0
+    for at in range(0, count, CHUNK):
+        ends = np.cumsum(lengths[at : at + CHUNK], dtype=np.int64)
+        starts = ends - lengths[at : at + CHUNK]
+        out.write((offset + starts * dtype.itemsize).astype("<i8").tobytes())
+        offset += int(ends[-1]) * dtype.itemsize
+    for at in range(0, count + 1, CHUNK):
+        out.write(np.arange(at, min(at + CHUNK, count + 1), dtype="<i8").tobytes())
 
 
 def write_indexed_dataset(prefix: Path, documents: Iterable[np.ndarray], *, vocab_size: int) -> None:
     """Write `<prefix>.bin` and `<prefix>.idx`."""
     dtype = np.dtype(token_dtype(vocab_size))
     lengths = []
-    index_file, token_file = _files(prefix)
-    with token_file.open("wb") as out:
+    with token_file(prefix).open("wb") as out:
         for tokens in documents:
             out.write(tokens.astype(dtype).tobytes())
             lengths.append(len(tokens))
-    counts = np.array(lengths, np.int32)
-    offsets = (np.cumsum(counts, dtype=np.int64) - counts) * dtype.itemsize
-    code = next(c for c, d in DTYPES.items() if d == dtype.type)
-    with index_file.open("wb") as out:
-        out.write(HEADER.pack(MAGIC, 1, code, len(counts), len(counts) + 1))
-        out.write(counts.tobytes())
-        out.write(offsets.tobytes())
-        out.write(np.arange(len(counts) + 1, dtype=np.int64).tobytes())
+    with index_file(prefix).open("wb") as out:
+        write_index(out, np.array(lengths, np.int32), dtype)
 
 
 class IndexedDataset:
-    """Documents of a `.bin/.idx` pair, read through memory maps.
+    """Documents of a `.bin/.idx` pair, read through memory maps. Opening looks at the header, the sizes and the last
+    entries only, so it costs the same for any number of documents; each document's place is checked when it is read.
 
     Attributes:
-        lengths: [documents] int32 tokens.
+        dtype: of the tokens.
 
     Raises:
-        ValueError: a file that is not what its header says.
+        ValueError: a file that is missing or not what its header says.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -62,26 +89,62 @@ class IndexedDataset:
         self._open()
 
     def _open(self) -> None:
-        index_file, self._token_file = _files(self.prefix)
-        if index_file.stat().st_size < HEADER.size:
-            raise ValueError(f"{index_file}: {index_file.stat().st_size} bytes is less than a header")
-        index = np.memmap(index_file, np.uint8, "r")
+        file, self._token_file = index_file(self.prefix), token_file(self.prefix)
+        for path in (file, self._token_file):
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file; a prepared corpus is a .bin and an .idx of one prefix")
+        size = file.stat().st_size
+        if size < HEADER.size:
+            raise ValueError(f"{file}: {size} bytes is less than a header")
+        index = np.memmap(file, np.uint8, "r").view(np.ndarray)
         magic, version, code, sequences, entries = HEADER.unpack(index[: HEADER.size].tobytes())
-        if magic != MAGIC or version != 1 or code not in DTYPES:
-            raise ValueError(f"{index_file}: not a Megatron-LM index of version 1")
+        if magic != MAGIC or version != 1:
+            raise ValueError(f"{file}: not a Megatron-LM index of version 1 (its first bytes are {magic!r}, its version {version})")
+        if code not in DTYPES:
+            raise ValueError(f"{file}: its tokens are {FLOATS.get(code, f'of the unknown type {code}')}; a token is a whole number")
         expected = HEADER.size + sequences * (4 + 8) + entries * 8
-        if len(index) < expected:
-            raise ValueError(f"{index_file}: {len(index)} bytes, but its header promises {expected}")
+        if size not in (expected, expected + sequences):
+            raise ValueError(
+                f"{file}: {size} bytes, but its header promises {expected} ({sequences} sequences, {entries} document entries)"
+            )
         at = HEADER.size
-        self.lengths = np.frombuffer(index, np.int32, sequences, at)
-        self._offsets = np.frombuffer(index, np.int64, sequences, at + 4 * sequences)
-        dtype = np.dtype(DTYPES[code])
+        self._sequence_lengths = np.frombuffer(index, "<i4", sequences, at)
+        self._offsets = np.frombuffer(index, "<i8", sequences, at + 4 * sequences)
+        firsts = np.frombuffer(index, "<i8", entries, at + 12 * sequences)
+        if not entries or firsts[0] != 0 or firsts[-1] != sequences:
+            ends = f"run from {firsts[0]} to {firsts[-1]}" if entries else "are none"
+            raise ValueError(f"{file}: its document entries {ends}, not from 0 to its {sequences} sequences")
+        self.dtype = np.dtype(DTYPES[code])
         size = self._token_file.stat().st_size
-        if size % dtype.itemsize:
-            raise ValueError(f"{self._token_file}: {size} bytes, not a multiple of {dtype.itemsize}, the bytes of a token")
-        if sequences and int(self._offsets[-1]) + int(self.lengths[-1]) * dtype.itemsize > size:
-            raise ValueError(f"{self._token_file}: {size} bytes, but its index points past the end")
-        self._tokens = np.memmap(self._token_file, dtype, "r") if size else np.empty(0, dtype)
+        if size % self.dtype.itemsize:
+            raise ValueError(f"{self._token_file}: {size} bytes, not a multiple of {self.dtype.itemsize}, the bytes of a token")
+        if sequences:
+            end = int(self._offsets[-1]) + int(self._sequence_lengths[-1]) * self.dtype.itemsize
+            if end > size:
+                raise ValueError(f"{self._token_file}: {size} bytes, but its index points past the end, to byte {end}")
+        self._tokens = np.memmap(self._token_file, self.dtype, "r").view(np.ndarray) if size else np.empty(0, self.dtype)
+        self._firsts: np.ndarray | None = firsts
+        self._documents = entries - 1
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[documents] tokens of each: the map itself, int32, or where documents have several sequences their sums, int64.
+
+        Raises:
+            ValueError: document entries that run backwards.
+        """
+        firsts = self._firsts
+        assert firsts is not None
+        pieces = range(0, len(firsts), CHUNK)
+        if len(firsts) == len(self._sequence_lengths) + 1 and all(
+            (firsts[at : at + CHUNK] == np.arange(at, min(at + CHUNK, len(firsts)))).all() for at in pieces
+        ):
+            self._firsts = None  # a sequence is a document
+            return self._sequence_lengths
+        if (np.diff(firsts) < 0).any():
+            raise ValueError(f"{index_file(self.prefix)}: its document entries run backwards")
+        sums = np.concatenate(([0], np.cumsum(self._sequence_lengths, dtype=np.int64)))
+        return np.diff(sums[firsts])
 
     # A worker process gets the name and opens its own maps.
     def __getstate__(self) -> dict:
@@ -92,20 +155,42 @@ class IndexedDataset:
         self._open()
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._documents
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All tokens of the `.bin` file, a view of the map; `place` says where a document's lie."""
+        return self._tokens
+
+    def place(self, document: int, start: int, length: int) -> int:
+        """Index into `tokens` of token `start` of a document, after checking that `length` tokens from there are its own.
+
+        Raises:
+            ValueError: the index points outside the token file; a read past the end of a map is cut short without a word.
+        """
+        size, whole = self.dtype.itemsize, self.lengths.item(document)
+        assert start >= 0 and length >= 0 and start + length <= whole
+        if not length:
+            return 0
+        first = document if self._firsts is None else self._firsts.item(document)
+        offset = self._offsets.item(first)
+        if self._firsts is not None:
+            last = self._firsts.item(document + 1) - 1
+            if self._offsets.item(last) + self._sequence_lengths.item(last) * size - offset != whole * size:
+                raise ValueError(f"{index_file(self.prefix)}: the sequences of document {document} do not lie end to end")
+        begin = offset // size + start
+        if offset < 0 or offset % size or begin + length > len(self._tokens):
+            raise ValueError(
+                f"{self._token_file}: its index places document {document} at byte {offset}, {whole} tokens, "
+                f"but the file holds {len(self._tokens)} tokens of {size} bytes"
+            )
+        return begin
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """`length` tokens of a document from token `start` on; a view of the map.
 
         Raises:
-            ValueError: the index points outside the token file; a read past the end of a map is cut short without a word.
+            ValueError: as `place`.
         """
-        assert start >= 0 and start + length <= self.lengths[document]
-        offset = int(self._offsets[document])
-        first = offset // self._tokens.itemsize + start
-        if offset < 0 or offset % self._tokens.itemsize or first + length > len(self._tokens):
-            raise ValueError(
-                f"{self._token_file}: its index places document {document} at byte {offset}, {self.lengths[document]} tokens, "
-                f"but the file holds {len(self._tokens)} tokens of {self._tokens.itemsize} bytes"
-            )
-        return self._tokens[first : first + length]
+        begin = self.place(document, start, length)
+        return self._tokens[begin : begin + length]

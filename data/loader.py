@@ -1,7 +1,7 @@
 """From sequence numbers to the tokens a rank holds: sequences, rows, batches, and their loader.
 
-Step k reads sequences k * global_batch_size .. + global_batch_size - 1 of an endless run of epochs, so
-what a step sees is a function of the seed and k. A microbatch is one row, the concatenation of
+Step k reads sequences k * global_batch_size .. + global_batch_size - 1 of an endless run of epochs, or of a blend of
+several such runs, so what a step sees is a function of the seed and k. A microbatch is one row, the concatenation of
 `micro_batch_size` sequences; every cp and tp rank of a `batch` coordinate builds the same row and keeps
 its own tokens of it.
 """
@@ -9,10 +9,13 @@ its own tokens of it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Sequence as ListLike
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,15 +24,26 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cp.layout import attention_pairs, balance
 from cp.packed_seq import IGNORE_LABEL, PackedSeq, build_packed_seq
+from data.blend import Blend
 from data.cache import build_once, cache_key
-from data.indexed_dataset import IndexedDataset
-from data.packing import PackedEpoch, StreamEpoch, pack_epoch, stream_epoch
+from data.indexed_dataset import CHUNK, IndexedDataset
+from data.packing import (
+    Epoch,
+    StoredEpoch,
+    Windows,
+    concat_epoch,
+    greedy_epoch,
+    pack_epoch,
+    store_epoch,
+    stored_epoch,
+    windowed_epoch,
+)
 
 # Changes when the way an epoch is packed does.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sequence:
     """`seq_length` tokens with their labels.
 
@@ -78,15 +92,50 @@ class Batch:
         return replace(self, tokens=move(self.tokens), labels=move(self.labels), packed_seq=self.packed_seq.move(move))
 
 
+class Sequences(Protocol):
+    """What is read from: numbered sequences without end.
+
+    `sequences_per_epoch` is how many there are before one repeats.
+    """
+
+    seq_length: int
+    sequences_per_epoch: int
+
+    def sequence(self, n: int) -> Sequence: ...
+
+    def empty_sequence(self) -> Sequence:
+        """All padding: fills the last batch of an evaluation without counting."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Of the documents, and of what decides their order but for flags."""
+        ...
+
+    def state(self, n: int) -> dict[str, Any]:
+        """Where each source stands before sequence n, as JSON; `go_on` takes it."""
+        ...
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError if the state is not of these sources."""
+        ...
+
+
 class SequenceDataset:
     """Sequence n of the endless run of epochs over some documents of a token file.
 
     Args:
         documents: [n] which documents of `tokens` belong to this split.
-        packing: `best-fit` or `stream`.
-        alignment: documents are padded to a multiple of it (best-fit).
+        packing: of `packing.PACKINGS`.
+        alignment: documents are padded to a multiple of it (best-fit, greedy).
+        one_document: a sequence is one document to attention (bshd, and concat), not one a piece.
         pad_token: id that fills padding; it is never computed on or learned.
         cache_path: where an epoch's index is kept; None keeps it in memory only.
+        window: best-fit over so many documents at a time; None: over all.
+        vocab_size: token ids must be below it; None: not checked.
+        name: for people.
+
+    Raises:
+        ValueError: a document of negative length.
     """
 
     def __init__(
@@ -100,86 +149,140 @@ class SequenceDataset:
         seed: int,
         pad_token: int,
         cache_path: Path | None,
+        one_document: bool = False,
+        window: int | None = None,
+        vocab_size: int | None = None,
+        name: str = "",
     ) -> None:
-        self.tokens, self.documents = tokens, documents
-        self.lengths = np.asarray(tokens.lengths, np.int64)[documents]
-        if (self.lengths < 0).any():
-            raise ValueError(f"{tokens.prefix}.idx: a document of {self.lengths.min()} tokens")
+        self.tokens, self.documents, self.name = tokens, documents, name or str(tokens.prefix)
         self.seq_length, self.packing, self.alignment = seq_length, packing, alignment
-        self.seed, self.pad_token = seed, pad_token
+        self.one_document = one_document or packing == "concat"
+        self.seed, self.pad_token, self.window, self.vocab_size = seed, pad_token, window, vocab_size
         self.cache_path = cache_path
         # Where the same documents lie does not matter to what is packed from them; only their lengths do.
-        self._lengths_hash = hashlib.sha256(self.lengths.tobytes()).hexdigest()
-        self._epochs: dict[int, PackedEpoch | StreamEpoch] = {}
+        digest = hashlib.sha256()
+        self.num_tokens = self.longest = 0
+        for at in range(0, len(documents), CHUNK):
+            lengths = tokens.lengths[documents[at : at + CHUNK]].astype(np.int64)
+            if lengths.min() < 0:
+                raise ValueError(f"{tokens.prefix}.idx: a document of {lengths.min()} tokens")
+            digest.update(lengths.tobytes())
+            self.num_tokens, self.longest = self.num_tokens + int(lengths.sum()), max(self.longest, int(lengths.max()))
+        self._lengths_hash = digest.hexdigest()
+        self._epochs: dict[int, Epoch] = {}
         self.sequences_per_epoch = len(self.epoch(0))
 
-    def epoch(self, number: int) -> PackedEpoch | StreamEpoch:
+    @property
+    def lengths(self) -> np.ndarray:
+        """[documents] int64 tokens of each; made when asked for."""
+        return self.tokens.lengths[self.documents].astype(np.int64)
+
+    def epoch(self, number: int) -> Epoch:
         """The index of an epoch; the last one asked for is kept."""
         if number not in self._epochs:
-            if self.packing == "stream":
-                index: PackedEpoch | StreamEpoch = stream_epoch(self.lengths, seed=self.seed, epoch=number, seq_length=self.seq_length)
-            else:
-                index = self._packed_epoch(number)
+            index = self._stored_epoch(number) if self.window is None else self._windowed_epoch(number)
             self._epochs = {number: index}
         return self._epochs[number]
 
-    def _packed_epoch(self, number: int) -> PackedEpoch:
-        options = dict(seed=self.seed, epoch=number, seq_length=self.seq_length, alignment=self.alignment)
+    def _build_epoch(self, number: int) -> StoredEpoch:
+        options: dict[str, int] = dict(seed=self.seed, epoch=number, seq_length=self.seq_length)
+        if self.packing == "concat":
+            return concat_epoch(self.lengths, **options)
+        build = greedy_epoch if self.packing == "greedy" else pack_epoch
+        return build(self.lengths, alignment=self.alignment, **options)
+
+    def _key(self, **more: int) -> str:
+        facts = dict(version=INDEX_VERSION, lengths=self._lengths_hash, packing=self.packing, seq_length=self.seq_length, seed=self.seed)
+        return cache_key(**facts, alignment=1 if self.packing == "concat" else self.alignment, **more)
+
+    def _stored_epoch(self, number: int) -> StoredEpoch:
         if self.cache_path is None:
-            return pack_epoch(self.lengths, **options)
+            return self._build_epoch(number)
+        folder = self.cache_path / "packing" / self._key(epoch=number)
+        return stored_epoch(
+            self.packing, build_once(folder, lambda scratch: store_epoch(self._build_epoch(number), scratch)), self.seq_length
+        )
 
-        def build(folder: Path) -> None:
-            index = pack_epoch(self.lengths, **options)
-            np.save(folder / "pieces.npy", index.pieces)
-            np.save(folder / "first.npy", index.first)
-
-        key = cache_key(version=INDEX_VERSION, lengths=self._lengths_hash, **options)
-        folder = build_once(self.cache_path / "packing" / key, build)
-        return PackedEpoch(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "first")))
+    def _windowed_epoch(self, number: int) -> Epoch:
+        assert self.packing == "best-fit" and self.window is not None
+        windows = Windows(
+            lambda documents: self.tokens.lengths[self.documents[documents]],
+            len(self.documents),
+            seed=self.seed,
+            seq_length=self.seq_length,
+            alignment=self.alignment,
+            window=self.window,
+        )
+        if self.cache_path is None:
+            return windowed_epoch(windows, windows.count(), number)
+        folder = self.cache_path / "packing" / self._key(window=self.window)
+        build_once(folder, lambda scratch: np.save(scratch / "counts.npy", windows.count()))
+        return windowed_epoch(windows, np.load(folder / "counts.npy"), number)
 
     def fingerprint(self) -> str:
         """Of the documents: all their lengths, and what a thousand of them begin with, so that its cost does not grow."""
         digest = hashlib.sha256(self._lengths_hash.encode())
         for at in np.unique(np.linspace(0, len(self.documents) - 1, num=min(1000, len(self.documents)), dtype=np.int64)):
-            ids = self.tokens.read(self.documents[at], 0, min(64, int(self.lengths[at])))
+            document = int(self.documents[at])
+            ids = self.tokens.read(document, 0, min(64, int(self.tokens.lengths[document])))
             digest.update(ids.astype(np.int64).tobytes())
         return digest.hexdigest()[:16]
 
+    def state(self, n: int) -> dict[str, Any]:
+        epoch, position = divmod(n, self.sequences_per_epoch)
+        return {"sequences": n, "sources": [{"name": self.name, "epoch": epoch, "position": position}]}
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Nothing to do: where sequence n lies takes no steps to find."""
+
     def sequence(self, n: int) -> Sequence:
-        """Sequence n; n runs on through the epochs, which all have the same number of sequences."""
+        """Sequence n; n runs on through the epochs, which all have the same number of sequences.
+
+        Raises:
+            ValueError: a token file that does not hold what its index says, or tokens outside the vocabulary.
+        """
         epoch, at = divmod(n, self.sequences_per_epoch)
         index = self.epoch(epoch)
         assert len(index) == self.sequences_per_epoch
         pieces = index.sequence(at)
-        sequence = self._from_stream(pieces) if self.packing == "stream" else self._from_pieces(pieces)
-        return replace(sequence, first_id=n * self.seq_length)
+        # Python's numbers from here on: a sequence has few pieces, for which arrays are slower.
+        triples = list(zip(self.documents[pieces[:, 0]].tolist(), pieces[:, 1].tolist(), pieces[:, 2].tolist(), strict=True))
+        sequence = self._from_stream(triples) if self.packing == "concat" else self._from_pieces(triples)
+        if self.vocab_size is not None and sequence.tokens.max() >= self.vocab_size:
+            raise ValueError(
+                f"{self.tokens.prefix}.bin: token {sequence.tokens.max()} in one of the documents "
+                f"{', '.join(str(document) for document, _, _ in triples[:8])}, but the tokenizer has {self.vocab_size}: made with another"
+            )
+        sequence.first_id = n * self.seq_length
+        return sequence
 
     def empty_sequence(self) -> Sequence:
-        """All padding: fills the last batch of an evaluation without counting."""
-        tokens = np.full(self.seq_length, self.pad_token, np.int64)
-        whole = np.array([self.seq_length])
-        return Sequence(tokens, np.full(self.seq_length, IGNORE_LABEL, np.int64), np.zeros_like(whole), whole)
+        return _empty_sequence(self.seq_length, self.pad_token)
 
-    def _from_stream(self, pieces: np.ndarray) -> Sequence:
-        stream = np.concatenate([self.tokens.read(self.documents[d], s, n) for d, s, n in pieces.tolist()])
-        stream = stream.astype(np.int64)
+    def _from_stream(self, pieces: list[tuple[int, int, int]]) -> Sequence:
+        stream = np.concatenate([self.tokens.read(*piece) for piece in pieces]).astype(np.int64)
         whole = np.array([self.seq_length])
         return Sequence(stream[:-1], stream[1:], whole, whole)
 
-    def _from_pieces(self, pieces: np.ndarray) -> Sequence:
-        tokens = np.full(self.seq_length, self.pad_token, np.int64)
-        labels = np.full(self.seq_length, IGNORE_LABEL, np.int64)
-        lengths, padded_lengths = [], []
-        at = 0
-        for document, start, length in pieces.tolist():
+    def _from_pieces(self, pieces: list[tuple[int, int, int]]) -> Sequence:
+        tokens, labels = np.empty(self.seq_length, np.int64), np.empty(self.seq_length, np.int64)
+        stored, ends, alignment = self.tokens.tokens, self.tokens.lengths, self.alignment
+        lengths, padded_lengths, at = [], [], 0
+        for document, start, length in pieces:
             # One token ahead if the document goes on; its true end has no label.
-            available = int(self.lengths[document]) - start
-            ids = self.tokens.read(self.documents[document], start, min(length + 1, available))
-            tokens[at : at + length] = ids[:length]
-            labels[at : at + len(ids) - 1] = ids[1:]
+            labelled = min(length, ends.item(document) - start - 1)
+            begin = self.tokens.place(document, start, labelled + 1)
+            tokens[at : at + length] = stored[begin : begin + length]
+            labels[at : at + labelled] = stored[begin + 1 : begin + 1 + labelled]
             lengths.append(length)
-            padded_lengths.append(-(-length // self.alignment) * self.alignment)
-            at += padded_lengths[-1]
+            padded_lengths.append(-(-length // alignment) * alignment)
+            end = at + padded_lengths[-1]
+            tokens[at + length : end] = self.pad_token
+            labels[at + labelled : end] = IGNORE_LABEL
+            at = end
+        tokens[at:], labels[at:] = self.pad_token, IGNORE_LABEL
+        if self.one_document:
+            return Sequence(tokens, labels, np.array([at]), np.array([self.seq_length]))
         if at < self.seq_length:  # the tail is a document of real length 0
             lengths.append(0)
             padded_lengths.append(self.seq_length - at)
@@ -187,6 +290,54 @@ class SequenceDataset:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_epochs": {}}
+
+
+def _empty_sequence(seq_length: int, pad_token: int) -> Sequence:
+    whole = np.array([seq_length])
+    return Sequence(np.full(seq_length, pad_token, np.int64), np.full(seq_length, IGNORE_LABEL, np.int64), np.zeros_like(whole), whole)
+
+
+class BlendedDataset:
+    """Sequences of several sources in turn (data/blend.py).
+
+    Args:
+        weights: [sources] whole numbers above 0, in proportion to the sequences that each gives.
+    """
+
+    def __init__(self, sources: ListLike[SequenceDataset], weights: ListLike[int]) -> None:
+        self.sources, self.blend = list(sources), Blend(weights)
+        self.seq_length = self.sources[0].seq_length
+        # As many as can be read before a source begins again.
+        self.sequences_per_epoch = min(
+            s.sequences_per_epoch * self.blend.total // w for s, w in zip(self.sources, self.blend.weights, strict=True)
+        )
+
+    def sequence(self, n: int) -> Sequence:
+        source, position = self.blend.at(n)
+        sequence = self.sources[source].sequence(position)
+        sequence.first_id = n * self.seq_length  # of the run: a source that repeats is dropped out of elsewhere
+        return sequence
+
+    def empty_sequence(self) -> Sequence:
+        return self.sources[0].empty_sequence()
+
+    def fingerprint(self) -> str:
+        """Of the sources in order, and their weights."""
+        facts = [(s.fingerprint(), w) for s, w in zip(self.sources, self.blend.weights, strict=True)]
+        return cache_key(blend=facts)
+
+    def state(self, n: int) -> dict[str, Any]:
+        counts = self.blend.counts(n)
+        return {"sequences": n, "sources": [s.state(c)["sources"][0] for s, c in zip(self.sources, counts, strict=True)]}
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        if not state:
+            return  # of a checkpoint that does not say: worked out from the beginning, which is only slower
+        places = state["sources"]
+        if len(places) != len(self.sources):
+            raise ValueError(f"--data-path: {len(self.sources)} sources, but the checkpoint's data came from {len(places)}")
+        counts = [s.sequences_per_epoch * p["epoch"] + p["position"] for s, p in zip(self.sources, places, strict=True)]
+        self.blend = Blend(self.blend.weights, (state["sequences"], counts))
 
 
 def build_batch(
@@ -207,14 +358,13 @@ def build_batch(
     """
     if pad_rows == "dynamic":
         sequences = _without_tails(sequences, unit=row_unit or 2 * cp_size)
-    lengths = np.concatenate([s.lengths for s in sequences])
-    padded_lengths = np.concatenate([s.padded_lengths for s in sequences])
-    first_ids = np.concatenate([s.first_id + np.cumsum(s.padded_lengths) - s.padded_lengths for s in sequences])
+    lengths = _joined([s.lengths for s in sequences])
+    padded_lengths = _joined([s.padded_lengths for s in sequences])
+    first_ids = np.array([s.first_id + at for s in sequences for at in accumulate([0, *s.padded_lengths.tolist()[:-1]])], np.int64)
     packed_seq, owned = build_packed_seq(
         lengths, padded_lengths, cp_size=cp_size, cp_rank=cp_rank, qkv_format=qkv_format, layout=layout, first_ids=first_ids
     )
-    tokens = np.concatenate([s.tokens for s in sequences])
-    labels = np.concatenate([s.labels for s in sequences])
+    tokens, labels = _joined([s.tokens for s in sequences]), _joined([s.labels for s in sequences])
     row_hash = None
     if hash_row:
         digest = hashlib.blake2b(digest_size=8)
@@ -222,14 +372,18 @@ def build_batch(
             digest.update(part.astype(np.int64).tobytes())
         row_hash = int.from_bytes(digest.digest(), "little", signed=True)
     return Batch(
-        tokens=torch.from_numpy(tokens[owned]),
-        labels=torch.from_numpy(labels[owned]),
+        tokens=torch.from_numpy(tokens if cp_size == 1 else tokens[owned]),
+        labels=torch.from_numpy(labels if cp_size == 1 else labels[owned]),
         packed_seq=packed_seq,
-        loss_tokens=int((labels != IGNORE_LABEL).sum()),
-        real_tokens=int(lengths.sum()),
-        cp_balance=balance(attention_pairs(lengths, padded_lengths, cp_size=cp_size, layout=layout)),
+        loss_tokens=int(np.count_nonzero(labels != IGNORE_LABEL)),
+        real_tokens=sum(lengths.tolist()),
+        cp_balance=1.0 if cp_size == 1 else balance(attention_pairs(lengths, padded_lengths, cp_size=cp_size, layout=layout)),
         row_hash=row_hash,
     )
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _without_tails(sequences: list[Sequence], *, unit: int) -> list[Sequence]:
@@ -279,7 +433,7 @@ class BatchPlan:
 class RowDataset(Dataset):
     """Batches by (step, microbatch). With `limit`, sequences from that number on are empty ones."""
 
-    def __init__(self, sequences: SequenceDataset, plan: BatchPlan, limit: int | None = None) -> None:
+    def __init__(self, sequences: Sequences, plan: BatchPlan, limit: int | None = None) -> None:
         self.sequences, self.plan, self.limit = sequences, plan, limit
 
     def __getitem__(self, at: tuple[int, int]) -> Batch:
@@ -301,8 +455,8 @@ class RowDataset(Dataset):
 
 
 class _StepSampler(Sampler):
-    def __init__(self, first_step: int, last_step: int, num_microbatches: int) -> None:
-        self.steps, self.num_microbatches = range(first_step, last_step), num_microbatches
+    def __init__(self, steps: ListLike[int], num_microbatches: int) -> None:
+        self.steps, self.num_microbatches = steps, num_microbatches
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for step in self.steps:
@@ -314,25 +468,61 @@ class _StepSampler(Sampler):
 
 
 def build_loader(
-    sequences: SequenceDataset,
+    sequences: Sequences,
     plan: BatchPlan,
     *,
-    first_step: int,
-    last_step: int,
+    steps: ListLike[int],
     num_workers: int,
     pin_memory: bool,
     limit: int | None = None,
+    worker_init: Callable[[int], None] | None = None,
 ) -> DataLoader:
-    """A loader of the microbatches of steps first_step .. last_step - 1, in order.
+    """A loader of the microbatches of some steps, in order.
 
     Args:
+        steps: their numbers from 0.
         num_workers: processes that build batches ahead; 0 builds them in this one. The batches are the same.
+        worker_init: called first in each of them, with its number.
     """
     return DataLoader(
         RowDataset(sequences, plan, limit),
         batch_size=None,
-        sampler=_StepSampler(first_step, last_step, plan.num_microbatches),
+        sampler=_StepSampler(steps, plan.num_microbatches),
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=worker_init,
     )
+
+
+class DataFault(Exception):
+    """Reading data failed in the middle of a run: a corpus that is not what it says, or a worker that died."""
+
+
+@contextmanager
+def data_faults() -> Iterator[None]:
+    """Around a whole run: the error of a data worker that died, which PyTorch's handler of SIGCHLD raises wherever the rank happens to be.
+
+    Raises:
+        DataFault: in one line.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataFault(
+            f"a data worker died ({str(error).splitlines()[0]}); out of memory? --num-workers 0 reads in the rank itself"
+        ) from error
+
+
+def read_batches(loader: DataLoader) -> Generator[Batch, None, None]:
+    """The loader's batches; its `close` ends the workers.
+
+    Raises:
+        DataFault: in one line, what a worker found in the data.
+    """
+    try:
+        yield from loader
+    except ValueError as error:  # of a worker: with its traceback before the message
+        raise DataFault(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error

@@ -1,9 +1,22 @@
 #!/usr/bin/env bash
-# One node: launch/local.sh 8 --config configs/gpt_1b.yaml --data-path corpus.jsonl
+# One node: launch/local.sh RANKS [train.py flags], as in
+#
+#   launch/local.sh 8 --config configs/gpt_1b.yaml --data-path corpus.jsonl
+#
+# PENTAGRID_BIN: folder of python and torchrun, .venv/bin if unset. PENTAGRID_LOG_DIR: every rank's output also goes to files under it.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-[ $# -ge 1 ] || { echo "usage: launch/local.sh RANKS [train.py flags]" >&2; exit 2; }
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+usage() {
+    echo "launch/local.sh: $1; usage: launch/local.sh RANKS [train.py flags]" >&2
+    exit 2
+}
+[ $# -ge 1 ] || usage "no number of ranks"
+[[ $1 =~ ^[1-9][0-9]*$ ]] || usage "RANKS is $1, not a number above 0"
 ranks=$1
 shift
 . launch/env.sh
-exec .venv/bin/torchrun --standalone --nproc-per-node "$ranks" train.py "$@"
+logs=()
+if [ -n "${PENTAGRID_LOG_DIR:-}" ]; then
+    logs=(--log-dir "$PENTAGRID_LOG_DIR" --redirects 3 --tee 3 --local-ranks-filter 0)
+fi
+exec "${PENTAGRID_BIN:-.venv/bin}/torchrun" --standalone --nproc-per-node "$ranks" ${logs[@]+"${logs[@]}"} train.py "$@"

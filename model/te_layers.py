@@ -26,6 +26,9 @@ from parallel.tensor import TensorParallel
 __all__ = ["ColumnParallelLinear", "LayerNormLinear", "LayerNormMLP", "RMSNorm", "RowParallelLinear", "VocabParallelEmbedding"]
 
 
+LARGEST_OFFSET = 2**31 - 1  # elements that the rotary kernel can count
+
+
 def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype) -> tuple[Tensor]:
     """Angles for the fused kernel, once a microbatch: position * frequency, taken in float64 and turned back below 2 pi.
 
@@ -44,7 +47,13 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype)
 
 
 def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """x [t, g, n, d] rotated by its token's position; a new contiguous tensor."""
+    """x [t, g, n, d] rotated by its token's position; a new contiguous tensor.
+
+    The kernel counts elements from the first token's in 32 bits, so a longer row is given to it in parts.
+    """
+    most = LARGEST_OFFSET // max(x.stride(0), x[0].numel())
+    if len(x) > most:
+        return torch.cat([apply_rotary(part, part_angles) for part, part_angles in zip(x.split(most), angles.split(most), strict=True)])
     return te_rope.apply_rotary_pos_emb(x, angles, tensor_format="sbhd", fused=True)
 
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 # PyTorch 2.13 renamed both and warns of the old names, the only ones that 2.11 has.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class WaitClock:
@@ -137,7 +137,7 @@ def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Gather:
     if group.size() == 1:
         return Gather(x, x, None)
     gathered = x.new_empty((group.size() * len(x), *x.shape[1:]))
-    work = _all_gather(gathered, x, group=group, async_op=True)
+    work = all_gather_into(gathered, x, group=group, async_op=True)
     return Gather(x, gathered, work)
 
 
@@ -146,5 +146,5 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() == 1:
         return x
     out = x.new_empty((len(x) // group.size(), *x.shape[1:]))
-    _reduce_scatter(out, x, group=group)
+    reduce_scatter_into(out, x, group=group)
     return out

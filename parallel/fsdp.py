@@ -98,7 +98,7 @@ def clip_grad_norm_(parameters: Mapping[str, nn.Parameter], grid: Grid, *, max_n
 
     Args:
         parameters: by canonical name.
-        max_norm: 0 turns clipping off; the norm is still returned.
+        max_norm: 0 turns clipping off; the norm is still returned. A norm that is not finite leaves gradients as they are.
         counts: whether this rank counts a weight, of which others of `model` may hold copies.
 
     Returns:
@@ -117,6 +117,6 @@ def clip_grad_norm_(parameters: Mapping[str, nn.Parameter], grid: Grid, *, max_n
             dist.all_reduce(squares, group=grid.group(axis))
     norm = squares.sqrt()
     if max_norm > 0 and grads:
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
         torch._foreach_mul_(grads, scale.to(grads[0].dtype))
     return norm

@@ -168,13 +168,13 @@ def device_mesh(grid: Grid, axes: Sequence[str], device_type: str) -> DeviceMesh
     return DeviceMesh.from_group([grid.group(axis) for axis in axes], device_type, mesh=rows, mesh_dim_names=tuple(axes))
 
 
-def ends_group(grid: Grid, axis: str, *, timeout: timedelta | None = None, backend: str | None = None) -> dist.ProcessGroup | None:
+def ends_group(grid: Grid, axis: str, *, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
     """The first and the last rank along `axis`, two or more; None on ranks between them.
 
-    Collective: every rank of the world calls it. `timeout` and `backend` as `build_grid`.
+    Collective: every rank of the world calls it. `timeout` as `build_grid`; the backend is that of the axis.
     """
     assert grid.size(axis) > 1
-    mine = None
+    mine, backend = None, dist.get_backend(grid.group(axis))
     for ranks in ranks_along(grid.sizes, axis):
         ends = [ranks[0], ranks[-1]]
         group = dist.new_group(ends, timeout=timeout, backend=backend, group_desc=f"{axis} ends")
@@ -182,18 +182,17 @@ def ends_group(grid: Grid, axis: str, *, timeout: timedelta | None = None, backe
     return mine
 
 
-def split_group(
-    grid: Grid, axis: str, inner_size: int, *, timeout: timedelta | None = None, backend: str | None = None
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def split_group(grid: Grid, axis: str, inner_size: int, *, timeout: timedelta | None = None) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Cut every group along `axis` in two levels: neighbours of `inner_size` consecutive ranks, and across them.
 
-    Collective: every rank of the world calls it. `timeout` and `backend` as `build_grid`.
+    Collective: every rank of the world calls it. `timeout` as `build_grid`; the backend is that of the axis.
 
     Returns:
         This rank's inner group (`inner_size` ranks) and outer group (size / inner_size ranks).
     """
     assert grid.size(axis) % inner_size == 0
     inner = outer = None
+    backend = dist.get_backend(grid.group(axis))
     for ranks in ranks_along(grid.sizes, axis):
         neighbours = [ranks[i : i + inner_size] for i in range(0, len(ranks), inner_size)]
         for members in neighbours:

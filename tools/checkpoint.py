@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from training.checkpoint_files import damage, find_checkpoint, read_checksums, read_run_facts, unlisted
+from training.safe_reader import SafeReader
 
 
 def tensors_of(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     """Name -> size and dtype of everything that is stored, without reading it."""
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata()
-    stored = metadata.state_dict_metadata
+    stored = SafeReader(checkpoint).read_metadata().state_dict_metadata
     other = [name for name, what in stored.items() if not isinstance(what, TensorStorageMetadata)]
     if other:
         raise ValueError(f"{checkpoint}: {other[0]} is not a tensor; no checkpoint of train.py")
@@ -42,7 +42,7 @@ def read_tensor(checkpoint: Path, name: str, like: TensorStorageMetadata) -> Ten
     state = {name: torch.empty(like.size, dtype=like.properties.dtype)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)  # which is what no_dist asks for
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+        dcp.load(state, storage_reader=SafeReader(checkpoint), no_dist=True)
     return state[name]
 
 

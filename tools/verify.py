@@ -38,7 +38,8 @@ from cp.attention import build_attention
 from cp.dropped import AttentionDropout
 from cp.packed_seq import PackedSeq
 from cp.plan import AttentionChoice, cells, smallest_alignment
-from data.loader import Batch, BatchPlan, Sequence, SequenceDataset, build_batch
+from data.loader import Batch, BatchPlan, Sequence, build_batch
+from data.packing import resolve_packing
 from model.config import GPTConfig, padded_vocab_size
 from model.gpt import GPT, Stages
 from model.init import initialise
@@ -256,7 +257,6 @@ class Verifier:
         key = (args.qkv_format, args.packing, args.document_alignment)
         if key not in self._rows:
             tokenizer, sequences, _ = on_rank_zero_first(lambda: train.build_data(args))
-            assert isinstance(sequences, SequenceDataset)
             shape = copy(args)
             shape.num_layers = self.layers
             vocab = padded_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by)
@@ -330,7 +330,7 @@ def cells_of(args: argparse.Namespace) -> list[argparse.Namespace]:
             continue
         run = copy(args)
         run.attention, run.dtype, run.qkv_format, run.cp_layout = choice, dtype, choice.qkv_format, choice.layout
-        run.packing = "best-fit" if choice.qkv_format == "thd" else "stream"
+        run.packing = resolve_packing("auto", choice.qkv_format)
         run.document_alignment = math.lcm(args.document_alignment, smallest_alignment("zigzag", args.cp_size))
         runs.append(run)
     return runs
@@ -373,7 +373,7 @@ def main(argv: list[str]) -> int:
             args.fp8, args.fp8_first_last_bf16 = "none", False
         if "-h" in rest or "--help" in rest:
             return 0
-    device = initialise_distributed(launch, args.device, timeout_minutes=args.distributed_timeout_minutes)
+    device, _ = initialise_distributed(launch, args.device, timeout=timedelta(minutes=args.distributed_timeout_minutes))
     grid = build_grid(
         GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size),
         timeout=timedelta(minutes=args.distributed_timeout_minutes),

@@ -20,9 +20,9 @@ import yaml
 
 from cp import plan
 from cp.layout import LAYOUTS
-from data.corpus import open_source
 from data.packing import PACKINGS, PAD_ROWS, resolve_packing
-from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer, load_sentencepiece
+from data.sources import find_tokenizer, open_parts
+from data.tokenizer import TOKENIZER_TYPES, load_sentencepiece
 from model.config import FP8_RECIPES, RECOMPUTE, ROPE_SCALINGS, GPTConfig
 from parallel.stages import PP_SCHEDULES, check_microbatches, fewest_microbatches, split_layers
 from training.lr_schedule import LR_DECAY_STYLES
@@ -94,7 +94,21 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
         help="free gathered weights between forward and backward: less memory, one more gather; auto: off in one node or with zero_bubble",
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
-    group.add_argument("--distributed-timeout-minutes", type=float, default=30.0, help="a collective that takes longer ends the run")
+    group.add_argument(
+        "--distributed-timeout-minutes", type=float, default=30.0, help="a rank that does not move for longer ends the run, which names it"
+    )
+    group.add_argument(
+        "--distributed-startup-timeout-minutes",
+        type=float,
+        default=30.0,
+        help="the same until the first step is done (data preparation may take longer)",
+    )
+    group.add_argument(
+        "--check-weights-interval",
+        type=int,
+        default=0,
+        help="steps between comparisons of the replicas' weights and moments, bit by bit; 0: never",
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -143,18 +157,52 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data-path", help="text file, file of JSON lines, or folder of both; default: Python's standard library")
-    group.add_argument("--json-key", default="text", help="field of a JSONL record that holds its text")
-    group.add_argument("--data-split", default="95,5,0", metavar="TRAIN,VALID,TEST", help="weights by which documents are split")
+    group.add_argument(
+        "--data-path",
+        nargs="+",
+        metavar="PATH",
+        help="prefix of a .bin/.idx corpus; or text, JSON lines, Parquet (.gz, .zst) or a folder of such; or several, WEIGHT PATH "
+        "WEIGHT PATH ..., or without weights by size; or a YAML file that lists them; default: Python's standard library",
+    )
+    group.add_argument(
+        "--valid-data-path", nargs="+", metavar="PATH", help="as --data-path, for validation; default: a part of --data-path"
+    )
+    group.add_argument("--json-key", default="text", help="field of a JSONL record, or Parquet column, that holds the text")
+    group.add_argument(
+        "--data-split",
+        metavar="TRAIN,VALID,TEST",
+        help="weights by which documents are split; default: 95,5,0, or 1,0,0 with --valid-data-path",
+    )
     group.add_argument("--data-cache-path", default=".cache", help="folder for tokenizers, tokens and packing indices")
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="sentencepiece", help="byte: UTF-8 bytes, no model")
-    group.add_argument("--tokenizer-model", help="SentencePiece model file; default: one is trained on the data, once")
+    group.add_argument(
+        "--tokenizer-type",
+        choices=("auto", *TOKENIZER_TYPES),
+        default="auto",
+        help="byte: UTF-8 bytes, no model; auto: the prepared corpus's own, else by the name of --tokenizer-model",
+    )
+    group.add_argument(
+        "--tokenizer-model",
+        help="SentencePiece model or Hugging Face tokenizer.json; default: the prepared corpus's own, or one is trained on the text, once",
+    )
+    group.add_argument("--tokenizer-eod", metavar="TOKEN", help="of a tokenizer.json: the token that ends a document; default: a usual one")
     group.add_argument("--tokenizer-vocab-size", type=int, default=4096, help="pieces of a model that is trained here")
     group.add_argument("--seq-length", type=int, default=2048, help="tokens of one sequence")
     group.add_argument(
         "--qkv-format", choices=plan.QKV_FORMATS, default="thd", help="thd: packed documents; bshd: one stream, one mask a sequence"
     )
-    group.add_argument("--packing", choices=PACKINGS, default="auto", help="auto: best-fit for thd, stream for bshd")
+    group.add_argument(
+        "--packing",
+        choices=("auto", *PACKINGS["thd"]),
+        default="auto",
+        help="best-fit: documents whole where they fit; greedy: in order, cut where a sequence ends; concat: one stream, attention and "
+        "labels cross documents; auto: best-fit for thd, concat for bshd",
+    )
+    group.add_argument(
+        "--packing-window",
+        type=int,
+        metavar="N",
+        help="best-fit over windows of N random documents, for corpora whose index would be too large; default: over all",
+    )
     group.add_argument(
         "--pad-rows",
         choices=PAD_ROWS,
@@ -165,6 +213,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--document-alignment", type=int, help="documents are padded to a multiple of it; default: the smallest legal, 2 * cp for zigzag"
     )
     group.add_argument("--num-workers", type=int, help="processes that build batches ahead; 0: none; default: 2 on cuda, 0 on cpu")
+    group.add_argument(
+        "--check-data", action=SWITCH, default=False, help="read prepared corpora whole at the start and compare them with their checksums"
+    )
+    group.add_argument(
+        "--skip-steps",
+        metavar="A-B,C,...",
+        help="steps, as the log counts them, that are passed over: their sequences are not read, nothing is trained, saved or evaluated",
+    )
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -203,6 +259,20 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eval-iters", type=int, default=20, help="global batches in a validation, at most what the held-out documents fill"
     )
+    group.add_argument("--dry-run", action=SWITCH, default=False, help="print what the run will need (tools/plan.py) and end")
+    group.add_argument("--eval-only", action=SWITCH, default=False, help="validate the loaded weights and end; needs --load or --resume")
+    group.add_argument("--exit-interval", type=int, help="save and stop after each multiple of so many steps; --resume goes on")
+    group.add_argument(
+        "--exit-duration-in-mins", type=float, help="save and stop after the step during which the run has lasted so long; --resume goes on"
+    )
+    group.add_argument(
+        "--on-nonfinite",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a loss or gradient that is not finite ends the run, or its step is passed over (on CUDA the host then waits at each step); "
+        "its rows are kept for tools/replay.py",
+    )
+    group.add_argument("--max-skipped-in-a-row", type=int, default=5, help="with --on-nonfinite skip: more end the run")
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -246,7 +316,17 @@ def _add_logging(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--metrics-file", help="JSON lines, one a step; default: <run-dir>/metrics.jsonl; none: off")
     group.add_argument("--peak-tflops", type=float, help="dense peak of one device for MFU; default: known GPUs, else no MFU")
     group.add_argument("--sample-tokens", type=int, default=48, help="tokens of text generated before and after training; 0: none")
+    group.add_argument("--sample-interval", type=int, default=0, help="steps between samples on the way; 0: none")
     group.add_argument("--sample-prompt", default="def ", help="what the sample continues")
+    group.add_argument("--wandb-project", help="send curves to this Weights & Biases project too; needs the wandb package")
+    group.add_argument(
+        "--timing-log-level",
+        type=int,
+        default=0,
+        help="0: as ever; 1: each phase's time, least and most over ranks, and the slowest rank; 2: more phases, each waited for",
+    )
+    group.add_argument("--profile", action=SWITCH, default=False, help="trace --profile-steps into <run-dir>/profile, a file a rank")
+    group.add_argument("--profile-steps", metavar="A-B", default="10-12", help="of --profile, as the log counts them")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -278,6 +358,8 @@ def _flags_from_yaml(path: str, parser: argparse.ArgumentParser) -> list[str]:
             if value not in ("true", "false"):
                 raise ValueError(f"--config {path}: {key} must be true or false, not {value!r}")
             flags.append(flag if value == "true" else action.option_strings[1])
+        elif action.nargs == "+" and isinstance(value, list) and value and all(isinstance(word, str) and word for word in value):
+            flags += [flag, *value]
         elif not isinstance(value, str) or not value or value in ("null", "~"):
             raise ValueError(f"--config {path}: {key} must be one value, not {value!r}")
         else:
@@ -357,8 +439,9 @@ def resolve(
     _resolve_batch(args, chosen, goes_on_from or {})
     _check_stages(args)
     _resolve_schedule(args)
-    _check_data(args)
+    _check_data(args, chosen)
     _check_folders(args)
+    _check_watching(args)
     return chosen
 
 
@@ -433,12 +516,13 @@ def _check_positive(args: argparse.Namespace) -> None:
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
         "heads_k_stride", "cp_a2a_size", "make_vocab_size_divisible_by", "tokenizer_vocab_size", "seq_length",
         "rope_original_seq_length", "virtual_stages", "first_stage_layers", "last_stage_layers",
-        "document_alignment", "micro_batch_size", "global_batch_size", "train_iters", "loss_chunk_size", "lr_decay_iters",
-        "eval_iters", "log_interval",
+        "document_alignment", "packing_window", "micro_batch_size", "global_batch_size", "train_iters", "loss_chunk_size", "lr_decay_iters",
+        "eval_iters", "log_interval", "exit_interval",
     )  # fmt: skip
     not_negative = (
         "z_loss", "lr", "min_lr", "lr_warmup_iters", "lr_wsd_decay_iters", "weight_decay", "clip_grad", "eval_interval",
-        "save_interval", "keep_checkpoints", "verify_steps", "sample_tokens", "num_workers", "seed",
+        "save_interval", "keep_checkpoints", "verify_steps", "sample_tokens", "num_workers", "seed", "check_weights_interval",
+        "sample_interval", "max_skipped_in_a_row",
     )  # fmt: skip
     above_zero = (
         "rotary_base",
@@ -448,6 +532,8 @@ def _check_positive(args: argparse.Namespace) -> None:
         "adam_eps",
         "peak_tflops",
         "distributed_timeout_minutes",
+        "distributed_startup_timeout_minutes",
+        "exit_duration_in_mins",
     )
     for names, legal, words in (
         (at_least_one, lambda x: x >= 1, "at least 1"),
@@ -590,10 +676,11 @@ def _resolve_sequence(args: argparse.Namespace, chosen: list[str], goes_on_from:
     if args.packing == "auto":
         args.packing = resolve_packing("auto", args.qkv_format)
         chosen.append(f"--packing {args.packing}")
-    if args.packing != resolve_packing("auto", args.qkv_format):
-        raise ValueError(
-            f"--packing {args.packing} is not offered for --qkv-format {args.qkv_format}: use {resolve_packing('auto', args.qkv_format)}"
-        )
+    legal = PACKINGS[args.qkv_format]
+    if args.packing not in legal:
+        raise ValueError(f"--packing {args.packing} is not offered for --qkv-format {args.qkv_format}: use {' or '.join(legal)}")
+    if args.packing_window is not None and args.packing != "best-fit":
+        raise ValueError(f"--packing-window {args.packing_window} is of --packing best-fit, not of {args.packing}, which needs none")
     smallest = plan.smallest_alignment(args.cp_layout, args.cp_size)
     kept = goes_on_from.get("--document-alignment")
     if args.document_alignment is None and kept is not None:
@@ -676,18 +763,53 @@ def parse_split(text: str) -> tuple[float, ...]:
     return weights
 
 
-def _check_data(args: argparse.Namespace) -> None:
-    if args.eval_interval and not parse_split(args.data_split)[1]:
+def parse_profile_steps(text: str) -> range:
+    """`10-12` -> range(10, 13), `10` -> range(10, 11); steps as the log counts them.
+
+    Raises:
+        ValueError: one line.
+    """
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first)):
+        raise ValueError(f"--profile-steps {text}: must be a step or a range such as 10-12")
+    return range(int(first), int(last or first) + 1)
+
+
+def parse_skips(text: str | None) -> set[int]:
+    """`120-125,130` -> {120, ..., 125, 130}; None -> nothing."""
+    skipped: set[int] = set()
+    for part in text.split(",") if text is not None else ():
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first)):
+            raise ValueError(f"--skip-steps {text}: {part!r} must be a step or a range such as 120-125")
+        skipped.update(range(int(first), int(last or first) + 1))
+    return skipped
+
+
+def _check_data(args: argparse.Namespace, chosen: list[str]) -> None:
+    if args.valid_data_path and args.data_split is not None and any(parse_split(args.data_split)[1:]):
+        raise ValueError(f"--data-split {args.data_split} and --valid-data-path: give one; both say what is validated on")
+    if args.data_split is None:
+        args.data_split = "1,0,0" if args.valid_data_path else "95,5,0"
+    if not parse_split(args.data_split)[1] and args.eval_interval and not args.valid_data_path:
         raise ValueError(f"--data-split {args.data_split} leaves nothing to validate on: give VALID a weight or use --eval-interval 0")
-    open_source(args.data_path, args.json_key)
-    if args.tokenizer_type == "sentencepiece":
+    if args.valid_data_path and not args.eval_interval:
+        raise ValueError("--valid-data-path with --eval-interval 0: nothing would be read from it")
+    skipped = parse_skips(args.skip_steps)
+    if skipped and max(skipped) >= args.train_iters:
+        raise ValueError(f"--skip-steps {args.skip_steps}: must end before the last step, --train-iters {args.train_iters}")
+    if args.tokenizer_model is not None and args.tokenizer_type != "byte" and not Path(args.tokenizer_model).is_file():
+        raise ValueError(f"--tokenizer-model {args.tokenizer_model}: no such file")
+    if args.tokenizer_eod is not None and args.tokenizer_model is None:
+        raise ValueError(f"--tokenizer-eod {args.tokenizer_eod} needs --tokenizer-model, a tokenizer.json")
+    parts = open_parts(args.data_path, args.json_key)
+    valid = open_parts(args.valid_data_path, args.json_key, "--valid-data-path") if args.valid_data_path else []
+    found = find_tokenizer(parts, valid, tokenizer_type=args.tokenizer_type, model=args.tokenizer_model, eod=args.tokenizer_eod)
+    if found is None:
         load_sentencepiece()
-    if args.tokenizer_model is not None:
-        if args.tokenizer_type == "byte":
-            raise ValueError(f"--tokenizer-model {args.tokenizer_model}: --tokenizer-type byte takes no model")
-        if not Path(args.tokenizer_model).is_file():
-            raise ValueError(f"--tokenizer-model {args.tokenizer_model}: no such file")
-        SentencePieceTokenizer(Path(args.tokenizer_model))
+    if args.tokenizer_type == "auto":
+        args.tokenizer_type = found.kind if found else "sentencepiece"
+        chosen.append(f"--tokenizer-type {args.tokenizer_type}")
 
 
 def _check_folders(args: argparse.Namespace) -> None:
@@ -711,10 +833,27 @@ def _check_folders(args: argparse.Namespace) -> None:
             raise ValueError(f"--metrics-file {args.metrics_file}: is a folder")
         folders["--metrics-file"] = str(Path(args.metrics_file).parent)
     for flag, folder in folders.items():
-        if folder is not None:
+        # A cache that others filled may be read-only; what it lacks is said when it is looked for.
+        if folder is not None and not (flag == "--data-cache-path" and Path(folder).is_dir()):
             _check_can_be_made(flag, Path(folder))
     if args.tensorboard_dir != "none" and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard-dir needs the tensorboard package: pip install -r requirements.txt, or --tensorboard-dir none")
+
+
+def _check_watching(args: argparse.Namespace) -> None:
+    if args.eval_only and not (args.load or args.resume):
+        raise ValueError("--eval-only needs --load or --resume: there is nothing trained to validate")
+    if args.eval_only and not args.eval_interval:
+        raise ValueError("--eval-only with --eval-interval 0: nothing would be validated")
+    if args.sample_interval and not args.sample_tokens:
+        raise ValueError(f"--sample-interval {args.sample_interval} with --sample-tokens 0: there would be nothing to see")
+    if args.timing_log_level not in (0, 1, 2):
+        raise ValueError(f"--timing-log-level {args.timing_log_level}: must be 0, 1 or 2")
+    steps = parse_profile_steps(args.profile_steps)
+    if args.profile and steps.start > args.train_iters:
+        raise ValueError(f"--profile-steps {args.profile_steps}: begins after the last step, --train-iters {args.train_iters}")
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--wandb-project needs the wandb package: pip install wandb, or leave the flag out")
 
 
 def _check_can_be_made(flag: str, folder: Path) -> None:

@@ -41,6 +41,7 @@ from training.checkpoint_files import (
     sync,
     unlisted,
 )
+from training.safe_reader import SafeReader
 
 
 def _ensure_optimizer_state(optimizer: torch.optim.AdamW) -> None:
@@ -303,12 +304,12 @@ class Saver:
 # Loading
 
 
-def stores(checkpoint: Path, prefix: str) -> bool:
-    """Whether a checkpoint holds anything whose name starts so; False where its index cannot be read, which loading will say."""
+def stored_names(checkpoint: Path) -> frozenset[str]:
+    """What a checkpoint holds; nothing where its index cannot be read, which loading will say."""
     try:
-        return any(name.startswith(prefix) for name in dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
+        return frozenset(SafeReader(checkpoint).read_metadata().state_dict_metadata)
     except Exception:
-        return False
+        return frozenset()
 
 
 def _own_damage(checkpoint: Path) -> list[str]:
@@ -337,13 +338,17 @@ def load_checkpoint(
         ValueError: it lacks a tensor of this model, or holds it in another shape.
     """
     state = trained_state(model, optimizer, grid)
-    if not stores(checkpoint, "fp8."):
-        state.pop("fp8", None)  # written by a run without; its scales start fresh, and the banner says that --fp8 changed
+    if "fp8" in state:  # layers that the writer had in bf16 start with fresh scales; the banner says that the flag changed
+        stored = stored_names(checkpoint)
+        state["fp8"] = {name: scale for name, scale in state["fp8"].items() if f"fp8.{name}" in stored}
+        if not state["fp8"]:
+            del state["fp8"]
     failure: CheckpointException | None = None
+    reader = SafeReader(checkpoint)
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(_own_damage, checkpoint)
         try:
-            dcp.load(state, checkpoint_id=checkpoint, process_group=group)
+            dcp.load(state, storage_reader=reader, process_group=group)
         except CheckpointException as error:  # what damage did to the library is told as damage
             failure = error
         found: list[Any] = [None] * dist.get_world_size()
@@ -353,7 +358,7 @@ def load_checkpoint(
         raise DamagedCheckpoint(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from failure
     if failure is not None:
         rank, cause = _first_cause(failure)
-        raise ValueError(f"cannot load {checkpoint}: rank {rank}: {cause}") from failure
+        raise ValueError(f"cannot load {checkpoint}: rank {rank}: {reader.refused or cause}") from failure
     if optimizer is not None:
         # What has a parameter's shape was filled in place; scalars come back as new objects.
         for name, parameter in sharded_parameters(model).items():

@@ -11,17 +11,14 @@ folder called step_* was whole when it got that name. What is wrong with one lat
 
 from __future__ import annotations
 
-import hashlib
 import json
-import mmap
-import os
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from data.cache import checksum, sync, write_synced
 
 RUN_FILE = "run.json"
 SUMS_FILE = "checksums.json"
@@ -29,8 +26,6 @@ LATEST_FILE = "latest"
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
 OLD_FOLDER = re.compile(r"\.(step_\d{7,})\.old")
 LEFT_OVER = re.compile(r"\.step_\d{7,}\.(part|gone)")
-
-WORDS_PER_PAGE = 512  # of 8 bytes
 
 
 class DamagedCheckpoint(ValueError):
@@ -112,29 +107,6 @@ def read_run_facts(checkpoint: Path) -> dict[str, Any]:
 # Checksums
 
 
-def checksum(path: Path) -> tuple[int, str]:
-    """Size in bytes and a checksum of a file: SHA-256 over its size and the sum of each page's 64-bit words.
-
-    Finds every change of one word in a page for certain, others but for one in 2^64, at the speed of memory: a CRC of the
-    same file takes longer than loading it (benchmarks/checkpoint.py).
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(size.to_bytes(8, "little"))
-        words = size // 8
-        if words:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                data = np.frombuffer(mapped, "<u8", count=words)
-                pages = words // WORDS_PER_PAGE * WORDS_PER_PAGE
-                digest.update(data[:pages].reshape(-1, WORDS_PER_PAGE).sum(1, dtype=np.uint64).tobytes())
-                digest.update(data[pages:].tobytes())
-                del data  # the map cannot be closed while something looks into it
-        file.seek(words * 8)
-        digest.update(file.read())
-    return size, digest.hexdigest()
-
-
 def checksums(paths: Iterable[Path]) -> dict[str, list]:
     """{file name: [bytes, checksum]}."""
     return {path.name: list(checksum(path)) for path in paths}
@@ -149,6 +121,9 @@ def read_checksums(checkpoint: Path) -> dict[str, list]:
     sums = read_json(checkpoint / SUMS_FILE)
     if not isinstance(sums, dict) or RUN_FILE not in sums or not all(isinstance(v, list) and len(v) == 2 for v in sums.values()):
         raise DamagedCheckpoint(f"{checkpoint / SUMS_FILE}: damaged")
+    outside = [name for name in sums if name in ("", ".", "..") or "/" in name or "\0" in name]
+    if outside:
+        raise DamagedCheckpoint(f"{checkpoint / SUMS_FILE}: names {outside[0]!r}, which is no file of this folder")
     return sums
 
 
@@ -184,22 +159,6 @@ def _names(folder: Path) -> list[str]:
 # Coming and going
 
 
-def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-
-
 def clear_left_overs(save: Path) -> None:
     """Remove what writers that died left half written or half removed."""
     for path in save.iterdir():
@@ -222,8 +181,8 @@ def publish(scratch: Path, place: Path, *, facts: dict[str, Any], sums: dict[str
     unknown = [name for name in _names(scratch) if name not in sums]
     if unknown:
         raise OSError(f"{scratch / unknown[0]}: no rank says that it wrote this file")
-    _write_synced(scratch / RUN_FILE, json.dumps(facts, indent=1))
-    _write_synced(scratch / SUMS_FILE, json.dumps(sums | checksums([scratch / RUN_FILE]), indent=1))
+    write_synced(scratch / RUN_FILE, json.dumps(facts, indent=1))
+    write_synced(scratch / SUMS_FILE, json.dumps(sums | checksums([scratch / RUN_FILE]), indent=1))
     sync(scratch)
     old = place.with_name(f".{place.name}.old")
     if place.exists():  # the same step saved before, by a run that went on from an earlier one
@@ -234,7 +193,7 @@ def publish(scratch: Path, place: Path, *, facts: dict[str, Any], sums: dict[str
     shutil.rmtree(old, ignore_errors=True)
     latest = place.with_name(LATEST_FILE)
     beside = place.with_name(f".{LATEST_FILE}.part")
-    _write_synced(beside, place.name + "\n")
+    write_synced(beside, place.name + "\n")
     beside.replace(latest)
     sync(place.parent)
 

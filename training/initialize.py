@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,10 +70,13 @@ def keep_freed_memory() -> None:
             print(f"glibc refused mallopt({option}): steps on this CPU will be slower", file=sys.stderr)
 
 
-def initialise_distributed(launch: Launch, device_type: str, *, timeout_minutes: float) -> torch.device:
-    """Make the default process group and return this rank's device.
+def initialise_distributed(launch: Launch, device_type: str, *, timeout: timedelta) -> tuple[torch.device, dist.Store]:
+    """Make the default process group.
 
     NCCL on CUDA with gloo beside it for CPU tensors, gloo alone on the CPU.
+
+    Returns:
+        This rank's device, and a connection of its own to the store that the ranks of this start share.
     """
     if device_type == "cuda":
         device = torch.device("cuda", launch.local_rank)
@@ -82,12 +86,18 @@ def initialise_distributed(launch: Launch, device_type: str, *, timeout_minutes:
         device = torch.device("cpu")
         backend = "gloo"
         keep_freed_memory()
-    timeout = timedelta(minutes=timeout_minutes)
+    store: dist.Store = dist.HashStore()
     if launch.under_torchrun:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return device
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        # After a restart torchrun's store still holds where the dead ranks listened; PyTorch 2.13 tells attempts no longer apart.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    return device, store.clone()  # type: ignore[attr-defined]
+
+
+def collective_timeout(args: Namespace) -> timedelta:
+    """Of the process groups themselves: later than the watchdog, which can say more (training/watchdog.py)."""
+    return timedelta(minutes=1 + 1.5 * max(args.distributed_timeout_minutes, args.distributed_startup_timeout_minutes))
 
 
 def group_backend(device: torch.device) -> str:

@@ -7,19 +7,28 @@ step wait for the device.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from data.cache import replace_synced
 from data.loader import Batch
 from model.config import GPTConfig
 from parallel.collectives import WaitClock
+from training import timers as timers_module
 from training.flops import training_flops
+from training.timers import Timers
+from training.writers import Writer, as_floats
+
+EVERYTHING = sys.maxsize  # of a metrics file: another run may be writing it
 
 # Per-row facts that are summed over a step's rows, in this order, in one float64 tensor.
 ROW_FACTS = ("loss_tokens", "real_tokens", "squared_lengths", "row_tokens", "cp_balance", "rows")
@@ -47,6 +56,15 @@ class _Pending:
     step_time: float
     data_time: float
     cp_wait: float | None
+    skipped_steps: int
+
+
+class NonFinite(FloatingPointError):
+    """A loss or gradient norm of a step, counted from 1, is not finite."""
+
+    def __init__(self, step: int, loss: float, grad_norm: float, more: str = "") -> None:
+        super().__init__(f"step {step}: loss {loss}, gradient norm {grad_norm}{more}")
+        self.step, self.loss, self.grad_norm = step, loss, grad_norm
 
 
 class MetricsLog:
@@ -56,7 +74,10 @@ class MetricsLog:
         peak_tflops: of one rank, dense; None leaves MFU out.
         cp_clock: what attention's waits are counted on; None leaves them out.
         keep_before: drop records of the metrics file from this step on (a resumed run writes them again);
-            None starts the file anew.
+            None starts the file anew, EVERYTHING only adds to it.
+        writers: of the writing rank.
+        timers, control_group: phases, and the ranks that they are compared over (host memory).
+        takes_nonfinite: such steps are passed over by the run, so they are written like others.
     """
 
     def __init__(
@@ -70,22 +91,21 @@ class MetricsLog:
         peak_tflops: float | None,
         cp_clock: WaitClock | None,
         metrics_file: Path | None,
-        tensorboard_dir: Path | None,
         keep_before: int | None,
+        writers: Sequence[Writer] = (),
+        timers: Timers | None = None,
+        control_group: dist.ProcessGroup | None = None,
+        takes_nonfinite: bool = False,
     ) -> None:
         self.config, self.world_size, self.is_writer = config, world_size, is_writer
         self.train_iters, self.log_interval, self.peak_tflops, self.cp_clock = train_iters, log_interval, peak_tflops, cp_clock
         self.pending: list[_Pending] = []
         self.last_time, self.memory = time.perf_counter(), 0
         self.file: TextIO | None = None
-        self.tensorboard: Any = None
+        self.writers, self.timers, self.control_group, self.takes_nonfinite = writers, timers, control_group, takes_nonfinite
         self.show_bar = is_writer and sys.stdout.isatty()
         if is_writer and metrics_file is not None:
             self.file = open_metrics_file(metrics_file, keep_before)
-        if is_writer and tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=keep_before)
 
     def restart_clock(self) -> None:
         """Leave out of step times what was done since the last step (validation, a checkpoint)."""
@@ -93,7 +113,18 @@ class MetricsLog:
         if self.cp_clock is not None:
             self.cp_clock.read()
 
-    def step(self, step: int, *, loss: Tensor, grad_norm: Tensor, lr: float, facts: Tensor, data_time: float, memory: int) -> None:
+    def step(
+        self,
+        step: int,
+        *,
+        loss: Tensor,
+        grad_norm: Tensor,
+        lr: float,
+        facts: Tensor,
+        data_time: float,
+        memory: int,
+        skipped_steps: int = 0,
+    ) -> None:
         """Take in one finished step, counted from 1; write when a line is due.
 
         Args:
@@ -101,9 +132,10 @@ class MetricsLog:
             facts: `row_facts` summed over the `batch` axis.
             data_time: seconds this rank waited for its batches.
             memory: peak bytes so far.
+            skipped_steps: so far, because they were not finite.
 
         Raises:
-            FloatingPointError: a loss or gradient norm that is not finite.
+            NonFinite: a loss or gradient norm that is not finite.
         """
         due = step == 1 or step % self.log_interval == 0 or step == self.train_iters
         if due and loss.is_cuda:
@@ -111,7 +143,9 @@ class MetricsLog:
         now = time.perf_counter()
         # On CUDA the waits can only be read where the device is in step: a line's sum is spread over its steps.
         cp_wait = self.cp_clock.read() if self.cp_clock is not None and (due or not loss.is_cuda) else None
-        self.pending.append(_Pending(step, loss, grad_norm, lr, facts, now - self.last_time, data_time, cp_wait))
+        if self.timers is not None:
+            self.timers.add("cp wait", cp_wait or 0.0)
+        self.pending.append(_Pending(step, loss, grad_norm, lr, facts, now - self.last_time, data_time, cp_wait, skipped_steps))
         self.last_time, self.memory = now, memory
         if due:
             self._write(memory)
@@ -122,7 +156,7 @@ class MetricsLog:
         """Write what is pending, so that a loss that is not finite is found now.
 
         Raises:
-            FloatingPointError: as `step`.
+            NonFinite: as `step`.
         """
         if self.pending:
             self._write(self.memory)
@@ -140,17 +174,17 @@ class MetricsLog:
         for record in records:
             if self.file is not None:
                 self.file.write(json.dumps(record) + "\n")
-            if self.tensorboard is not None:
-                for name, value in record.items():
-                    if name != "step" and value is not None:
-                        self.tensorboard.add_scalar(f"train/{name}", value, record["step"])
+            for writer in self.writers:
+                writer.scalars({f"train/{k}": v for k, v in as_floats(record).items() if k != "step"}, record["step"])
         if self.file is not None:
             self.file.flush()
         if self.is_writer:
             self._print(records, pending)
         bad = next((r for r in records if not all(abs(r[k]) < float("inf") for k in ("loss", "grad_norm"))), None)
-        if bad is not None:
-            raise FloatingPointError(f"step {bad['step']}: loss {bad['loss']}, gradient norm {bad['grad_norm']}")
+        if bad is not None and not self.takes_nonfinite:
+            raise NonFinite(bad["step"], bad["loss"], bad["grad_norm"])
+        if self.timers is not None and self.timers.level:
+            self._write_timers(records[-1]["step"], len(records))
 
     def _record(self, p: _Pending, memory: int) -> dict[str, Any]:
         facts = dict(zip(ROW_FACTS, p.facts.tolist(), strict=True))
@@ -172,6 +206,7 @@ class MetricsLog:
             "data_share": p.data_time / p.step_time,
             "cp_wait_share": None if p.cp_wait is None else p.cp_wait / p.step_time,
             "max_memory_bytes": memory,
+            "skipped_steps": p.skipped_steps,
         }
 
     def _print(self, records: list[dict[str, Any]], pending: list[_Pending]) -> None:
@@ -181,13 +216,14 @@ class MetricsLog:
         mfu = f"{tflops / self.peak_tflops:6.1%}" if self.peak_tflops else "n/a"
         waits = [r["cp_wait_share"] * r["step_time_s"] for r in records if r["cp_wait_share"] is not None]
         cp_wait = f"cp wait {sum(waits) / seconds:5.1%} | " if waits else ""
+        skipped = f"skipped {last['skipped_steps']} | " if last["skipped_steps"] else ""
         left = int((self.train_iters - last["step"]) * seconds / len(records))
         width = len(str(self.train_iters))
         line = (
             f"step {last['step']:{width}d}/{self.train_iters} | loss {last['loss']:8.5f} | grad norm {last['grad_norm']:7.3f} | "
             f"lr {last['lr']:.2e} | {speed:9,.0f} tok/s ({speed / self.world_size:,.0f} a rank) | "
             f"{tflops:7.3f} TFLOP/s a rank | MFU {mfu} | packing {last['packing_efficiency']:6.2%} | "
-            f"cp balance {last['cp_balance']:.3f} | {cp_wait}data {sum(p.data_time for p in pending) / seconds:5.1%} | "
+            f"cp balance {last['cp_balance']:.3f} | {cp_wait}{skipped}data {sum(p.data_time for p in pending) / seconds:5.1%} | "
             f"mem {last['max_memory_bytes'] / 2**30:6.2f} GiB | {left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d} left"
         )
         if self.show_bar:
@@ -198,35 +234,73 @@ class MetricsLog:
         done = 30 * step // self.train_iters
         print(f"\r\033[K[{'#' * done}{'.' * (30 - done)}] step {step}/{self.train_iters}", end="", flush=True)
 
-    def validation(self, step: int, loss: float, tokens: int) -> None:
-        """Report a validation after `step` steps."""
-        if self.is_writer:
-            start = "\r\033[K" if self.show_bar else ""
-            print(f"{start}validation after step {step}: loss {loss:.5f} over {tokens:,} held-out tokens", flush=True)
+    def _write_timers(self, step: int, steps: int) -> None:
+        assert self.timers is not None and self.control_group is not None
+        found = self.timers.read(self.control_group)
+        if not (found and self.is_writer):
+            return
+        print(timers_module.in_words(found, steps=steps), flush=True)
         if self.file is not None:
-            self.file.write(json.dumps({"step": step, "validation_loss": loss, "validation_tokens": tokens}) + "\n")
+            self.file.write(json.dumps({"step": step, "timed_steps": steps, "timers": found}) + "\n")
             self.file.flush()
-        if self.tensorboard is not None:
-            self.tensorboard.add_scalar("validation/loss", loss, step)
+        for writer in self.writers:
+            writer.scalars({f"timers/{phase.replace(' ', '_')}_ms": 1000 * most / steps for phase, (_, most, _) in found.items()}, step)
+
+    def validation(self, step: int, loss: float, tokens: int, sources: Mapping[str, tuple[float, int]] | None = None) -> None:
+        """Report a validation after `step` steps.
+
+        Args:
+            loss: over all `tokens` labelled tokens.
+            sources: the same of each source of a blend by itself.
+        """
+        if not self.is_writer:
+            return
+        sources = sources or {}
+        start = "\r\033[K" if self.show_bar else ""
+        lines = [f"validation after step {step}: loss {loss:.5f}, perplexity {perplexity(loss):,.2f}, over {tokens:,} held-out tokens"]
+        lines += [f"  {name}: loss {own:.5f}, perplexity {perplexity(own):,.2f}, over {count:,}" for name, (own, count) in sources.items()]
+        print(start + "\n".join(lines), flush=True)
+        if self.file is not None:
+            record: dict[str, Any] = {"step": step, "validation_loss": loss, "validation_tokens": tokens}
+            if sources:
+                record["validation"] = {name: {"loss": own, "tokens": count} for name, (own, count) in sources.items()}
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        values = {"validation/loss": loss, "validation/perplexity": perplexity(loss)}
+        values |= {f"validation/{Path(name).name}": own for name, (own, _) in sources.items()}
+        for writer in self.writers:
+            writer.scalars(values, step)
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        for writer in self.writers:
+            writer.close()
+
+
+def perplexity(loss: float) -> float:
+    """exp of the mean loss; inf where that is too large."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def open_metrics_file(path: Path, keep_before: int | None) -> TextIO:
-    """The file, open at its end; only whole records of steps up to `keep_before` are kept (None: none)."""
+    """The file, open at its end; only whole records of steps up to `keep_before` are kept (None: none; `EVERYTHING`: not touched).
+
+    What is dropped goes by one rename: a run that dies here, or a disk that is full, leaves the records as they were.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if keep_before == EVERYTHING:
+        return path.open("a")
     kept: list[str] = []
-    if keep_before is not None and path.exists():
-        for line in path.read_text().splitlines():
+    before = path.read_text() if path.exists() else ""
+    if keep_before is not None:
+        for line in before.splitlines():
             try:
                 step = json.loads(line)["step"]
             except ValueError:
                 continue  # the line that was being written when the run died
             if step <= keep_before:
                 kept.append(line + "\n")
-    path.write_text("".join(kept))
+    if "".join(kept) != before:
+        replace_synced(path, "".join(kept))
     return path.open("a")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data.loader import SequenceDataset
+from data.loader import Sequences
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig
 from parallel.grid import Grid
@@ -89,9 +89,9 @@ def _way_out(older: Collection[Path]) -> str:
     return f"; --load-fallback takes an older one, such as {next(iter(older)).name}" if older else "; there is no older one beside it"
 
 
-def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequences: SequenceDataset) -> dict[str, Any]:
+def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequences: Sequences) -> dict[str, Any]:
     """What a run that goes on from a checkpoint must share with the one that wrote it."""
-    data_flags = ("seq_length", "global_batch_size", "document_alignment", "packing", "qkv_format", "data_split", "seed")
+    data_flags = ("seq_length", "global_batch_size", "document_alignment", "packing", "packing_window", "qkv_format", "data_split", "seed")
     facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in data_flags}
     facts |= {name: getattr(args, name.removeprefix("--").replace("-", "_")) for name in FREE_FACTS}
     facts |= {f"model {name}": value for name, value in asdict(config).items() if not name.endswith("_dropout")}
@@ -127,11 +127,12 @@ def check_same_run(facts: dict[str, Any], wanted: dict[str, Any], free: Collecti
 
 @dataclass(frozen=True)
 class Started:
-    """Where a run stands after loading: the checkpoint it came from, its first step, lines for the banner."""
+    """Where a run stands after loading: the checkpoint it came from, its first step, lines for the banner, where its data stand."""
 
     checkpoint: Path | None = None
     first_step: int = 0
     notes: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def goes_on(self) -> bool:
@@ -165,7 +166,8 @@ def load_start(
     candidates = (start.checkpoint, *start.older)
     for number, checkpoint in enumerate(candidates, 1):
         try:
-            changed = check_same_run(read_run_facts(checkpoint), wanted, free, checkpoint)
+            facts = read_run_facts(checkpoint)
+            changed = check_same_run(facts, wanted, free, checkpoint)
             step = load_checkpoint(checkpoint, model, None if start.weights_only else optimizer, grid, group=group)
         except DamagedCheckpoint as error:
             if number == len(candidates):
@@ -175,5 +177,7 @@ def load_start(
         notes = [f"passed over a damaged checkpoint: {why}" for _, why in damaged]
         if dist.get_rank() == 0 and not start.weights_only:
             notes += [f"set aside as {set_aside(path).name}" for path, _ in damaged if path.parent.resolve() == save.resolve()]
-        return Started(checkpoint, 0 if start.weights_only else step, notes + [f"changed: {line}" for line in changed])
+        return Started(
+            checkpoint, 0 if start.weights_only else step, notes + [f"changed: {line}" for line in changed], facts.get("data", {})
+        )
     raise AssertionError("the last candidate returns or raises")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from parallel.fsdp import local_grads, reshard_model, set_last_microbatch
 from parallel.grid import Grid
 from parallel.pipeline import pipeline_forward
 from parallel.tensor import sum_gradients_
+from training.timers import Timers
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def forward_backward(
     device: torch.device,
     reshard_between: bool,
     pipeline: Pipeline | None = None,
+    timers: Timers | None = None,
 ) -> Tensor:
     """Gradients of (sum of all token losses) / `loss_tokens`, summed over the ranks after the last microbatch.
 
@@ -49,6 +52,7 @@ def forward_backward(
         loss_tokens: labelled tokens of the whole step, over every microbatch and rank; one number for all.
         reshard_between: free gathered weights between microbatches.
         pipeline: where the model is one of several stages.
+        timers: counts what the ranks of tp and of a tied embedding owe each other as gradient reduction.
 
     Returns:
         This rank's sum of cross-entropies, a float64 scalar on `device`, without a gradient; 0 before the last stage.
@@ -75,13 +79,14 @@ def forward_backward(
     without = next((name for name, p in model.named_parameters() if p.grad is None), None)
     if without is not None:  # FSDP under a schedule can lose one, and the optimiser would pass over it without a word
         raise RuntimeError(f"{without} has no gradient after the backward pass on rank {dist.get_rank()}: this must not happen")
-    tp = chunks[0].tp
-    if tp.group is not None:
-        parts = [p for n, p in model.named_parameters() if sees_part(n, sequence_parallel=tp.sequence_parallel)]
-        sum_gradients_(local_grads(parts), tp.group)
-    if pipeline is not None and pipeline.tied_group is not None:
-        tied = [p for n, p in model.named_parameters() if n == "embedding.weight"]
-        sum_gradients_(local_grads(tied), pipeline.tied_group)
+    with timers("gradient reduction") if timers is not None else nullcontext():
+        tp = chunks[0].tp
+        if tp.group is not None:
+            parts = [p for n, p in model.named_parameters() if sees_part(n, sequence_parallel=tp.sequence_parallel)]
+            sum_gradients_(local_grads(parts), tp.group)
+        if pipeline is not None and pipeline.tied_group is not None:
+            tied = [p for n, p in model.named_parameters() if n == "embedding.weight"]
+            sum_gradients_(local_grads(tied), pipeline.tied_group)
     return total
 
 

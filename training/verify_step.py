@@ -1,44 +1,56 @@
-"""Checks inside a run that ranks which must hold the same thing do: `--verify-steps`."""
+"""Checks inside a run that ranks which must hold the same thing do: `--verify-steps`, `--check-weights-interval`."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from data.loader import Batch
+from model.names import tp_dim
 from parallel.fsdp import local_tensor, sharded_parameters
 from parallel.grid import Grid
 
 
-def hash_weights(model: nn.Module) -> int:
-    """Of this rank's shards, bit for bit. Copies them to the host."""
+def _digest(tensors: Iterable[Tensor]) -> int:
+    """Bit for bit. Copies them to the host."""
     digest = hashlib.blake2b(digest_size=8)
-    for parameter in sharded_parameters(model).values():
+    for x in tensors:
         # A copy, since numpy() would forbid the original's storage to be resized.
-        digest.update(local_tensor(parameter.detach()).cpu().clone().view(torch.uint8).numpy().tobytes())
+        digest.update(local_tensor(x.detach()).cpu().clone().reshape(-1).view(torch.uint8).numpy().tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _differing(value: int, group: dist.ProcessGroup, device: torch.device) -> tuple[list[int], int]:
+    """Global ranks of the group that do not hold the value that most hold, and the first rank that does. Collective."""
+    gathered = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
+    dist.all_gather(gathered, torch.tensor([value], dtype=torch.int64, device=device), group=group)
+    values = [int(v) for v in gathered]
+    usual = max(values, key=lambda v: (values.count(v), -values.index(v)))
+    ranks = dist.get_process_group_ranks(group)
+    return [rank for rank, v in zip(ranks, values, strict=True) if v != usual], ranks[values.index(usual)]
+
+
+def _who(differing: list[int], other: int, group: dist.ProcessGroup) -> str:
+    doubt = "; which of two copies is wrong is not known" if group.size() == 2 else ""
+    return f"ranks {differing} from rank {other} (of {dist.get_process_group_ranks(group)}){doubt}"
 
 
 def check_agreement(value: int, grid: Grid, axis: str, what: str, device: torch.device) -> None:
     """Every rank along `axis` must hold the same value. Collective.
 
     Raises:
-        RuntimeError: on every rank of the group, naming the global ranks that differ from the first.
+        RuntimeError: on every rank of the group, naming the global ranks that differ from the others.
     """
     group = grid.group(axis)
     if group.size() == 1:
         return
-    gathered = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
-    dist.all_gather(gathered, torch.tensor([value], dtype=torch.int64, device=device), group=group)
-    values = [int(v) for v in gathered]
-    ranks = dist.get_process_group_ranks(group)
-    differing = [rank for rank, v in zip(ranks, values, strict=True) if v != values[0]]
+    differing, other = _differing(value, group, device)
     if differing:
-        raise RuntimeError(f"{what} differ along {axis}: ranks {differing} from rank {ranks[0]} (of {ranks})")
+        raise RuntimeError(f"{what} differ along {axis}: {_who(differing, other, group)}")
 
 
 def verify_rows(batches: Sequence[Batch], grid: Grid, device: torch.device) -> None:
@@ -53,11 +65,44 @@ def verify_rows(batches: Sequence[Batch], grid: Grid, device: torch.device) -> N
             check_agreement(batch.row_hash, grid, axis, f"the tokens or documents of microbatch {number}", device)
 
 
-def verify_weights(model: nn.Module, grid: Grid, device: torch.device) -> None:
-    """The replicas hold the same weights, bit for bit. Called after an update, which gradients that differ would part.
+def verify_weights(
+    model: nn.Module,
+    grid: Grid,
+    device: torch.device,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    tied_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Copies of a weight hold the same bits: all of them along dp_replicate, those that tp does not cut along tp, and the embedding that
+    the first and the last stage share. Collective.
+
+    Called after an update, which gradients that differ would part.
+
+    Args:
+        optimizer: its moments are compared with the weights.
+        tied_group: as `Pipeline`'s.
 
     Raises:
-        RuntimeError: names the ranks.
+        RuntimeError: names the axis, the ranks and the first parameter that differs.
     """
-    if grid.size("dp_replicate") > 1:
-        check_agreement(hash_weights(model), grid, "dp_replicate", "the weights", device)
+    parameters = sharded_parameters(model)
+
+    def held(name: str) -> list[Tensor]:
+        state = optimizer.state[parameters[name]] if optimizer is not None else {}
+        return [parameters[name], *(state[key] for key in sorted(state))]
+
+    copies = [("dp_replicate", list(parameters), grid.group("dp_replicate"))]
+    copies.append(("tp", [n for n in parameters if tp_dim(n) is None], grid.group("tp")))
+    if tied_group is not None:
+        copies.append(("pp, between its ends,", ["embedding.weight"], tied_group))
+    for axis, names, group in copies:
+        if group.size() == 1 or not _differing(_digest(x for name in names for x in held(name)), group, device)[0]:
+            continue
+        for name in names:
+            differing, other = _differing(_digest(held(name)), group, device)
+            if differing:
+                what = "weights" if optimizer is None else "weights or moments"
+                raise RuntimeError(
+                    f"the {what} of {name} differ along {axis}: {_who(differing, other, group)}; "
+                    "--resume goes on from the newest checkpoint that was made before"
+                )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ class Scales(Precision):
 
 
 def scales_move(rank: int, folder: str) -> list[dict[str, torch.Tensor]]:
-    """Saved with tp 2, loaded with pp 2, then from a checkpoint that has none."""
+    """Saved with tp 2, loaded with pp 2; then from a checkpoint that has none, then from one that has the second layer's."""
     grid, model, optimizer = trained()
     model.precision = Scales()
     for number, x in enumerate(model.precision.state(model).values()):
@@ -156,8 +157,12 @@ def scales_move(rank: int, folder: str) -> list[dict[str, torch.Tensor]]:
     Saver(Path(folder) / "with", model, optimizer, grid).save(1, {})
     model.precision = Precision()
     Saver(Path(folder) / "without", model, optimizer, grid).save(1, {})
+    some = Scales()
+    some.kept = {"layers.1.mlp.scaling_fwd.scale": torch.full((6,), 7.0)}
+    model.precision = mock.Mock(wraps=some, state=lambda model: some.kept)
+    Saver(Path(folder) / "some", model, optimizer, grid).save(1, {})
     found = []
-    for place in ("with", "without"):
+    for place in ("with", "without", "some"):
         grid, model, optimizer = trained("pp 2 x cp 2", steps=0)
         model.precision = Scales()
         load_checkpoint(Path(folder) / place / "step_0000001", model, optimizer, grid)
@@ -166,10 +171,11 @@ def scales_move(rank: int, folder: str) -> list[dict[str, torch.Tensor]]:
 
 
 def test_scales_of_8_bits_move_with_the_weights(world: World, tmp_path: Path) -> None:
-    for rank, (with_scales, without) in enumerate(world.run(scales_move, str(tmp_path))):
+    for rank, (with_scales, without, some) in enumerate(world.run(scales_move, str(tmp_path))):
         layer = rank // 2  # of two, a stage each
         first, second = (f"layers.{layer}.mlp.scaling_fwd.{what}" for what in ("scale", "amax_history"))
-        assert with_scales.keys() == without.keys() == {first, second}
+        assert with_scales.keys() == without.keys() == some.keys() == {first, second}
+        assert torch.equal(some[first], torch.full((6,), 7.0) if layer else torch.ones(6)) and not some[second].any()
         assert torch.equal(with_scales[first], torch.arange(6.0) + 2 * layer)
         assert torch.equal(with_scales[second], torch.arange(24.0).view(4, 6) + 2 * layer + 1)
         assert torch.equal(without[first], torch.ones(6)) and not without[second].any()

@@ -19,7 +19,7 @@ from cp.gather import gather_outputs
 from cp.packed_seq import build_packed_seq
 from cp.plan import AttentionChoice, cells
 from parallel.collectives import WaitClock
-from parallel.grid import Grid, GridSizes, build_grid, split_group
+from parallel.grid import Grid, GridSizes, build_grid, ends_group, split_group
 from tests.world import RankError, World
 from training.initialize import check_ranks_agree
 from training.verify_step import check_agreement, verify_weights
@@ -86,8 +86,29 @@ def flipped(rank: int) -> None:
 
 
 def test_one_flipped_bit_in_a_replica_is_found(world: World) -> None:
-    with pytest.raises(RankError, match=r"the weights differ along dp_replicate: ranks \[2\]"):
+    with pytest.raises(RankError, match=r"the weights of weight differ along dp_replicate: ranks \[2\] from rank 0"):
         world.run(flipped)
+
+
+class TiedWeight(torch.nn.Module):
+    def __init__(self, value: float, name: str) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Linear(2, 1, bias=False)
+        self.register_parameter(name, torch.nn.Parameter(torch.tensor([7.0 * len(name)])))  # a stage's own
+        with torch.no_grad():
+            self.embedding.weight.copy_(torch.tensor([[value, 1.0]]))
+
+
+def tied_apart(rank: int, odd: int) -> None:
+    grid = grid_of(pp=2, dp_shard=2)
+    model = TiedWeight(1.0 if rank != odd else 1.0 + 2**-23, "first" if grid.rank("pp") == 0 else "last_")
+    verify_weights(model, grid, torch.device("cpu"), tied_group=ends_group(grid, "pp"))
+
+
+def test_a_tied_copy_that_differs_is_found(world: World) -> None:
+    world.run(tied_apart, 99)
+    with pytest.raises(RankError, match=r"embedding.weight differ along pp, between its ends,: ranks \[3\] from rank 1 .* not known"):
+        world.run(tied_apart, 3)
 
 
 @functools.cache

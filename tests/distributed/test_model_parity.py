@@ -151,7 +151,8 @@ def device_of(model: GPT | Stages) -> torch.device:
 def pipeline_of(model: GPT | Stages, grid: Grid, batches: list[Batch], schedule: str = "1f1b") -> Pipeline | None:
     """As train.py builds it, for these rows."""
     args = Namespace(pp_size=grid.size("pp"), cp_size=grid.size("cp"), tp_size=grid.size("tp"), micro_batch_size=1, pp_schedule=schedule)
-    args.seq_length, args.distributed_timeout_minutes = len(batches[0].tokens) * grid.size("cp"), 5.0
+    args.seq_length = len(batches[0].tokens) * grid.size("cp")
+    args.distributed_timeout_minutes = args.distributed_startup_timeout_minutes = 5.0
     args.sequence_parallel = chunks_of(model)[0].tp.sequence_parallel
     return build_pipeline(args, model, chunks_of(model)[0].config, grid, device_of(model), len(batches))
 
@@ -205,7 +206,7 @@ def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[Se
     batches = [build_batch([row], qkv_format="thd", **place) for row in mine]
     tokens = sum_over(torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64), grid.group("batch"))
     losses = []
-    options = dict(loss_tokens=tokens, device=torch.device("cpu"), reshard_between=False, pipeline=pipeline_of(model, grid, batches))
+    options = dict(loss_tokens=tokens, device=device_of(model), reshard_between=False, pipeline=pipeline_of(model, grid, batches))
     for _ in range(steps):
         total = forward_backward(model, batches, **options)
         losses.append((sum_over(sum_over(total, grid.group("loss")), grid.group("pp")) / tokens).item())

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.grid import GridSizes, build_grid, ends_group, split_group
 from tests.distributed.test_model_parity import check_layout
+from tests.gpu.test_context_parallel import FLAGS, all_cells
+from tests.launch import write_corpus
 from tests.reference import worst
 from tests.world import World
 
@@ -59,6 +64,27 @@ def test_calls(world: World, dtype: torch.dtype) -> None:
         }
         assert got.keys() == want.keys()
         assert all(torch.equal(got[name], x.to(dtype)) for name, x in want.items()), rank
+
+
+def backends_of_parts(rank: int) -> list[str]:
+    grid = build_grid(GridSizes(pp=2, cp=2))
+    groups = [*split_group(grid, "cp", 2), ends_group(grid, "pp")]
+    return [dist.get_backend(group) for group in groups]
+
+
+def test_parts_of_an_axis_have_its_backend(world: World) -> None:
+    """NCCL, chosen by the device, would refuse several ranks on one card."""
+    assert world.run(backends_of_parts) == [["staged"] * 3] * 4
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [2])
+def test_the_cells_of_the_table_over_it(tmp_path: Path, ranks: int) -> None:
+    flags = [*FLAGS, "--data-path", str(write_corpus(tmp_path)), "--data-cache-path", str(tmp_path / "cache"), "--device", "cpu"]
+    with World(ranks, backend="staged") as world:
+        results = world.run(all_cells, [*flags, "--dtype", "fp32"], ranks, "cpu", timeout=500.0)[0]
+    assert len(results) >= 8
+    assert [title for title, passed, _ in results if not passed] == []
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -85,7 +86,7 @@ def printed_losses(output: str) -> list[str]:
     return re.findall(r"\| loss +(\S+) \|", output)
 
 
-@pytest.mark.parametrize("flags", [pytest.param(f, marks=[] if f in PERMUTED[:2] else [pytest.mark.full]) for f in PERMUTED])
+@pytest.mark.parametrize("flags", [pytest.param(f, marks=[] if f in PERMUTED[:1] else [pytest.mark.full]) for f in PERMUTED])
 def test_eight_ranks_however_permuted_print_the_losses_of_one(base, one_rank, tmp_path: Path, flags: str) -> None:
     """With validation, samples and the comparison of ranks on, at the first one."""
     more = "--sample-tokens 3 --eval-interval 10 --verify-steps 2" if flags == PERMUTED[0] else ""
@@ -104,6 +105,7 @@ def test_micro_batch_size_changes_nothing(base, one_rank, tmp_path: Path) -> Non
     assert_same_run(train(0, tmp_path, *base, "--dtype", "fp64", "--micro-batch-size", "4"), one_rank["fp64"], 1e-9)
 
 
+@pytest.mark.full
 def test_the_same_command_twice_gives_the_same_bits(base, tmp_path: Path) -> None:
     flags = [*base, "--dtype", "fp32", "--cp-size", "2", "--micro-batch-size", "2", "--num-workers", "1"]
     runs = [train(2, tmp_path / name, *flags) for name in ("a", "b")]
@@ -232,6 +234,7 @@ def test_saving_beside_training_changes_nothing_and_keeps_two(base, one_rank, tm
     assert_same_run([*one_rank["fp64"][:8], *train(0, tmp_path / "on", *base, "--dtype", "fp64", "--load", start)], one_rank["fp64"], 1e-9)
 
 
+@pytest.mark.full
 def test_a_damaged_checkpoint_is_refused_and_passed_over_on_demand(base, tmp_path: Path) -> None:
     """The newest has a flipped byte, the one before no run.json."""
     flags = [*base, "--dtype", "fp64", "--train-iters", "3", "--save-interval", "1", "--cp-size", "2"]
@@ -272,6 +275,7 @@ def test_a_damaged_checkpoint_is_refused_and_passed_over_on_demand(base, tmp_pat
     assert [p.name for p in checkpoints(folder)] == ["step_0000004"] and (folder / "latest").read_text() == "step_0000004\n"
 
 
+@pytest.mark.full
 def test_weights_alone_start_a_longer_context(base, tmp_path: Path) -> None:
     """Twice the length, another base, linear scaling; the optimiser is fresh, and the run can be requeued as it stands."""
     train(0, tmp_path / "short", *base, "--dtype", "fp64", "--save-interval", "10")
@@ -313,6 +317,7 @@ def test_data_order_is_the_checkpoints(base, tmp_path: Path) -> None:
     assert result.returncode != 0 and "--document-alignment 4" in result.stderr and "--load-weights-only" in result.stderr, result.stderr
 
 
+@pytest.mark.full
 def test_validation_loss_does_not_depend_on_the_layout(base, tmp_path: Path) -> None:
     """Fewer held-out sequences than a batch: the rest is empty and counts nothing."""
     flags = [*base, "--dtype", "fp64", "--train-iters", "1", "--eval-interval", "1", "--data-split", "80,20,0"]
@@ -343,8 +348,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(base, tmp_path: Path, as
     assert result.returncode != 0 and result.stderr.count("train.py: step") == 1, result.stderr
     assert 'File "train.py"' not in result.stderr
     records = read_metrics(tmp_path / "metrics.jsonl")
-    bad = next(r["step"] for r in records if not abs(r["loss"]) + abs(r["grad_norm"]) < float("inf"))
-    assert f"step {bad}: loss" in result.stderr
+    bad = int(re.search(r"train.py: step (\d+): loss", result.stderr).group(1))  # it is kept by itself, before its update
+    assert [r["step"] for r in records] == list(range(1, bad)) and all(math.isfinite(r["loss"]) for r in records)
+    assert json.loads((tmp_path / "nonfinite" / f"step_{bad:07d}.json").read_text())["step"] == bad
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["status"] == "failed" and f"step {bad}: loss" in status["reason"]
     saved = [p.name for p in checkpoints(tmp_path / "checkpoints")]
     assert saved == [f"step_{n:07d}" for n in range(1, bad)]
 

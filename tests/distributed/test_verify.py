@@ -224,7 +224,7 @@ def all_cells(rank: int, flags: list[str], dp_shard: int, cp_size: int) -> list[
     return None if rank else [(report.title, report.passed) for report in reports if report is not None]
 
 
-@pytest.mark.parametrize(("dp_shard", "cp_size"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(("dp_shard", "cp_size"), [pytest.param(1, 4, marks=pytest.mark.full), (2, 2)])
 def test_every_cell_of_the_table_agrees(world: World, flags: list[str], dp_shard: int, cp_size: int) -> None:
     results = world.run(all_cells, flags, dp_shard, cp_size, timeout=400.0)[0]
     assert len(results) >= 30

@@ -62,8 +62,17 @@ def all_cells(rank: int, flags: list[str], cp_size: int, device: str) -> list[tu
             load_library("cpu")
     verifier = Verifier(args, grid_of(cp_size), torch.device(device), layers=1, sequences=1)
     with mock.patch.object(tools.verify, "CUDA_LIBRARIES", libraries):
-        reports = [verifier.verify(run) for run in cells_of(args)]
-    return [] if rank else [(r.title, r.passed, max(line.ratio for line in r.lines)) for r in reports if r is not None]
+        return [cell for run in cells_of(args) for cell in one_cell(verifier, run)]
+
+
+def one_cell(verifier: Verifier, run: Namespace) -> list[tuple[str, bool, float]]:
+    """Its title, whether it passed and by how much; an error fails this cell and leaves the others."""
+    try:
+        report = verifier.verify(run)
+    except Exception as error:
+        what = f"{run.attention.backend} {run.attention.method} {run.qkv_format} {run.dtype}"
+        return [(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", False, float("inf"))]
+    return [] if report is None else [(report.title, report.passed, max(line.ratio for line in report.lines))]
 
 
 def test_every_cell_of_the_table_agrees(world: World, flags: list[str], record: Callable) -> None:

@@ -95,11 +95,12 @@ def test_the_fused_tensor_of_the_mlp_is_gate_above_up(world) -> None:
     assert (mlp.hidden[0].tp_size, mlp.hidden[0].sequence_parallel, mlp.hidden[0].set_parallel_mode) == (2, True, True)
 
 
-@pytest.mark.parametrize("method", [row.method for row in SUPPORT if row.backend == "te"])
-def test_attention_is_built_with_its_group(world, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "size"), [*((row.method, 2 if row.method == "a2a+p2p" else None) for row in SUPPORT if row.backend == "te"), ("a2a+p2p", 1)]
+)
+def test_attention_is_built_with_its_group(world, monkeypatch: pytest.MonkeyPatch, method: str, size: int | None) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream")
     grid = build_grid(GridSizes(cp=4, dp_shard=2))
-    size = 2 if method == "a2a+p2p" else None
     options = dict(qkv_format="thd", layout="auto", dtype="bf16", device="cuda", cp_size=4, a2a_size=size, heads_k_stride=None)
     choice = choose(backend="te", method=method, head_dim=64, heads=8, groups=4, **options)
     groups = split_group(grid, "cp", choice.a2a_size) if choice.a2a_size > 1 else None
@@ -107,7 +108,7 @@ def test_attention_is_built_with_its_group(world, monkeypatch: pytest.MonkeyPatc
     assert isinstance(attention, TEAttention)
     dpa = attention._module(8, 4, 64, grid.group("cp"))
     assert dpa is attention._module(8, 4, 64, grid.group("cp"))
-    assert dpa.cp_comm_type == method and list(dpa.cp_global_ranks) == [0, 1, 2, 3]
+    assert dpa.cp_comm_type == ("p2p" if size == 1 else method) and list(dpa.cp_global_ranks) == [0, 1, 2, 3]
     assert dpa.cp_group == (list(groups) if method == "a2a+p2p" and groups else grid.group("cp"))
 
 
@@ -273,3 +274,23 @@ def test_what_kernels_leave_in_padding_goes_nowhere(world, monkeypatch: pytest.M
     out.backward(torch.ones_like(out))
     for x in (q, k, v):
         assert x.grad is not None and x.grad.isfinite().all() and not x.grad[padding[:, 0, 0]].any()
+
+
+def test_long_rows_are_rotated_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's offsets are 32 bits wide: with a border moved down here, every part is below it and the whole is the same."""
+    from model import te_layers
+
+    sizes = []
+
+    def fused(x, angles, **_):
+        assert len(x) == len(angles)
+        sizes.append(len(x))
+        return x * angles.unsqueeze(-1) if angles.ndim == 3 else x * angles[..., : x.shape[-1]]
+
+    monkeypatch.setattr(te_layers.te_rope, "apply_rotary_pos_emb", fused)
+    x, angles = torch.randn(50, 2, 3, 8)[:, :, 1:], torch.randn(50, 1, 1, 8)
+    whole = te_layers.apply_rotary(x, angles)
+    assert sizes == [50]
+    monkeypatch.setattr(te_layers, "LARGEST_OFFSET", 48 * 12)
+    assert torch.equal(te_layers.apply_rotary(x, angles), whole)
+    assert sizes[1:] == [12, 12, 12, 12, 2]

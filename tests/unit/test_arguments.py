@@ -70,7 +70,7 @@ REFUSALS = [
     (["--data-split", "1,2"], 1, ["--data-split 1,2"]),
     (["--data-split", "0,1,0"], 1, ["--data-split 0,1,0"]),
     (["--data-split", "1,0,0"], 1, ["--data-split 1,0,0", "--eval-interval 0"]),
-    (["--packing", "stream"], 1, ["--packing stream", "thd", "best-fit"]),
+    (["--packing", "best-fit", "--qkv-format", "bshd"], 1, ["--packing best-fit", "bshd", "concat or greedy"]),
     (["--device", "cuda"], 1, ["--device cuda"]),
     (["--lr", "nan"], 1, ["--lr nan"]),
     (["--lr", "inf"], 1, ["--lr inf"]),

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from data.cache import checksum
 from training import checkpoint_files as files
-from training.checkpoint_files import DamagedCheckpoint, checkpoints, checksum, checksums, damage, find_checkpoint, prune, publish
+from training.checkpoint_files import DamagedCheckpoint, checkpoints, checksums, damage, find_checkpoint, prune, publish
 
 
 def made(save: Path, step: int, content: bytes = b"weights") -> Path:

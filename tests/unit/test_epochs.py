@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cp.packed_seq import IGNORE_LABEL
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.loader import BatchPlan, SequenceDataset, build_loader
-from data.packing import best_fit_decreasing, cut_documents, pack_epoch, stream_epoch
+from data.packing import best_fit_decreasing, concat_epoch, cut_documents, pack_epoch
 from tests.unit.test_packed_rows import Tokens, dataset
 
 
@@ -86,8 +86,8 @@ def test_an_epoch_reads_every_token_and_labels_every_token_but_the_ends(lengths,
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 32), st.integers(0, 3))
 @settings(max_examples=150, deadline=None)
 def test_a_stream_is_read_end_to_end(lengths, seq_length: int, number: int) -> None:
-    data = dataset(lengths, seq_length=seq_length, alignment=1, packing="stream")
-    epoch = stream_epoch(np.array(lengths), seed=3, epoch=number, seq_length=seq_length)
+    data = dataset(lengths, seq_length=seq_length, alignment=1, packing="concat")
+    epoch = concat_epoch(np.array(lengths), seed=3, epoch=number, seq_length=seq_length)
     assert data.sequences_per_epoch == len(epoch) == (sum(lengths) - 1) // seq_length
     first = Tokens(lengths).first
     stream = np.concatenate([np.arange(lengths[d]) + first[d] for d in epoch.documents])
@@ -102,7 +102,7 @@ def test_edges() -> None:
     nothing = np.array([], np.int64)
     packed = pack_epoch(nothing, seed=0, epoch=0, seq_length=8, alignment=2)
     assert (len(packed), packed.pieces.shape) == (0, (0, 3))
-    stream = stream_epoch(nothing, seed=0, epoch=0, seq_length=8)
+    stream = concat_epoch(nothing, seed=0, epoch=0, seq_length=8)
     assert (len(stream), stream.left_over) == (0, 0)
     one = pack_epoch(np.array([8]), seed=0, epoch=0, seq_length=8, alignment=2)
     assert one.sequence(0).tolist() == [[0, 0, 8]]  # exactly full: no tail
@@ -139,7 +139,7 @@ def step_contents(data: SequenceDataset, step: int, *, batch_size: int, micro: i
                 global_batch_size=GLOBAL_BATCH, micro_batch_size=micro, batch_size=batch_size, batch_rank=batch_rank, cp_size=cp_size,
                 cp_rank=cp_rank, qkv_format="thd", layout="zigzag",
             )  # fmt: skip
-            loader = build_loader(data, plan, first_step=step, last_step=step + 1, num_workers=workers, pin_memory=False)
+            loader = build_loader(data, plan, steps=[step], num_workers=workers, pin_memory=False)
             batches = list(loader)
             assert len(batches) == len(loader) == GLOBAL_BATCH // (micro * batch_size)
             for batch in batches:
@@ -214,7 +214,7 @@ def test_rows_are_hashed_before_a_step_and_not_after(tokens: IndexedDataset) -> 
         global_batch_size=2, micro_batch_size=1, batch_size=1, batch_rank=0, cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag",
         hash_before_step=2,
     )  # fmt: skip
-    batches = list(build_loader(on_disk(tokens), plan, first_step=0, last_step=3, num_workers=0, pin_memory=False))
+    batches = list(build_loader(on_disk(tokens), plan, steps=range(3), num_workers=0, pin_memory=False))
     assert [b.row_hash is not None for b in batches] == [True, True, True, True, False, False]
     hashes = torch.tensor([b.row_hash for b in batches[:4]], dtype=torch.int64)  # signed 64 bits: ranks exchange them as such
     assert len(set(hashes.tolist())) == 4

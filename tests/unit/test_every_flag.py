@@ -20,7 +20,8 @@ SWITCHES = [action.option_strings[0] for action in ACTIONS if action.nargs == 0]
 ZERO_IS_LEGAL = {
     "--num-workers", "--seed", "--z-loss", "--min-lr", "--lr-warmup-iters", "--lr-wsd-decay-iters", "--weight-decay", "--adam-beta1",
     "--adam-beta2", "--clip-grad", "--eval-interval", "--save-interval", "--verify-steps", "--sample-tokens",
-    "--keep-checkpoints", "--hidden-dropout", "--attention-dropout",
+    "--keep-checkpoints", "--hidden-dropout", "--attention-dropout", "--check-weights-interval", "--sample-interval",
+    "--max-skipped-in-a-row", "--timing-log-level",
 }  # fmt: skip
 
 
@@ -203,7 +204,7 @@ def test_open_defaults() -> None:
     assert (args.num_workers, resolved(cuda=1).num_workers) == (0, 2)
     assert resolved("--num-workers", "3").num_workers == 3 and resolved("--ffn-hidden-size", "40").ffn_hidden_size == 40
     assert (args.cp_comm_type, args.cp_layout, args.packing, args.document_alignment) == ("p2p", "zigzag", "best-fit", 2)
-    assert resolved("--qkv-format", "bshd").packing == "stream"
+    assert resolved("--qkv-format", "bshd").packing == "concat"
     assert resolved("--cp-size", "2", "--global-batch-size", "4", world=8).dp_shard_size == 4
 
 

@@ -14,7 +14,7 @@ import pytest
 from cp.packed_seq import IGNORE_LABEL
 from data.build import split_documents
 from data.indexed_dataset import DTYPES, token_dtype
-from data.packing import pack_epoch, resolve_packing, stream_epoch
+from data.packing import concat_epoch, pack_epoch, resolve_packing
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from model.config import GPTConfig, padded_vocab_size
 from model.init import initial_rows
@@ -50,12 +50,12 @@ def test_packing_of_an_epoch() -> None:
         [[4, 0, 16]],
         [[2, 0, 16]],
     ]
-    assert resolve_packing("auto", "thd") == "best-fit" and resolve_packing("auto", "bshd") == "stream"
+    assert resolve_packing("auto", "thd") == "best-fit" and resolve_packing("auto", "bshd") == "concat"
 
 
 def test_order_of_a_stream() -> None:
-    assert stream_epoch(LENGTHS, seed=1234, epoch=0, seq_length=16).documents.tolist() == [5, 6, 7, 0, 4, 1, 3, 2]
-    assert stream_epoch(LENGTHS, seed=1234, epoch=1, seq_length=16).documents.tolist() == [1, 4, 0, 2, 5, 7, 6, 3]
+    assert concat_epoch(LENGTHS, seed=1234, epoch=0, seq_length=16).documents.tolist() == [5, 6, 7, 0, 4, 1, 3, 2]
+    assert concat_epoch(LENGTHS, seed=1234, epoch=1, seq_length=16).documents.tolist() == [1, 4, 0, 2, 5, 7, 6, 3]
 
 
 def test_splits() -> None:

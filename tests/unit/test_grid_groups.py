@@ -31,6 +31,9 @@ class StandIn:
     def get_world_size(self) -> int:
         return self.world_size
 
+    def get_backend(self, group: tuple[int, ...]) -> str:
+        return "the axis's own"
+
     def new_group(self, ranks: list[int], timeout=None, backend=None, group_desc=None) -> tuple[int, ...]:
         assert len(set(ranks)) == len(ranks) and all(0 <= r < self.world_size for r in ranks)
         self.made.append(tuple(ranks))

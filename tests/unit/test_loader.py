@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 from cp.packed_seq import IGNORE_LABEL
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
-from data.loader import BatchPlan, SequenceDataset, build_batch, build_loader
+from data.loader import BatchPlan, DataFault, SequenceDataset, build_batch, build_loader, data_faults, read_batches
 
 LENGTHS = [5, 40, 16, 1, 33, 8, 17, 4]
 SEQ, ALIGNMENT, PAD = 16, 4, 9999
@@ -57,7 +59,7 @@ def test_a_tail_is_a_document_of_real_length_0(tokens: IndexedDataset) -> None:
 
 
 def test_bshd_is_one_stream_whose_labels_cross_documents(tokens: IndexedDataset) -> None:
-    data = dataset(tokens, "stream")
+    data = dataset(tokens, "concat")
     crossings = 0
     for n in range(data.sequences_per_epoch):
         sequence = data.sequence(n)
@@ -93,7 +95,7 @@ def same(a, b) -> bool:
 
 
 def batches(data: SequenceDataset, workers: int, first: int = 0, last: int = 5, **options) -> list:
-    loader = build_loader(data, plan(1, 0, 1, 2, cp=2), first_step=first, last_step=last, num_workers=workers, pin_memory=False, **options)
+    loader = build_loader(data, plan(1, 0, 1, 2, cp=2), steps=range(first, last), num_workers=workers, pin_memory=False, **options)
     return list(loader)
 
 
@@ -156,3 +158,21 @@ def test_row_hashes_tell_rows_apart(tokens: IndexedDataset) -> None:
 
     assert row_hash(0, 0) == row_hash(0, 1) is not None
     assert row_hash(0) != row_hash(1) and row_hash(0) != row_hash(0, changed=True)
+
+
+def test_a_worker_that_dies_while_the_rank_computes_is_told_the_same(tokens: IndexedDataset) -> None:
+    """PyTorch raises from its handler of SIGCHLD, so in the middle of whatever the rank does, not where it asks for a batch."""
+    plan = BatchPlan(
+        global_batch_size=2, micro_batch_size=1, batch_size=1, batch_rank=0, cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag"
+    )
+    before = set(multiprocessing.active_children())
+    with pytest.raises(DataFault, match=r"a data worker died.*--num-workers 0"), data_faults():
+        batches = read_batches(build_loader(dataset(tokens), plan, steps=range(1000), num_workers=1, pin_memory=False))
+        next(batches)
+        (worker,) = set(multiprocessing.active_children()) - before
+        worker.kill()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            sum(range(1000))
+    with pytest.raises(RuntimeError, match="something else"), data_faults():
+        raise RuntimeError("something else")

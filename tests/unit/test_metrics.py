@@ -34,7 +34,7 @@ def log(path: Path) -> MetricsLog:
     )  # fmt: skip
     return MetricsLog(
         config=config, world_size=2, is_writer=True, train_iters=4, log_interval=2, peak_tflops=100.0, cp_clock=None, metrics_file=path,
-        tensorboard_dir=None, keep_before=None,
+        keep_before=None,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import best_fit_decreasing, cut_documents, pack_epoch, stream_epoch
+from data.packing import best_fit_decreasing, concat_epoch, cut_documents, pack_epoch
 
 
 def covered(pieces: np.ndarray, lengths: np.ndarray) -> None:
@@ -68,7 +68,7 @@ def test_an_epoch_is_a_function_of_seed_and_epoch() -> None:
 
 @pytest.mark.parametrize("lengths", [[5, 9, 1, 30, 2], [40], [7, 7]])
 def test_stream_sequences_overlap_by_one_token(lengths: list[int]) -> None:
-    epoch = stream_epoch(np.array(lengths), seed=3, epoch=0, seq_length=6)
+    epoch = concat_epoch(np.array(lengths), seed=3, epoch=0, seq_length=6)
     whole = [(d, t) for d in epoch.documents.tolist() for t in range(lengths[d])]
     for n in range(len(epoch)):
         tokens = [(d, t) for d, start, length in epoch.sequence(n).tolist() for t in range(start, start + length)]
@@ -80,5 +80,5 @@ def test_stream_sequences_overlap_by_one_token(lengths: list[int]) -> None:
 def test_edges() -> None:
     assert len(pack_epoch(np.array([], np.int64), seed=0, epoch=0, seq_length=8, alignment=2)) == 0
     assert len(pack_epoch(np.array([1]), seed=0, epoch=0, seq_length=8, alignment=2)) == 1
-    assert len(stream_epoch(np.array([6]), seed=0, epoch=0, seq_length=6)) == 0
-    assert len(stream_epoch(np.array([7]), seed=0, epoch=0, seq_length=6)) == 1
+    assert len(concat_epoch(np.array([6]), seed=0, epoch=0, seq_length=6)) == 0
+    assert len(concat_epoch(np.array([7]), seed=0, epoch=0, seq_length=6)) == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from data.prepare import build_parser as prepare_parser
 from training.arguments import build_parser, parse_arguments, resolve
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -20,11 +21,23 @@ def known_flags() -> set[str]:
     return {action.option_strings[-1] if action.nargs != 0 else action.option_strings[0] for action in build_parser()._actions} - {"-h"}
 
 
+# Of other commands, which have flags of their own.
+COMMANDS = r"benchmarks/\w+\.py[^`]*|(tools/plan\.py|tools/generate\.py|sbatch --)[^`\n]*"
+
+
 def test_every_flag_is_in_the_readme_and_every_flag_there_exists() -> None:
-    others = {"--nproc-per-node", "--index-url", "--help", "--flag", "--no-flag"}  # torchrun's, pip's, argparse's, placeholders
-    in_readme = set(re.findall(r"--[a-z][a-z0-9-]+", re.sub(r"benchmarks/\w+\.py[^`]*", "", README)))  # those have their own
+    others = {
+        "--max-restarts",
+        "--nproc-per-node",
+        "--index-url",
+        "--help",
+        "--flag",
+        "--no-flag",
+    }  # torchrun's, pip's, argparse's, placeholders
+    in_readme = set(re.findall(r"--[a-z][a-z0-9-]+", re.sub(COMMANDS, "", README)))
     assert known_flags() - in_readme == set()
-    assert in_readme - known_flags() - others == set()
+    of_prepare = {action.option_strings[0] for action in prepare_parser()._actions}
+    assert in_readme - known_flags() - of_prepare - others == set()
 
 
 @pytest.mark.parametrize("target", ["train", "test"])

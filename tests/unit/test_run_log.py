@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import sys
 from dataclasses import replace
@@ -19,7 +21,8 @@ from tests.unit.test_packed_rows import dataset
 from training import metrics as metrics_module
 from training.banner import describe_sequences
 from training.flops import PEAK_TFLOPS, known_peak_tflops, training_flops
-from training.metrics import ROW_FACTS, MetricsLog, open_metrics_file, row_facts
+from training.metrics import EVERYTHING, ROW_FACTS, MetricsLog, open_metrics_file, row_facts
+from training.writers import TensorBoardWriter
 
 CONFIG = GPTConfig(
     num_layers=2, hidden_size=8, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, kv_channels=4, vocab_size=50,
@@ -47,7 +50,7 @@ def clock(monkeypatch) -> Clock:
 def log(path: Path | None, **changes) -> MetricsLog:
     options = dict(
         config=CONFIG, world_size=4, is_writer=True, train_iters=10, log_interval=4, peak_tflops=None, cp_clock=None, metrics_file=path,
-        tensorboard_dir=None, keep_before=None,
+        keep_before=None,
     )  # fmt: skip
     return MetricsLog(**(options | changes))  # type: ignore[arg-type]
 
@@ -86,7 +89,7 @@ def test_one_steps_record_by_hand(tmp_path: Path, clock: Clock) -> None:
     assert record == {
         "step": 1, "loss": 2.0, "grad_norm": 0.5, "lr": 0.25, "tokens": 95, "loss_tokens": 90, "step_time_s": 2.0, "tokens_per_s": 47.5,
         "tflops_per_rank": pytest.approx(tflops), "mfu": pytest.approx(tflops / 0.5), "packing_efficiency": 0.475, "cp_balance": 1.5,
-        "data_share": 0.25, "cp_wait_share": None, "max_memory_bytes": 3 * 2**30,
+        "data_share": 0.25, "cp_wait_share": None, "max_memory_bytes": 3 * 2**30, "skipped_steps": 0,
     }  # fmt: skip
     assert all(isinstance(record[name], int) for name in ("step", "tokens", "loss_tokens", "max_memory_bytes"))
 
@@ -144,7 +147,7 @@ def test_waits_of_attention_are_shared_out(tmp_path: Path, clock: Clock, capsys)
 
 
 def test_only_the_writer_writes(tmp_path: Path, clock: Clock, capsys) -> None:
-    out = log(tmp_path / "folder" / "m.jsonl", is_writer=False, tensorboard_dir=tmp_path / "tb")
+    out = log(tmp_path / "folder" / "m.jsonl", is_writer=False)
     clock.now += 1.0
     step(out, 1)
     out.validation(1, 2.0, 10)
@@ -162,10 +165,26 @@ def test_a_rank_that_does_not_write_stops_too(clock: Clock) -> None:
 def test_validation_is_printed_and_written(tmp_path: Path, clock: Clock, capsys) -> None:
     out = log(tmp_path / "m.jsonl")
     out.validation(4, 1 / 3, 12345)
-    assert "after step 4: loss 0.33333 over 12,345" in capsys.readouterr().out
+    assert "after step 4: loss 0.33333, perplexity 1.40, over 12,345" in capsys.readouterr().out
     assert read(tmp_path / "m.jsonl") == [{"step": 4, "validation_loss": 1 / 3, "validation_tokens": 12345}]  # at once, in full
     out.close()
     assert out.file is not None and out.file.closed
+
+
+def test_each_source_of_a_blend_is_told_by_itself(tmp_path: Path, clock: Clock, capsys) -> None:
+    out = log(tmp_path / "m.jsonl")
+    out.validation(4, 2.0, 30, {"web": (1.0, 10), "code": (2.5, 20)})
+    assert "web: loss 1.00000, perplexity 2.72, over 10\n" in capsys.readouterr().out
+    (record,) = read(tmp_path / "m.jsonl")
+    assert record["validation"] == {"web": {"loss": 1.0, "tokens": 10}, "code": {"loss": 2.5, "tokens": 20}}
+
+
+def test_steps_that_are_passed_over_do_not_end_a_run_that_takes_them(clock: Clock, capsys) -> None:
+    out = log(None, takes_nonfinite=True, log_interval=1)
+    clock.now += 1.0
+    facts = torch.tensor([FACTS[name] for name in ROW_FACTS], dtype=torch.float64)
+    out.step(1, loss=torch.tensor(math.nan), grad_norm=torch.tensor(0.5), lr=0.25, facts=facts, data_time=0.0, memory=1, skipped_steps=1)
+    assert "skipped 1" in capsys.readouterr().out
 
 
 def test_tensorboard_gets_every_number(tmp_path: Path, clock: Clock, monkeypatch) -> None:
@@ -182,15 +201,15 @@ def test_tensorboard_gets_every_number(tmp_path: Path, clock: Clock, monkeypatch
             calls.append(("close",))
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    out = log(tmp_path / "m.jsonl", tensorboard_dir=tmp_path / "tb", keep_before=3, train_iters=4)
+    out = log(tmp_path / "m.jsonl", writers=[TensorBoardWriter(tmp_path / "tb", 3)], keep_before=3, train_iters=4)
     clock.now += 1.0
     step(out, 4)
     out.validation(4, 1.5, 10)
     out.close()
-    assert calls[0][:2] == ("open", str(tmp_path / "tb")) and calls[-1] == ("close",)
+    assert calls[0] == ("open", str(tmp_path / "tb"), 4) and calls[-1] == ("close",)  # step 3 was done and stays
     (record, _) = read(tmp_path / "m.jsonl")
     wanted = {(f"train/{k}", v, 4) for k, v in record.items() if k != "step" and v is not None}
-    assert wanted | {("validation/loss", 1.5, 4)} == set(calls[1:-1])
+    assert wanted | {("validation/loss", 1.5, 4), ("validation/perplexity", math.exp(1.5), 4)} == set(calls[1:-1])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -214,6 +233,30 @@ def test_a_run_that_goes_on_without_a_file_starts_one(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "m.jsonl").read_text() == ""
 
 
+def test_a_full_disk_leaves_the_records(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        open_metrics_file(path, 1)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_another_run_writes_is_only_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"ste')  # it is in the middle of a line
+    before = path.stat().st_ino
+    with open_metrics_file(path, EVERYTHING) as out, path.open("a") as its:
+        its.write('p": 2}\n')
+        its.flush()
+        out.write('{"step": 2, "validation_loss": 1.5}\n')
+    assert path.stat().st_ino == before and path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1.5}\n'
+
+
 def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n')
@@ -226,10 +269,10 @@ def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:
 
 
 def test_what_became_of_the_documents() -> None:
-    packed = describe_sequences(dataset([8, 17, 16, 3], seq_length=16, alignment=4))
+    packed = describe_sequences(dataset([8, 17, 16, 3], seq_length=16, alignment=4))[0]
     assert "4 documents, 44 tokens -> 3 sequences of 16" in packed
     assert "91.67% full" in packed and "1 documents longer than a sequence cut" in packed  # 16 is not longer than 16
-    stream = describe_sequences(dataset([8, 17, 16, 3], seq_length=16, alignment=4, packing="stream"))
+    stream = describe_sequences(dataset([8, 17, 16, 3], seq_length=16, alignment=4, packing="concat"))[0]
     assert "2 sequences of 16; 12 tokens" in stream and "left over" in stream
 
 

@@ -16,12 +16,13 @@ OUTSIDE: dict[str, set[str]] = {
     "parallel": {"torch"},
     "cp": {"torch", "numpy"},
     "model": {"torch"},
-    "data": {"torch", "numpy", "sentencepiece"},
+    "data": {"torch", "numpy", "sentencepiece", "yaml"},
     "training": {"torch", "numpy", "yaml"},
 }
 # Read without torch, so that a refusal comes at once and argparse, docs and tests can read them.
 TORCH_FREE = ["cp/layout.py", "cp/plan.py", "data/packing.py", "data/corpus.py", "data/tokenizer.py", "data/cache.py",
-              "data/indexed_dataset.py", "model/config.py", "model/names.py", "training/arguments.py", "training/flops.py",
+              "data/indexed_dataset.py", "data/readers.py", "data/sources.py", "data/blend.py", "data/prepare.py", "data/statistics.py",
+              "model/config.py", "model/names.py", "training/arguments.py", "training/flops.py",
               "training/lr_schedule.py"]  # fmt: skip
 
 
@@ -50,6 +51,11 @@ OPTIONAL = {
     "cp/ring_flash.py": {"ring_flash_attn"},
     "cp/te_attention.py": {"transformer_engine"},
     "model/te_layers.py": {"transformer_engine"},
+    "data/readers.py": {"pyarrow"},
+    "data/tokenizer.py": {"tokenizers"},
+    "data/prepare.py": {"tqdm"},
+    "data/statistics.py": {"matplotlib"},
+    "training/writers.py": {"matplotlib", "wandb"},
 }
 
 

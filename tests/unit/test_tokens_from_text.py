@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +17,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import data.build as build_module
-from data.build import build_tokenizer, build_tokens, split_documents
+import data.cache as cache_module
+import data.sources as sources_module
+from data.build import build_tokens, split_documents, train_tokenizer
 from data.cache import build_once, cache_key
 from data.corpus import Source, open_source
 from data.indexed_dataset import HEADER, IndexedDataset, write_indexed_dataset
 from data.loader import SequenceDataset
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+from tests.launch import ROOT
 
 WORDS = "a ring of ranks turns once and every token knows its place in the row; padding is silent, five axes make one loss. "
 
@@ -92,9 +99,9 @@ def source_of(path: Path, *records: str) -> Source:
 
 
 def tokenizer_of(source: Source, cache: Path, **changes):
-    return build_tokenizer(
-        source, **(dict(tokenizer_type="sentencepiece", tokenizer_model=None, vocab_size=300, cache_path=cache) | changes)
-    )
+    if changes.get("tokenizer_type") == "byte":
+        return ByteTokenizer()
+    return train_tokenizer(source, vocab_size=changes.get("vocab_size", 300), cache_path=cache)
 
 
 @pytest.mark.parametrize("tokenizer_type", ["byte", "sentencepiece"])
@@ -155,8 +162,8 @@ def test_a_folder_is_read_in_one_order(tmp_path: Path) -> None:
 
 def test_tokenizer_and_tokens_are_built_once_and_again_when_the_data_changes(tmp_path: Path, monkeypatch) -> None:
     trainings = []
-    real = build_module.train_sentencepiece
-    monkeypatch.setattr(build_module, "train_sentencepiece", lambda *a, **k: trainings.append(1) or real(*a, **k))
+    real = sources_module.train_sentencepiece
+    monkeypatch.setattr(sources_module, "train_sentencepiece", lambda *a, **k: trainings.append(1) or real(*a, **k))
     cache = tmp_path / "cache"
     source = source_of(tmp_path / "d.jsonl", WORDS * 2, "short", WORDS)
     for _ in range(2):
@@ -174,27 +181,63 @@ def test_tokenizer_and_tokens_are_built_once_and_again_when_the_data_changes(tmp
     assert build_tokens(changed, ByteTokenizer(), cache_path=cache).read(1, 0, 7).tolist() == [*b"longer", 256]
 
 
-def test_builders_at_the_same_time_leave_one_whole_folder(tmp_path: Path) -> None:
-    place, together, builds = tmp_path / "deep" / "er" / "thing", threading.Barrier(4), []
+def test_of_builders_at_the_same_time_one_builds(tmp_path: Path) -> None:
+    place, builds = tmp_path / "deep" / "er" / "thing", []
+
+    def build(folder: Path) -> None:
+        time.sleep(0.5)  # the others come meanwhile
+        (folder / "part").write_text("x" * 1000)
+        builds.append(folder)
+
+    in_turn(4, place, build)
+    assert len(builds) == 1 and (place / "part").read_text() == "x" * 1000
+    assert [p.name for p in place.parent.iterdir()] == ["thing"]
+    assert place.stat().st_mode & 0o777 == 0o755  # others may read a shared cache
+
+
+def test_where_locks_are_missing_builders_leave_one_whole_folder(tmp_path: Path, monkeypatch) -> None:
+    def refuse(file, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", refuse)
+    place, together, builds = tmp_path / "thing", threading.Barrier(4), []
 
     def build(folder: Path) -> None:
         together.wait(timeout=10)  # all four are half done at once
         (folder / "part").write_text("x" * 1000)
         builds.append(folder)
 
-    threads = [threading.Thread(target=build_once, args=(place, build)) for _ in range(4)]
+    in_turn(4, place, build)
+    assert len(builds) == 4 and (place / "part").read_text() == "x" * 1000
+    assert [p.name for p in place.parent.iterdir()] == ["thing"]
+
+
+def test_a_builder_that_is_killed_is_followed_by_the_next(tmp_path: Path) -> None:
+    place = tmp_path / "thing"
+    code = f"import time; from pathlib import Path; from data.cache import build_once\nplace = Path({str(place)!r})\n"
+    code += "build_once(place, lambda folder: print('in', flush=True) or time.sleep(60))"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "in\n"
+        later = threading.Thread(target=build_once, args=(place, lambda folder: (folder / "part").write_text("whole")))
+        later.start()
+        time.sleep(0.5)
+        assert not place.exists()
+        first.kill()
+    later.join(timeout=20)
+    assert (place / "part").read_text() == "whole"
+
+
+def in_turn(count: int, place: Path, build: Callable[[Path], None]) -> None:
+    threads = [threading.Thread(target=build_once, args=(place, build)) for _ in range(count)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert len(builds) == 4 and (place / "part").read_text() == "x" * 1000
-    assert [p.name for p in place.parent.iterdir()] == ["thing"]
-    assert place.stat().st_mode & 0o777 == 0o755  # others may read a shared cache
 
 
 def test_a_place_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "thing").write_text("a file where the folder should be")
-    with pytest.raises(OSError):
+    with pytest.raises((OSError, ValueError)):
         build_once(tmp_path / "thing", lambda folder: None)
     assert [p.name for p in tmp_path.iterdir()] == ["thing"]
 

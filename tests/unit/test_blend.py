@@ -1,0 +1,144 @@
+"""Blends: every prefix of a run has its shares; what a flag or YAML may say; sequences of several sources in turn."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.blend import BLOCK, Blend, parse_blend, whole_weights
+from data.loader import BlendedDataset
+from tests.unit.test_packed_rows import dataset
+
+weights = st.lists(st.integers(1, 10_000), min_size=1, max_size=7)
+
+
+@given(weights, st.integers(1, 600))
+@settings(max_examples=150, deadline=None)
+def test_every_prefix_has_its_shares_to_within_a_sequence(weights: list[int], count: int) -> None:
+    blend, given_so_far = Blend(weights), [0] * len(weights)
+    bound = 1 - Fraction(1, 2 * len(weights) - 2) if len(weights) > 1 else Fraction(0)  # Tijdeman's
+    for n in range(count):
+        source, position = blend.at(n)
+        assert position == given_so_far[source]
+        given_so_far[source] += 1
+        for have, weight in zip(given_so_far, weights, strict=True):
+            assert abs(have - Fraction(weight * (n + 1), sum(weights))) <= bound
+    assert blend.counts(count) == given_so_far
+
+
+@given(weights, st.lists(st.integers(0, 3 * BLOCK), min_size=1, max_size=6), st.integers(0, 2 * BLOCK))
+@settings(max_examples=40, deadline=None)
+def test_any_place_can_be_read_first_or_gone_on_from(weights: list[int], places: list[int], stop: int) -> None:
+    forwards = Blend(weights)
+    wanted = {n: forwards.at(n) for n in sorted(places)}
+    jumping = Blend(weights)
+    assert {n: jumping.at(n) for n in places} == wanted
+    resumed = Blend(weights, (stop, forwards.counts(stop)))
+    assert {n: pickle.loads(pickle.dumps(resumed)).at(n) for n in places} == wanted
+
+
+def test_a_far_place_takes_no_long_way() -> None:
+    """Weights that repeat every 10 sequences, and a state for those that never do."""
+    assert Blend([7, 3]).counts(10**12) == [7 * 10**11, 3 * 10**11]
+    large = [123456789123, 987654321987]
+    n = 10**11
+    first = n * large[0] // sum(large)
+    resumed = Blend(large, (n, [first, n - first]))
+    source, position = resumed.at(n)
+    assert position == [first, n - first][source]
+
+
+def test_a_state_of_another_blend_is_refused() -> None:
+    for counts in ([1, 1], [3], [1, 1, 1]):
+        with pytest.raises(ValueError, match="cannot go on"):
+            Blend([1, 2], (3, counts))
+
+
+def test_weights_become_whole_numbers() -> None:
+    assert whole_weights([Fraction("0.7"), Fraction("0.3")]) == [7, 3]
+    assert whole_weights([Fraction("1e-3"), Fraction(2)]) == [1, 2000]
+    assert whole_weights([40, 60]) == [2, 3]
+
+
+def test_what_a_flag_may_say(tmp_path: Path) -> None:
+    assert [p.weight for p in parse_blend(["a"])] == [None]
+    assert [(p.path, p.weight) for p in parse_blend(["0.7", "a", "0.3", "b"])] == [("a", Fraction(7, 10)), ("b", Fraction(3, 10))]
+    assert [p.weight for p in parse_blend(["a", "b", "c"])] == [None] * 3
+    for words in (["0", "a", "1", "b"], ["-1", "a", "2", "b"], ["nan", "a", "1", "b"], ["inf", "a", "1", "b"]):
+        with pytest.raises(ValueError, match="must be a number above 0"):
+            parse_blend(words)
+    for words in (["0.7", "a", "b"], ["a", "0.7"], ["0.5", "a", "0.5"]):
+        with pytest.raises(ValueError, match="stands where a path should"):
+            parse_blend(words)
+    with pytest.raises(ValueError, match="named twice"):
+        parse_blend(["1", "a", "2", "./a"])
+
+
+def test_a_yaml_lists_sources_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "blend.yaml"
+    file.write_text("sources:\n  - {path: web, weight: 0.7}\n  - {path: sub/code, weight: 0.3}\n")
+    assert [(p.path, p.weight) for p in parse_blend([str(file)])] == [
+        (str(tmp_path / "web"), Fraction(7, 10)),
+        (str(tmp_path / "sub/code"), Fraction(3, 10)),
+    ]
+    file.write_text("sources: [{path: web}, {path: code}]")
+    assert [p.weight for p in parse_blend([str(file)])] == [None, None]
+    for text, words in (
+        ("sources: []", "must hold one key"),
+        ("web: 1", "must hold one key"),
+        ("sources: [{path: a, weight: .nan}]", "above 0"),
+        ("sources: [{path: a, weight: 0}]", "above 0"),
+        ("sources: [{path: a, weight: 1}, {path: b}]", "every source a weight, or none"),
+        ("sources: [{path: a, wieght: 1}]", "entry 1"),
+        ("sources: [", "not YAML"),
+        ("sources: !!python/object/apply:os.system ['true']", "not YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            parse_blend([str(file)])
+    with pytest.raises(ValueError, match="No such file"):
+        parse_blend([str(tmp_path / "missing.yaml")])
+
+
+def blended(weights: list[int]) -> BlendedDataset:
+    rng = np.random.default_rng(0)
+    return BlendedDataset([dataset(rng.integers(1, 40, 20).tolist(), seq_length=32, alignment=4) for _ in weights], weights)
+
+
+def test_sequences_come_from_their_sources_in_their_order() -> None:
+    data = blended([5, 3, 1])
+    read: Counter = Counter()
+    for n in range(3 * max(s.sequences_per_epoch for s in data.sources)):
+        source, position = data.blend.at(n)
+        mine, theirs = data.sequence(n), data.sources[source].sequence(position)
+        assert (mine.tokens == theirs.tokens).all() and (mine.lengths == theirs.lengths).all()
+        assert mine.first_id == n * 32  # of the run: dropout must not repeat where a source does
+        assert position == read[source]
+        read[source] += 1
+    assert data.fingerprint() != blended([5, 3, 2]).fingerprint()
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 100, BLOCK + 3])
+def test_a_state_is_a_few_numbers_and_goes_on_exactly(stop: int) -> None:
+    whole, resumed = blended([5, 3, 1]), blended([5, 3, 1])
+    state = whole.state(stop)
+    assert state["sequences"] == stop and len(state["sources"]) == 3
+    assert all(p["position"] < s.sequences_per_epoch for p, s in zip(state["sources"], whole.sources, strict=True))
+    resumed.go_on(state)
+    for n in range(stop, stop + 20):
+        assert (resumed.sequence(n).tokens == whole.sequence(n).tokens).all()
+    with pytest.raises(ValueError, match="sources"):
+        blended([5, 3]).go_on(state)
+
+
+def test_an_epoch_of_a_blend_repeats_no_source() -> None:
+    data = blended([5, 3, 1])
+    counts = data.blend.counts(data.sequences_per_epoch)
+    assert all(c <= s.sequences_per_epoch for c, s in zip(counts, data.sources, strict=True))

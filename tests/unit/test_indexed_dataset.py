@@ -1,0 +1,140 @@
+"""Token files of Megatron's: several sequences a document, fuzzed headers, a cost of opening that does not grow."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.indexed_dataset import HEADER, MAGIC, IndexedDataset, index_file, token_file, write_index, write_indexed_dataset
+from data.loader import SequenceDataset
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def write_raw(
+    prefix: Path, tokens: np.ndarray, lengths: list[int], offsets: list[int], firsts: list[int], code: int = 8, modes: bytes = b""
+) -> None:
+    """Files to the documented bytes, as Megatron-LM's builder lays them out."""
+    token_file(prefix).write_bytes(tokens.tobytes())
+    parts = [struct.pack(f"<{len(values)}{kind}", *values) for kind, values in (("i", lengths), ("q", offsets), ("q", firsts))]
+    index_file(prefix).write_bytes(HEADER.pack(MAGIC, 1, code, len(lengths), len(firsts)) + b"".join(parts) + modes)
+
+
+def test_documents_of_several_sequences_are_read_whole(tmp_path: Path) -> None:
+    """What `tools/preprocess_data.py --split-sentences` writes: 4 sequences in 3 documents, one of them empty."""
+    write_raw(tmp_path / "t", np.arange(20, dtype=np.uint16), [5, 7, 3, 5], [0, 10, 24, 30], [0, 2, 2, 4], modes=bytes(4))
+    data = IndexedDataset(tmp_path / "t")
+    assert data.lengths.tolist() == [12, 0, 8] and len(data) == 3
+    assert data.read(0, 3, 9).tolist() == list(range(3, 12)) and data.read(2, 0, 8).tolist() == list(range(12, 20))
+    assert data.read(1, 0, 0).tolist() == []
+    packed = SequenceDataset(data, np.arange(3), seq_length=8, packing="best-fit", alignment=1, seed=1, pad_token=0, cache_path=None)
+    read = np.concatenate([packed.sequence(n).tokens for n in range(packed.sequences_per_epoch)])
+    assert {*range(20)} <= set(read.tolist())
+
+
+def test_an_empty_document_at_the_very_end(tmp_path: Path) -> None:
+    write_raw(tmp_path / "t", np.arange(12, dtype=np.uint16), [5, 7], [0, 10], [0, 2, 2])
+    data = IndexedDataset(tmp_path / "t")
+    assert data.lengths.tolist() == [12, 0] and data.read(1, 0, 0).tolist() == [] and len(data.read(0, 0, 12)) == 12
+
+
+def test_sequences_that_do_not_lie_end_to_end_are_refused(tmp_path: Path) -> None:
+    write_raw(tmp_path / "t", np.arange(30, dtype=np.uint16), [5, 7, 3], [0, 20, 40], [0, 2, 3])
+    with pytest.raises(ValueError, match="document 0 do not lie end to end"):
+        IndexedDataset(tmp_path / "t").read(0, 0, 12)
+
+
+@pytest.mark.parametrize("code", [6, 7, 99])
+def test_what_is_no_token_is_refused(tmp_path: Path, code: int) -> None:
+    write_raw(tmp_path / "t", np.arange(8, dtype=np.uint8), [1], [0], [0, 1], code=code)
+    with pytest.raises(ValueError, match="a token is a whole number"):
+        IndexedDataset(tmp_path / "t")
+
+
+@pytest.mark.parametrize("firsts", [[0, 1], [1, 2], [0, 5], []])
+def test_document_entries_that_leave_sequences_out_are_refused(tmp_path: Path, firsts: list[int]) -> None:
+    write_raw(tmp_path / "t", np.arange(8, dtype=np.uint16), [4, 4], [0, 8], firsts)
+    with pytest.raises(ValueError, match="document entries"):
+        IndexedDataset(tmp_path / "t")
+
+
+def test_document_entries_that_run_backwards_are_refused(tmp_path: Path) -> None:
+    write_raw(tmp_path / "t", np.arange(8, dtype=np.uint16), [4, 2, 2], [0, 8, 12], [0, 2, 1, 2, 3])
+    with pytest.raises(ValueError, match="backwards"):
+        _ = IndexedDataset(tmp_path / "t").lengths
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_no_broken_byte_makes_it_read_past_the_files(tmp_path_factory, data) -> None:
+    """Cut, lengthened or changed anywhere: either it says what is wrong, or every token it gives is one of the file's."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    write_indexed_dataset(folder / "t", [np.arange(n) + 100 for n in (5, 0, 9, 2)], vocab_size=1000)
+    for file in (index_file(folder / "t"), token_file(folder / "t")):
+        content = bytearray(file.read_bytes())
+        for _ in range(data.draw(st.integers(0, 2))):
+            at = data.draw(st.integers(0, len(content) - 1))
+            content[at] = data.draw(st.integers(0, 255))
+        content = content[: data.draw(st.sampled_from([len(content)] * 3 + [len(content) - 1, len(content) - 8, len(content) // 2]))]
+        file.write_bytes(content + bytes(data.draw(st.sampled_from([0, 0, 0, 1, 8]))))
+    try:
+        tokens = IndexedDataset(folder / "t")
+        packed = SequenceDataset(
+            tokens,
+            np.arange(len(tokens)),
+            seq_length=8,
+            packing="greedy",
+            alignment=1,
+            seed=1,
+            pad_token=0,
+            cache_path=None,
+            vocab_size=70000,
+        )
+        for n in range(min(50, packed.sequences_per_epoch)):
+            packed.sequence(n)
+    except (ValueError, MemoryError) as error:
+        assert isinstance(error, MemoryError) or "t.idx" in str(error) or "t.bin" in str(error)
+
+
+def test_writing_an_index_takes_pieces(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("data.indexed_dataset.CHUNK", 3)
+    lengths = np.array([5, 0, 7, 1, 2, 9, 4], np.int32)
+    with (tmp_path / "a.idx").open("wb") as out:
+        write_index(out, lengths, np.dtype(np.uint16))
+    monkeypatch.undo()
+    write_indexed_dataset(tmp_path / "b", [np.arange(n) for n in lengths], vocab_size=100)
+    assert (tmp_path / "a.idx").read_bytes() == (tmp_path / "b.idx").read_bytes()
+
+
+def test_opening_costs_the_same_for_a_hundred_million_documents(tmp_path: Path) -> None:
+    """Sparse files with the header of a huge corpus: neither time nor memory grows with them."""
+    code = f"""
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from data.indexed_dataset import *
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+for count in (1000, 100_000_000):
+    prefix = Path({str(tmp_path)!r}, str(count))
+    with index_file(prefix).open("wb") as out:
+        out.write(HEADER.pack(MAGIC, 1, 8, count, count + 1))
+        out.truncate(HEADER.size + 20 * count)
+        out.seek(HEADER.size + 20 * count)
+        out.write(count.to_bytes(8, "little"))
+    token_file(prefix).write_bytes(bytes(2))
+    IndexedDataset(prefix)
+    before, start = anonymous(), time.perf_counter()
+    kept = [IndexedDataset(prefix) for _ in range(20)]
+    print((time.perf_counter() - start) / 20, anonymous() - before, len(kept[0]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (small, small_kb, _), (large, large_kb, count) = (map(float, line.split()) for line in done.stdout.splitlines())
+    assert count == 100_000_000
+    assert large < 10 * small + 0.01 and large_kb <= small_kb + 256

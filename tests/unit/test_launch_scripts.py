@@ -1,0 +1,239 @@
+"""What launch/ decides, with a SLURM that is played: the real one is in tests/slurm, two hosts in tests/netns."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
+
+SCONTROL = """#!/bin/sh
+case "$1 $2" in
+"show hostnames") seq -f node%g 0 99999 ;;
+requeue*) echo "$2" >> "$PLAY/requeued"; exit "${PLAY_REQUEUE_CODE:-0}" ;;
+esac
+"""
+
+# Takes the place of torchrun and the ranks: what it was called with, then the outcome that the test wants.
+SRUN = """#!/bin/bash
+printf '%s\\n' "$@" > "$PLAY/srun_args"
+while [ $# -gt 0 ]; do [ "$1" = --run-dir ] && run_dir=$2; shift; done
+say() {
+    printf '{\\n "status": "%s",\\n "step": %s,\\n "reason": "%s",\\n "attempt": "%s"\\n}\\n' "$1" "$2" "$3" "$4" > "$run_dir/status.json"
+}
+rm -f "$run_dir/stop"
+touch "$PLAY/started"
+. "$PLAY/outcome"
+"""
+
+WAIT_FOR_STOP = 'for i in {1..100}; do [ -e "$run_dir/stop" ] && break; sleep 0.1; done\n[ -e "$run_dir/stop" ] || exit 9\n'
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Path:
+    """A folder that looks like the repository, with srun and scontrol that are played."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "multi_node.sh", tmp_path / "launch")
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", "#!/bin/sh\n")):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    return tmp_path
+
+
+def submit(play: Path, outcome: str, *flags: str, **variables: str) -> subprocess.Popen[str]:
+    (play / "outcome").write_text(outcome)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PENTAGRID_"))}
+    slurm = dict(SLURM_SUBMIT_DIR=str(play), SLURM_JOB_ID="70012", SLURM_JOB_NAME="pg", SLURM_NNODES="2", SLURM_JOB_NODELIST="node[0-1]")
+    mine = dict(PATH=f"{play / 'bin'}:{clean['PATH']}", PLAY=str(play), PENTAGRID_BIN=str(play / "bin"), PENTAGRID_RANKS="4")
+    command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *flags]
+    environment = clean | slurm | mine | variables
+    environment = {k: v for k, v in environment.items() if v}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
+    out, _ = job.communicate(timeout=30)
+    return job.returncode, out
+
+
+def run(play: Path, outcome: str, *flags: str, **variables: str) -> tuple[int, str]:
+    return finish(submit(play, outcome, *flags, **variables))
+
+
+def requeued(play: Path) -> list[str]:
+    return (play / "requeued").read_text().split() if (play / "requeued").exists() else []
+
+
+def srun_args(play: Path) -> list[str]:
+    return (play / "srun_args").read_text().splitlines()
+
+
+def once_started(play: Path, job: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str]:
+    while not (play / "started").exists():
+        assert job.poll() is None, finish(job)
+        time.sleep(0.05)
+    job.send_signal(number)
+    return finish(job)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_clean(script: Path) -> None:
+    shellcheck = shutil.which("shellcheck")
+    command = [shellcheck, "-x", str(script)] if shellcheck else ["bash", "-n", str(script)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_done_is_success_whatever_torchrun_exits_with(play: Path) -> None:
+    code, out = run(play, "say done 10 '' a; exit 1", "--run-dir", "r")
+    assert (code, requeued(play)) == (0, []) and "done at step 10" in out
+
+
+def test_the_call_of_torchrun(play: Path) -> None:
+    code, out = run(play, "say done 10 '' a", "--lr", "0.1", SLURM_CPUS_ON_NODE="16")
+    assert code == 0, out
+    args = srun_args(play)
+    assert args[args.index("--cpus-per-task") + 1] == "16" and args[args.index("--nodes") + 1] == "2"
+    assert args[args.index("node") + 1 :] == ["2", "node0:20012", "4", "--lr", "0.1", "--run-dir", "runs/pg-70012", "--resume"]
+    assert (play / "runs" / "pg-70012").is_dir()
+
+
+def test_usr1_stops_the_run_and_queues_the_job_again(play: Path) -> None:
+    code, out = once_started(play, submit(play, WAIT_FOR_STOP + "say requeue 4 'the stop file' a", "--run-dir", "r"), signal.SIGUSR1)
+    assert (code, requeued(play)) == (0, ["70012"]), out
+    assert "saved step 4 (the stop file); queued again" in out
+    assert not (play / "r" / "stop").exists()
+
+
+def test_a_stop_file_that_is_taken_for_an_old_one_comes_again(play: Path) -> None:
+    outcome = WAIT_FOR_STOP + 'rm "$run_dir/stop"\n' + WAIT_FOR_STOP + "say requeue 1 'the stop file' a"
+    code, out = once_started(play, submit(play, outcome, "--run-dir", "r"), signal.SIGUSR1)
+    assert (code, requeued(play)) == (0, ["70012"]), out
+
+
+def test_usr1_just_before_the_end_is_not_in_the_way(play: Path) -> None:
+    code, out = once_started(play, submit(play, WAIT_FOR_STOP + "say done 10 '' a", "--run-dir", "r"), signal.SIGUSR1)
+    assert (code, requeued(play)) == (0, []), out
+
+
+def test_restarts_have_a_limit(play: Path) -> None:
+    code, out = run(play, "say requeue 4 'the stop file' a", "--run-dir", "r", SLURM_RESTART_COUNT="3", PENTAGRID_MAX_RESTARTS="3")
+    assert (code, requeued(play)) == (1, []) and "3 restarts are PENTAGRID_MAX_RESTARTS; sbatch with --run-dir r goes on" in out
+    code, out = run(play, "say requeue 5 'the stop file' b", "--run-dir", "r", SLURM_RESTART_COUNT="2", PENTAGRID_MAX_RESTARTS="3")
+    assert (code, requeued(play)) == (0, ["70012"]), out
+
+
+def test_a_scontrol_that_refuses_is_told(play: Path) -> None:
+    code, out = run(play, "say requeue 4 'the stop file' a", "--run-dir", "r", PLAY_REQUEUE_CODE="1")
+    assert code == 1 and "SLURM did not queue the job again" in out
+
+
+def test_failed_gives_its_reason(play: Path) -> None:
+    code, out = run(play, "say failed 7 'loss nan, sorry' a; exit 1", "--run-dir", "r")
+    assert (code, requeued(play)) == (1, []) and "failed at step 7: loss nan, sorry" in out
+
+
+def test_killed_is_not_queued_again(play: Path) -> None:
+    code, out = run(play, "say running 5 '' a; exit 137", "--run-dir", "r")
+    assert (code, requeued(play)) == (1, []) and "killed after step 5 or later (exit code 137" in out
+
+
+def test_an_earlier_starts_status_counts_for_nothing(play: Path) -> None:
+    assert run(play, "say requeue 4 'the stop file' a", "--run-dir", "r")[0] == 0
+    code, out = run(play, "exit 2", "--run-dir", "r")
+    assert (code, requeued(play)) == (2, ["70012"]) and "ended before it began to train (exit code 2)" in out
+
+
+def test_what_trains_nothing_may_succeed(play: Path) -> None:
+    assert run(play, "exit 0", "--run-dir", "r", "--eval-only")[0] == 0
+
+
+def test_term_leaves_the_queue_to_slurm(play: Path) -> None:
+    outcome = "sleep 1; say requeue 4 SIGTERM a; exit 1"
+    code, out = once_started(play, submit(play, outcome, "--run-dir", "r"), signal.SIGTERM)
+    assert (code, requeued(play)) == (143, []) and "saved step 4 on SIGTERM" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder"), [((), "runs/pg-70000/seed-3"), (("--run-dir", "r"), "r/seed-3"), (("--run-dir=x", "--run-dir=r"), "r/seed-3")]
+)
+def test_an_arrays_tasks_are_seeds(play: Path, flags: tuple[str, ...], folder: str) -> None:
+    code, out = run(play, "say done 10 '' a", *flags, SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_JOB_ID="70000")
+    assert code == 0, out
+    assert srun_args(play)[-5:] == ["--seed", "3", "--run-dir", folder, "--resume"] and (play / folder).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "words"),
+    [
+        ((), {"PENTAGRID_RANKS": ""}, "was given no GPUs: sbatch --gpus-per-node N, or for ranks on CPUs PENTAGRID_RANKS=N"),
+        ((), {"PENTAGRID_BIN": "/nowhere"}, "no /nowhere/torchrun on "),
+        ((), {"SLURM_SUBMIT_DIR": "/"}, "/ is not the repository's root: submit from there"),
+        (("--seed", "1"), {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7"}, "--seed: the tasks of an array"),
+        (("--save=x",), {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7"}, "--save would be one for all seeds"),
+    ],
+)
+def test_what_is_refused(play: Path, flags: tuple[str, ...], variables: dict[str, str], words: str) -> None:
+    code, out = run(play, "say done 10 '' a", *flags, **variables)
+    assert code == 2 and words in out
+    assert not (play / "srun_args").exists()
+
+
+def test_gpus_are_the_ranks(play: Path) -> None:
+    assert run(play, "say done 10 '' a", PENTAGRID_RANKS="", SLURM_GPUS_ON_NODE="8")[0] == 0
+    assert srun_args(play)[srun_args(play).index("node") + 3] == "8"
+
+
+def start(script: str, play: Path, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    (play / "bin" / "torchrun").write_text('#!/bin/sh\necho "$PWD: $*"; env\n')
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PENTAGRID_BIN": str(play / "bin")} | variables
+    command = ["bash", str(ROOT / "launch" / script), *args]
+    return subprocess.run(command, cwd=play, env=environment, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_multi_node_calls_torchrun(play: Path) -> None:
+    result = start(
+        "multi_node.sh", play, "1", "2", "head.example:29400", "1000", "--lr", "0 1", PENTAGRID_INTERFACE="lo", PENTAGRID_LOG_DIR="/l"
+    )
+    first, *environment = result.stdout.splitlines()
+    assert first == (
+        f"{ROOT}: --nnodes 2 --node-rank 1 --nproc-per-node 1000 --rdzv-backend static --master-addr head.example --master-port 29400 "
+        "--log-dir /l/node1 --redirects 3 --tee 3 --local-ranks-filter 0 train.py --lr 0 1"
+    )
+    assert {"GLOO_SOCKET_IFNAME=lo", "NCCL_SOCKET_IFNAME==lo", "OMP_NUM_THREADS=1"} <= set(environment)
+
+
+def test_local_calls_torchrun(play: Path) -> None:
+    result = start("local.sh", play, "2", "--cp-size", "2", OMP_NUM_THREADS="3")
+    assert result.stdout.splitlines()[0] == f"{ROOT}: --standalone --nproc-per-node 2 train.py --cp-size 2"
+    assert "OMP_NUM_THREADS=3" in result.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("0", "2"), "2 arguments"),
+        (("2", "2", "h:1", "1"), "NODE_RANK is 2, but with NNODES 2 the last one is 1"),
+        (("0", "2", "h", "1"), "h is not HEAD:PORT"),
+        (("0", "2", "h:1", "--lr"), "--lr is not a number"),
+        (("0", "2", "h:1", "0"), "RANKS is 0"),
+    ],
+)
+def test_multi_node_refuses(play: Path, args: tuple[str, ...], words: str) -> None:
+    result = start("multi_node.sh", play, *args)
+    assert result.returncode == 2 and words in result.stderr and "usage: launch/multi_node.sh NODE_RANK" in result.stderr
+
+
+def test_an_interface_that_is_not_there_is_named(play: Path) -> None:
+    result = start("multi_node.sh", play, "0", "1", "h:1", "1", PENTAGRID_INTERFACE="nosuch0")
+    assert result.returncode == 2 and "PENTAGRID_INTERFACE is nosuch0, but this node has" in result.stderr

@@ -1,0 +1,151 @@
+"""How a run ends: status.json, one line, and the first cause before what followed of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from data.loader import DataFault
+from training import outcome as outcome_module
+from training.metrics import NonFinite
+from training.outcome import Outcome, StatusFile, lost_a_peer
+
+
+def outcome_in(folder: Path, rank: int = 1, attempt: str = "a") -> Outcome:
+    made = Outcome(rank=rank, local_rank=rank)
+    made.status, made.step = StatusFile(folder / "status.json", attempt=attempt, rank=rank), 12
+    return made
+
+
+def told(folder: Path) -> dict:
+    return json.loads((folder / "status.json").read_text())
+
+
+def test_a_status_is_whole_or_the_one_before(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path / "status.json", attempt="a", rank=0)
+    assert status.read() == {} and status.failure() is None
+    status.write("requeue", step=7, reason="SIGTERM")
+    assert status.read().items() >= {"status": "requeue", "step": 7, "reason": "SIGTERM", "rank": 0, "attempt": "a"}.items()
+    assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (DataFault("corpus.bin: token 70000"), 1, "train.py: rank 1: corpus.bin: token 70000"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_an_error_of_this_rank_is_one_line(tmp_path: Path, capsys, error: BaseException, code: int, words: str) -> None:
+    with pytest.raises(SystemExit) as ended, outcome_in(tmp_path, rank=1 if code == 1 else 0):
+        raise error
+    assert ended.value.code == code
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert told(tmp_path)["status"] == "failed" and told(tmp_path)["step"] == 12
+
+
+def test_what_all_ranks_know_is_said_once(tmp_path: Path, capsys) -> None:
+    for rank in (0, 1):
+        with pytest.raises(SystemExit), outcome_in(tmp_path, rank=rank):
+            raise NonFinite(3, float("nan"), 1.0)
+    assert capsys.readouterr().err == "train.py: step 3: loss nan, gradient norm 1.0\n"
+
+
+def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), outcome_in(tmp_path):
+        _ = 1 / 0
+    assert told(tmp_path)["reason"] == "ZeroDivisionError: division by zero"
+
+
+def test_a_refusal_says_why(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit), outcome_in(tmp_path):
+        raise SystemExit(2) from ValueError("--lr is wrong")
+    assert told(tmp_path)["reason"] == "--lr is wrong"
+
+
+def test_an_end_without_an_error_writes_nothing(tmp_path: Path) -> None:
+    with outcome_in(tmp_path):
+        pass
+    assert not (tmp_path / "status.json").exists()
+
+
+def test_the_first_cause_stays(tmp_path: Path, capsys, monkeypatch) -> None:
+    """Rank 1 fails; rank 0 only loses it."""
+    codes: list[int] = []
+    monkeypatch.setattr(outcome_module.os, "_exit", codes.append)
+    with pytest.raises(SystemExit), outcome_in(tmp_path, rank=1):
+        raise DataFault("no such token")
+    with pytest.raises(RuntimeError, match="gloo"), outcome_in(tmp_path, rank=0):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    assert codes == [1] and told(tmp_path)["reason"] == "no such token"
+    assert "stopped, because rank 1 on" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="gloo"), outcome_in(tmp_path, rank=0, attempt="the next one"):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    assert told(tmp_path)["reason"].startswith("lost another rank")  # the failure of an attempt before is not this one's
+
+
+@pytest.mark.parametrize("ended", ["done", "requeue"])
+def test_who_dies_after_the_end_does_not_undo_it(tmp_path: Path, ended: str) -> None:
+    outcome_in(tmp_path).status.write(ended, step=20, reason="")  # type: ignore[union-attr]
+    with pytest.raises(ZeroDivisionError), outcome_in(tmp_path):
+        _ = 1 / 0
+    assert told(tmp_path)["status"] == ended
+    with pytest.raises(ZeroDivisionError), outcome_in(tmp_path, attempt="the next one"):
+        _ = 1 / 0
+    assert told(tmp_path)["status"] == "failed" and told(tmp_path)["lost"] is False
+
+
+class Gone:
+    """stderr and stdout whose other end went with torchrun."""
+
+    def write(self, text: str = "") -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    flush = isatty = write  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("status", ['{"status": 1}', "[]", "half of", ""])
+def test_a_rank_that_is_stuck_ends_though_nobody_listens(tmp_path: Path, monkeypatch, status: str) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(outcome_module.os, "_exit", codes.append)
+    (tmp_path / "status.json").write_text(status)
+    monkeypatch.setattr(outcome_module.sys, "stderr", Gone())
+    monkeypatch.setattr(outcome_module.sys, "stdout", Gone())
+    outcome_in(tmp_path).stuck("torchrun, process 7, is gone")
+    assert codes == [1] and told(tmp_path)["reason"] == "torchrun, process 7, is gone" and told(tmp_path)["lost"] is True
+
+
+def test_a_rank_that_is_stuck_ends_whatever_else_fails(tmp_path: Path, monkeypatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(outcome_module.os, "_exit", codes.append)
+    made = outcome_in(tmp_path)
+    monkeypatch.setattr(made, "_fail", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made.stuck("nothing moved")
+    assert codes == [1]
+
+
+def test_only_lost_peers_are_lost_peers() -> None:
+    for words in (
+        "[gloo/transport/tcp/pair.cc:534] Connection reset by peer [10.0.0.1]:1",
+        "[gloo/transport/tcp/pair.cc:547] Read error: Connection timed out",
+        "[gloo/transport/tcp/unbound_buffer.cc:81] Application timeout caused pair closure",
+        "No route to host",
+        "NCCL error in: x.cpp:1, remote process exited or there was a network error, NCCL version 2.29",
+    ):
+        assert lost_a_peer(RuntimeError(words)), words
+    assert not lost_a_peer(RuntimeError("shape mismatch")) and not lost_a_peer(OSError("Broken pipe"))
+    assert not lost_a_peer(RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error (run with NCCL_DEBUG=INFO for details)"))
+
+
+def test_a_full_disk_does_not_hide_the_error(tmp_path: Path, capsys) -> None:
+    place = tmp_path / "file"
+    place.touch()
+    made = outcome_in(place)
+    with pytest.raises(SystemExit), made:
+        raise DataFault("first")
+    assert "first" in capsys.readouterr().err and os.path.isfile(place)

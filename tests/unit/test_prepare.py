@@ -1,0 +1,467 @@
+"""data.prepare: every format to the same tokens, whatever the workers; stopped, killed and broken at any place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import data.prepare as prepare_module
+from data.indexed_dataset import IndexedDataset, index_file
+from data.prepare import Corpus, build_parser, main, prepare
+from data.sources import open_prepared
+from data.statistics import count_duplicates, length_histogram, padding_shares
+from data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TEXTS = [f"document {n}: " + "grüße, 世界 🎉\n" * (n % 7) + "x" * (37 * n % 101) for n in range(120)]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 400)
+
+
+def lines_of(texts: list[str], key: str = "text") -> bytes:
+    return "".join(json.dumps({key: t}) + "\n" for t in texts).encode()
+
+
+def zstd(data: bytes) -> bytes:
+    """Two frames, as `cat a.zst b.zst` makes them."""
+    half = len(data) // 2
+    return b"".join(bytes(pa.compress(part, codec="zstd", asbytes=True)) for part in (data[:half], data[half:]))
+
+
+def corpus_in(folder: Path) -> Path:
+    """TEXTS over every format, 20 a file in the order of names; then 20 files of text."""
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(lines_of(TEXTS[:20]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines_of(TEXTS[20:30])) + gzip.compress(lines_of(TEXTS[30:40])))
+    (folder / "c.jsonl.zst").write_bytes(zstd(lines_of(TEXTS[40:60])))
+    pq.write_table(pa.table({"text": TEXTS[60:80], "n": range(20)}), folder / "d.parquet", row_group_size=7)
+    pq.write_table(pa.table({"text": pa.array(TEXTS[80:100], pa.large_string())}), folder / "whole")
+    (folder / "e.parquet.gz").write_bytes(gzip.compress((folder / "whole").read_bytes()))
+    (folder / "whole").unlink()
+    for n, text in enumerate(TEXTS[100:]):
+        name, data = folder / f"f{n:02d}.txt", text.encode()
+        if n % 3 == 1:
+            name, data = folder / f"f{n:02d}.txt.gz", gzip.compress(data)
+        if n % 3 == 2:
+            name, data = folder / f"f{n:02d}.txt.zst", zstd(data)
+        name.write_bytes(data)
+    return folder
+
+
+def run(*flags: str):
+    return prepare(build_parser().parse_args([str(f) for f in flags]))
+
+
+def texts_in(prefix: Path, end: int | None = 256) -> list[str]:
+    tokens, byte = IndexedDataset(prefix), ByteTokenizer()
+    texts = []
+    for document, length in enumerate(tokens.lengths.tolist()):
+        ids = tokens.read(document, 0, length).tolist()
+        if end is not None:
+            assert ids[-1] == end
+        texts.append(byte.decode(ids))
+    return texts
+
+
+def files_of(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+
+
+BYTE = ("--tokenizer-type", "byte", "--append-eod")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_every_format_gives_its_documents_in_order(tmp_path: Path, workers: int) -> None:
+    corpus = corpus_in(tmp_path / "in")
+    progress = run("--input", corpus, "--output-prefix", tmp_path / "out" / "p.v1", *BYTE, "--workers", workers)
+    assert texts_in(tmp_path / "out" / "p.v1") == TEXTS
+    assert (progress.documents, progress.bad, progress.empty) == (120, 0, 0)
+    assert progress.text_bytes == sum(len(t.encode()) for t in TEXTS) == progress.tokens - 120
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["p.v1.bin", "p.v1.idx", "p.v1.json"]
+
+
+def test_without_eod_documents_are_the_text_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["one", "", "two"]))
+    progress = run("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", "--tokenizer-type", "byte", "--workers", 0)
+    assert texts_in(tmp_path / "p", end=None) == ["one", "two"] and progress.empty == 1
+    assert IndexedDataset(tmp_path / "p").lengths.tolist() == [3, 3]
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 3, 10, 23])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch, after: int, workers: int) -> None:
+    """Whatever else was written when it stopped, as a kill between two reports would leave it."""
+    corpus, flags = corpus_in(tmp_path / "in"), ("--workers", workers, "--on-error", "skip", *BYTE)
+    with (corpus / "a.jsonl").open("ab") as out:
+        out.write(b"broken\n")
+    (corpus / "ba.jsonl.gz").write_bytes(gzip.compress(lines_of(TEXTS[:5]))[:-9])  # its end is cut off
+    whole = run("--input", corpus, "--output-prefix", tmp_path / "whole", *flags)
+    assert whole.bad == 2 and [Path(s.split(":")[0]).name for s in whole.shown] == ["a.jsonl", "ba.jsonl.gz"]
+    real, calls = Corpus.add, []
+
+    def add(self, task, tokens) -> None:
+        real(self, task, tokens)
+        calls.append(1)
+        if len(calls) == after:
+            self.save()
+            for output in self.outputs.values():
+                output.write(b"more than was told")
+                output.flush()
+            monkeypatch.setattr(Corpus, "save", lambda self: None)
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Corpus, "add", add)
+        with pytest.raises(Stop):
+            run("--input", corpus, "--output-prefix", tmp_path / "p", *flags)
+    monkeypatch.undo()
+    assert not (tmp_path / "p.idx").exists()
+    resumed = run("--input", corpus, "--output-prefix", tmp_path / "p", *flags)
+    assert files_of(tmp_path / "p") == files_of(tmp_path / "whole")
+    assert (resumed.documents, resumed.bad, resumed.shown, resumed.text_bytes) == (
+        whole.documents,
+        whole.bad,
+        whole.shown,
+        whole.text_bytes,
+    )
+
+
+def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path: Path) -> None:
+    corpus = corpus_in(tmp_path / "in")
+    flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "2"]
+    code = textwrap.dedent(f"""
+        import multiprocessing, os, sys, data.prepare as p
+        p.BATCH_BYTES, p.SAVE_EVERY, real, n = 400, 0.0, p.Corpus.add, []
+        def add(self, *a):
+            real(self, *a); n.append(1)
+            if len(n) == 8:
+                print(*[c.pid for c in multiprocessing.active_children()], flush=True)
+                os.kill(os.getpid(), 9)
+        p.Corpus.add = add
+        p.main({flags!r})
+    """)
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    workers = [int(pid) for pid in killed.stdout.split()]
+    assert len(workers) == 2 and not (tmp_path / "p.idx").exists()
+    deadline = time.monotonic() + 10
+    while any(_lives(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.1)
+    assert json.loads((tmp_path / "p.part" / "progress.json").read_text())["progress"]["documents"] > 0
+    assert main(flags) == 0
+    assert texts_in(tmp_path / "p") == TEXTS
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_dead_worker_ends_the_run_at_once(tmp_path: Path, monkeypatch) -> None:
+    def die(self, task) -> None:
+        os._exit(3)
+
+    monkeypatch.setattr(prepare_module.Encoder, "__call__", die)  # the workers are forked
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="a worker died"):
+        run("--input", corpus_in(tmp_path / "in"), "--output-prefix", tmp_path / "p", *BYTE, "--workers", 2)
+    assert time.monotonic() - start < 10
+
+
+BAD = [
+    (b"{broken", "not a JSON record"),
+    (b'{"txt": "x"}', "no text under the key"),
+    (b'{"text": 5}', "no text under the key"),
+    (b'["x"]', "no text under the key"),
+    (b'{"text": "\xff\xfe"}', "not a JSON record in UTF-8"),
+    (b'{"text": "\\ud800"}', "half a surrogate"),
+]
+
+
+@pytest.mark.parametrize(("line", "why"), BAD)
+def test_a_bad_record_stops_the_run_with_file_and_line(tmp_path: Path, capsys, line: bytes, why: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["one"]) + b"\n" + line + b"\n" + lines_of(["two"]))
+    assert main(["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "1"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("data.prepare: ") and "a.jsonl:3 " in said and why in said
+    assert not (tmp_path / "p.idx").exists()
+
+
+def test_who_was_stopped_by_a_bad_record_goes_on_with_skip(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS[:60]) + b"broken\n" + lines_of(TEXTS[60:]))
+    flags = ["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "1"]
+    assert main(flags) == 2
+    assert json.loads((tmp_path / "p.part" / "progress.json").read_text())["progress"]["documents"] > 20
+    assert main([*flags, "--on-error", "skip"]) == 0 and texts_in(tmp_path / "p") == TEXTS
+
+
+def test_bad_records_are_counted_and_the_first_shown(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"".join(line + b"\n" + lines_of([str(n)]) for n, (line, _) in enumerate(BAD)))
+    pq.write_table(pa.table({"text": ["p0", None, "p2"]}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 no such thing")
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "e.parquet")
+    flags = ["--input", str(tmp_path / "*.*"), "--output-prefix", str(tmp_path / "out" / "p"), *BYTE, "--workers", "1"]
+    assert main([*flags, "--on-error", "skip"]) == 0
+    out = capsys.readouterr().out
+    assert "8 documents" in out and "10 bad records" in out
+    assert out.count("left out: ") == 5 and "a.jsonl:1 " in out and "a.jsonl:9 " in out
+    facts = json.loads((tmp_path / "out" / "p.json").read_text())
+    assert facts["bad_records"] == 10 and len(facts["first_bad_records"]) == 5
+    assert texts_in(tmp_path / "out" / "p") == [*"012345", "p0", "p2"]
+
+
+@pytest.mark.parametrize(("name", "why"), [("b.parquet", ":2 has no text"), ("e.parquet", "no column 'text', but body")])
+def test_bad_parquet_is_named(tmp_path: Path, capsys, name: str, why: str) -> None:
+    column = "text" if name == "b.parquet" else "body"
+    pq.write_table(pa.table({column: ["p0", None]}), tmp_path / name)
+    assert main(["--input", str(tmp_path / name), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "0"]) == 2
+    assert f"{name}{why}" in capsys.readouterr().err.replace(f"{name} has", f"{name}has").replace("has no column", "no column")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_compressed_file_that_ends_early_is_an_error(tmp_path: Path, capsys, name: str) -> None:
+    data = lines_of(TEXTS * 20)
+    packed = gzip.compress(data) if name.endswith("gz") else bytes(pa.compress(data, codec="zstd", asbytes=True))
+    (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+    assert main(["--input", str(tmp_path / name), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "1"]) == 2
+    assert "cannot be read on" in capsys.readouterr().err
+
+
+def test_what_is_there_is_not_written_over(tmp_path: Path, capsys) -> None:
+    corpus = corpus_in(tmp_path / "in")
+    flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "0"]
+    assert main(flags) == 0
+    before = files_of(tmp_path / "p")
+    assert main(flags) == 2 and "--overwrite" in capsys.readouterr().err
+    (corpus / "a.jsonl").write_bytes(lines_of(["another"]))
+    assert main([*flags, "--overwrite"]) == 0 and files_of(tmp_path / "p") != before
+    assert texts_in(tmp_path / "p") == ["another", *TEXTS[20:]]
+
+
+def test_half_a_corpus_of_other_inputs_is_not_gone_on_with(tmp_path: Path, monkeypatch, capsys) -> None:
+    corpus = corpus_in(tmp_path / "in")
+    flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(flags) == 130
+    (corpus / "a.jsonl").write_bytes(lines_of(["another"]))
+    capsys.readouterr()
+    assert main(flags) == 2 and "begun from other inputs" in capsys.readouterr().err
+    assert main([*flags, "--overwrite"]) == 0 and texts_in(tmp_path / "p")[0] == "another"
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    flags = ["--input", str(corpus_in(tmp_path / "in")), "--output-prefix", str(tmp_path / "p"), *BYTE]
+    first = Corpus(tmp_path / "p", dtype=np.dtype(np.uint16), key="k", overwrite=False)
+    command = [sys.executable, "-m", "data.prepare", *flags]
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert second.returncode == 2 and "another process is writing it" in second.stderr
+    first.close()
+    assert main(flags) == 0
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("at", range(6))
+def test_killed_between_any_two_renames_it_is_finished_by_the_same_command(tmp_path: Path, monkeypatch, at: int, overwrite: bool) -> None:
+    corpus, model = corpus_in(tmp_path / "in"), tmp_path / "spm.model"
+    model.write_bytes(train_sentencepiece(TEXTS, vocab_size=400))
+    flags = ["--input", str(corpus), "--tokenizer-model", str(model), "--workers", "0", "--output-prefix"]
+    assert main([*flags, str(tmp_path / "whole")]) == 0
+    prefix = tmp_path / "p"
+    if overwrite:
+        assert main(["--input", str(corpus / "a.jsonl"), *BYTE, "--workers", "0", "--output-prefix", str(prefix)]) == 0
+        flags.insert(0, "--overwrite")
+    real, calls = os.replace, []
+
+    def replace(source, target) -> None:
+        if "progress.json" not in str(target):
+            calls.append(1)
+            if len(calls) > at:
+                raise Stop
+        real(source, target)
+
+    def remove(*_) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        patch.setattr(prepare_module.shutil, "rmtree", remove)
+        with pytest.raises(Stop):
+            main([*flags, str(prefix)])
+    if index_file(prefix).exists() and not overwrite:  # the last rename was done
+        assert files_of(prefix) == files_of(tmp_path / "whole")
+        assert main([*flags, str(prefix)]) == 2
+        flags.insert(0, "--overwrite")
+    assert main([*flags, str(prefix)]) == 0
+    assert files_of(prefix) == files_of(tmp_path / "whole") and open_prepared(prefix).tokenizer() is not None
+    assert not (tmp_path / "p.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--input", "no/such/*.jsonl", *BYTE], "no/such/*.jsonl"),
+        (["--input", ".", "--tokenizer-type", "sentencepiece"], "--tokenizer-model is missing"),
+        (["--input", ".", *BYTE, "--tokenizer-model", "x"], "takes no model"),
+        (["--input", ".", *BYTE, "--workers", "-1"], "--workers -1"),
+        (["--input", ".", *BYTE, "--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(tmp_path: Path, capsys, flags: list[str], words: str) -> None:
+    assert main([*flags, "--output-prefix", str(tmp_path / "p")]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+def test_inputs_without_a_document_leave_nothing(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["", ""]))
+    assert main(["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "p"), *BYTE]) == 2
+    assert "no document in it (2 empty" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def hugging_face(path: Path, special: list[str]) -> Path:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.enable_truncation(8)  # what files made for short texts say
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(path))
+    return path
+
+
+def test_a_tokenizer_json_returns_the_text_and_ends_documents(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("auto", str(hugging_face(tmp_path / "tokenizer.json", ["<pad>", "<|endoftext|>"])))
+    assert isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.eod == 1
+    for text in TEXTS[:30]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and ids.max() < tokenizer.vocab_size and ids.dtype == np.int32
+    assert [a.tolist() for a in tokenizer.encode_batch(TEXTS)] == [tokenizer.encode(t).tolist() for t in TEXTS]
+
+
+def test_a_tokenizer_json_without_a_usual_end_needs_its_name(tmp_path: Path) -> None:
+    file = str(hugging_face(tmp_path / "tokenizer.json", ["<stop>"]))
+    with pytest.raises(ValueError, match="--tokenizer-eod"):
+        load_tokenizer("auto", file)
+    with pytest.raises(ValueError, match="no token <other>"):
+        load_tokenizer("huggingface", file, "<other>")
+    assert load_tokenizer("auto", file, "<stop>").eod == 0
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"not a Hugging Face tokenizer\.json"):
+        load_tokenizer("auto", str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_a_corpus_knows_its_tokenizer(tmp_path: Path, kind: str) -> None:
+    if kind == "huggingface":
+        model = hugging_face(tmp_path / "tokenizer.json", ["<stop>"])
+        flags = ["--tokenizer-eod", "<stop>"]
+    else:
+        model, flags = tmp_path / "spm.model", []
+        model.write_bytes(train_sentencepiece(TEXTS, vocab_size=400))
+    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS))
+    out = tmp_path / "out" / "p"
+    run("--input", tmp_path / "a.jsonl", "--output-prefix", out, "--append-eod", "--tokenizer-model", model, *flags)
+    model.unlink()
+    moved = (tmp_path / "out").rename(tmp_path / "elsewhere") / "p"
+    corpus = open_prepared(moved)
+    tokenizer = corpus.tokenizer()
+    assert tokenizer is not None
+    first = corpus.tokens.read(0, 0, int(corpus.tokens.lengths[0]))
+    assert tokenizer.decode(first[:-1]) == TEXTS[0] and first[-1] == tokenizer.eod
+    copy = next(p for p in moved.parent.iterdir() if ".tokenizer." in p.name)
+    if kind == "huggingface":
+        copy.write_bytes(hugging_face(tmp_path / "o.json", ["<stop>", "<a>"]).read_bytes())
+    else:
+        copy.write_bytes(train_sentencepiece(TEXTS, vocab_size=390))
+    with pytest.raises(ValueError, match="not the tokenizer"):
+        open_prepared(moved).tokenizer()
+
+
+def test_batches_are_encoded_as_single_texts(tmp_path: Path) -> None:
+    (tmp_path / "m.model").write_bytes(train_sentencepiece(TEXTS, vocab_size=400))
+    tokenizer = SentencePieceTokenizer(tmp_path / "m.model")
+    for texts in (TEXTS, ["with \u2581 in it", "and without"], []):
+        assert [a.tolist() for a in tokenizer.encode_batch(texts)] == [tokenizer.encode(t).tolist() for t in texts]
+
+
+def test_train_tokenizer(tmp_path: Path, capsys) -> None:
+    corpus, model = corpus_in(tmp_path / "in"), tmp_path / "m.model"
+    flags = ["train-tokenizer", "--input", str(corpus), "--output", str(model), "--vocab-size", "400"]
+    assert main(flags) == 0 and SentencePieceTokenizer(model).vocab_size == 400
+    assert main(flags) == 2 and "there already" in capsys.readouterr().err
+    assert main([*flags[:-1], "100000", "--output", str(tmp_path / "n.model")]) == 2
+    assert "--vocab-size 100000" in capsys.readouterr().err and not (tmp_path / "n.model").exists()
+    with (corpus / "a.jsonl").open("ab") as out:
+        out.write(b"broken\n")
+    flags[4] = str(tmp_path / "skipped.model")
+    assert main(flags) == 2 and "--input: " in capsys.readouterr().err
+    assert main([*flags, "--on-error", "skip"]) == 0
+    out = capsys.readouterr().out
+    assert "1 bad records" in out and "a.jsonl:21 is not a JSON record" in out
+
+
+# ---------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_stats_count_what_is_there(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["abc", "abcd" * 10, "abc", "x" * 300, "abc"]))
+    run("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", *BYTE)
+    assert main(["stats", str(tmp_path / "p"), "--seq-length", "64", "--json", str(tmp_path / "s.json")]) == 0
+    out = capsys.readouterr().out
+    assert "5 documents, 354 tokens" in out and "2 repeat an earlier one" in out and "256 to 511" in out
+    facts = json.loads((tmp_path / "s.json").read_text())
+    assert facts["duplicates"] == count_duplicates(IndexedDataset(tmp_path / "p")) == 2
+    assert sum(facts["histogram"]["documents"]) == 5 and sum(facts["histogram"]["tokens"]) == 354
+    assert (tmp_path / "p.lengths.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert main(["stats", str(tmp_path / "p"), "--seq-length", "100"]) == 2 and "nearest" in capsys.readouterr().err
+
+
+def test_histogram_bins_hold_their_lengths() -> None:
+    edges, documents, tokens = length_histogram(np.array([1, 2, 3, 4, 7, 8]))
+    assert (edges.tolist(), documents.tolist(), tokens.tolist()) == ([1, 2, 4, 8, 16], [1, 2, 2, 1], [1, 5, 11, 8])
+
+
+@pytest.mark.parametrize("cp", [1, 4])
+def test_padding_shares_are_those_of_the_epochs(tmp_path: Path, cp: int) -> None:
+    from tests.unit.test_packed_rows import dataset
+
+    lengths = np.random.default_rng(0).integers(1, 200, 300)
+    shares = padding_shares(lengths, 128, cp)
+    for packing, share in shares.items():
+        epoch = dataset(lengths.tolist(), seq_length=128, alignment=2 * cp, packing=packing)
+        assert share == pytest.approx(1 - lengths.sum() / (epoch.sequences_per_epoch * 128))

@@ -1,0 +1,209 @@
+"""Files from elsewhere never run code and never point out of their folder. Each bad file here would leave a mark if it ran."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from data.indexed_dataset import IndexedDataset, write_indexed_dataset
+from data.sources import open_parts
+from data.tokenizer import load_tokenizer
+from parallel.grid import GridSizes, build_grid
+from tests.distributed.test_model_parity import built, config_of
+from tests.distributed.test_reshard import optimizer_of
+from tools import checkpoint as checkpoint_tool
+from training.arguments import parse_arguments
+from training.checkpoint import Saver, load_checkpoint
+from training.checkpoint_files import checksums
+from training.safe_reader import SafeReader, UnsafeCheckpoint
+
+
+class Mark:
+    """Unpickled by a careless reader, it makes a folder."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = str(place)
+
+    def __reduce__(self):
+        return os.mkdir, (self.place,)
+
+
+@pytest.fixture()
+def saved(tmp_path: Path) -> Iterator[tuple]:
+    """A checkpoint of a small model, and what loads it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    grid = build_grid(GridSizes())
+    model = built(grid, config_of(), "fp32")
+    optimizer = optimizer_of(model)
+    Saver(tmp_path / "save", model, optimizer, grid).save(3, {})
+    yield tmp_path / "save" / "step_0000003", lambda place: load_checkpoint(place, model, optimizer, grid)
+    dist.destroy_process_group()
+
+
+def rewrite(place: Path, name: str, content: bytes) -> None:
+    """A file and its checksum, as whoever made it would."""
+    (place / name).write_bytes(content)
+    sums = json.loads((place / "checksums.json").read_text())
+    sums |= checksums([place / name])
+    (place / "checksums.json").write_text(json.dumps(sums))
+
+
+def index_of(place: Path) -> Metadata:
+    return SafeReader(place).read_metadata()
+
+
+def test_an_honest_checkpoint_loads(saved: tuple) -> None:
+    place, load = saved
+    assert load(place) == 3 and len(index_of(place).state_dict_metadata) > 10
+
+
+def test_code_in_the_index(saved: tuple, tmp_path: Path, capsys) -> None:
+    place, load = saved
+    rewrite(place, ".metadata", pickle.dumps(Mark(tmp_path / "ran")))
+    with pytest.raises(ValueError, match=r"posix\.mkdir|nt\.mkdir|os\.mkdir"):
+        load(place)
+    assert checkpoint_tool.main(["inspect", str(place)]) == 1 and "may run code" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((place / ".metadata").read_bytes())
+    assert (tmp_path / "ran").exists()  # the trap works
+
+
+def test_code_in_an_entry_that_is_no_tensor(saved: tuple, tmp_path: Path) -> None:
+    """The library would unpickle it with weights_only=False."""
+    place, load = saved
+    metadata = index_of(place)
+    name = next(iter(metadata.state_dict_metadata))
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    payload = io.BytesIO()
+    torch.save(Mark(tmp_path / "ran"), payload)
+    data = next(p for p in place.iterdir() if p.suffix == ".distcp")
+    at = data.stat().st_size
+    for index, info in metadata.storage_data.items():
+        if index.fqn == name:
+            info.offset, info.length = at, len(payload.getvalue())
+    rewrite(place, data.name, data.read_bytes() + payload.getvalue())
+    metadata.storage_data = {type(k)(k.fqn) if k.fqn == name else k: v for k, v in metadata.storage_data.items()}
+    rewrite(place, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="BytesStorageMetadata, which no checkpoint needs"):
+        load(place)
+    assert not (tmp_path / "ran").exists()
+    dcp.load({name: torch.zeros(1)}, checkpoint_id=place, no_dist=True)
+    assert (tmp_path / "ran").exists()  # the trap works
+
+
+@pytest.mark.parametrize("where", ["../outside", "/etc/hostname", "__0_0.distcp/../../outside"])
+def test_tensors_that_lie_elsewhere(saved: tuple, where: str) -> None:
+    place, load = saved
+    metadata = index_of(place)
+    next(iter(metadata.storage_data.values())).relative_path = where
+    rewrite(place, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="no data file of this folder"):
+        load(place)
+
+
+class Changes:
+    """Pickled, it sets an attribute of a class: the opcode BUILD does so to whatever stands before it."""
+
+    def __init__(self, target: type, **attributes) -> None:
+        self.target, self.attributes = target, attributes
+
+    def index(self) -> bytes:
+        name = f"c{self.target.__module__}\n{self.target.__qualname__}\n".encode()
+        state = pickle.dumps((None, self.attributes), protocol=2)[2:-1]  # without its frame
+        return b"\x80\x02" + name + state + b"b."
+
+
+@pytest.mark.parametrize("target", [Metadata, MetadataIndex, type(Path())])
+def test_an_index_changes_no_class(tmp_path: Path, target: type) -> None:
+    before = dict(vars(target))
+    (tmp_path / ".metadata").write_bytes(Changes(target, marked=7).index())
+    with pytest.raises(UnsafeCheckpoint):
+        SafeReader(tmp_path).read_metadata()
+    assert dict(vars(target)) == before
+    pickle.loads((tmp_path / ".metadata").read_bytes())
+    assert target.marked == 7  # the trap works
+    del target.marked
+
+
+def test_a_path_that_is_no_text(saved: tuple) -> None:
+    place, load = saved
+    metadata = index_of(place)
+    next(iter(metadata.storage_data.values())).relative_path = Path("__0_0.distcp")
+    rewrite(place, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="where str should be"):
+        load(place)
+
+
+@pytest.mark.parametrize("name", ["../other", "/dev/zero", ".."])
+def test_checksums_name_files_of_the_folder_only(saved: tuple, name: str) -> None:
+    place, load = saved
+    sums = json.loads((place / "checksums.json").read_text())
+    (place / "checksums.json").write_text(json.dumps(sums | {name: [1, "0"]}))
+    with pytest.raises(ValueError, match="no file of this folder"):
+        load(place)
+
+
+def test_an_index_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(UnsafeCheckpoint, match="not the index of a checkpoint"):
+        SafeReader(tmp_path).read_metadata()
+
+
+def test_yaml_presets(tmp_path: Path) -> None:
+    (tmp_path / "preset.yaml").write_text(f"lr: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n")
+    with pytest.raises(ValueError, match="--config"):
+        parse_arguments(["--config", str(tmp_path / "preset.yaml")])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_yaml_blends(tmp_path: Path) -> None:
+    (tmp_path / "blend.yaml").write_text(f"- path: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n  weight: 1\n")
+    with pytest.raises(ValueError, match="--data-path"):
+        open_parts([str(tmp_path / "blend.yaml")], "text")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("sentencepiece", "t.model"), ("huggingface", "tokenizer.json")])
+def test_tokenizers(tmp_path: Path, kind: str, name: str) -> None:
+    (tmp_path / name).write_bytes(pickle.dumps(Mark(tmp_path / "ran")))
+    with pytest.raises(ValueError, match="--tokenizer-model"):
+        load_tokenizer(kind, str(tmp_path / name), None)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_token_files(tmp_path: Path) -> None:
+    write_indexed_dataset(tmp_path / "good", [np.arange(5)], vocab_size=10)
+    (tmp_path / "bad.bin").write_bytes((tmp_path / "good.bin").read_bytes())
+    (tmp_path / "bad.idx").write_bytes(pickle.dumps(Mark(tmp_path / "ran")).ljust(200, b"\0"))
+    with pytest.raises(ValueError, match=r"bad\.idx"):
+        IndexedDataset(tmp_path / "bad")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_corpus_names_no_tokenizer_elsewhere(tmp_path: Path) -> None:
+    """What its JSON calls the model is looked for beside it, whatever folder it names."""
+    write_indexed_dataset(tmp_path / "c", [np.arange(5)], vocab_size=10)
+    (tmp_path / "secret.model").touch()
+    (tmp_path / "in").mkdir()
+    for kind in ("bin", "idx"):
+        (tmp_path / f"c.{kind}").rename(tmp_path / "in" / f"c.{kind}")
+    facts = {
+        "documents": 1,
+        "tokens": 5,
+        "tokenizer": {"type": "sentencepiece", "model": "../secret.model", "eod": None, "fingerprint": "x", "vocab_size": 10},
+    }
+    (tmp_path / "in" / "c.json").write_text(json.dumps(facts))
+    (part,) = open_parts([str(tmp_path / "in" / "c")], "text")
+    with pytest.raises(ValueError, match=r"in/secret\.model"):
+        part.content.tokenizer()  # type: ignore[union-attr]

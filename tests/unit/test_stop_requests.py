@@ -1,0 +1,98 @@
+"""Requests to stop: what counts, what comes first, and the file that outlives a start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from training import signals
+from training.signals import StopRequests
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=1))
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell script's background
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def asked(stops: StopRequests, done: int = 7) -> str:
+    stops.start_agreeing()
+    return stops.agreed(done)
+
+
+def requests(group: dist.ProcessGroup, stop_file: Path | None = None, **changes) -> StopRequests:
+    stops = StopRequests(**(dict(interval=None, duration_minutes=None, started=time.monotonic()) | changes))
+    stops.watch(stop_file, group)
+    return stops
+
+
+def test_nothing_asked_goes_on(group) -> None:
+    assert asked(requests(group)) == ""
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")])
+def test_signals(group, number: signal.Signals, name: str) -> None:
+    stops = requests(group)
+    os.kill(os.getpid(), number)
+    assert asked(stops) == name and asked(stops) == name
+
+
+def test_ctrl_c_asks_only_once_training_has_begun(group) -> None:
+    stops = requests(group)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    stops.watch_interrupts()
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # torchrun's, at once
+    assert asked(stops) == "Ctrl-C"
+
+
+def test_a_second_ctrl_c_ends_at_once(group, monkeypatch) -> None:
+    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.01)
+    stops = requests(group)
+    stops.watch_interrupts()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.05)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_stop_file(group, tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    stops = requests(group, tmp_path / "stop")
+    assert not (tmp_path / "stop").exists() and asked(stops) == ""  # it was for an earlier start
+    (tmp_path / "stop").touch()
+    assert asked(stops) == "the stop file"
+
+
+def test_the_time_and_the_step(group) -> None:
+    assert asked(requests(group, duration_minutes=1.0)) == ""
+    assert asked(requests(group, duration_minutes=1.0, started=time.monotonic() - 61)) == "--exit-duration-in-mins"
+    stops = requests(group, interval=4)
+    assert [asked(stops, done) for done in (3, 4, 5, 8)] == ["", "--exit-interval", "", "--exit-interval"]
+
+
+def test_a_signal_comes_before_the_rest(group, tmp_path: Path) -> None:
+    stops = requests(group, tmp_path / "stop", interval=1, duration_minutes=0.001, started=time.monotonic() - 61)
+    (tmp_path / "stop").touch()
+    assert asked(stops) == "the stop file"
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert asked(stops) == "SIGTERM"

@@ -1,0 +1,221 @@
+"""Ranks that a thread stands in for: who is silent, who is elsewhere, who is behind; and places in words."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+from training import watchdog
+from training.watchdog import Watchdog, place_of
+
+
+class Peer:
+    """Another rank's record in the store, told again and again until it is silent."""
+
+    def __init__(self, store: dist.Store, rank: int, **facts) -> None:
+        self.store, self.rank, self.ended = store, rank, threading.Event()
+        self.facts = dict(told=0, step=5, doing="training", place="all_reduce, x.py:1", waits=True, host="node7") | facts
+        self.thread = threading.Thread(target=self.run)
+        self.tell()
+        self.thread.start()
+
+    def tell(self) -> None:
+        self.facts["told"] += 1
+        self.store.set(str(self.rank), json.dumps(self.facts))
+
+    def run(self) -> None:
+        while not self.ended.wait(0.01):
+            self.tell()
+
+    def silence(self) -> None:
+        self.ended.set()
+        self.thread.join()
+
+
+@pytest.fixture()
+def peers() -> Iterator[list[Peer]]:
+    made: list[Peer] = []
+    yield made
+    for peer in made:
+        peer.silence()
+
+
+def watch(store: dist.Store, world_size: int, minutes: float = 0.003) -> tuple[Watchdog, list[str]]:
+    said: list[str] = []
+    dog = Watchdog(store, rank=0, world_size=world_size, startup_minutes=minutes, minutes=minutes, on_stuck=said.append)
+    dog.moved("training", 5)
+    return dog, said
+
+
+def wait_for(said: list[str]) -> str:
+    deadline = time.monotonic() + 20
+    while not said:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return said[0]
+
+
+class Collective:
+    """The main thread as if in a collective: code whose file is torch.distributed's."""
+
+    def __enter__(self) -> None:
+        self.go = threading.Event()
+        space: dict = {}
+        exec(compile("def all_reduce(go):\n    go.wait()\n", dist.__file__.replace("__init__", "c10d"), "exec"), space)
+        self.thread = threading.Thread(target=lambda: space["all_reduce"](self.go))
+        self.thread.start()
+
+    def __exit__(self, *error) -> None:
+        self.go.set()
+        self.thread.join()
+
+
+def in_a_collective(dog: Watchdog, call: Collective) -> None:
+    assert call.thread.ident is not None
+    dog.main = call.thread.ident
+
+
+def test_a_silent_rank_is_named(peers: list[Peer]) -> None:
+    store = dist.HashStore()
+    peers += [Peer(store, 1), Peer(store, 2, host="node9", place="read, data/loader.py:3")]
+    peers[1].silence()
+    call = Collective()
+    with call:
+        dog, said = watch(store, 3)
+        in_a_collective(dog, call)
+        text = wait_for(said)
+    assert "nothing moved for 0.003 minutes (--distributed-startup-timeout-minutes): training, step 5, in all_reduce" in text
+    assert "lost rank 2 on node9 (at step 5, in read, data/loader.py:3)" in text and "rank 1" not in text
+
+
+def test_a_rank_that_is_elsewhere_is_named(peers: list[Peer]) -> None:
+    store = dist.HashStore()
+    peers += [Peer(store, 1, waits=False, doing="validation", place="place, data/indexed_dataset.py:9"), Peer(store, 2)]
+    call = Collective()
+    with call:
+        dog, said = watch(store, 3)
+        dog.settled()
+        in_a_collective(dog, call)
+        text = wait_for(said)
+    assert "(--distributed-timeout-minutes)" in text
+    assert "it waits for rank 1 on node7 (validation, step 5, in place, data/indexed_dataset.py:9)" in text and "rank 2" not in text
+
+
+def test_a_rank_that_is_behind_is_named(peers: list[Peer]) -> None:
+    store = dist.HashStore()
+    peers += [Peer(store, 1), Peer(store, 2, step=4)]
+    call = Collective()
+    with call:
+        dog, said = watch(store, 3)
+        in_a_collective(dog, call)
+        assert "it waits for rank 2 on node7" in wait_for(said)
+
+
+def test_a_rank_that_is_stuck_by_itself_says_so(peers: list[Peer]) -> None:
+    store = dist.HashStore()
+    peers.append(Peer(store, 1))
+    _, said = watch(store, 2)
+    assert "this rank is not waiting for another" in wait_for(said)
+
+
+class Dumb:
+    """A store at the other end of a cut cable, from `cut` on: no answer, and no error."""
+
+    def __init__(self) -> None:
+        self.store, self.is_cut, self.end = dist.HashStore(), False, threading.Event()
+
+    def __getattr__(self, name: str):
+        def call(*args):
+            if self.is_cut:
+                self.end.wait()
+            return getattr(self.store, name)(*args)
+
+        return call
+
+
+def test_a_store_that_does_not_answer_is_told(monkeypatch) -> None:
+    monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 0.1)
+    store = Dumb()
+    dog, said = watch(store, 2)  # type: ignore[arg-type]
+    try:
+        call = Collective()
+        with call:
+            in_a_collective(dog, call)
+            store.is_cut = True
+            text = wait_for(said)
+    finally:
+        store.end.set()
+        dog.stop()
+    assert "nothing moved for 0.003 minutes" in text and "lost the store of the run, on the first node (no answer for 0.1 s" in text
+
+
+def test_a_store_that_goes_during_the_diagnosis_is_told(peers: list[Peer], monkeypatch) -> None:
+    store = dist.HashStore()
+    peers.append(Peer(store, 1))
+    call, answers = Collective(), []
+    real = Watchdog._everyone
+
+    def everyone(self, ranks=None):
+        answers.append(real(self, ranks) if len(answers) < 2 else "lost the store of the run, on the first node (gone)")
+        return answers[-1]
+
+    monkeypatch.setattr(Watchdog, "_everyone", everyone)
+    with call:
+        dog, said = watch(store, 2)
+        in_a_collective(dog, call)
+        text = wait_for(said)
+    assert text.startswith("nothing moved for 0.003 minutes") and text.endswith("lost the store of the run, on the first node (gone)")
+
+
+def test_a_diagnosis_that_fails_ends_the_run_all_the_same(monkeypatch) -> None:
+    monkeypatch.setattr(Watchdog, "_why_stuck", lambda self: 1 / 0)
+    _, said = watch(dist.HashStore(), 1)
+    assert "nothing moved for 0.003 minutes: training, step 5; no more is known (ZeroDivisionError" in wait_for(said)
+
+
+def test_patience_ends_where_rank_0_is_gone(peers: list[Peer]) -> None:
+    """Others wait for it as long as it prepares data, and is heard of."""
+    store = dist.HashStore()
+    peers.append(Peer(store, 0, doing="data preparation", place="encode, data/tokenizer.py:7"))
+    said: list[str] = []
+    dog = Watchdog(store, rank=1, world_size=2, startup_minutes=0.003, minutes=0.003, on_stuck=said.append)
+    with dog.patient("data preparation"):
+        time.sleep(0.6)
+        assert said == []
+        peers[0].silence()
+        text = wait_for(said)
+    assert (
+        "nothing heard of rank 0 for 0.003 minutes (--distributed-startup-timeout-minutes): data preparation; lost rank 0 on node7" in text
+    )
+
+
+def test_movement_and_patience_keep_it_quiet() -> None:
+    dog, said = watch(dist.HashStore(), 1)
+    for _ in dog.each(range(40), "validation"):
+        time.sleep(0.01)
+    with dog.patient("data preparation"):
+        time.sleep(0.4)
+    dog.stop()
+    assert said == [] and dog.doing == "data preparation"
+
+
+def test_no_loss_where_all_are_heard_of(peers: list[Peer]) -> None:
+    store = dist.HashStore()
+    peers.append(Peer(store, 1))
+    dog, _ = watch(store, 2, minutes=0.01)
+    assert dog.find_lost() == ""
+    peers[0].silence()
+    assert "lost rank 1 on node7" in dog.find_lost()
+    dog.stop()
+
+
+def test_places_in_words() -> None:
+    place, waits = place_of(sys._getframe())
+    assert place.startswith("test_places_in_words, tests/unit/test_watchdog.py:") and not waits
+    assert place_of(None) == ("Python's start", False)

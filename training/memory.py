@@ -1,0 +1,473 @@
+"""What a rank will need, before there is one: the model's own code runs on tensors without data, and every byte is counted.
+
+A step of a stage with its microbatches, activations, recomputing, chunked loss and gradients is run on PyTorch's meta device
+under a ledger of live storages. What needs other ranks is stood in for: tensor parallelism's gathers and sums, attention's
+exchange, and what FSDP2 gathers, reduces and keeps (`fully_shard` of PyTorch 2.13, as its profiler shows it). Repeated layers
+are counted on few and continued.
+
+Not counted: the allocator's own rounding and fragmentation, NCCL's and the CUDA context's buffers, and kernels' workspaces.
+"""
+
+from __future__ import annotations
+
+import weakref
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cp.kernels import accumulator_dtype
+from cp.packed_seq import PackedSeq, build_packed_seq
+from model.config import GPTConfig
+from model.gpt import GPT
+from parallel.stages import split_layers
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+# As many are run; what one more adds is the difference to one less.
+FEW_LAYERS = 3
+FEW_IN_FLIGHT = 3
+META = torch.device("meta")
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of live storages by what they are for. Operations under it run as ever.
+
+    `label` says for what new storages are; `peak` is the most at any moment, `parts` what it was made of.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = "activations"
+        self.live: dict[str, int] = {}
+        self.peak, self.parts = 0, {}  # type: ignore[var-annotated]
+        self._seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.count(x)
+        return out
+
+    def count(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key = id(storage)
+        if key in self._seen:
+            return
+        label, size = self.label, storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self._seen.pop(key, None)
+            self.live[label] -= size
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.live[label] = self.live.get(label, 0) + size
+        self._look()
+
+    def ignore(self, tensors: Any) -> None:
+        """These were there before."""
+        for x in tensors:
+            storage = x.untyped_storage()
+            self._seen[id(storage)] = weakref.ref(storage, lambda _: None)
+
+    @contextmanager
+    def for_(self, label: str) -> Iterator[None]:
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    def _look(self) -> None:
+        total = sum(self.live.values())
+        if total > self.peak:
+            self.peak, self.parts = total, {k: v for k, v in self.live.items() if v}
+
+
+@dataclass
+class _Size:
+    """A process group of which only the size is asked."""
+
+    ranks: int
+
+    def size(self) -> int:
+        return self.ranks
+
+    def rank(self) -> int:
+        return 0
+
+
+class _Widen(torch.autograd.Function):
+    """[t / n, ...] -> [t, ...]; backward the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n: int) -> Tensor:  # type: ignore[override]
+        ctx.n = n
+        return x.new_empty(len(x) * n, *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad.contiguous().new_empty(len(grad) // ctx.n, *grad.shape[1:]), None
+
+
+class _Narrow(torch.autograd.Function):
+    """[t, ...] -> [t / n, ...]; backward the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n: int) -> Tensor:  # type: ignore[override]
+        ctx.n = n
+        return x.contiguous().new_empty(len(x) // n, *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad.contiguous().new_empty(len(grad) * ctx.n, *grad.shape[1:]), None
+
+
+class PlannedTP:
+    """`parallel.tensor.TensorParallel` without ranks: the same shapes. The last messages stay until others follow, as gloo keeps them."""
+
+    def __init__(self, size: int, sequence_parallel: bool) -> None:
+        self.size, self.rank, self.sequence_parallel = size, 0, sequence_parallel
+        self.group = _Size(size) if size > 1 else None
+        self.messages: deque[tuple[Tensor, Tensor]] = deque(maxlen=2)
+
+    def share(self, size: int, what: str) -> int:
+        return size // self.size
+
+    def enter(self, x: Tensor) -> Tensor:
+        return self._sent(x, _Widen.apply(x, self.size)) if self.sequence_parallel and self.size > 1 else x
+
+    def leave(self, x: Tensor) -> Tensor:
+        if self.size == 1:
+            return x
+        return self._sent(x, _Narrow.apply(x, self.size if self.sequence_parallel else 1))
+
+    def _sent(self, x: Tensor, out: Tensor) -> Tensor:
+        self.messages.append((x.detach(), out.detach()))
+        return out
+
+    def gather_columns(self, x: Tensor) -> Tensor:
+        return x.new_empty(len(x), x.shape[1] * self.size)
+
+
+class _PlannedAttention(torch.autograd.Function):
+    """What the native methods save, and hold at the same time: for p2p as cp/native_p2p.py allocates it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: PlannedAttention) -> Tensor:  # type: ignore[override]
+        wide = accumulator_dtype(q.dtype)
+        result, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide)
+        with plan.buffers():
+            held = plan.exchanged(k)
+            sums = [q.new_empty(q.shape, dtype=wide) for _ in range((2 if plan.cp_size > 1 else 0) + (wide != q.dtype))]
+            del sums, held
+        ctx.save_for_backward(q, k, v, result, lse)
+        ctx.plan = plan
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        q, k, v, _, _ = ctx.saved_tensors
+        accumulate = accumulator_dtype(q.dtype)
+        with ctx.plan.buffers():
+            dout = dout.contiguous()
+            held = ctx.plan.exchanged(k)
+            dq = q.new_empty(q.shape, dtype=accumulate)
+            dkv = [k.new_empty((2, *k.shape), dtype=accumulate) for _ in range(3 if ctx.plan.cp_size > 1 else 1)]
+            block = [x.new_empty(x.shape) for x in (q, k, v)]
+            del block
+            out = dq.to(q.dtype), dkv[0][0].to(k.dtype), dkv[0][1].to(v.dtype)
+            del held
+        return *out, None
+
+
+class PlannedAttention:
+    """The `attention` of a GPT on the meta device.
+
+    Args:
+        gathered: shards of K and V that are held at once beside the rank's own.
+    """
+
+    def __init__(self, ledger: Ledger, cp_size: int, gathered: float) -> None:
+        self.ledger, self.cp_size, self.gathered = ledger, cp_size, gathered
+
+    def buffers(self) -> Any:
+        return self.ledger.for_("cp buffers")
+
+    def exchanged(self, k: Tensor) -> Tensor | None:
+        return k.new_empty(int(2 * self.gathered * k.numel())) if self.cp_size > 1 else None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: Any, **options: Any) -> Tensor:
+        return _PlannedAttention.apply(q, k, v, self)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank, in bytes. `parts` adds up to `peak`."""
+
+    peak: int
+    parts: dict[str, int]
+    stage: int
+
+
+def _gathered_shards(args: Namespace) -> float:
+    """Shards of K and V in flight and at hand, by method."""
+    method = args.attention.method
+    if method == "p2p":
+        return 2.0
+    if method == "all_gather":
+        return args.cp_size * (args.heads_k_stride or 1) / (args.num_query_groups // args.tp_size)
+    return 2.0
+
+
+class _Unit:
+    """What FSDP2 gathers and reduces together: the parameters of a layer, or of the rest."""
+
+    def __init__(self, parameters: list[nn.Parameter], sim: _Simulation) -> None:
+        self.parameters, self.sim = parameters, sim
+        self.numel = sum(p.numel() for p in parameters)
+        self.gathered: list[Tensor] = []
+        self.waiting = 0
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._accumulated)
+
+    def gather(self) -> None:
+        sim = self.sim
+        if not sim.sharded or self.gathered:
+            return
+        with sim.ledger.for_("gathered weights"):
+            sim.last_gather = torch.empty(self.numel, dtype=sim.compute, device=META)  # the message, kept until the next one
+            self.gathered = [torch.empty(p.shape, dtype=sim.compute, device=META) for p in self.parameters]
+
+    def free(self) -> None:
+        self.gathered = []
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        self.waiting -= 1
+        if self.waiting > 0 or not self.sim.sharded:
+            return
+        self.finish()
+
+    def finish(self) -> None:
+        """After the unit's backward pass."""
+        sim = self.sim
+        if not sim.is_last:
+            if sim.compute != sim.stored:
+                with sim.ledger.for_("gradients"):
+                    for p in self.parameters:
+                        if p.grad is not None and not hasattr(p, "kept"):
+                            p.kept = torch.empty(p.shape, dtype=sim.stored, device=META)  # type: ignore[attr-defined]
+                        p.grad = None
+            if sim.args.reshard_after_forward == "on":
+                self.free()
+            return
+        self.free()
+        with sim.ledger.for_("gradient reduction"):
+            message = torch.empty(self.numel, dtype=sim.stored, device=META)
+        for p in self.parameters:
+            p.grad = None
+            if hasattr(p, "kept"):
+                del p.kept
+        sim.last_message = message  # kept until the next one
+        with sim.ledger.for_("gradients"):
+            sim.shards.append(torch.empty(-(-self.numel // sim.fsdp), dtype=sim.stored, device=META))
+
+
+class _Simulation:
+    """One step of one pipeline rank on the meta device."""
+
+    def __init__(self, args: Namespace, config: GPTConfig, layers: list[range], stage: int, in_flight: list[int]) -> None:
+        self.args, self.config, self.in_flight = args, config, in_flight
+        self.ledger, self.fsdp = Ledger(), args.dp_shard_size * args.cp_size
+        self.compute, self.stored = DTYPES[args.dtype], torch.float64 if args.dtype == "fp64" else torch.float32
+        self.sharded = args.dp_replicate_size * self.fsdp > 1 or self.compute != self.stored
+        self.tp = PlannedTP(args.tp_size, bool(args.sequence_parallel))
+        self.shards: list[Tensor] = []
+        self.last_gather: Tensor | None = None
+        self.last_message: Tensor | None = None
+        self.is_last = True
+        attention = PlannedAttention(self.ledger, args.cp_size, _gathered_shards(args))
+        self.tokens = args.micro_batch_size * args.seq_length // args.cp_size
+        self.chunks: list[GPT] = []
+        self.units: list[list[_Unit]] = []
+        for part in layers:
+            with META:
+                chunk = GPT(
+                    config,
+                    attention=attention,
+                    cp_group=_Size(args.cp_size),  # type: ignore[arg-type]
+                    dtype=self.compute,
+                    tp=self.tp,  # type: ignore[arg-type]
+                    loss_chunk_size=args.loss_chunk_size,
+                    z_loss=args.z_loss,
+                    layers=part,
+                    recompute=args.recompute,
+                    dropout_seed=0,
+                )
+            self.chunks.append(chunk)
+            inside = [_Unit(list(layer.parameters()), self) for layer in chunk.layers.values()]
+            owned = {id(p) for unit in inside for p in unit.parameters}
+            rest = _Unit([p for p in chunk.parameters() if id(p) not in owned], self)
+            self.units.append([*inside, rest])
+            for layer, unit in zip(chunk.layers.values(), inside, strict=True):
+                self._hook(layer, unit)
+        self.parameters = sum(p.numel() for chunk in self.chunks for p in chunk.parameters())
+
+    def _hook(self, layer: nn.Module, unit: _Unit) -> None:
+        layer.register_forward_pre_hook(lambda module, inputs: unit.gather())
+        layer.register_full_backward_pre_hook(lambda module, grads: unit.gather())
+        if self.args.reshard_after_forward == "on":
+            layer.register_forward_hook(lambda module, inputs, out: unit.free())
+
+    def run(self) -> None:
+        rows = [self._row() for _ in range(2)]
+        for chunk in self.chunks:
+            self.ledger.ignore(chunk.parameters())
+        hidden = self.tokens // (self.tp.size if self.tp.sequence_parallel else 1), self.config.hidden_size
+        microbatches = self.args.global_batch_size // (self.args.micro_batch_size * self.args.dp_replicate_size * self.args.dp_shard_size)
+        with self.ledger:
+            self.ledger.label = "activations"
+            # The first microbatches whose gradients are not reduced yet, then the last: more of them add nothing.
+            for last in (False, True) if microbatches > max(self.in_flight) else (True,):
+                self.is_last = last
+                started = [
+                    self._forward(chunk, rows[0], hidden) for n, chunk in zip(self.in_flight, self.chunks, strict=True) for _ in range(n)
+                ]
+                while started:
+                    self._backward(*started.pop(0))
+        self.ledger.label = ""
+
+    def _row(self) -> tuple[Tensor, Tensor, PackedSeq]:
+        length = self.args.micro_batch_size * self.args.seq_length
+        packed_seq, _ = build_packed_seq(np.array([length]), np.array([length]), cp_size=self.args.cp_size, layout="zigzag")
+        tokens = torch.empty(self.tokens, dtype=torch.int64, device=META)
+        return tokens, tokens, packed_seq.move(lambda x: x.to(META))
+
+    def _forward(self, chunk: GPT, row: tuple[Tensor, Tensor, PackedSeq], hidden: tuple[int, int]) -> tuple[GPT, Tensor, Tensor | None]:
+        units = self.units[self.chunks.index(chunk)]
+        units[-1].gather()
+        x = row[0] if chunk.is_first else torch.empty(hidden, dtype=self.compute, device=META, requires_grad=True)
+        out = self._with_loss(chunk)(x, row[2], labels=row[1]) if chunk.is_last else chunk(x, row[2])
+        return chunk, out[0] if chunk.is_last else out, None if chunk.is_first else x
+
+    def _with_loss(self, chunk: GPT) -> Callable[..., Any]:
+        real = GPT._loss
+
+        def counted(x: Tensor, labels: Tensor) -> Any:
+            with self.ledger.for_("logits and loss"):
+                return real(chunk, x, labels)
+
+        chunk._loss = counted  # type: ignore[method-assign]
+        return chunk
+
+    def _backward(self, chunk: GPT, out: Tensor, x: Tensor | None) -> None:
+        units = self.units[self.chunks.index(chunk)]
+        for unit in units:
+            unit.waiting = len(unit.parameters)
+        grad = torch.empty(out.shape, dtype=out.dtype, device=META)
+        with self.ledger.for_("backward pass"):
+            out.backward(grad)
+        if self.sharded and units[-1].waiting > 0:  # a weight without a gradient of its own, such as a tied copy
+            units[-1].finish()
+        self.last_message = None
+        del x
+
+
+def _in_flight(args: Namespace, stage: int, microbatches: int) -> list[int]:
+    """Forward passes whose activations a pipeline rank holds at once, of each of its chunks: as PyTorch's schedules order them."""
+    pp, chunks = args.pp_size, args.virtual_stages
+    if pp == 1:
+        return [1]
+    if args.pp_schedule in ("gpipe", "1f1b"):
+        return [microbatches if args.pp_schedule == "gpipe" else min(microbatches, pp - stage)]
+    in_a_row = microbatches // max(1, microbatches // pp)  # of one chunk, then of the next
+    # Zero-bubble warms up less, and computes the weights' gradients of as many microbatches later.
+    more = 2 * (pp - 1 - stage) if args.pp_schedule == "interleaved" else pp - 1
+    held = min((chunks - 1) * in_a_row + more + 1, microbatches * chunks)
+    return [sum(number // in_a_row % chunks == chunk for number in range(held)) for chunk in range(chunks)]
+
+
+def _simulated(args: Namespace, config: GPTConfig, stage: int, layers: list[int], in_flight: list[int]) -> tuple[dict[str, int], int]:
+    """Parts of the peak and the parameters of a rank whose chunks have so many layers."""
+    v = len(layers)
+    total = args.pp_size * v
+    ranges, at = [], 0
+    for chunk, count in enumerate(layers):
+        number = chunk * args.pp_size + stage
+        start = 0 if number == 0 else 1 + at
+        ranges.append((start, count, number == total - 1))
+        at += count
+    depth = at + 2
+    parts = []
+    for start, count, is_last in ranges:
+        first = depth - count if is_last else start
+        parts.append(range(first, first + count))
+    if total == 1:
+        depth, parts = layers[0], [range(layers[0])]
+    sim = _Simulation(args, replace(config, num_layers=depth), parts, stage, in_flight)
+    sim.run()
+    return sim.ledger.parts, sim.parameters
+
+
+def stage_parameters(args: Namespace, config: GPTConfig, stage: int) -> int:
+    """Parameters of a rank's chunks and tp part, before FSDP cuts them."""
+    stages = split_layers(config.num_layers, args.pp_size * args.virtual_stages, first=args.first_stage_layers, last=args.last_stage_layers)
+    own = stages[stage :: args.pp_size]
+    h, d, tp = config.hidden_size, config.kv_channels if config.qk_norm else 0, args.tp_size
+    layer = h * (config.qkv_size + config.query_size + 3 * config.ffn_hidden_size) // tp + 2 * h + 2 * d
+    table = config.padded_vocab_size * h // tp
+    is_first, is_last = any(part.start == 0 for part in own), any(part.stop == config.num_layers for part in own)
+    tables = is_first + is_last if not config.tie_embeddings else (1 if args.pp_size == 1 else is_first + is_last)
+    return sum(len(part) for part in own) * layer + tables * table + is_last * h
+
+
+def _continued(parts: dict[str, int], before: dict[str, int], more: int) -> dict[str, int]:
+    """What grew from `before` to `parts` grows on by as much, `more` times."""
+    return {k: v + more * (v - before.get(k, 0)) for k, v in parts.items()}
+
+
+def rank_memory(args: Namespace, config: GPTConfig, stage: int = 0) -> Memory:
+    """The peak of a rank of a pipeline stage, and what it is made of.
+
+    Args:
+        args: resolved flags.
+        stage: pp rank.
+    """
+    chunks = args.virtual_stages
+    stages = split_layers(config.num_layers, args.pp_size * chunks, first=args.first_stage_layers, last=args.last_stage_layers)
+    counts = [len(part) for part in stages[stage :: args.pp_size]]
+    microbatches = args.global_batch_size // (args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size)
+    in_flight = _in_flight(args, stage, microbatches)
+    few = [min(count, FEW_LAYERS) for count in counts]
+    less = [count - (count == FEW_LAYERS and few != counts) for count in few]
+    more = max(count - short for count, short in zip(counts, few, strict=True))  # layers, in each chunk that has more
+
+    def deep(flying: list[int]) -> tuple[dict[str, int], int]:
+        parts, parameters = _simulated(args, config, stage, few, flying)
+        if not more:
+            return parts, parameters
+        fewer, fewer_parameters = _simulated(args, config, stage, less, flying)
+        return _continued(parts, fewer, more), parameters + more * (parameters - fewer_parameters)
+
+    if len(in_flight) > 1 or in_flight[0] <= FEW_IN_FLIGHT:
+        parts, parameters = deep(in_flight)
+    else:
+        parts, parameters = deep([FEW_IN_FLIGHT])
+        parts = _continued(parts, deep([FEW_IN_FLIGHT - 1])[0], in_flight[0] - FEW_IN_FLIGHT)
+    assert parameters == stage_parameters(args, config, stage)
+    stored = 8 if args.dtype == "fp64" else 4
+    fsdp = args.dp_shard_size * args.cp_size
+    own = -(-parameters // fsdp)
+    parts = {"weights": own * stored, "optimiser": 2 * own * stored, **parts}
+    at_update = parts["weights"] + parts["optimiser"] + own * stored
+    if at_update > sum(parts.values()):
+        parts = {"weights": parts["weights"], "optimiser": parts["optimiser"], "gradients": own * stored}
+    return Memory(sum(parts.values()), parts, stage)
