@@ -294,6 +294,12 @@ class _Simulation:
         self.last_gather: Tensor | None = None
         self.last_message: Tensor | None = None
         self.is_last = True
+        self.microbatches = args.global_batch_size // (args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size)
+        self.sent: list[Tensor] = []
+        self.arrived: dict[GPT, Tensor] = {}
+        self.grads: dict[GPT, Tensor] = {}
+        self.is_split, self.lag = args.pp_size > 1 and args.pp_schedule == "zero_bubble", stage  # how many weights' passes lie behind
+        self.later: deque[tuple[GPT, Tensor, list[Any] | None]] = deque()
         attention = PlannedAttention(self.ledger, args.cp_size, _gathered_shards(args))
         self.tokens = args.micro_batch_size * args.seq_length // args.cp_size
         self.chunks: list[GPT] = []
@@ -332,18 +338,36 @@ class _Simulation:
         for chunk in self.chunks:
             self.ledger.ignore(chunk.parameters())
         hidden = self.tokens // (self.tp.size if self.tp.sequence_parallel else 1), self.config.hidden_size
-        microbatches = self.args.global_batch_size // (self.args.micro_batch_size * self.args.dp_replicate_size * self.args.dp_shard_size)
+        microbatches, earlier = self.microbatches, None
         with self.ledger:
+            self.ledger.label = "pipeline buffers"
+            # Kept from step to step: PyTorch's stages receive each microbatch of a step in a buffer of its own.
+            for chunk in self.chunks:
+                if not chunk.is_first:
+                    self.arrived[chunk] = torch.empty(microbatches, *hidden, dtype=self.compute, device=META)
+                if not chunk.is_last:
+                    self.grads[chunk] = torch.empty(microbatches, *hidden, dtype=self.compute, device=META)
+            if len(self.chunks) > 1:  # and what these schedules sent they keep until the step's end, of microbatches long finished too
+                finished = [self._turn(k) for k in range(microbatches * len(self.chunks) - sum(self.in_flight))]
+                outputs = sum(not self.chunks[-1 - n].is_last for n in finished)
+                grads = sum(not self.chunks[-1 - n].is_first for n in finished)
+                earlier = torch.empty(outputs + grads, *hidden, dtype=self.compute, device=META)
             self.ledger.label = "activations"
             # The first microbatches whose gradients are not reduced yet, then the last: more of them add nothing.
             for last in (False, True) if microbatches > max(self.in_flight) else (True,):
                 self.is_last = last
-                started = [
-                    self._forward(chunk, rows[0], hidden) for n, chunk in zip(self.in_flight, self.chunks, strict=True) for _ in range(n)
-                ]
+                self.sent.clear()
+                started = [self._forward(chunk, rows[0]) for n, chunk in zip(self.in_flight, self.chunks, strict=True) for _ in range(n)]
                 while started:
                     self._backward(*started.pop(0))
+                while self.later:
+                    self._weights()
+            del earlier
         self.ledger.label = ""
+
+    def _turn(self, number: int) -> int:
+        """The chunk of the number-th forward pass; counted from the last chunk, of the number-th backward pass."""
+        return number // in_a_row(self.args, self.microbatches) % len(self.chunks)
 
     def _row(self) -> tuple[Tensor, Tensor, PackedSeq]:
         length = self.args.micro_batch_size * self.args.seq_length
@@ -351,11 +375,13 @@ class _Simulation:
         tokens = torch.empty(self.tokens, dtype=torch.int64, device=META)
         return tokens, tokens, packed_seq.move(lambda x: x.to(META))
 
-    def _forward(self, chunk: GPT, row: tuple[Tensor, Tensor, PackedSeq], hidden: tuple[int, int]) -> tuple[GPT, Tensor, Tensor | None]:
+    def _forward(self, chunk: GPT, row: tuple[Tensor, Tensor, PackedSeq]) -> tuple[GPT, Tensor, Tensor | None]:
         units = self.units[self.chunks.index(chunk)]
         units[-1].gather()
-        x = row[0] if chunk.is_first else torch.empty(hidden, dtype=self.compute, device=META, requires_grad=True)
+        x = row[0] if chunk.is_first else self.arrived[chunk][0].detach().requires_grad_()
         out = self._with_loss(chunk)(x, row[2], labels=row[1]) if chunk.is_last else chunk(x, row[2])
+        if len(self.chunks) > 1 and not chunk.is_last:
+            self.sent.append(out.detach())
         return chunk, out[0] if chunk.is_last else out, None if chunk.is_first else x
 
     def _with_loss(self, chunk: GPT) -> Callable[..., Any]:
@@ -369,16 +395,60 @@ class _Simulation:
         return chunk
 
     def _backward(self, chunk: GPT, out: Tensor, x: Tensor | None) -> None:
+        if not self.is_split:
+            self._run_backward(chunk, out)
+            if len(self.chunks) > 1 and x is not None and x.grad is not None:
+                self.sent.append(x.grad)
+            return
+        # Zero-bubble: the inputs' gradients first, and with what was saved the gradients of what each weight made, until its turn comes.
+        # The first stage has nobody to send gradients to and does all of it in that turn.
+        kept = None
+        if not chunk.is_first:
+            kept = self._keep_gradients(out)
+            self._run_backward(chunk, out, retain_graph=True)
+            assert x is not None and x.grad is not None
+            self.sent.append(x.grad)
+        self.later.append((chunk, out, kept))
+        if len(self.later) > self.lag:
+            self._weights()
+
+    def _weights(self) -> None:
+        chunk, out, _ = self.later.popleft()
+        if chunk.is_first:
+            self._run_backward(chunk, out)
+
+    def _run_backward(self, chunk: GPT, out: Tensor, retain_graph: bool = False) -> None:
         units = self.units[self.chunks.index(chunk)]
         for unit in units:
             unit.waiting = len(unit.parameters)
-        grad = torch.empty(out.shape, dtype=out.dtype, device=META)
+        grad = torch.empty(out.shape, dtype=out.dtype, device=META) if chunk.is_last else self.grads[chunk][0]
         with self.ledger.for_("backward pass"):
-            out.backward(grad)
+            out.backward(grad, retain_graph=retain_graph)
         if self.sharded and units[-1].waiting > 0:  # a weight without a gradient of its own, such as a tied copy
             units[-1].finish()
         self.last_message = None
-        del x
+
+    def _keep_gradients(self, out: Tensor) -> list[Any]:
+        """A list that a backward pass fills with the gradients of what each weight made: what the weight's own gradient needs."""
+        kept: list[Any] = []
+        only_weights: dict[Any, bool] = {}
+
+        def visit(node: Any) -> bool:
+            if node not in only_weights:
+                below = [visit(n) for n, _ in node.next_functions if n is not None]
+                variable = getattr(node, "variable", None)
+                only_weights[node] = bool(below) and all(below) if variable is None else isinstance(variable, nn.Parameter)
+                if any(below) and not only_weights[node]:
+                    node.register_prehook(kept.append)
+            return only_weights[node]
+
+        visit(out.grad_fn)
+        return kept
+
+
+def in_a_row(args: Namespace, microbatches: int) -> int:
+    """Microbatches of one chunk that a schedule with several takes before the next chunk's."""
+    return microbatches // max(1, microbatches // args.pp_size)
 
 
 def _in_flight(args: Namespace, stage: int, microbatches: int) -> list[int]:
@@ -388,11 +458,11 @@ def _in_flight(args: Namespace, stage: int, microbatches: int) -> list[int]:
         return [1]
     if args.pp_schedule in ("gpipe", "1f1b"):
         return [microbatches if args.pp_schedule == "gpipe" else min(microbatches, pp - stage)]
-    in_a_row = microbatches // max(1, microbatches // pp)  # of one chunk, then of the next
+    row = in_a_row(args, microbatches)
     # Zero-bubble warms up less, and computes the weights' gradients of as many microbatches later.
     more = 2 * (pp - 1 - stage) if args.pp_schedule == "interleaved" else pp - 1
-    held = min((chunks - 1) * in_a_row + more + 1, microbatches * chunks)
-    return [sum(number // in_a_row % chunks == chunk for number in range(held)) for chunk in range(chunks)]
+    held = min((chunks - 1) * row + more + 1, microbatches * chunks)
+    return [sum(number // row % chunks == chunk for number in range(held)) for chunk in range(chunks)]
 
 
 def _simulated(args: Namespace, config: GPTConfig, stage: int, layers: list[int], in_flight: list[int]) -> tuple[dict[str, int], int]:
@@ -467,7 +537,8 @@ def rank_memory(args: Namespace, config: GPTConfig, stage: int = 0) -> Memory:
     fsdp = args.dp_shard_size * args.cp_size
     own = -(-parameters // fsdp)
     parts = {"weights": own * stored, "optimiser": 2 * own * stored, **parts}
-    at_update = parts["weights"] + parts["optimiser"] + own * stored
+    at_update = parts["weights"] + parts["optimiser"] + own * stored + parts.get("pipeline buffers", 0)
     if at_update > sum(parts.values()):
-        parts = {"weights": parts["weights"], "optimiser": parts["optimiser"], "gradients": own * stored}
+        kept = {"gradients": own * stored, **{k: v for k, v in parts.items() if k == "pipeline buffers"}}
+        parts = {"weights": parts["weights"], "optimiser": parts["optimiser"], **kept}
     return Memory(sum(parts.values()), parts, stage)

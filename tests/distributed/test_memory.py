@@ -48,8 +48,8 @@ CONFIGURATIONS = {
         512,
     ),
     "pp 2 zero_bubble": (2, "--pp-size 2 --virtual-stages 3 --global-batch-size 6 --pp-schedule zero_bubble", 512),
-    "cp 2 all_gather": (2, "--cp-size 2 --seq-length 2048 --cp-method all_gather", 512),
-    "cp 2 a2a": (2, "--cp-size 2 --seq-length 2048 --cp-method a2a", 512),
+    "cp 2 all_gather": (2, "--cp-size 2 --seq-length 2048 --cp-comm-type all_gather", 512),
+    "cp 2 a2a": (2, "--cp-size 2 --seq-length 2048 --cp-comm-type a2a", 512),
     "pp 4 interleaved": (4, "--pp-size 4 --virtual-stages 2 --num-layers 8 --global-batch-size 8 --pp-schedule interleaved", 512),
     "pp 4 zero_bubble": (4, "--pp-size 4 --virtual-stages 2 --num-layers 8 --global-batch-size 8 --pp-schedule zero_bubble", 512),
     "pp 4": (4, "--pp-size 4 --num-layers 8 --global-batch-size 8", 512),
@@ -72,7 +72,8 @@ def peak_of_trace(traced: profile) -> int:
 
 
 def measured(rank: int, words: str, vocab: int) -> tuple[int, int]:
-    """(peak of two steps, what the plan says), in bytes. The median of three: gloo's threads free some messages a little late."""
+    """(peak of two steps, what the plan says), in bytes. The least of three: gloo's threads free some messages late, the later the
+    busier the machine, and never early."""
     world = torch.distributed.get_world_size()
     args = parse_arguments(shlex.split(f"{BASE} {words}"))
     resolve(args, world_size=world, local_world_size=world, cuda_devices=lambda: 0)
@@ -112,7 +113,7 @@ def measured(rank: int, words: str, vocab: int) -> tuple[int, int]:
                 optimizer.zero_grad()
         peaks.append(peak_of_trace(traced))
         del model, optimizer, pipeline, counts
-    return sorted(peaks)[1], planned.peak
+    return min(peaks), planned.peak
 
 
 @pytest.fixture(scope="module")
