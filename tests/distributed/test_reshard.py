@@ -67,7 +67,9 @@ def read(rank: int, layout: str, folder: str) -> tuple[dict, list[float]]:
 @pytest.mark.parametrize(
     "source",
     [
-        pytest.param(x, marks=[pytest.mark.full] if x in ("cp 4", "dp_shard 4", "tp 4", "dp_replicate 2 x dp_shard 2") else [])
+        pytest.param(
+            x, marks=[pytest.mark.full] if x in ("cp 4", "dp_shard 4", "tp 4", "dp_replicate 2 x dp_shard 2", "pp 2 x dp_shard 2") else []
+        )
         for x in LAYOUTS
     ],
 )

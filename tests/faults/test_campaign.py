@@ -39,7 +39,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbe
 
 @pytest.mark.parametrize(
     "one",
-    [pytest.param(c, marks=[] if c[:2] in PUSH else [pytest.mark.full], id=f"{n} {c[0]}, {c[1]}") for n, c in enumerate(CASES, 1)],
+    [
+        # A case that comes several times is broken at other moments: the first of them on every push.
+        pytest.param(
+            c, marks=[] if c[:2] in PUSH and c[:2] not in [d[:2] for d in CASES[: n - 1]] else [pytest.mark.full], id=f"{n} {c[0]}, {c[1]}"
+        )
+        for n, c in enumerate(CASES, 1)
+    ],
 )
 def test_nothing_is_lost(undisturbed: Undisturbed, tmp_path: Path, one: Case, request: pytest.FixtureRequest) -> None:
     numbers = undisturbed.numbers(one[1])
