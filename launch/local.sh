@@ -3,7 +3,8 @@
 #
 #   launch/local.sh 8 --config configs/gpt_1b.yaml --data-path corpus.jsonl
 #
-# PENTAGRID_BIN: folder of python and torchrun, .venv/bin if unset. PENTAGRID_LOG_DIR: every rank's output also goes to files under it.
+# PENTAGRID_TORCHRUN_RESTARTS: how often torchrun starts the ranks again when one fails, 0 if unset; with --resume they go on from the newest
+# checkpoint. PENTAGRID_BIN: folder of python and torchrun, .venv/bin if unset. PENTAGRID_LOG_DIR: every rank's output also goes to files under it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 usage() {
@@ -14,9 +15,11 @@ usage() {
 [[ $1 =~ ^[1-9][0-9]*$ ]] || usage "RANKS is $1, not a number above 0"
 ranks=$1
 shift
+restarts=${PENTAGRID_TORCHRUN_RESTARTS:-0}
+[[ $restarts =~ ^[0-9]+$ ]] || usage "PENTAGRID_TORCHRUN_RESTARTS is $restarts, not a number"
 . launch/env.sh
 logs=()
 if [ -n "${PENTAGRID_LOG_DIR:-}" ]; then
     logs=(--log-dir "$PENTAGRID_LOG_DIR" --redirects 3 --tee 3 --local-ranks-filter 0)
 fi
-exec "${PENTAGRID_BIN:-.venv/bin}/torchrun" --standalone --nproc-per-node "$ranks" ${logs[@]+"${logs[@]}"} train.py "$@"
+exec "${PENTAGRID_BIN:-.venv/bin}/torchrun" --standalone --nproc-per-node "$ranks" --max-restarts "$restarts" ${logs[@]+"${logs[@]}"} train.py "$@"

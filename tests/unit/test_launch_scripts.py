@@ -27,7 +27,8 @@ SRUN = """#!/bin/bash
 printf '%s\\n' "$@" > "$PLAY/srun_args"
 while [ $# -gt 0 ]; do [ "$1" = --run-dir ] && run_dir=$2; shift; done
 say() {
-    printf '{\\n "status": "%s",\\n "step": %s,\\n "reason": "%s",\\n "attempt": "%s"\\n}\\n' "$1" "$2" "$3" "$4" > "$run_dir/status.json"
+    printf '{\\n "status": "%s",\\n "step": %s,\\n "reason": "%s",\\n "attempt": "%s",\\n "lost": %s\\n}\\n' \\
+        "$1" "$2" "$3" "$4" "${5:-false}" > "$run_dir/status.json"
 }
 rm -f "$run_dir/stop"
 touch "$PLAY/started"
@@ -143,9 +144,74 @@ def test_failed_gives_its_reason(play: Path) -> None:
     assert (code, requeued(play)) == (1, []) and "failed at step 7: loss nan, sorry" in out
 
 
-def test_killed_is_not_queued_again(play: Path) -> None:
+CONFIGURED = 'echo "{\\"flags\\": {\\"save\\": null}}" > "$run_dir/config.json"\n'
+SAVED = CONFIGURED + 'mkdir -p "$run_dir/checkpoints/step_0000005"\n'
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("say running 5 '' a; exit 137", "killed after step 5 or later (exit code 137"),
+        ("say failed 7 'lost rank 1' a true; exit 1", "failed at step 7: lost rank 1"),
+    ],
+)
+def test_killed_or_lost_is_queued_again_while_it_gets_on(play: Path, end: str, words: str) -> None:
+    code, out = run(play, SAVED + end, "--run-dir", "r")
+    assert (code, requeued(play)) == (0, ["70012"]) and words in out and "; queued again" in out
+    code, out = run(play, SAVED + end.replace(" a", " b"), "--run-dir", "r")
+    assert (code, requeued(play)) == (1, ["70012"]) and words in out and "No checkpoint was written since the job's start" in out
+    unfinished = 'mkdir -p "$run_dir/checkpoints/step_0000009.damaged"\n' + end.replace(" a", " c")
+    assert run(play, SAVED + unfinished, "--run-dir", "r")[0] == 1
+    newer = 'mkdir "$run_dir/checkpoints/step_0000010"\n' + end.replace(" a", " d")
+    assert run(play, SAVED + newer, "--run-dir", "r")[0] == 0 and len(requeued(play)) == 2
+    newest = 'mkdir "$run_dir/checkpoints/step_0000011"\n' + end.replace(" a", " e")
+    code, out = run(play, SAVED + newest, "--run-dir", "r", SLURM_RESTART_COUNT="9", PENTAGRID_MAX_RESTARTS="9")
+    assert code == 1 and words in out and "9 restarts are PENTAGRID_MAX_RESTARTS" in out and len(requeued(play)) == 2
+
+
+@pytest.mark.parametrize("end", ["say running 5 '' a; exit 137", "say failed 7 'lost rank 1' a true; exit 1"])
+def test_killed_or_lost_after_a_term_is_not_queued_again(play: Path, end: str) -> None:
+    code, out = once_started(play, submit(play, "sleep 1\n" + SAVED + end, "--run-dir", "r"), signal.SIGTERM)
+    assert (code, requeued(play)) == (1, []), out
+
+
+def test_the_newest_checkpoint_is_looked_for_where_the_run_saves(play: Path) -> None:
+    elsewhere = 'echo "{\\"flags\\": {\\"save\\": \\"s\\"}}" > "$run_dir/config.json"\nmkdir -p s/step_0000005\n'
+    code, out = run(play, elsewhere + "say running 5 '' a; exit 137", "--run-dir", "r", "--save", "s")
+    assert (code, requeued(play)) == (0, ["70012"]), out
+
+
+def test_a_checkpoint_does_not_make_a_failure_worth_repeating(play: Path) -> None:
+    code, out = run(play, SAVED + "say failed 7 'loss nan' a; exit 1", "--run-dir", "r")
+    assert (code, requeued(play)) == (1, []) and "failed at step 7: loss nan" in out
+
+
+def test_killed_before_its_first_checkpoint_is_not_queued_again(play: Path) -> None:
     code, out = run(play, "say running 5 '' a; exit 137", "--run-dir", "r")
     assert (code, requeued(play)) == (1, []) and "killed after step 5 or later (exit code 137" in out
+
+
+ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "variables", "words"),
+    [
+        ("run_dir: x\n", (), {}, "run_dir in p.yaml: this script must know it, so give --run-dir on the command line"),
+        ("lr: 1\n'run-dir' : x\n", (), {}, "run_dir in p.yaml"),
+        ("run_dir: x\n", ("--run-dir", "r"), {}, None),
+        ("# run_dir: x\nsave: x\n", (), {}, None),
+        ("save: x\n", (), ARRAY, "save in p.yaml would be one for all seeds of the array"),
+        ("metrics_file: x\n", (), ARRAY, "metrics_file in p.yaml would be"),
+        ("tensorboard_dir: x\n", (), ARRAY, "tensorboard_dir in p.yaml would be"),
+        ("tensorboard_dir: x\nseed: 7\n", ("--tensorboard-dir", "none"), ARRAY, None),
+    ],
+)
+def test_places_in_a_preset(play: Path, preset: str, flags: tuple[str, ...], variables: dict[str, str], words: str | None) -> None:
+    (play / "p.yaml").write_text(preset)
+    code, out = run(play, "say done 10 '' a", "--config", "p.yaml", *flags, **variables)
+    assert (code == 0) if words is None else (code == 2 and words in out), out
+    assert (play / "srun_args").exists() == (words is None)
 
 
 def test_an_earlier_starts_status_counts_for_nothing(play: Path) -> None:
@@ -215,8 +281,12 @@ def test_multi_node_calls_torchrun(play: Path) -> None:
 
 def test_local_calls_torchrun(play: Path) -> None:
     result = start("local.sh", play, "2", "--cp-size", "2", OMP_NUM_THREADS="3")
-    assert result.stdout.splitlines()[0] == f"{ROOT}: --standalone --nproc-per-node 2 train.py --cp-size 2"
+    assert result.stdout.splitlines()[0] == f"{ROOT}: --standalone --nproc-per-node 2 --max-restarts 0 train.py --cp-size 2"
     assert "OMP_NUM_THREADS=3" in result.stdout.splitlines()
+    again = start("local.sh", play, "2", "--resume", PENTAGRID_TORCHRUN_RESTARTS="3")
+    assert again.stdout.splitlines()[0] == f"{ROOT}: --standalone --nproc-per-node 2 --max-restarts 3 train.py --resume"
+    wrong = start("local.sh", play, "2", PENTAGRID_TORCHRUN_RESTARTS="often")
+    assert wrong.returncode == 2 and "PENTAGRID_TORCHRUN_RESTARTS is often, not a number" in wrong.stderr
 
 
 @pytest.mark.parametrize(
