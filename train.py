@@ -41,7 +41,7 @@ from parallel.tensor import TensorParallel
 from training.arguments import model_config, parse_arguments, parse_profile_steps, parse_skips, parse_split, resolve
 from training.banner import describe_epochs, print_banner
 from training.checkpoint import Saver
-from training.checkpoint_files import checkpoints
+from training.checkpoint_files import checkpoints, step_folder
 from training.evaluate import evaluate
 from training.flops import known_peak_tflops
 from training.initialize import (
@@ -187,6 +187,7 @@ def main(argv: list[str], outcome: Outcome) -> None:
     with one_line_refusals():
         launch = read_launch()
         args = parse_arguments(argv)
+        asked = dict(vars(args))  # `resolve` fills in the others
         start = find_start(args)
         chosen = resolve(
             args,
@@ -345,6 +346,20 @@ def main(argv: list[str], outcome: Outcome) -> None:
             started=started,
             paths={"run": run_dir, "checkpoints": save_dir, "TensorBoard": tensorboard_dir, "metrics": metrics_file},
         )
+
+    def save_for_replay(step: int) -> str:
+        """The weights before a step that ends the run, apart from the checkpoints that a run goes on from."""
+        folder = run_dir / "nonfinite" / "checkpoints"
+        watchdog.moved("a checkpoint", step)
+        try:
+            saver.wait()
+            if broadcast_object(step_folder(save_dir, step).exists()):
+                return ""
+            Saver(folder, model, optimizer, grid, group=checkpoint_group, keep=1).save(step, facts | {"data": {}})
+        except OSError as error:  # the same on every rank; the step itself is what the run ends of
+            return f"; the weights before it could not be saved: {one_line(error)}"
+        return f"; the weights before it are in {step_folder(folder, step)}"
+
     guard = NonFiniteGuard(
         skip=args.on_nonfinite == "skip",
         most=args.max_skipped_in_a_row,
@@ -354,13 +369,19 @@ def main(argv: list[str], outcome: Outcome) -> None:
         folder=run_dir / "nonfinite",
         control_group=control_group,
         flush=log.flush,
+        save_weights=save_for_replay,
         save=lambda place, step, told: save_step(
             place,
             step=step,
             told=told,
             sequences=train_sequences,
             numbers=range((step - 1) * args.global_batch_size, step * args.global_batch_size),
-            facts={"argv": argv, "vocab_size": tokenizer.vocab_size, "checkpoints": str(save_dir), "world_size": launch.world_size},
+            facts={
+                "flags": asked,
+                "vocab_size": tokenizer.vocab_size,
+                "checkpoints": str(save_dir.resolve()),
+                "world_size": launch.world_size,
+            },
         ),
     )
     profiler = StepProfiler(

@@ -4,7 +4,8 @@ torchrun --nproc-per-node 2 tools/replay.py runs/one/nonfinite/step_0000012.json
 python tools/replay.py runs/one/nonfinite/step_0000012.json --cp-size 1 --device cpu
 
 The rows come from the file beside it, the model and layout from the flags of the run, which further flags of train.py overrule. The
-weights are those of the newest checkpoint before the step, or of --load. Exit code 1: not finite again; 0: finite here.
+weights are those that the run kept of the moment before the step; else the newest checkpoint before it; or of --load.
+Exit code 1: not finite again; 0: finite here.
 """
 
 from __future__ import annotations
@@ -38,46 +39,39 @@ from training.nonfinite import StoredSequences, bad_gradients
 from training.step import counts_here, forward_backward
 
 # Flags of the run that a replay has no use for: what it would read, write or wait for.
-LEFT_OUT = {"--resume": 0, "--load": 1, "--load-weights-only": 0, "--load-fallback": 0, "--save": 1, "--run-dir": 1, "--data-path": None,
-            "--valid-data-path": None, "--metrics-file": 1, "--tensorboard-dir": 1, "--wandb-project": 1, "--eval-only": 0,
-            "--tokenizer-model": 1, "--tokenizer-eod": 1, "--profile": 0, "--skip-steps": 1}  # fmt: skip
+LEFT_OUT = {
+    "check_data", "config", "data_cache_path", "data_path", "data_split", "dry_run", "eval_only", "load", "load_fallback",
+    "load_weights_only", "metrics_file", "profile", "resume", "run_dir", "save", "skip_steps", "tensorboard_dir", "tokenizer_eod",
+    "tokenizer_model", "valid_data_path", "wandb_project",
+}  # fmt: skip
 
 
-def without_places(argv: list[str]) -> list[str]:
-    """The flags of a run without those of `LEFT_OUT`."""
-    kept: list[str] = []
-    at = 0
-    while at < len(argv):
-        name, has_value, _ = argv[at].partition("=")
-        if name not in LEFT_OUT:
-            kept.append(argv[at])
-            at += 1
-            continue
-        at += 1
-        most = 0 if has_value else LEFT_OUT[name]
-        while at < len(argv) and not argv[at].startswith("--") and most != 0:
-            at += 1
-            most = None if most is None else most - 1
-    return kept
+def without_places(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run without those of `LEFT_OUT`; documents and their tokenizer are not needed."""
+    return {name: value for name, value in flags.items() if name not in LEFT_OUT} | {"tokenizer_type": "byte"}
 
 
 def read_step(path: Path) -> dict[str, Any]:
     """Raises ValueError if the file is not one that a run kept."""
     try:
         told = json.loads(path.read_text("utf-8"))
-        return {key: told[key] for key in ("step", "loss", "grad_norm", "argv", "vocab_size", "checkpoints", "world_size")}
+        if not isinstance(told["flags"], dict):
+            raise TypeError("flags")
+        return {key: told[key] for key in ("step", "loss", "grad_norm", "flags", "vocab_size", "checkpoints", "world_size")}
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the file of a step ({error!r})") from error
 
 
-def newest_before(folder: Path, step: int) -> Path:
-    """Raises ValueError if there is no checkpoint of a step before `step`."""
-    found = [place for place in checkpoints(folder) if int(read_run_facts(place)["step"]) < step]
-    if not found:
-        raise ValueError(f"no checkpoint before step {step} in {folder}: name one with --load, or --fresh for the initial weights")
-    return found[-1]
+def newest_before(folders: list[Path], step: int) -> Path:
+    """Raises ValueError if none of the folders has a checkpoint of a step before `step`."""
+    found = [(int(read_run_facts(place)["step"]), place) for folder in folders for place in checkpoints(folder)]
+    before = [one for one in found if one[0] < step]
+    if not before:
+        where = " or ".join(map(str, folders))
+        raise ValueError(f"no checkpoint before step {step} in {where}: name one with --load, or --fresh for the initial weights")
+    return max(before)[1]
 
 
 class LayerWatch:
@@ -107,12 +101,13 @@ def main(argv: list[str]) -> int:
         own.add_argument("--fresh", action="store_true", help="take the initial weights")
         flags, more = own.parse_known_args(argv)
         launch, told = read_launch(), read_step(flags.file)
-        args = parse_arguments([*without_places(told["argv"]), "--tokenizer-type", "byte", *more])
+        args = parse_arguments(more, defaults=without_places(told["flags"]))
         resolve(args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count)
         rows = StoredSequences(flags.file.with_suffix(".npz"))
         checkpoint = None
+        folders = [flags.file.parent / "checkpoints", Path(told["checkpoints"])]
         if not flags.fresh:
-            checkpoint = find_checkpoint(flags.load) if flags.load else newest_before(Path(told["checkpoints"]), told["step"])
+            checkpoint = find_checkpoint(flags.load) if flags.load else newest_before(folders, told["step"])
     device, _ = initialise_distributed(launch, args.device, timeout=collective_timeout(args))
     sizes = GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size)
     grid = build_grid(sizes, timeout=collective_timeout(args), backend=group_backend(device))
@@ -155,7 +150,7 @@ def main(argv: list[str]) -> int:
     if launch.rank == 0:
         print(f"step {told['step']} of {flags.file}, weights: {checkpoint or 'initial'}, {grid.describe()}")
         if at != told["step"] - 1:
-            print(f"these weights are of step {at}, {told['step'] - 1 - at} updates before: --save-interval 1 makes it exact")
+            print(f"these weights are of step {at}, {told['step'] - 1 - at} updates before: what is not finite here may differ")
         print(f"the run:  loss {told['loss']}, gradient norm {told['grad_norm']}")
         print(f"here:     loss {loss}, gradient norm {grad_norm}")
         _print_layers(everyone)

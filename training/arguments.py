@@ -383,13 +383,17 @@ def _did_you_mean(word: str, known: Any) -> str:
     return f"; did you mean --{close[0].replace('_', '-')}?" if close else ""
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     """Flags of a run; a YAML preset's first, then the command line's over them.
+
+    Args:
+        defaults: in place of the flags' own, by name: what this function returned of another run.
 
     Raises:
         ValueError: one line for a misspelt flag or key, a wrong type or choice.
     """
     parser = build_parser()
+    parser.set_defaults(**(defaults or {}))
     first, _ = _config_parser().parse_known_args(argv)
     flags = _flags_from_yaml(first.config, parser) if first.config else []
     args, unknown = parser.parse_known_args([*flags, *argv])

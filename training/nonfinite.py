@@ -117,6 +117,7 @@ class NonFiniteGuard:
         folder: gets the files of such steps.
         save: called on one rank as save(file, step, facts).
         control_group: over all ranks, for host memory: a number that only one replica sees must stop all.
+        save_weights: called on all ranks as save_weights(step - 1) before the run ends; returns words for the message.
         flush: called before the run ends: what the steps before still have to write.
     """
 
@@ -131,11 +132,12 @@ class NonFiniteGuard:
         folder: Path,
         save: Callable[[Path, int, dict[str, Any]], None],
         control_group: dist.ProcessGroup,
+        save_weights: Callable[[int], str] = lambda step: "",
         flush: Callable[[], None] = lambda: None,
     ) -> None:
         self.skip, self.most, self.looks, self.model, self.grid, self.folder, self.save = skip, most, looks, model, grid, folder, save
         self.control_group = control_group
-        self.flush, self.skipped, self.in_a_row = flush, 0, 0
+        self.save_weights, self.flush, self.skipped, self.in_a_row = save_weights, flush, 0, 0
 
     def passes(self, step: int, loss: Tensor, grad_norm: Tensor, cross_entropy: Tensor) -> bool:
         """Whether the step, counted from 1, may update the weights. Where it may not: collective over the world.
@@ -159,7 +161,7 @@ class NonFiniteGuard:
             return False
         self.flush()
         much = f"; {self.in_a_row} such steps in a row (--max-skipped-in-a-row {self.most})" if self.skip else ""
-        raise NonFinite(step, float(loss), float(grad_norm), told + much)
+        raise NonFinite(step, float(loss), float(grad_norm), told + much + self.save_weights(step - 1))
 
     def _is_bad_somewhere(self, *values: Tensor) -> bool:
         """Waits for the device."""

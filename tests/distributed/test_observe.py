@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import subprocess
 import sys
@@ -111,8 +112,12 @@ def test_the_configuration_and_the_end_are_written(observed) -> None:
 
 
 def test_a_run_that_diverges_is_replayed(base, tmp_path: Path) -> None:
-    """A rate of 1e30 makes the loss infinite by itself; the kept rows and the checkpoint before give the same, on another layout too."""
-    flags = ["--lr", "1e30", "--min-lr", "1e30", "--lr-warmup-iters", "0", "--clip-grad", "0", "--save-interval", "1", "--train-iters", "8"]
+    """A rate of 1e30 makes the loss infinite by itself; the kept rows and weights give the same on another layout.
+
+    Flags from a preset count, also when it is gone; checkpoints of the run there are none.
+    """
+    (tmp_path / "preset.yaml").write_text("min_lr: 1e30\nlr_warmup_iters: 0\nclip_grad: 0\nrotary_base: 5000\n")
+    flags = ["--config", str(tmp_path / "preset.yaml"), "--lr", "1e30", "--train-iters", "8"]
     result = run_train(2, *base, *flags, "--cp-size", "2", "--device", "cpu", "--run-dir", str(tmp_path))
     assert (
         result.returncode == 1
@@ -122,11 +127,14 @@ def test_a_run_that_diverges_is_replayed(base, tmp_path: Path) -> None:
     (file,) = (tmp_path / "nonfinite").glob("step_*.json")
     step = json.loads(file.read_text())
     assert step["ranks"] and f"step {step['step']}:" in json.loads((tmp_path / "status.json").read_text())["reason"]
+    (tmp_path / "preset.yaml").unlink()
     command = [sys.executable, "tools/replay.py", str(file), "--cp-size", "1"]
     replay = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert replay.returncode == 1, replay.stdout + replay.stderr
     assert "here:     loss nan" in replay.stdout or "gradient norm nan" in replay.stdout or "gradient norm inf" in replay.stdout
     assert "layers.0" in replay.stdout and "updates before" not in replay.stdout
+    assert f"weights: {tmp_path}/nonfinite/checkpoints/step_{step['step'] - 1:07d}" in replay.stdout
+    assert f"here:     loss {step['loss']}" in replay.stdout or not math.isfinite(step["loss"])
     fresh = subprocess.run([*command, "--fresh"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert fresh.returncode == 0 and os.linesep in fresh.stdout  # with the initial weights the same rows are fine
 

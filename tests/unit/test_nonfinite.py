@@ -15,7 +15,8 @@ from torch import nn
 
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.unit.test_packed_rows import dataset
-from tools.replay import newest_before, read_step, without_places
+from tools.replay import LEFT_OUT, newest_before, read_step, without_places
+from training.arguments import parse_arguments
 from training.metrics import NonFinite
 from training.nonfinite import NonFiniteGuard, StoredSequences, bad_gradients, save_step
 
@@ -81,7 +82,7 @@ def test_bad_gradients_are_named() -> None:
 def test_the_rows_come_back_as_they_were(tmp_path: Path) -> None:
     sequences = dataset([8, 17, 16, 3, 5, 5], seq_length=16, alignment=4)
     place = tmp_path / "step_0000002.json"
-    facts = {"argv": ["--lr", "1"], "vocab_size": 9, "checkpoints": "somewhere", "world_size": 2}
+    facts = {"flags": {"lr": 1.0}, "vocab_size": 9, "checkpoints": "somewhere", "world_size": 2}
     told = {"loss": math.nan, "grad_norm": math.inf, "ranks": []}
     save_step(place, step=2, told=told, sequences=sequences, numbers=range(1, 3), facts=facts)
     again = StoredSequences(place.with_suffix(".npz"))
@@ -92,7 +93,7 @@ def test_the_rows_come_back_as_they_were(tmp_path: Path) -> None:
             np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
         assert mine.first_id == theirs.first_id
     step = read_step(place)
-    assert step["step"] == 2 and math.isnan(step["loss"]) and step["argv"] == ["--lr", "1"]
+    assert step["step"] == 2 and math.isnan(step["loss"]) and step["flags"] == {"lr": 1.0}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000002.json", "step_0000002.npz"]
 
 
@@ -104,10 +105,40 @@ def test_rows_that_would_run_code_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not the file of a step"):
         read_step(tmp_path / "step.json")
     with pytest.raises(ValueError, match="no checkpoint before step 3"):
-        newest_before(tmp_path, 3)
+        newest_before([tmp_path], 3)
 
 
 def test_a_replay_leaves_places_out() -> None:
-    argv = ["--data-path", "0.5", "a", "0.5", "b", "--lr=1", "--run-dir", "r", "--resume", "--cp-size", "2", "--save=s", "--profile"]
-    assert without_places(argv) == ["--lr=1", "--cp-size", "2"]
-    assert json.dumps(without_places([])) == "[]"
+    words = ["--data-path", "0.5", "a", "0.5", "b", "--lr=1", "--run-dir", "r", "--resume", "--cp-size", "2", "--save=s", "--profile",
+             "--valid-data-path", "v", "--tokenizer-type", "sentencepiece"]  # fmt: skip
+    flags = json.loads(json.dumps(vars(parse_arguments(words))))
+    again = parse_arguments(["--cp-size", "1"], defaults=without_places(flags))
+    assert again == parse_arguments(["--lr=1", "--cp-size", "1", "--tokenizer-type", "byte"])
+
+
+def test_every_flag_of_a_place_is_a_flag() -> None:
+    assert set(vars(parse_arguments([]))) >= LEFT_OUT
+
+
+def test_the_weights_are_kept_when_the_run_ends_and_not_before(grid: Grid, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def save_weights(step: int) -> str:
+        asked.append(step)
+        return "; in a folder"
+
+    own = guard(grid, tmp_path, [], skip=True, save_weights=save_weights)
+    bad = scalars(math.nan, 1.0, 1.0)
+    assert [own.passes(s, *bad) for s in (4, 5)] == [False, False] and not asked
+    with pytest.raises(NonFinite, match="; in a folder"):
+        own.passes(6, *bad)
+    assert asked == [5]
+
+
+def test_the_newest_weights_before_a_step_are_taken(tmp_path: Path) -> None:
+    for folder, step in (("run", 4), ("run", 8), ("run", 12), ("kept", 9)):
+        place = tmp_path / folder / f"step_{step:07d}"
+        place.mkdir(parents=True)
+        (place / "run.json").write_text(json.dumps({"step": step}))
+    both = [tmp_path / "kept", tmp_path / "run"]
+    assert newest_before(both, 10).parent.name == "kept" and newest_before(both, 9).name == "step_0000008"
