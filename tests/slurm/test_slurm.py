@@ -9,6 +9,7 @@ import getpass
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -222,6 +223,32 @@ def test_a_job_outlives_its_time_limit(slurm: Slurm) -> None:
     undisturbed = slurm.submit("launch/slurm.sbatch", *given, "--run-dir", str(slurm.folder / "undisturbed"))
     assert slurm.wait_for(undisturbed, "COMPLETED", seconds=900)["Restarts"] == "0"
     assert losses(run_dir) == losses(slurm.folder / "undisturbed") and len(losses(run_dir)) == STEPS
+    print(out)
+
+
+def kill_a_rank(run_dir: Path) -> None:
+    ranks = [pid for pid in processes_under(run_dir) if " -u train.py " in command_of(pid)]
+    os.kill(ranks[-1], signal.SIGKILL)
+
+
+def test_a_job_that_loses_a_rank_goes_on_while_it_gets_on(slurm: Slurm) -> None:
+    """Killed after a checkpoint: queued again, and the losses of a run that nobody disturbed. Killed before one: the job ends."""
+    run_dir = slurm.folder / "killed"
+    given = flags(slurm, steps=300)
+    job = slurm.submit("--time=10", "launch/slurm.sbatch", *given, "--run-dir", str(run_dir), "--save-interval", "20")
+    eventually(lambda: steps_of(run_dir) >= 30, seconds=120, told=slurm.told(job))
+    kill_a_rank(run_dir)
+    ended = slurm.wait_for(job, "COMPLETED", seconds=400)
+    out = slurm.output(job)
+    assert ended["Restarts"] == "1" and re.search(r"slurm\.sbatch: (failed at|killed after) .*; queued again", out), out
+    alone = train(RANKS, slurm.folder / "undisturbed 300", *given)
+    assert losses(run_dir) == [(line["step"], line["loss"]) for line in alone if "loss" in line]
+
+    job = slurm.submit("--time=10", "launch/slurm.sbatch", *flags(slurm, steps=100_000), "--run-dir", str(slurm.folder / "killed early"))
+    eventually(lambda: steps_of(slurm.folder / "killed early") >= 3, seconds=120, told=slurm.told(job))
+    kill_a_rank(slurm.folder / "killed early")
+    ended = slurm.wait_for(job, "FAILED", seconds=120)
+    assert ended["Restarts"] == "0" and "No checkpoint was written since the job's start" in slurm.output(job), slurm.output(job)
     print(out)
 
 
