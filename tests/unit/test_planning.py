@@ -166,12 +166,12 @@ def test_legal_sizes_are_those_that_train_takes() -> None:
 
 
 def test_layouts_that_fit_come_in_the_order_of_the_estimate() -> None:
-    best = plan_tool.ranked([*WORDS, "--global-batch-size", "8"], 4, 4, 0.05, 257, None)
+    best = plan_tool.ranked([*WORDS, "--num-layers", "2", "--global-batch-size", "8"], 4, 4, 0.05, 257, None)
     assert len(best) > 3 and [b[0] for b in best] == sorted(b[0] for b in best)
     assert all(plan.memory.peak <= 0.9 * 0.05 * 2**30 for _, _, plan in best)
     assert all(a.pp_size * a.tp_size * a.cp_size * a.dp_shard_size == 4 for _, a, _ in best)
     peaks = sorted(plan.memory.peak for _, _, plan in best)
-    fewer = plan_tool.ranked([*WORDS, "--global-batch-size", "8"], 4, 4, peaks[5] / 0.9 / 2**30, 257, None)
+    fewer = plan_tool.ranked([*WORDS, "--num-layers", "2", "--global-batch-size", "8"], 4, 4, peaks[5] / 0.9 / 2**30, 257, None)
     assert [plan.memory.peak for _, _, plan in fewer] == [plan.memory.peak for _, _, plan in best if plan.memory.peak <= peaks[5]]
 
 
