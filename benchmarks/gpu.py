@@ -1,6 +1,6 @@
 """Speed on one GPU: each figure beside a floor that runs in the same process, in turns with it.
 
-    python benchmarks/gpu.py [--only step,fp8,packed,ring,length] [--rounds 7] [--json FILE]
+    python benchmarks/gpu.py [--only step,fp8,packed,ring,memory,length] [--rounds 7] [--seconds 400] [--json FILE]
     python benchmarks/gpu.py --tiny          # the same code in small on the CPU, to see that it runs; its figures mean nothing
 
 step    MFU of a model of about 1B, 8192 tokens a sequence, packed documents and one document a sequence: our layers, compiled, those of
@@ -8,10 +8,12 @@ step    MFU of a model of about 1B, 8192 tokens a sequence, packed documents and
 fp8     8 bits against bf16 in layers of the size of an 8B model.
 packed  real tokens/s of packed rows against one document a row, padded.
 ring    what a rank of cp 2, 4 and 8 computes, rank after rank on this card, against the flash kernel over everything, divided by cp.
-length  the longest sequence whose step fits, with everything recomputed.
+memory  the most that a step holds, beside what tools/plan.py says of it.
+length  the longest row whose step fits, with everything recomputed: of documents of 131072 tokens, and of one document while there is time.
 
-A figure is a ratio of medians; what cannot run here (no Transformer Engine, say) is said and left out. Goals that are missed are told, not
-hidden. Prints tables, then JSON. Documents have the lengths of the standard library's files, four bytes a token.
+A figure is a ratio of medians, of what runs in turns; only what is compared is on the card at a time, for which 78 GiB are enough. What
+cannot run here (no Transformer Engine, say) is said and left out. Goals that are missed are told, not hidden. Prints tables, then JSON,
+which is written after every comparison. Documents have the lengths of the standard library's files, four bytes a token.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ from train import build_model
 from training.arguments import model_config, parse_arguments, resolve
 from training.flops import known_peak_tflops, training_flops
 from training.initialize import Launch, initialise_distributed
+from training.memory import rank_memory
 from training.optimizer import build_optimizer
 from training.step import counts_here, forward_backward
 
@@ -63,13 +66,17 @@ TINY = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-hea
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, SEED = 32000, 1234
 GOALS = {"te / bare te": 0.97, "MFU, te bf16 bshd": 0.5, "fp8 / bf16": 1.25, "ring, batch": 0.93, "ring, packed": 0.85}
+TORCH, TE = "--transformer-impl torch --cp-backend native", "--transformer-impl te --cp-backend te"
+DOCUMENT = 131072  # tokens of each document in the longest rows
 
 
 class Machine:
-    """The device, its peak, and how to time on it."""
+    """The device, its peak, how to time on it, and where figures are kept."""
 
-    def __init__(self, tiny: bool) -> None:
-        self.tiny = tiny
+    def __init__(self, tiny: bool, place: Path | None = None, seconds: float = 400.0) -> None:
+        self.tiny, self.place, self.ends = tiny, place, time.monotonic() + seconds
+        self.facts: dict[str, Any] = {}
+        self.results: dict[str, dict[str, Any]] = {}
         self.device, _ = initialise_distributed(Launch(), "cpu" if tiny else "cuda", timeout=timedelta(minutes=30))
         self.grid = build_grid(GridSizes())
         self.name = platform.processor() or "CPU" if tiny else torch.cuda.get_device_name(self.device)
@@ -84,6 +91,9 @@ class Machine:
         work()
         self.wait()
         return time.perf_counter() - start
+
+    def seconds_left(self) -> float:
+        return self.ends - time.monotonic()
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -102,8 +112,18 @@ class Machine:
 
     def free(self) -> None:
         gc.collect()
+        if self.has_te:
+            from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+            FP8GlobalStateManager.reset()  # scales of a model that is gone are updated in every step of the next
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def keep(self, part: str, figures: dict[str, Any]) -> None:
+        """What is measured is kept, whatever comes after."""
+        self.results.setdefault(part, {}).update(figures)
+        if self.place is not None:
+            self.place.write_text(json.dumps(self.facts | self.results, indent=1))
 
 
 def document_lengths(seq_length: int, rows: int) -> list[np.ndarray]:
@@ -145,9 +165,13 @@ class OurStep:
         self.machine = machine
         self.model = build_model(self.args, self.config, machine.grid, machine.device)
         self.optimizer = build_optimizer(self.model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-        whole = np.array([self.args.seq_length])
-        row = row or row_of(whole, 1, self.args.seq_length)
-        self.batch = build_batch([row], cp_size=1, cp_rank=0, qkv_format=self.args.qkv_format, layout=self.args.cp_layout)
+        self.read(row)
+
+    def read(self, row: Sequence | None = None) -> None:
+        """Take this packed row from now on; None: one sequence of the sequence length, as BSHD."""
+        qkv_format = "bshd" if row is None else "thd"
+        row = row or row_of(np.array([self.args.seq_length]), 1, self.args.seq_length)
+        self.batch = build_batch([row], cp_size=1, cp_rank=0, qkv_format=qkv_format, layout=self.args.cp_layout)
         self.tokens = float(row.lengths.sum())
         self.flops = training_flops(self.config, tokens=self.tokens, squared_lengths=float((row.lengths.astype(float) ** 2).sum()))
 
@@ -217,73 +241,81 @@ def median_ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(over) / statistics.median(under)
 
 
-def step(machine: Machine, rounds: int) -> dict[str, Any]:
-    shape = TINY if machine.tiny else ONE_B
-    bshd, thd = "--qkv-format bshd", "--qkv-format thd"
-    flags = {
-        "torch": "--transformer-impl torch --cp-backend native",
-        "torch compiled": "--transformer-impl torch --cp-backend native --compile",
-    }
-    if machine.has_te:
-        flags |= {"te bf16": "--transformer-impl te --cp-backend te"}
-        flags |= {f"te fp8 {name}": f"--transformer-impl te --cp-backend te --fp8 {name}" for name in ("delayed", "current", "block")}
+def compared(machine: Machine, ours: dict[str, OurStep], bare: dict[str, BareStep], row: Sequence | None, rounds: int) -> dict[str, Any]:
+    """Figures of each over a row, and each over the bare loops, in turns."""
+    for one in ours.values():
+        one.read(row)
+    like, kind = next(iter(ours.values())), "bshd" if row is None else "thd"
+    work: dict[str, Callable[[], Any]] = {**ours, **(bare if row is None else {})}
+    seconds = machine.take_turns(work, rounds)
     found: dict[str, Any] = {}
-    for kind, which in (("bshd", bshd), ("thd", thd)):
-        sizes = parse_arguments(shlex.split(shape))
-        row = None if kind == "bshd" else row_of(document_lengths(sizes.seq_length, 1)[0], 16, sizes.seq_length)
-        ours = {name: OurStep(machine, shape, f"{which} {own}", row) for name, own in flags.items()}
-        like = ours["torch"]
-        work: dict[str, Callable[[], Any]] = dict(ours)
-        if kind == "bshd":
-            work["bare PyTorch"] = BareStep(machine, BareGPT, like)
-            if machine.has_te:
-                work["bare te"] = BareStep(machine, BareTE, like)
-        seconds = machine.take_turns(work, rounds)
-        for name, measured in seconds.items():
-            typical = statistics.median(measured)
-            figures = {"ms": 1000 * typical, "tokens/s": like.tokens / typical, "TFLOP/s": like.flops / typical / 1e12}
-            figures |= {"MFU": like.flops / typical / 1e12 / machine.peak} if machine.peak else {}
-            found[f"{name} {kind}"] = figures
-        for name, floor in (("te bf16", "bare te"), ("torch", "bare PyTorch"), ("torch compiled", "bare PyTorch")):
-            if name in seconds and floor in seconds:
+    for name, measured in seconds.items():
+        typical = statistics.median(measured)
+        figures = {"ms": 1000 * typical, "tokens/s": like.tokens / typical, "TFLOP/s": like.flops / typical / 1e12}
+        figures |= {"MFU": like.flops / typical / 1e12 / machine.peak} if machine.peak else {}
+        found[f"{name} {kind}"] = figures
+    for floor in (*bare, next(iter(ours))):
+        for name in ours:
+            if floor in seconds and name != floor:
                 found[f"{name} / {floor}, {kind}"] = median_ratio(seconds[floor], seconds[name])
-        del ours, work, like
-        machine.free()
-    if "te bf16 / bare te, bshd" in found:
-        found["te / bare te"] = found["te bf16 / bare te, bshd"]
-        found["MFU, te bf16 bshd"] = found["te bf16 bshd"].get("MFU")
     return found
 
 
-def fp8(machine: Machine, rounds: int) -> dict[str, Any]:
-    if not machine.has_te:
-        return {"left out": "no Transformer Engine here"}
-    te = "--qkv-format bshd --transformer-impl te --cp-backend te"
-    recipes = ("none", "delayed", "current", "block")
-    seconds = machine.take_turns({name: OurStep(machine, EIGHT_B, f"{te} --fp8 {name}") for name in recipes}, rounds)
-    machine.free()
-    found: dict[str, Any] = {f"{name} / bf16": median_ratio(seconds["none"], seconds[name]) for name in recipes[1:]}
-    return found | {"fp8 / bf16": max(found.values())}
-
-
-def packed(machine: Machine, rounds: int) -> dict[str, Any]:
-    """The same documents: packed in full rows, or each alone in a row of the sequence length."""
+def step(machine: Machine, rounds: int) -> None:
     shape = TINY if machine.tiny else ONE_B
     length = parse_arguments(shlex.split(shape)).seq_length
-    own = "--transformer-impl te --cp-backend te" if machine.has_te else "--transformer-impl torch --cp-backend native"
+    packed_row = row_of(document_lengths(length, 1)[0], 16, length)
+    groups: list[tuple[dict[str, str], dict[str, Callable]]] = [
+        ({"torch": TORCH, "torch compiled": f"{TORCH} --compile"}, {"bare PyTorch": BareGPT}),
+    ]
+    if machine.has_te:
+        groups.append(({"te bf16": TE}, {"bare te": BareTE}))
+        groups += [({"te bf16": TE, f"te fp8 {name}": f"{TE} --fp8 {name}"}, {}) for name in ("delayed", "current", "block")]
+    for flags, floors in groups:
+        ours = {name: OurStep(machine, shape, own) for name, own in flags.items()}
+        bare = {name: BareStep(machine, model, next(iter(ours.values()))) for name, model in floors.items()}
+        for row in (None, packed_row):
+            machine.keep("step", compared(machine, ours, bare, row, rounds))
+        del ours, bare
+        machine.free()
+    found = machine.results["step"]
+    if "te bf16 / bare te, bshd" in found:
+        summary = {"te / bare te": found["te bf16 / bare te, bshd"], "MFU, te bf16 bshd": found["te bf16 bshd"].get("MFU")}
+        machine.keep("step", summary)
+
+
+def fp8(machine: Machine, rounds: int) -> None:
+    if not machine.has_te:
+        machine.keep("fp8", {"left out": "no Transformer Engine here"})
+        return
+    best = 0.0
+    for name in ("delayed", "current", "block"):
+        both = {recipe: OurStep(machine, EIGHT_B, f"--qkv-format bshd {TE} --fp8 {recipe}") for recipe in ("none", name)}
+        seconds = machine.take_turns(dict(both), rounds)
+        del both
+        machine.free()
+        ratio = median_ratio(seconds["none"], seconds[name])
+        best = max(best, ratio)
+        machine.keep("fp8", {f"{name} / bf16": ratio, "fp8 / bf16": best})
+
+
+def packed(machine: Machine, rounds: int) -> None:
+    """The same documents: packed in full rows, or each alone in a row of the sequence length."""
+    shape, own = (TINY if machine.tiny else ONE_B), TE if machine.has_te else TORCH
+    length = parse_arguments(shlex.split(shape)).seq_length
     documents = document_lengths(length, 1)[0]
-    together = OurStep(machine, shape, f"--qkv-format thd {own}", row_of(documents, 16, length))
-    alone = OurStep(machine, shape, f"--qkv-format bshd {own}")
+    together = OurStep(machine, shape, own, row_of(documents, 16, length))
+    alone = OurStep(machine, shape, own)
     seconds = machine.take_turns({"packed": together, "padded": alone}, rounds)
     # A padded row costs the same whatever document is in it.
     padded_rate = documents.mean() / statistics.median(seconds["padded"])
     packed_rate = together.tokens / statistics.median(seconds["packed"])
     del together, alone
     machine.free()
-    return {"packed tokens/s": packed_rate, "padded tokens/s": padded_rate, "packed / padded": packed_rate / padded_rate}
+    machine.keep("packed", {"packed tokens/s": packed_rate, "padded tokens/s": padded_rate, "packed / padded": packed_rate / padded_rate})
 
 
-def ring(machine: Machine, rounds: int) -> dict[str, Any]:
+def ring(machine: Machine, rounds: int) -> None:
     """Every rank's blocks in turn, forward and backward; what travels is there at once, so this is computation alone."""
     length, heads, groups, dim = (512, 4, 2, 16) if machine.tiny else (65536, 16, 8, 128)
     here = lambda x, group, tag: SimpleNamespace(wait=lambda clock=None: x)  # noqa: E731
@@ -316,43 +348,73 @@ def ring(machine: Machine, rounds: int) -> dict[str, Any]:
             del work
             machine.free()
         found[f"ring, {kind}"] = min(figures["slowest rank"] for name, figures in found.items() if name.startswith(f"{kind}, cp"))
-    return found
+        machine.keep("ring", found)
 
 
-def length(machine: Machine, rounds: int) -> dict[str, Any]:
-    """One document as long as the sequence; doubled until a step no longer fits."""
-    own = "--transformer-impl te --cp-backend te" if machine.has_te else "--transformer-impl torch --cp-backend native"
-    found: dict[str, Any] = {}
-    at = 512 if machine.tiny else 131072
-    while at <= (1024 if machine.tiny else 1048576):
-        shape = f"{TINY if machine.tiny else ONE_B} --seq-length {at} --recompute full --qkv-format bshd {own}"
-        if machine.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            ours = OurStep(machine, shape, "")
-            ours()
-            seconds = machine.seconds(ours)
-        except RuntimeError as error:  # torch's own, or what a library says that asked the driver
-            found[str(at)] = f"does not fit ({str(error).splitlines()[0]})"
-            break
-        found[str(at)] = {"s": seconds, "tokens/s": at / seconds}
-        if machine.device.type == "cuda":
-            found[str(at)]["GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        found["longest"] = at
-        del ours
+def memory(machine: Machine, rounds: int) -> None:
+    """PyTorch's count of what is allocated over two steps; a plan may be 10 % off."""
+    shape = TINY if machine.tiny else ONE_B
+    configurations = {"torch": TORCH, "torch, recompute selective": f"{TORCH} --recompute selective"}
+    configurations |= {"torch, recompute full": f"{TORCH} --recompute full --seq-length {512 if machine.tiny else 32768}"}
+    if machine.has_te:
+        configurations |= {"te": TE, "te, recompute selective": f"{TE} --recompute selective"}
+        configurations |= {"te, recompute full": f"{TE} --recompute full --seq-length 32768", "te, fp8": f"{TE} --fp8 current"}
+    for name, flags in configurations.items():
         machine.free()
+        on_cuda = machine.device.type == "cuda"
+        before = torch.cuda.memory_allocated() if on_cuda else 0
+        ours = OurStep(machine, shape, flags)
+        planned = rank_memory(ours.args, ours.config).peak
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        ours()
+        ours()
+        figures = {"planned GiB": planned / 2**30}
+        if on_cuda:
+            got = torch.cuda.max_memory_allocated() - before
+            figures |= {"measured GiB": got / 2**30, "planned / measured": planned / got}
+        machine.keep("memory", {name: figures})
+        del ours
+
+
+def length(machine: Machine, rounds: int) -> None:
+    """Rows are doubled until a step no longer fits; one document's attention grows with the square, and ends where time does."""
+    at, most, document = (512, 1024, 256) if machine.tiny else (DOCUMENT, 8 * DOCUMENT, DOCUMENT)
+    ours = OurStep(machine, TINY if machine.tiny else ONE_B, f"--recompute full {TE if machine.has_te else TORCH}")
+    ours()  # kernels are chosen, moments made
+    latest, predicted = 0.0, 0.0
+    while at <= most:
+        figures: dict[str, Any] = {}
+        for name, lengths in (("documents", np.full(at // document, document)), ("one document", np.array([at]))):
+            if name == "one document" and predicted > machine.seconds_left():
+                figures[f"{name}"] = f"left out: a step of about {predicted:.0f} s"
+                continue
+            if machine.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            ours.read(row_of(lengths, 16, at))
+            try:
+                took = machine.seconds(ours)
+            except RuntimeError as error:  # torch's own, or what a library says that asked the driver
+                machine.keep("length", {f"{at}": f"does not fit ({str(error).splitlines()[0]})"})
+                return
+            figures |= {f"{name}, s": took, f"{name}, tokens/s": at / took}
+            if machine.device.type == "cuda":
+                figures[f"{name}, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+            if name == "one document":
+                latest = took
+        predicted = 4.3 * latest if latest else predicted * 4
+        machine.keep("length", {f"{at}": figures, "longest": at})
         at *= 2
-    return found
 
 
-PARTS = {"step": step, "fp8": fp8, "packed": packed, "ring": ring, "length": length}
+PARTS = {"step": step, "fp8": fp8, "packed": packed, "ring": ring, "memory": memory, "length": length}
 
 
 def tell(part: str, figures: dict[str, Any]) -> None:
     print(f"\n{part}")
     for name, value in figures.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
+            value = ", ".join(f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in value.items())
         elif isinstance(value, float):
             goal = GOALS.get(name)
             value = f"{value:.3f}" + ("" if goal is None else f" (goal {goal}: {'met' if value >= goal else 'MISSED'})")
@@ -365,22 +427,21 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--seconds", type=float, default=400.0, help="of the whole; length begins no step that would end later")
     parser.add_argument("--json")
     options = parser.parse_args()
-    machine = Machine(options.tiny)
+    machine = Machine(options.tiny, Path(options.json) if options.json else None, options.seconds)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     facts = {"command": f"python benchmarks/gpu.py {shlex.join(sys.argv[1:])}".strip(), "commit": commit, "device": machine.name}
     facts |= {"torch": torch.__version__, "peak TFLOP/s": machine.peak}
     if machine.has_te:
         facts["transformer-engine"] = importlib.metadata.version("transformer-engine")
+    machine.facts = facts
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
-    results: dict[str, Any] = {}
     for part in options.only.split(","):
-        results[part] = PARTS[part](machine, options.rounds)
-        tell(part, results[part])
-        if options.json:  # what is measured is kept, whatever comes after
-            Path(options.json).write_text(json.dumps(facts | results, indent=1))
-    print(json.dumps(facts | results))
+        PARTS[part](machine, options.rounds)
+        tell(part, machine.results[part])
+    print(json.dumps(facts | machine.results))
     dist.destroy_process_group()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 
 import torch.distributed as dist
@@ -22,8 +22,28 @@ class Precision:
         return nullcontext()
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """What training goes on from beside weights and optimiser, by name, live: the same on every rank of a stage."""
+        """What training goes on from beside weights and optimiser, by name, live: the same on every rank of a stage. May be collective."""
         return {}
+
+
+class JoinsWeights(nn.Module):
+    """A layer that computes with several of its weights as one tensor. `joined` is that tensor while the weights stay as they are."""
+
+    keeps = False
+    joined: Tensor | None = None
+
+
+@contextmanager
+def weights_stay(models: Iterable[nn.Module]) -> Iterator[None]:
+    """No weight changes in here: what layers join is joined once, whatever the microbatches and what is computed again."""
+    layers = [module for model in models for module in model.modules() if isinstance(module, JoinsWeights)]
+    try:
+        for layer in layers:
+            layer.keeps = True
+        yield
+    finally:
+        for layer in layers:
+            layer.keeps, layer.joined = False, None
 
 
 def layers_of(implementation: str) -> ModuleType:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from transformer_engine.common import recipe as te_recipe
 from transformer_engine.pytorch.attention import rope as te_rope
 
-from model.layers import Precision
+from model.layers import JoinsWeights, Precision
 from model.names import TE_FUSED
 from model.torch_layers import ColumnParallelLinear, VocabParallelEmbedding
 from parallel.tensor import TensorParallel
@@ -103,11 +103,25 @@ class LayerNormLinear(te.LayerNormLinear):
         )
 
 
-class LayerNormMLP(nn.Module):
+class _Joined(torch.autograd.Function):
+    """Rows of the first weight above those of the second, as a tensor that is there already or as a new one."""
+
+    @staticmethod
+    def forward(ctx, first: Tensor, second: Tensor, joined: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.rows = len(first), len(second)
+        return torch.cat((first, second)) if joined is None else joined.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return *grad.split(ctx.rows), None
+
+
+class LayerNormMLP(JoinsWeights):
     """RMSNorm, then SwiGLU: fc2(silu(gate(x)) * up(x)) (arXiv:2002.05202). Gate and up are two tensors.
 
-    Transformer Engine's module wants them as one, the gate's rows above the up's. They are joined for each call: a shard of the joined
-    tensor would be a piece of both, which no checkpoint of another layout could read. The copy costs the weights' bytes once.
+    Transformer Engine's module wants them as one, the gate's rows above the up's. They are joined once a step: a shard of the joined
+    tensor would be a piece of both, which no checkpoint of another layout could read. Its backward pass holds on to what it was given, also
+    where it is computed again; so the copy, of the weights' bytes in the compute dtype, stays for the step.
     """
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel) -> None:
@@ -134,7 +148,10 @@ class LayerNormMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights: dict[str, Tensor] = dict(self.named_parameters())
         for fused, parts in TE_FUSED.items():  # fc1_weight [2 * ffn / tp, h]
-            weights[fused.removeprefix("mlp.")] = torch.cat([weights.pop(part.removeprefix("mlp.")) for part in parts])
+            joined = _Joined.apply(*(weights.pop(part.removeprefix("mlp.")) for part in parts), self.joined)
+            weights[fused.removeprefix("mlp.")] = joined
+            if self.keeps and self.joined is None:
+                self.joined = joined.detach()
         return functional_call(self.hidden[0], weights, (x,))
 
 
@@ -181,7 +198,11 @@ class FP8(Precision):
         return te.autocast(enabled=True, recipe=self.recipe, amax_reduction_group=self.group)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Of delayed scaling: for each module its scales [n] and the largest values of steps before [history, n], forward and backward."""
+        """Of delayed scaling: for each module its scales [n] and the largest values of steps before [history, n], forward and backward.
+
+        Collective over the group. A weight is put in 8 bits again in the backward pass, after the forward pass's values were reduced, so
+        the row of the step to come holds what each rank alone has seen; the next reduction would take the largest, and so does this.
+        """
         found: dict[str, Tensor] = {}
         for name, module, gemms in self._modules(model) if self.delayed else ():
             if "scaling_fwd" not in module.fp8_meta:  # before the first step
@@ -190,6 +211,11 @@ class FP8(Precision):
             for key in ("scaling_fwd", "scaling_bwd"):
                 of_key = module.fp8_meta[key]
                 found |= {f"{name}.{key}.scale": of_key.scale, f"{name}.{key}.amax_history": of_key.amax_history}
+        if found and self.group.size() > 1:
+            seen = [history[0] for name, history in found.items() if name.endswith("amax_history")]
+            largest = torch.cat(seen)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+            torch._foreach_copy_(seen, list(largest.split([len(row) for row in seen])))
         return found
 
     def _modules(self, model: nn.Module) -> Iterator[tuple[str, te.Linear | te.LayerNormLinear | te.LayerNormMLP, int]]:

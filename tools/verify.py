@@ -300,12 +300,14 @@ class Verifier:
         pipeline = train.build_pipeline(args, model, config, self.grid, self.device, plan.num_microbatches)
         got = run_step(model, batches, self.grid, self.device, args, pipeline)
         report = None
-        if dist.get_rank() == 0:
-            exact = self._one_rank(args, dtype="fp64", reference=True)
-            noisy = self._one_rank(args, dtype=args.dtype, reference=False)
-            title = f"{args.attention.backend} {args.attention.method} {args.qkv_format} {args.cp_layout} {args.dtype}"
-            report = Report(title, compare(got, noisy, exact, args), got.seconds)
-        dist.barrier()
+        try:
+            if dist.get_rank() == 0:
+                exact = self._one_rank(args, dtype="fp64", reference=True)
+                noisy = self._one_rank(args, dtype=args.dtype, reference=False)
+                title = f"{args.attention.backend} {args.attention.method} {args.qkv_format} {args.cp_layout} {args.dtype}"
+                report = Report(title, compare(got, noisy, exact, args), got.seconds)
+        finally:
+            dist.barrier()  # also where the references fail: the other ranks wait here, and would meet rank 0's next layout out of step
         return report
 
 

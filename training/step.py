@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.loader import Batch
 from model.gpt import GPT, StageRows, Stages, chunks_of
+from model.layers import weights_stay
 from model.names import is_cut, sees_part
 from parallel.fsdp import local_grads, reshard_model, set_last_microbatch
 from parallel.grid import Grid
@@ -66,16 +67,18 @@ def forward_backward(
         for chunk in chunks:
             chunk.rows = rows
         first, last = (any(getattr(chunk, which) for chunk in chunks) for which in ("is_first", "is_last"))
-        pipeline.schedule.step(*([numbers] if first else []), **({"target": numbers} if last else {}))
+        with weights_stay(chunks):
+            pipeline.schedule.step(*([numbers] if first else []), **({"target": numbers} if last else {}))
         for chunk in chunks:
             chunk.rows = None
     else:
-        for number, batch in enumerate(batches, 1):
-            set_last_microbatch(model, number == len(batches), reshard_between=reshard_between)
-            batch = batch.to(device)
-            loss_sum, cross_entropy = model(batch.tokens, batch.packed_seq, labels=batch.labels)
-            (loss_sum / loss_tokens.to(loss_sum.dtype)).backward()
-            total += cross_entropy
+        with weights_stay(chunks):
+            for number, batch in enumerate(batches, 1):
+                set_last_microbatch(model, number == len(batches), reshard_between=reshard_between)
+                batch = batch.to(device)
+                loss_sum, cross_entropy = model(batch.tokens, batch.packed_seq, labels=batch.labels)
+                (loss_sum / loss_tokens.to(loss_sum.dtype)).backward()
+                total += cross_entropy
     without = next((name for name, p in model.named_parameters() if p.grad is None), None)
     if without is not None:  # FSDP under a schedule can lose one, and the optimiser would pass over it without a word
         raise RuntimeError(f"{without} has no gradient after the backward pass on rank {dist.get_rank()}: this must not happen")

@@ -172,9 +172,10 @@ def run_steps(
     reshard: bool = False,
     qkv_format: str = "thd",
     schedule: str = "1f1b",
+    lr: float = 1e-2,
 ) -> dict:
     """`steps` AdamW steps on the same rows; facts of the first step and of the end."""
-    optimizer = build_optimizer(model, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = build_optimizer(model, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     size, rank = grid.size("batch"), grid.rank("batch")
     groups = [rows[i : i + micro_batch] for i in range(0, ROWS, micro_batch)]
     mine = groups[rank::size]
@@ -215,7 +216,7 @@ def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[Se
     return losses
 
 
-def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes, steps: int = 1) -> dict:
+def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes, steps: int = 1, lr: float = 1e-2) -> dict:
     """The same rows on one rank in float64, with AdamW steps as `run_steps` takes them: losses, norms, first gradients, last weights."""
     weights = {}
     for name, shape in names_and_shapes.items():
@@ -228,7 +229,7 @@ def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes, steps: int
     groups = [
         {"params": [w for w in weights.values() if (w.dim() > 1) == is_matrix], "weight_decay": 0.1 * is_matrix} for is_matrix in (1, 0)
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
     result: dict = {"losses": [], "norms": []}
     for step in range(steps):
         total, count = torch.zeros((), dtype=torch.float64), 0

@@ -62,7 +62,9 @@ def all_cells(rank: int, flags: list[str], cp_size: int, device: str) -> list[tu
             load_library("cpu")
     verifier = Verifier(args, grid_of(cp_size), torch.device(device), layers=1, sequences=1)
     with mock.patch.object(tools.verify, "CUDA_LIBRARIES", libraries):
-        return [cell for run in cells_of(args) for cell in one_cell(verifier, run)]
+        # Transformer Engine last: a kernel that breaks the device's memory fails every cell after it.
+        runs = sorted(cells_of(args), key=lambda run: run.attention.backend == "te")
+        return [cell for run in runs for cell in one_cell(verifier, run)]
 
 
 def one_cell(verifier: Verifier, run: Namespace) -> list[tuple[str, bool, float]]:
@@ -76,13 +78,15 @@ def one_cell(verifier: Verifier, run: Namespace) -> list[tuple[str, bool, float]
 
 
 def test_every_cell_of_the_table_agrees(world: World, flags: list[str], record: Callable) -> None:
-    results = world.run(all_cells, flags, world.size, "cuda", timeout=500.0)[0]
+    results = world.run(all_cells, flags, world.size, "cuda", timeout=200.0)[0]
     record(flash_attn=float(HAS_FLASH_ATTN), **{title: ratio for title, _, ratio in results})
     assert len(results) >= 8
     assert [title for title, passed, _ in results if not passed] == []
 
 
 def partition(rank: int, cp_size: int) -> bool:
+    """Whether its compiled index function deals out tokens as our zigzag does."""
+    import transformer_engine.pytorch  # noqa: F401 - makes its extension known
     import transformer_engine_torch as tex
 
     padded = np.array([8, 24, 16, 40, 64])
@@ -94,7 +98,5 @@ def partition(rank: int, cp_size: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("cp_size", [1, 2, 4])
-def test_zigzag_is_transformer_engines_order(cp_size: int) -> None:
-    with World(1, backend="staged", device="cuda") as world:
-        assert world.run(partition, cp_size)[0]
+def test_zigzag_is_transformer_engines_order(world: World) -> None:
+    assert all(world.run(partition, world.size))

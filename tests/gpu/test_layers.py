@@ -1,7 +1,8 @@
 """Transformer Engine's layers against ours on one GPU: a whole step of the model, and twenty, each beside one rank's own float64 code.
 
 A step's error may be four times what our layers have in bf16. FP8 has no such floor: E4M3 keeps four bits of a number, so a product is
-off by some percent, and what is held is stated beside each limit.
+off by some percent, and what is held is stated beside each limit. Rows of 64 tokens, learned by heart, are chaotic at a high learning rate:
+twenty steps take 1e-4, at which bf16 and 8 bits emulated on the CPU were off by 0.004 and 0.035 to 0.064 in a loss of 4.5 to 3.7.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from training.optimizer import build_optimizer
 SHAPE = dict(num_layers=3, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2, kv_channels=64, init_std=0.05)
 NATIVE = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
 TE = AttentionChoice(backend="te", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
-# Largest relative error of a gradient in 8 bits, of a loss after the first step, and of a loss within twenty.
-FP8_GRADIENT, FP8_LOSS, FP8_TWENTY = 0.25, 0.02, 0.05
+# Largest relative error of a gradient and of the first loss in 8 bits; largest error of a loss within twenty steps, in bf16 and in 8 bits.
+FP8_GRADIENT, FP8_LOSS = 0.25, 0.02
+TWENTY, FP8_TWENTY = 0.02, 0.15
+LR = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +52,14 @@ def model_on(device: str, implementation: str, backend: str, fp8: str = "none"):
 
 
 def errors_of_steps(rank: int, device: str, implementation: str, backend: str, fp8: str, steps: int) -> tuple[dict, list[float]]:
-    """Relative errors of the first step's loss, norm and gradients, and each step's loss over the oracle's less 1."""
+    """Relative errors of the first step's loss, norm and gradients, and each step's loss less the oracle's."""
     torch.manual_seed(0)
     rows = rows_of("thd")
-    got = run_steps(model_on(device, implementation, backend, fp8), grid(), rows, 1, steps=steps)
-    want = oracle(config_of(**SHAPE), rows, {n: w.shape for n, w in got["weights"].items()}, steps)
+    got = run_steps(model_on(device, implementation, backend, fp8), grid(), rows, 1, steps=steps, lr=LR)
+    want = oracle(config_of(**SHAPE), rows, {n: w.shape for n, w in got["weights"].items()}, steps, LR)
     errors = {name: relative_error(got["grads"][name], x) for name, x in want["grads"].items()}
     errors |= {"loss": abs(got["loss"] / want["loss"] - 1), "norm": abs(got["norm"] / want["norm"] - 1)}
-    return errors, [abs(a / b - 1) for a, b in zip(got["losses"], want["losses"], strict=True)]
+    return errors, [abs(a - b) for a, b in zip(got["losses"], want["losses"], strict=True)]
 
 
 @functools.cache
@@ -91,7 +94,7 @@ def test_the_losses_of_twenty_steps(one: World, record: Callable, implementation
     backend = "te" if implementation == "te" else "native"
     _, losses = one.run(errors_of_steps, "cuda", implementation, backend, fp8, 20, timeout=500.0)[0]
     record(**{f"step_{n}": losses[n - 1] for n in (1, 5, 10, 20)})
-    assert max(losses) < (FP8_TWENTY if fp8 != "none" else 0.02), losses
+    assert max(losses) < (FP8_TWENTY if fp8 != "none" else TWENTY), losses
 
 
 def resumed(rank: int, device: str, first: str, second: str, fp8: str, folder: str) -> tuple[list[float], list[float]]:
@@ -99,7 +102,7 @@ def resumed(rank: int, device: str, first: str, second: str, fp8: str, folder: s
     rows, losses = rows_of("thd"), []
     for implementation, start in ((first, None), (second, Path(folder) / "step_0000002")):
         model = model_on(device, implementation, implementation if implementation == "te" else "native", fp8)
-        optimizer = build_optimizer(model, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        optimizer = build_optimizer(model, lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         if start is None:
             steps_with(model, optimizer, rows, 2)
             Saver(Path(folder), model, optimizer, grid()).save(2, {})

@@ -1,14 +1,16 @@
 """Transformer Engine's compiled kernels in plain PyTorch, so that its own Python runs on CPU tensors.
 
-What a GPU would compute is computed here slowly, in float64 where it counts, from the same arguments; everything above the kernels is the real
-package: its modules, their autograd, their tensor parallelism, its context-parallel rings and gathers. What this cannot tell is what the
-compiled kernels do with the same arguments.
+What a GPU would compute is computed here slowly, in float64 where it counts, from the same arguments; everything above the kernels is
+the real package: its modules, their autograd, their tensor parallelism, its context-parallel rings and gathers. What this cannot tell is
+what the compiled kernels do with the same arguments.
 
     with on_the_cpu(): ...       # in every rank; gloo's collectives carry CPU tensors
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -16,14 +18,18 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-import transformer_engine.pytorch as te
 import transformer_engine_torch as tex
 from torch import Tensor
-from transformer_engine.pytorch import cpp_extensions
-from transformer_engine.pytorch import utils as te_utils
+from transformer_engine.pytorch import cpp_extensions, quantization
 from transformer_engine.pytorch.attention.dot_product_attention import utils
+from transformer_engine.pytorch.constants import TE_DType_To_Torch
 from transformer_engine.pytorch.cpp_extensions import gemm
 from transformer_engine.pytorch.ops.basic import rmsnorm
+from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
+from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer, Float8BlockwiseQTensor
+from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer, Float8Tensor
+from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
+from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
 # What the attention kernels write in the rows of padding, which nothing promises.
 GARBAGE = float("nan")
@@ -37,14 +43,128 @@ class NoStream:
 
 
 # ---------------------------------------------------------------------------------------------------
+# 8 bits. A Hopper card multiplies rows with rows: what is needed the other way round is kept transposed.
+
+BLOCK = 128
+
+
+def _in_8_bits(x: Tensor, scale: Tensor, dtype) -> Tensor:
+    kind = TE_DType_To_Torch[dtype]
+    most = torch.finfo(kind).max
+    return (x.float() * scale).clamp(-most, most).to(kind).view(torch.uint8)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.movedim(-1, 0).contiguous()
+
+
+def bgrad_quantize(x: Tensor, quantizer):
+    return x.sum(0), quantize(x, quantizer)
+
+
+def fp8_transpose(x: Tensor, dtype, *, out: Tensor | None = None) -> Tensor:
+    return _transposed(x) if out is None else out.copy_(_transposed(x))
+
+
+def create_empty_quantized_tensor(quantizer, shape, dtype, device, pin_memory):
+    assert isinstance(quantizer, (Float8Quantizer, Float8CurrentScalingQuantizer))
+    empty = torch.empty(shape, dtype=torch.uint8)
+    return _per_tensor(empty, torch.ones(1), quantizer, dtype)
+
+
+def quantize(x: Tensor, quantizer, out=None, noop=None):
+    """A tensor in 8 bits, by the quantizer's own rule."""
+    assert out is None and noop is None
+    if isinstance(quantizer, Float8BlockQuantizer):
+        return _in_blocks(x, quantizer)
+    kind = TE_DType_To_Torch[quantizer.dtype]
+    largest = x.abs().amax().float().reshape(1)
+    if isinstance(quantizer, Float8CurrentScalingQuantizer):
+        if quantizer.with_amax_reduction:
+            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+        scale = torch.where(largest > 0, torch.finfo(kind).max / largest.clamp(min=quantizer.amax_epsilon), 1.0)
+        if quantizer.force_pow_2_scales:
+            scale = scale.log2().floor().exp2()
+    else:
+        assert isinstance(quantizer, Float8Quantizer)
+        scale = quantizer.scale.clone()
+        quantizer.amax.copy_(torch.maximum(quantizer.amax.view(1), largest).view_as(quantizer.amax))
+    return _per_tensor(_in_8_bits(x, scale, quantizer.dtype), scale.reciprocal(), quantizer, x.dtype)
+
+
+def _per_tensor(data: Tensor, inverse: Tensor, quantizer, dtype: torch.dtype):
+    parts = dict(
+        data=data if quantizer.rowwise_usage else None,
+        data_transpose=_transposed(data) if quantizer.columnwise_usage else None,
+        fp8_scale_inv=inverse,
+        fp8_dtype=quantizer.dtype,
+        quantizer=quantizer,
+    )
+    if quantizer.internal:
+        return Float8TensorStorage(fake_dtype=dtype, **parts)
+    return Float8Tensor(shape=data.shape, dtype=dtype, device=data.device, **parts)
+
+
+def _blocks_of(x: Tensor, quantizer) -> tuple[Tensor, Tensor]:
+    """x [m, k] in 8 bits, and the reciprocal scales of its blocks: of 128 x 128, or of 128 of a row."""
+    kind = TE_DType_To_Torch[quantizer.dtype]
+    tall = BLOCK if quantizer.block_scaling_dim == 2 else 1
+    m, k = x.shape
+    padded = torch.nn.functional.pad(x.float(), (0, -k % BLOCK, 0, -m % tall))
+    tiles = padded.view(padded.shape[0] // tall, tall, padded.shape[1] // BLOCK, BLOCK)
+    largest = tiles.abs().amax((1, 3)).clamp(min=quantizer.amax_epsilon)
+    scale = torch.where(largest > 0, torch.finfo(kind).max / largest, 1.0)
+    if quantizer.force_pow_2_scales:
+        scale = scale.log2().floor().exp2()
+    data = _in_8_bits(tiles, scale[:, None, :, None], quantizer.dtype).view(padded.shape)[:m, :k].contiguous()
+    inverse = scale.reciprocal()
+    return data, inverse if tall > 1 else inverse.T.contiguous()
+
+
+def _in_blocks(x: Tensor, quantizer):
+    flat, specs, found = x.reshape(-1, x.shape[-1]), quantizer.inner_tensor_specs(tuple(x.shape)), {}
+    for name, is_there, source in (
+        ("rowwise", quantizer.rowwise_usage, flat), ("columnwise", quantizer.columnwise_usage, flat.T.contiguous()),
+    ):  # fmt: skip
+        found |= {f"{name}_data": None, f"{name}_scale_inv": None}
+        if is_there:
+            data, inverse = _blocks_of(source, quantizer)
+            wanted = specs[f"_{name}_scale_inv"][0]
+            padded = torch.ones(wanted)
+            padded[: inverse.shape[0], : inverse.shape[1]] = inverse
+            found |= {f"{name}_data": data.view(specs[f"_{name}_data"][0]), f"{name}_scale_inv": padded}
+    common = dict(fp8_dtype=quantizer.dtype, quantizer=quantizer, is_2D_scaled=quantizer.block_scaling_dim == 2)
+    if quantizer.internal:
+        return Float8BlockwiseQTensorStorage(fake_dtype=x.dtype, **found, **common)
+    return Float8BlockwiseQTensor(shape=x.shape, dtype=x.dtype, device=x.device, **found, **common)
+
+
+def _or_quantized(x: Tensor, quantizer):
+    return x if quantizer is None else quantize(x, quantizer)
+
+
+def _wide(x, by_rows: bool) -> Tensor:
+    """A matrix in float64; in 8 bits it must be there the way round that the product needs it."""
+    if not isinstance(x, QuantizedTensorStorage):
+        return x.double()
+    if isinstance(x, Float8TensorStorage):
+        assert (x._data if by_rows else x._transpose) is not None, "not kept the way round that is needed"
+    else:
+        assert (x._rowwise_data if by_rows else x._columnwise_data) is not None, "not kept the way round that is needed"
+        if not by_rows:
+            x.update_usage(rowwise_usage=False, columnwise_usage=True)
+    return x.dequantize(dtype=torch.float32).double()
+
+
+# ---------------------------------------------------------------------------------------------------
 # Layers
 
 
 def rmsnorm_fwd(x: Tensor, weight: Tensor, eps, out, quantizer, otype, sm_margin, zero_centered_gamma):
-    assert out is None and quantizer is None and not zero_centered_gamma
+    assert out is None and not zero_centered_gamma
     wide = x.double()
     rsigma = (wide.square().mean(-1) + eps).rsqrt()
-    return (wide * rsigma[:, None] * weight.double()).to(x.dtype), None, rsigma.float()
+    return _or_quantized((wide * rsigma[:, None] * weight.double()).to(x.dtype), quantizer), None, rsigma.float()
 
 
 def rmsnorm_bwd(dz: Tensor, x: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin, zero_centered_gamma):
@@ -59,8 +179,9 @@ def generic_gemm(
 ):
     """op(b) @ op(a), as cuBLAS's column-major order makes it."""
     assert bias is None and quantizer is None and not gelu and not accumulate
-    product = (b.T if transb else b).double() @ (a.T if transa else a).double()
-    dtype = next(known for known, named in te.constants.TE_DType.items() if named == out_dtype) if out_dtype is not None else b.dtype
+    wide_a, wide_b = _wide(a, transa), _wide(b, not transb).flatten(0, -2)
+    product = (wide_b.T if transb else wide_b) @ (wide_a.T if transa else wide_a)
+    dtype = TE_DType_To_Torch[out_dtype] if out_dtype is not None else b.dtype
     if out is None:
         return product.to(dtype), None, None, None
     out.copy_(product)
@@ -69,7 +190,7 @@ def generic_gemm(
 
 def swiglu(x: Tensor, quantizer):
     gate, up = x.double().chunk(2, -1)
-    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+    return _or_quantized((torch.nn.functional.silu(gate) * up).to(x.dtype), quantizer)
 
 
 def dswiglu(grad: Tensor, x: Tensor, quantizer):
@@ -78,7 +199,7 @@ def dswiglu(grad: Tensor, x: Tensor, quantizer):
         gate, up = wide.chunk(2, -1)
         out = torch.nn.functional.silu(gate) * up
     (found,) = torch.autograd.grad(out, wide, grad.double())
-    return found.to(x.dtype)
+    return _or_quantized(found.to(x.dtype), quantizer)
 
 
 def _rotated(x: Tensor, angles: Tensor, sign: int) -> Tensor:
@@ -155,8 +276,9 @@ def fused_attn_fwd(
 
 
 def fused_attn_bwd(
-    max_q, max_kv, scale, dropout, fast_zero_fill, layout, o_format, do_format, dqkv_layout, scale_inv_format, do_scale_inv_format, bias_type,
-    mask, softmax_type, window, bottom_right, deterministic, cu_q, cu_kv, q, k, v, out, dout, fake_dtype, aux, padded_q, padded_kv, *_,
+    max_q, max_kv, scale, dropout, fast_zero_fill, layout, o_format, do_format, dqkv_layout, scale_inv_format, do_scale_inv_format,
+    bias_type, mask, softmax_type, window, bottom_right, deterministic, cu_q, cu_kv, q, k, v, out, dout, fake_dtype, aux, padded_q,
+    padded_kv, *_,
 ):  # fmt: skip
     flat_q, flat_k, flat_v, flat_out, flat_dout = (_flat(x) for x in (q, k, v, out, dout))
     stats = aux[0]
@@ -262,9 +384,10 @@ def thd_copy_valid_tokens_from_per_split_to_rank_local(out: Tensor, part: Tensor
 
 
 KERNELS = (
-    rmsnorm_fwd, rmsnorm_bwd, generic_gemm, swiglu, dswiglu, fused_rope_forward, fused_rope_backward, fused_attn_fwd, fused_attn_bwd,
-    thd_read_half_tensor, thd_second_half_lse_correction, thd_read_second_half_lse, thd_out_correction, thd_grad_correction,
-    thd_sequence_order_to_cp_rank_order, thd_cp_rank_order_to_sequence_order, thd_copy_valid_tokens_from_per_split_to_rank_local,
+    quantize, bgrad_quantize, fp8_transpose, create_empty_quantized_tensor, rmsnorm_fwd, rmsnorm_bwd, generic_gemm, swiglu, dswiglu,
+    fused_rope_forward, fused_rope_backward, fused_attn_fwd, fused_attn_bwd, thd_read_half_tensor, thd_second_half_lse_correction,
+    thd_read_second_half_lse, thd_out_correction, thd_grad_correction, thd_sequence_order_to_cp_rank_order,
+    thd_cp_rank_order_to_sequence_order, thd_copy_valid_tokens_from_per_split_to_rank_local,
 )  # fmt: skip
 
 
@@ -285,16 +408,21 @@ def on_the_cpu() -> Iterator[None]:
         stream=lambda *_: nullcontext(),
     )
     with ExitStack() as stack:
+        for module in [m for name, m in sys.modules.items() if name.startswith("transformer_engine.") and hasattr(m, "_empty_tensor")]:
+            stack.enter_context(mock.patch.object(module, "_empty_tensor", torch.Tensor))
         for module in (tex, cpp_extensions, rmsnorm):  # which import some by name
             here = {name: kernel for name, kernel in named.items() if hasattr(module, name)}
             stack.enter_context(mock.patch.multiple(module, **here))
         stack.enter_context(mock.patch.multiple(torch.cuda, **card))
+        stack.enter_context(mock.patch.dict(os.environ, {"NVTE_UNFUSED_FP8_UPDATE": "1"}))  # scales of delayed scaling, in its plain code
+        make = quantization.DelayedScalingRecipeState.__init__
+        at_home = lambda self, *a, **k: make(self, *a, **(k | {"device": torch.device("cpu")}))  # noqa: E731
+        stack.enter_context(mock.patch.object(quantization.DelayedScalingRecipeState, "__init__", at_home))
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
         stack.enter_context(mock.patch.object(utils, "_get_fused_attn_backend", lambda **_: (fused, "")))
         # Its filter is asked as for bf16: cuDNN's kernels know no fp32, these do, and show errors that bf16 would hide.
         ask = utils.get_attention_backend
         as_bf16 = lambda asked: ask(replace(asked, qkv_dtype=torch.bfloat16))  # noqa: E731
         stack.enter_context(mock.patch.object(utils, "get_attention_backend", as_bf16))
-        stack.enter_context(mock.patch.object(te_utils, "_empty_tensor", torch.Tensor))
         stack.enter_context(mock.patch.object(gemm, "get_cublas_workspace", lambda *_: torch.empty(1, dtype=torch.uint8)))
         yield

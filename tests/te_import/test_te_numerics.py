@@ -9,16 +9,18 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import pytest
+import torch
 
 pytest.importorskip("transformer_engine.pytorch", exc_type=(ImportError, RuntimeError, OSError))
 
-from cp.attention import build_attention  # noqa: E402
-from cp.plan import AttentionChoice, cells  # noqa: E402
-from tests.distributed.test_cp_attention import HEADS, cases, errors_of  # noqa: E402
-from tests.distributed.test_model_parity import NEEDS, built, config_of, oracle, rows_of, run_steps  # noqa: E402
-from tests.distributed.test_model_parity import grid_of as parity_grid_of  # noqa: E402
-from tests.reference import dense_attention, relative_error, worst  # noqa: E402
-from tests.world import World  # noqa: E402
+from cp.attention import build_attention
+from cp.plan import AttentionChoice, cells
+from model.gpt import chunks_of
+from tests.distributed.test_cp_attention import HEADS, cases, errors_of
+from tests.distributed.test_model_parity import NEEDS, built, config_of, oracle, rows_of, run_steps
+from tests.distributed.test_model_parity import grid_of as parity_grid_of
+from tests.reference import dense_attention, relative_error, worst
+from tests.world import World
 
 BF16 = 2e-2  # a rounding is 2e-3; a block that is left out, taken twice or masked wrongly is tens of percent off
 
@@ -69,7 +71,7 @@ def plain_attention(q, k, v, packed_seq, group, **_):
 
 
 def model_errors(rank: int, layout: str, dtype: str, implementation: str, changes: dict, **options) -> dict[str, float]:
-    """Relative errors of loss, norm and every gradient; without `attention` in the options Transformer Engine's is taken where its layers are."""
+    """Relative errors of loss, norm and every gradient; the te layers have Transformer Engine's attention, but for fp32 on one cp rank."""
     from tests.te_import.stand_ins import on_the_cpu
 
     config, rows, grid = config_of(**(NEEDS.get(layout, {}) | changes)), rows_of("thd"), parity_grid_of(layout)
@@ -95,6 +97,41 @@ def test_layers_equal_one_rank(world: World, layout: str, changes: dict, sequenc
         assert worst(errors) <= 1e-5, errors
 
 
+def three_steps(rank: int, layout: str, recompute: str) -> tuple[list[float], list[int]]:
+    """Losses over the oracle's less 1, and how often each layer of this rank put its gate and up together."""
+    from model import te_layers
+    from tests.te_import.stand_ins import on_the_cpu
+
+    config, rows, grid = config_of(**NEEDS.get(layout, {})), rows_of("thd"), parity_grid_of(layout)
+    joins: dict[int, int] = {}
+    cat = torch.cat
+
+    def counted(tensors, *args, **kwargs):
+        if (
+            len(tensors) == 2
+            and tensors[0].ndim == 2
+            and tensors[0].shape == (config.ffn_hidden_size // grid.size("tp"), config.hidden_size)
+        ):
+            joins[tensors[0].data_ptr()] = joins.get(tensors[0].data_ptr(), 0) + 1
+        return cat(tensors, *args, **kwargs)
+
+    with on_the_cpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(te_layers.torch, "cat", counted)
+        model = built(grid, config, "fp32", attention=plain_attention, implementation="te", recompute=recompute)
+        got = run_steps(model, grid, rows, 1, steps=3)
+    want = oracle(config, rows, {n: w.shape for n, w in got["weights"].items()}, 3)
+    return [abs(a / b - 1) for a, b in zip(got["losses"], want["losses"], strict=True)], sorted(joins.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("layout", ["tp 4", "pp 4"])
+def test_gate_and_up_are_joined_once_a_step(world: World, layout: str, recompute: str) -> None:
+    """Four microbatches, on a pipeline up to four in flight, three steps: three joins a layer, and every step has its own weights."""
+    layers = {"tp 4": [2] * 4, "pp 4": [2, 1, 1, 1]}[layout]
+    for (errors, joins), count in zip(world.run(three_steps, layout, recompute), layers, strict=True):
+        assert max(errors) <= 1e-4 and joins == [3] * count, (errors, joins)
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("layout", ["dp_shard 2 x cp 2", "tp 2 x cp 2", "cp 4", "pp 2 x cp 2"])
 def test_the_default_on_a_gpu_equals_one_rank(world: World, layout: str, recompute: str) -> None:
@@ -106,3 +143,47 @@ def test_the_default_on_a_gpu_equals_one_rank(world: World, layout: str, recompu
     ):
         mean = sum(ours.values()) / len(ours)
         assert {n: (x, ours[n]) for n, x in errors.items() if not x <= 4 * max(ours[n], mean)} == {}
+
+
+# ---------------------------------------------------------------------------------------------------
+# 8 bits
+
+WIDE = dict(num_layers=3, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2, kv_channels=64, init_std=0.05)
+GRADIENT, LOSS = 0.25, 0.02  # E4M3 keeps four bits of a number; as in tests/gpu/test_layers.py
+
+
+def errors_in_8_bits(rank: int, layout: str, fp8: str, recompute: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Relative errors of a step, and the scales after it."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    from tests.te_import.stand_ins import on_the_cpu
+
+    config, rows, grid = config_of(**WIDE), rows_of("thd"), parity_grid_of(layout)
+    with on_the_cpu():
+        FP8GlobalStateManager.reset()
+        choice = AttentionChoice(backend="te", method="p2p", qkv_format="thd", layout="zigzag", cp_size=grid.size("cp"))
+        attention = build_attention(choice, head_dim=config.kv_channels)
+        model = built(grid, config, "bf16", attention=attention, implementation="te", fp8=fp8, recompute=recompute)
+        got = run_steps(model, grid, rows, 1, steps=1)
+        chunks = chunks_of(model)
+        scales = {n: x.clone() for chunk in chunks for n, x in chunk.precision.state(chunk).items()}
+    want = oracle(config, rows, {n: w.shape for n, w in got["weights"].items()})
+    errors = {name: relative_error(got["grads"][name], x) for name, x in want["grads"].items()}
+    return errors | {what: abs(got[what] / want[what] - 1) for what in ("loss", "norm")}, scales
+
+
+@pytest.mark.parametrize(
+    ("fp8", "recompute"), [("delayed", "none"), ("current", "none"), ("current", "full"), ("block", "none"), ("block", "selective")]
+)
+@pytest.mark.parametrize("layout", ["dp_shard 4", "tp 2 x cp 2", "pp 2 x tp 2"])
+def test_8_bits_equal_one_rank_within_their_noise(world: World, layout: str, fp8: str, recompute: str) -> None:
+    results = world.run(errors_in_8_bits, layout, fp8, recompute)
+    for errors, scales in results:
+        assert errors["loss"] < LOSS and worst(errors) < GRADIENT, errors
+        assert worst(errors) > 0.02, "nothing was in 8 bits"
+        assert bool(scales) == (fp8 == "delayed")
+    for name, scale in results[0][1].items():  # of delayed scaling: moved, and the same on every rank that holds the layer
+        holders = [scales[name] for _, scales in results if name in scales]
+        assert len(holders) == (2 if layout.startswith("pp") else 4) and all(torch.equal(scale, other) for other in holders), name
+    if fp8 == "delayed":
+        assert any((x != 1).any() for n, x in results[0][1].items() if n.endswith("scaling_fwd.scale"))
