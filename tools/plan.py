@@ -1,7 +1,8 @@
 """What a run will need, on a laptop, without a rank: `python tools/plan.py --world-size 64 --gpu-memory 80 <flags of train.py>`.
 
 Memory of a rank by part, FLOPs and sent bytes of a step, packing and balance for a distribution of document lengths, legal sizes, and with
---rank-layouts the layouts that fit, best first. Memory is counted from the model's own code (training/memory.py), on plain PyTorch layers.
+--rank-layouts the layouts that fit, best first. Memory is counted from the model's own code (training/memory.py), on plain PyTorch layers,
+which hold most; with --transformer-impl te on Transformer Engine's, installed or not, in bf16.
 """
 
 from __future__ import annotations
@@ -57,9 +58,13 @@ def resolved(words: list[str], world: int, node: int) -> Namespace:
     args = parse_arguments(words)
     if args.device == "auto":
         args.device = "cuda"
-    if args.transformer_impl == "auto":
-        args.transformer_impl = "torch"
+    planned = "te" if args.transformer_impl == "te" else "torch"
+    if planned == "te":  # which need not be here, and whose 8 bits are planned as bf16
+        args.fp8, args.fp8_first_last_bf16 = "none", False
+        args.cp_backend = "native" if args.cp_backend == "te" else args.cp_backend
+    args.transformer_impl = "torch"
     resolve(args, world_size=world, local_world_size=min(node, world), cuda_devices=lambda: node)
+    args.transformer_impl = planned
     return args
 
 

@@ -14,13 +14,14 @@ import weakref
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +29,7 @@ from cp.kernels import accumulator_dtype
 from cp.packed_seq import PackedSeq, build_packed_seq
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.torch_layers import LayerNormMLP
 from parallel.stages import split_layers
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -71,6 +73,11 @@ class Ledger(TorchDispatchMode):
         self._seen[key] = weakref.ref(storage, gone)
         self.live[label] = self.live.get(label, 0) + size
         self._look()
+
+    def joined(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Room for both, one above the other."""
+        with self.for_("joined weights"):
+            return gate.new_empty(len(gate) + len(up), gate.shape[1])
 
     def ignore(self, tensors: Any) -> None:
         """These were there before."""
@@ -209,6 +216,78 @@ class PlannedAttention:
         return _PlannedAttention.apply(q, k, v, self)
 
 
+class _FusedNorm(torch.autograd.Function):
+    """RMSNorm in one kernel, as CUDA has it and Transformer Engine: its input stays, and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x, memory_format=torch.contiguous_format), weight.new_empty(weight.shape)
+
+
+@contextmanager
+def fused_norms() -> Iterator[None]:
+    """The meta device runs the many operations of a CPU's RMSNorm, which keep more."""
+
+    def fused(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+        return _FusedNorm.apply(x, weight)
+
+    plain = functional.rms_norm
+    functional.rms_norm = fused  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.rms_norm = plain
+
+
+class _PlannedTEMLP(torch.autograd.Function):
+    """What Transformer Engine's LayerNormMLP saves, and holds at the same time (2.20.2, module/layernorm_mlp.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor, joined: Tensor, gate: Tensor, up: Tensor, fc2: Tensor, spread: int) -> Tensor:  # type: ignore[override]
+        ln_out, rsigma = x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)
+        whole = x.new_empty(len(x) * spread, x.shape[1]) if spread > 1 else ln_out  # sequence parallelism gathers the tokens
+        fc1_out = x.new_empty(len(whole), len(joined))
+        act_out = x.new_empty(len(whole), len(joined) // 2)
+        out = x.new_empty(len(whole), x.shape[1])
+        ctx.save_for_backward(x, norm, ln_out, rsigma, joined, fc1_out, act_out, fc2)
+        ctx.spread = spread
+        return out.new_empty(x.shape) if spread > 1 else out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, norm, _, _, joined, fc1_out, act_out, fc2 = ctx.saved_tensors
+        if ctx.spread > 1:
+            grad = grad.new_empty(len(grad) * ctx.spread, grad.shape[1])
+        of_fc2, of_act = fc2.new_empty(fc2.shape), act_out.new_empty(act_out.shape)
+        of_fc1_out = fc1_out.new_empty(fc1_out.shape)
+        del of_act
+        whole = grad.new_empty(grad.shape)
+        of_joined, of_norm = joined.new_empty(joined.shape), norm.new_empty(norm.shape)
+        del of_fc1_out, whole
+        of_gate, of_up = of_joined.chunk(2)
+        return x.new_empty(x.shape), of_norm, None, of_gate, of_up, of_fc2, None
+
+
+class PlannedTEMLP(LayerNormMLP):
+    """The MLP of `model.te_layers`: gate and up are joined once a step, in a copy that stays."""
+
+    ledger: Ledger
+    joined: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.joined is None:
+            self.joined = self.ledger.joined(self.gate_weight, self.up_weight)
+        spread = self.tp.size if self.tp.sequence_parallel else 1
+        weights = (self.gate_weight, self.up_weight, self.fc2_weight)
+        return _PlannedTEMLP.apply(x, self.layer_norm_weight, self.joined, *weights, spread)
+
+
 @dataclass(frozen=True)
 class Memory:
     """Of one rank, in bytes. `parts` adds up to `peak`."""
@@ -318,6 +397,10 @@ class _Simulation:
                     recompute=args.recompute,
                     dropout_seed=0,
                 )
+            if args.transformer_impl == "te":
+                for layer in chunk.layers.values():
+                    layer.mlp.__class__ = PlannedTEMLP
+                    layer.mlp.ledger = self.ledger  # type: ignore[union-attr]
             self.chunks.append(chunk)
             inside = [_Unit(list(layer.parameters()), self) for layer in chunk.layers.values()]
             owned = {id(p) for unit in inside for p in unit.parameters}
@@ -334,6 +417,10 @@ class _Simulation:
             layer.register_forward_hook(lambda module, inputs, out: unit.free())
 
     def run(self) -> None:
+        with fused_norms() if self.args.device == "cuda" or self.args.transformer_impl == "te" else nullcontext():
+            self._run()
+
+    def _run(self) -> None:
         rows = [self._row() for _ in range(2)]
         for chunk in self.chunks:
             self.ledger.ignore(chunk.parameters())

@@ -16,6 +16,7 @@ pytest.importorskip("transformer_engine.pytorch", exc_type=(ImportError, Runtime
 from cp.attention import build_attention
 from cp.plan import AttentionChoice, cells
 from model.gpt import chunks_of
+from parallel.tensor import TensorParallel
 from tests.distributed.test_cp_attention import HEADS, cases, errors_of
 from tests.distributed.test_model_parity import NEEDS, built, config_of, oracle, rows_of, run_steps
 from tests.distributed.test_model_parity import grid_of as parity_grid_of
@@ -143,6 +144,40 @@ def test_the_default_on_a_gpu_equals_one_rank(world: World, layout: str, recompu
     ):
         mean = sum(ours.values()) / len(ours)
         assert {n: (x, ours[n]) for n, x in errors.items() if not x <= 4 * max(ours[n], mean)} == {}
+
+
+def saved_for_backward(layer: torch.nn.Module, x: torch.Tensor) -> int:
+    """Bytes that a forward pass keeps beside its input and its weights."""
+    known = {id_of(x), *(id_of(p) for p in layer.parameters())}
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(id_of(t), t), lambda t: t):
+        out = layer(x)
+    del out
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in known)
+
+
+def id_of(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def bytes_kept(rank: int, planned: bool) -> int:
+    from model import te_layers, torch_layers
+    from tests.te_import.stand_ins import on_the_cpu
+    from training.memory import Ledger, PlannedTEMLP
+
+    size = dict(eps=1e-5, dtype=torch.bfloat16, tp=TensorParallel())
+    if planned:
+        with torch.device("meta"):
+            layer, x = torch_layers.LayerNormMLP(64, 176, **size), torch.empty(40, 64, dtype=torch.bfloat16, requires_grad=True)
+        layer.__class__, layer.ledger = PlannedTEMLP, Ledger()
+        return saved_for_backward(layer, x)
+    with on_the_cpu():
+        layer = te_layers.LayerNormMLP(64, 176, **size)
+        return saved_for_backward(layer, torch.zeros(40, 64, dtype=torch.bfloat16, requires_grad=True))
+
+
+def test_the_plan_counts_what_its_mlp_keeps(world: World) -> None:
+    assert world.run(bytes_kept, False)[0] == world.run(bytes_kept, True)[0] == 2 * (40 * (64 + 3 * 176) + 2 * 176 * 64) + 4 * 40
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -201,3 +201,19 @@ def test_a_dry_run_says_the_same_and_trains_nothing(tmp_path: Path) -> None:
     result = run_train(2, *SMALL, *flags)
     assert result.returncode == 0, result.stderr
     assert "cp 2 x tp 1 = 2 ranks" in result.stdout and "activations" in result.stdout and not (tmp_path / "run").exists()
+
+
+def test_te_layers_are_planned_without_the_package() -> None:
+    """Gate and up once more in bf16, whatever the microbatches in flight; three channels of the MLP a token instead of four."""
+    words = ("--device", "cuda", "--pp-size", "2", "--global-batch-size", "4", "--ffn-hidden-size", "256")
+    (args, config), (ours, _) = planned("--transformer-impl", "te", "--fp8", "current", *words, world=2), planned(*words, world=2)
+    assert (args.transformer_impl, ours.transformer_impl, args.fp8) == ("te", "torch", "none")
+    te, torch_layers = rank_memory(args, config).parts, rank_memory(ours, config).parts
+    assert te["joined weights"] == 2 * (2 * 256 * 64) * 2  # layers of the stage, elements, bytes
+    assert torch_layers["activations"] - te["activations"] == 3 * 512 * 256 * 2  # layers in flight, the fourth in its backward pass
+
+
+def test_norms_keep_less_on_a_gpu() -> None:
+    """Of each norm the input and a number a row, where a CPU also keeps the input in fp32 and what it is before its weight."""
+    parts = [rank_memory(*planned("--dtype", "bf16", "--device", device)).parts["activations"] for device in ("cpu", "cuda")]
+    assert parts[0] - parts[1] == (2 * 4 + 1) * 512 * 64 * (4 + 2)  # norms, tokens, channels, bytes
