@@ -60,6 +60,7 @@ test-netns: $(STAMP)
 # On a machine with one GPU and the packages of docs/gpu.md, which GPU_PYTHON has. Figures go to $OUT, or to benchmarks/results.
 # Both parts run, whatever the first says. Transformer Engine's small functions as they are written: compiling them takes each rank a minute.
 test-gpu: export NVTE_TORCH_COMPILE = 0
+test-gpu: export NVTE_UNFUSED_ATTN = 0
 test-gpu:
 	$(GPU_PYTHON) -m pytest -p no:cacheprovider -rs tests/gpu $(ARGS); tests=$$?; \
 	$(GPU_PYTHON) tools/verify.py --all --device cuda --json $(or $(OUT),benchmarks/results)/verify_all_gpu.json && exit $$tests

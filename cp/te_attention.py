@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -16,10 +14,6 @@ from torch import Tensor
 
 from cp.kernels import to_device
 from cp.packed_seq import PackedSeq
-
-# Where its fused kernels cannot, it would take plain matrix products with whole scores, without a word: slow, and at long sequences out of
-# memory. It is told so by this variable only; then it raises an error that says how to see the reason.
-os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
 
 
 class TEAttention:

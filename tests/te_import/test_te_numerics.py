@@ -62,6 +62,27 @@ def test_attention_equals_one_rank(world: World, choice: AttentionChoice) -> Non
                 assert len(errors) == 4 and max(errors) <= BF16, (name, groups, errors)
 
 
+def what_it_says_without_a_kernel(rank: int) -> str:
+    """Of a shape that cuDNN refuses, as training/initialize.py has it."""
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    from tests.te_import.stand_ins import on_the_cpu
+
+    choice = AttentionChoice(backend="te", method="p2p", qkv_format="bshd", layout="zigzag", cp_size=1)
+    with on_the_cpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVTE_UNFUSED_ATTN", "0")
+        patch.setattr(utils, "_get_fused_attn_backend", lambda **_: (int(utils.FusedAttnBackend["No_Backend"]), "too wide"))
+        try:
+            errors_of(rank, choice, "one", 2, "bf16")
+        except ValueError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_it_says_so_where_no_fused_kernel_can(world: World) -> None:
+    assert all("No dot product attention backend is available" in said for said in world.run(what_it_says_without_a_kernel))
+
+
 # ---------------------------------------------------------------------------------------------------
 # The whole model
 
