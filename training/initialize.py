@@ -82,7 +82,7 @@ def initialise_distributed(launch: Launch, device_type: str, *, timeout: timedel
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-        # Where Transformer Engine's fused kernels cannot, it would take matrix products with whole scores, without a word: slow, and at long
+        # Where Transformer Engine's fused kernels cannot, it would take products with whole scores, without a word: slow, and at long
         # sequences out of memory. It listens to this variable only; then it raises an error that says how to see the reason.
         os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
     else:
