@@ -6,6 +6,11 @@ python train.py --help
 
 from __future__ import annotations
 
+from training.early import hold_back
+
+if __name__ == "__main__":
+    hold_back()
+
 import json
 import math
 import os
@@ -14,7 +19,7 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +46,7 @@ from parallel.tensor import TensorParallel
 from training.arguments import model_config, parse_arguments, parse_profile_steps, parse_skips, parse_split, resolve
 from training.banner import describe_epochs, print_banner
 from training.checkpoint import Saver
-from training.checkpoint_files import checkpoints, step_folder
+from training.checkpoint_files import checkpoints, hold, step_folder
 from training.evaluate import evaluate
 from training.flops import known_peak_tflops
 from training.initialize import (
@@ -52,6 +57,7 @@ from training.initialize import (
     group_backend,
     initialise_distributed,
     max_memory_bytes,
+    on_one_rank,
     on_rank_zero_first,
     read_launch,
 )
@@ -59,7 +65,7 @@ from training.lr_schedule import LRSchedule
 from training.metrics import EVERYTHING, MetricsLog, NonFinite, row_facts
 from training.nonfinite import NonFiniteGuard, save_step
 from training.optimizer import build_optimizer, set_lr
-from training.outcome import Outcome, StatusFile, one_line, tell
+from training.outcome import Outcome, OutlivesItsReader, StatusFile, one_line, tell
 from training.planning import data_of, plan_text
 from training.profiling import StepProfiler
 from training.resume import Started, find_start, load_start, run_facts
@@ -189,6 +195,8 @@ def main(argv: list[str], outcome: Outcome) -> None:
         args = parse_arguments(argv)
         asked = dict(vars(args))  # `resolve` fills in the others
         start = find_start(args)
+        if args.eval_only and start is None and (args.load or args.resume):
+            raise ValueError(f"--eval-only: no checkpoint under {args.save or f'{args.run_dir}/checkpoints'}: nothing trained to validate")
         chosen = resolve(
             args,
             world_size=launch.world_size,
@@ -228,6 +236,8 @@ def main(argv: list[str], outcome: Outcome) -> None:
     run_dir = Path(args.run_dir or broadcast_object(time.strftime("runs/%Y%m%d-%H%M%S")))
     start = broadcast_object(start)  # one rank's view of the file system
     save_dir = Path(args.save) if args.save else run_dir / "checkpoints"
+    with one_line_refusals():
+        outcome.lock = None if args.eval_only else on_one_rank(lambda: hold(save_dir))
     metrics_file = _optional_path(args.metrics_file, run_dir / "metrics.jsonl")
     tensorboard_dir = _optional_path(args.tensorboard_dir, run_dir / "tensorboard")
 
@@ -302,6 +312,7 @@ def main(argv: list[str], outcome: Outcome) -> None:
     status = StatusFile(run_dir / "status.json", attempt=broadcast_object(uuid.uuid4().hex), rank=launch.rank)
     settings = configuration(args, argv, config, world_size=launch.world_size)
     keep_before = EVERYTHING if args.eval_only else first_step if started.goes_on else None
+    outcome.status = None if args.eval_only else status
     writers: list[Writer] = []
     if is_writer:
         with one_line_refusals(OSError, exit_code=1):
@@ -312,8 +323,9 @@ def main(argv: list[str], outcome: Outcome) -> None:
                 writers = open_writers(tensorboard_dir, args.wandb_project, run_dir=run_dir, settings=settings, keep_before=keep_before)
         if writers and not started.goes_on:
             describe_data(writers, train_sequences, cp_size=args.cp_size, layout=args.cp_layout)
-    outcome.status = None if args.eval_only else status
-    stops.watch(run_dir / "stop" if is_writer and not args.eval_only else None, control_group)  # the folder may be a living run's
+    stop_file = run_dir / "stop" if is_writer and not args.eval_only else None  # the folder may be a living run's
+    with one_line_refusals(OSError, exit_code=1):
+        stops.watch(stop_file, control_group, is_restart=launch.restarts > 0)
     peak_tflops = args.peak_tflops
     if peak_tflops is None and device.type == "cuda":
         peak_tflops = known_peak_tflops(torch.cuda.get_device_name(device))
@@ -445,7 +457,7 @@ def main(argv: list[str], outcome: Outcome) -> None:
     else:
         sample("before training")
     verify_before = first_step + args.verify_steps
-    skipped = parse_skips(args.skip_steps)
+    skipped = parse_skips(args.skip_steps, args.train_iters)
     steps = [step for step in range(first_step, args.train_iters) if step + 1 not in skipped and not args.eval_only]
     loader = build_loader(
         train_sequences,
@@ -536,7 +548,7 @@ def main(argv: list[str], outcome: Outcome) -> None:
     # The end
 
     batches_ahead.close()
-    is_done = done == args.train_iters or args.eval_only
+    is_done = done >= args.train_iters or args.eval_only
     if stop and saved != done and not is_done:
         save(done)
     if is_done and not args.eval_only:
@@ -548,6 +560,9 @@ def main(argv: list[str], outcome: Outcome) -> None:
         found = checkpoints(save_dir)
         if not args.eval_only:
             status.write("done" if is_done else "requeue", step=done, reason=stop)
+        if stop_file is not None:
+            with suppress(OSError):
+                stop_file.unlink()  # it has been heard
         print(f"done in {time.monotonic() - start_time:.0f} s" if is_done else f"stopped after step {done} ({stop}); --resume goes on")
         print(f"data read:   {describe_epochs(train_sequences, done * args.global_batch_size)}")
         print(f"checkpoint:  {found[-1] if found else 'none (--save-interval 0, --no-save-final)'}")
@@ -584,6 +599,7 @@ def one_line_refusals(kind: type[Exception] = ValueError, *, exit_code: int = 2)
 
 def run(argv: list[str]) -> None:
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    sys.stdout = OutlivesItsReader(sys.stdout)  # type: ignore[assignment]
     with Outcome(rank=rank, local_rank=local_rank) as outcome, data_faults():
         main(argv, outcome)
 

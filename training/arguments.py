@@ -779,13 +779,15 @@ def parse_profile_steps(text: str) -> range:
     return range(int(first), int(last or first) + 1)
 
 
-def parse_skips(text: str | None) -> set[int]:
+def parse_skips(text: str | None, train_iters: int) -> set[int]:
     """`120-125,130` -> {120, ..., 125, 130}; None -> nothing."""
     skipped: set[int] = set()
     for part in text.split(",") if text is not None else ():
         first, _, last = part.partition("-")
         if not (first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first)):
             raise ValueError(f"--skip-steps {text}: {part!r} must be a step or a range such as 120-125")
+        if int(last or first) >= train_iters:
+            raise ValueError(f"--skip-steps {text}: must end before the last step, --train-iters {train_iters}")
         skipped.update(range(int(first), int(last or first) + 1))
     return skipped
 
@@ -799,9 +801,7 @@ def _check_data(args: argparse.Namespace, chosen: list[str]) -> None:
         raise ValueError(f"--data-split {args.data_split} leaves nothing to validate on: give VALID a weight or use --eval-interval 0")
     if args.valid_data_path and not args.eval_interval:
         raise ValueError("--valid-data-path with --eval-interval 0: nothing would be read from it")
-    skipped = parse_skips(args.skip_steps)
-    if skipped and max(skipped) >= args.train_iters:
-        raise ValueError(f"--skip-steps {args.skip_steps}: must end before the last step, --train-iters {args.train_iters}")
+    parse_skips(args.skip_steps, args.train_iters)
     if args.tokenizer_model is not None and args.tokenizer_type != "byte" and not Path(args.tokenizer_model).is_file():
         raise ValueError(f"--tokenizer-model {args.tokenizer_model}: no such file")
     if args.tokenizer_eod is not None and args.tokenizer_model is None:

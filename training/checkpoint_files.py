@@ -11,12 +11,14 @@ folder called step_* was whole when it got that name. What is wrong with one lat
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data.cache import checksum, sync, write_synced
 
@@ -98,7 +100,7 @@ def read_run_facts(checkpoint: Path) -> dict[str, Any]:
         DamagedCheckpoint: `run.json` is missing or damaged.
     """
     facts = read_json(checkpoint / RUN_FILE)
-    if not isinstance(facts, dict) or "step" not in facts:
+    if not isinstance(facts, dict) or type(facts.get("step")) is not int or facts["step"] < 0:
         raise DamagedCheckpoint(f"{checkpoint / RUN_FILE}: damaged, says no step")
     return facts
 
@@ -158,13 +160,53 @@ def _names(folder: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------
 # Coming and going
 
+PATIENCE = 30.0  # seconds that a run's processes may take to go after it ended
+
+
+def hold(save: Path) -> IO[str] | None:
+    """The right to write checkpoints there, as long as what is returned is open: two runs would remove each other's half written ones.
+
+    Returns:
+        None where the file system knows no locks, or the folder beside `save` cannot be written in.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    place = save.with_name(f".{save.name}.lock")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = place.open("a")
+    except OSError:
+        return None
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError as error:
+            if time.monotonic() > until:
+                file.close()
+                raise ValueError(f"--save {save}: another run is writing checkpoints there; end it, or choose another --run-dir") from error
+            time.sleep(0.2)
+        except OSError:
+            file.close()
+            return None
+
 
 def clear_left_overs(save: Path) -> None:
     """Remove what writers that died left half written or half removed."""
     for path in save.iterdir():
         old = OLD_FOLDER.fullmatch(path.name)
         if LEFT_OVER.fullmatch(path.name) or (old and (save / old[1]).exists()):
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it, or a file of such a name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def publish(scratch: Path, place: Path, *, facts: dict[str, Any], sums: dict[str, list]) -> None:
@@ -217,6 +259,5 @@ def prune(save: Path, keep: int, newest: Path) -> list[str]:
 def set_aside(checkpoint: Path) -> Path:
     """Give a damaged checkpoint a name under which no run finds it: as the newest it would be taken for one, and kept for one."""
     place = checkpoint.with_name(f"{checkpoint.name.strip('.')}.damaged")
-    if place.exists():
-        shutil.rmtree(place)
+    _remove(place)
     return checkpoint.rename(place)

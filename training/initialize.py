@@ -30,6 +30,7 @@ class Launch:
     local_world_size: int = 1
 
     under_torchrun: bool = False
+    restarts: int = 0  # of this job's ranks by torchrun, so far
 
 
 def read_launch() -> Launch:
@@ -47,7 +48,8 @@ def read_launch() -> Launch:
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise ValueError(f"the environment has RANK but not {', '.join(missing)}: start with torchrun, or unset RANK")
-    return Launch(**{name.lower(): int(os.environ[name]) for name in names[:4]}, under_torchrun=True)
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return Launch(**{name.lower(): int(os.environ[name]) for name in names[:4]}, under_torchrun=True, restarts=restarts)
 
 
 def cuda_device_count() -> int:
@@ -93,7 +95,7 @@ def initialise_distributed(launch: Launch, device_type: str, *, timeout: timedel
     if launch.under_torchrun:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         # After a restart torchrun's store still holds where the dead ranks listened; PyTorch 2.13 tells attempts no longer apart.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.PrefixStore(f"attempt {launch.restarts}", store)
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     return device, store.clone()  # type: ignore[attr-defined]
 
@@ -155,6 +157,25 @@ def check_ranks_agree(facts: dict[str, Any], what: str) -> None:
         f"{what} differ between ranks: {', '.join(differing)} ({name} is {first.get(name)} on rank 0 but {other.get(name)} on rank "
         f"{ranks[0]}); ranks that differ from rank 0: {', '.join(map(str, ranks[:16]))}{' ...' if len(ranks) > 16 else ''}"
     )
+
+
+def on_one_rank(action: Callable[[], T]) -> T | None:
+    """`action()` on rank 0 alone; None on the others. Collective.
+
+    Raises:
+        ValueError: on every rank, with rank 0's words, if it raised one there.
+    """
+    failure: list[str | None] = [None]
+    result = None
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except ValueError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise ValueError(failure[0])
+    return result
 
 
 def broadcast_object(value: T) -> T:

@@ -6,6 +6,7 @@ step wait for the device.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -284,23 +285,37 @@ def perplexity(loss: float) -> float:
 
 
 def open_metrics_file(path: Path, keep_before: int | None) -> TextIO:
-    """The file, open at its end; only whole records of steps up to `keep_before` are kept (None: none; `EVERYTHING`: not touched).
+    """The file, open at its end; only whole records of steps up to `keep_before` are kept (`EVERYTHING`: not touched).
 
-    What is dropped goes by one rename: a run that dies here, or a disk that is full, leaves the records as they were.
+    None: a fresh start, whose records are not those of an earlier one, which go under another name. What is dropped goes by one rename: a
+    run that dies here, or a disk that is full, leaves the records as they were.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if keep_before == EVERYTHING:
         return path.open("a")
+    before = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    if keep_before is None:
+        if before:
+            place = put_by(path)
+            path.rename(place)
+            print(f"there was no checkpoint to go on from: the records of an earlier start are now in {place}", flush=True)
+        return path.open("a")
     kept: list[str] = []
-    before = path.read_text() if path.exists() else ""
-    if keep_before is not None:
-        for line in before.splitlines():
-            try:
-                step = json.loads(line)["step"]
-            except ValueError:
-                continue  # the line that was being written when the run died
-            if step <= keep_before:
+    for line in before.splitlines():
+        try:
+            if json.loads(line)["step"] <= keep_before:
                 kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that was being written when the run died
     if "".join(kept) != before:
         replace_synced(path, "".join(kept))
     return path.open("a")
+
+
+def put_by(path: Path) -> Path:
+    """A name that is free, for the records of an earlier start."""
+    for number in itertools.count(1):
+        place = path.with_name(f"{path.name}.before-{number}")
+        if not place.exists():
+            return place
+    raise AssertionError

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, TextIO
 
 from data.cache import replace_synced
 from data.loader import DataFault
@@ -113,16 +113,45 @@ def end_data_workers() -> None:
         worker.kill()
 
 
+class OutlivesItsReader:
+    """stdout for a run whose log may be piped into something that ends before it: then nothing more is told, and training goes on."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+
+    def write(self, text: str) -> int:
+        try:
+            return self.out.write(text)
+        except OSError:
+            return self._alone(text)
+
+    def flush(self) -> None:
+        try:
+            self.out.flush()
+        except OSError:
+            self._alone("")
+
+    def _alone(self, text: str) -> int:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.out.fileno())
+        os.close(nowhere)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.out, name)
+
+
 class Outcome:
     """Around a whole run: an error becomes one line, and "failed" in status.json, with the first cause rather than what followed of it.
 
-    `status` and `watchdog` are set when the run has them; `step` is the last one that is done.
+    `status`, `watchdog` and `lock`, the right to save, are set when the run has them; `step` is the last one that is done.
     """
 
     def __init__(self, *, rank: int = 0, local_rank: int = 0) -> None:
         self.rank, self.local_rank = rank, local_rank
         self.status: StatusFile | None = None
         self.watchdog: Watchdog | None = None
+        self.lock: IO[str] | None = None
         self.step = 0
 
     def __enter__(self) -> Outcome:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from training.early import HELD_BACK
+
 # In order of precedence. What is asked of any rank is asked of all.
-REASONS = ("", "--exit-interval", "--exit-duration-in-mins", "the stop file", "SIGUSR1", "SIGTERM", "Ctrl-C")
-_OF_SIGNAL = {signal.SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+REASONS = ("", "--exit-interval", "--exit-duration-in-mins", "the stop file", "SIGUSR1", "SIGHUP", "SIGTERM", "Ctrl-C")
+_OF_SIGNAL = {signal.SIGUSR1: "SIGUSR1", signal.SIGHUP: "SIGHUP", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 AGAIN_SECONDS = 2.0  # torchrun sends a Ctrl-C of the terminal a second time at once
 
 
 class StopRequests:
     """What asks this run to stop.
 
-    SIGTERM and SIGUSR1 from now on, Ctrl-C from `watch_interrupts` on; a second Ctrl-C, after two seconds, ends the process at once.
+    SIGTERM, SIGUSR1 and SIGHUP from now on, also those that `hold_back` has kept waiting, Ctrl-C from `watch_interrupts` on; a second
+    Ctrl-C, after two seconds, ends the process at once. A SIGHUP that is ignored, under nohup, stays so.
 
     Args:
         interval: stop after each multiple of it; None: no.
@@ -35,21 +39,27 @@ class StopRequests:
         self._box = torch.zeros(1, dtype=torch.int32)
         self._group: dist.ProcessGroup | None = None
         self._work: dist.Work | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+        for number in HELD_BACK:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
     def watch_interrupts(self) -> None:
         signal.signal(signal.SIGINT, self._on_signal)
 
-    def watch(self, stop_file: Path | None, group: dist.ProcessGroup) -> None:
+    def watch(self, stop_file: Path | None, group: dist.ProcessGroup, *, is_restart: bool = False) -> None:
         """Look for the stop file from now on; one that is there already was for an earlier start, and is removed.
 
         Args:
             stop_file: None on ranks that need not look.
             group: over all ranks, for host memory, used by nothing else.
+            is_restart: torchrun has started this job's ranks anew: the file is for this job.
+
+        Raises:
+            OSError: it is there and cannot be removed, as a folder.
         """
         self.stop_file, self._group = stop_file, group
-        if stop_file is not None:
+        if stop_file is not None and not is_restart:
             stop_file.unlink(missing_ok=True)
 
     def start_agreeing(self) -> None:
@@ -72,8 +82,9 @@ class StopRequests:
     def _asked_here(self) -> int:
         late = self.duration_minutes is not None and time.monotonic() - self.started >= 60 * self.duration_minutes
         asked = [self.asked, REASONS.index("--exit-duration-in-mins") if late else 0]
-        if self.stop_file is not None and self.stop_file.exists():
-            asked.append(REASONS.index("the stop file"))
+        with suppress(OSError):  # a file system that does not answer asks for nothing
+            if self.stop_file is not None and self.stop_file.exists():
+                asked.append(REASONS.index("the stop file"))
         return max(asked)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -91,4 +102,5 @@ def outlive_a_broadcast(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.setitimer(signal.ITIMER_REAL, 25.0))

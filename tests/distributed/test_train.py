@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import re
@@ -423,3 +424,27 @@ def test_broken_data_is_refused_on_every_rank(base, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 5}\n')
     result = run_train(2, *base, "--run-dir", str(tmp_path / "run"), "--data-path", str(tmp_path / "bad.jsonl"), "--cp-size", "2")
     assert result.returncode != 0 and "bad.jsonl:2" in result.stderr
+
+
+def test_what_a_start_that_has_nothing_to_do_says(base: list[str], tmp_path: Path) -> None:
+    """Beyond its last step a run is done, not to be queued again; nothing is validated where nothing is loaded; records are never lost."""
+    run, flags = tmp_path / "run", [*base, "--run-dir", str(tmp_path / "run"), "--resume", "--save-interval", "5"]
+    assert run_train(0, *flags, "--train-iters", "6").returncode == 0
+    again = run_train(0, *flags, "--train-iters", "4")
+    assert again.returncode == 0 and json.loads((run / "status.json").read_text())["status"] == "done", again.stdout
+    assert (run / "metrics.jsonl").read_text().count("\n") == 6
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    refused = run_train(0, *flags, "--eval-only", "--eval-interval", "5")
+    assert refused.returncode == 2 and f"--eval-only: no checkpoint under {run}/checkpoints" in refused.stderr
+    assert run_train(0, *flags, "--train-iters", "2").returncode == 0
+    assert (run / "metrics.jsonl").read_text().count("\n") == 2 and (run / "metrics.jsonl.before-1").read_text().count("\n") == 6
+
+
+def test_two_starts_on_one_folder(base: list[str], tmp_path: Path) -> None:
+    """The second is refused after a while, and the first is not disturbed."""
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".checkpoints.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused = run_train(2, *base, "--cp-size", "2", "--run-dir", str(tmp_path / "run"))
+    assert refused.returncode and refused.stderr.count("another run is writing checkpoints there") == 1
+    assert not (tmp_path / "run" / "status.json").exists()

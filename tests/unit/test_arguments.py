@@ -22,6 +22,8 @@ def resolved(*flags: str, world: int = 1, local: int | None = None, cuda: int = 
 
 REFUSALS = [
     (["--cp-sise", "2"], 1, ["unknown flag --cp-sise", "--cp-size"]),
+    (["--skip-steps", "1-99999999999"], 1, ["--skip-steps 1-99999999999", "--train-iters 200"]),
+    (["--skip-steps", "200"], 1, ["--skip-steps 200", "--train-iters 200"]),
     (["--cp-size", "two"], 1, ["--cp-size", "two"]),
     (["--cp-backend", "magic"], 1, ["--cp-backend", "magic", "native"]),
     (["--cp-size", "3"], 4, ["4 ranks", "3", "--nproc-per-node 3"]),

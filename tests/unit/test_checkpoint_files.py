@@ -169,3 +169,41 @@ def test_load_names_what_is_not_there(tmp_path: Path) -> None:
     (damaged / "run.json").unlink()
     assert find_checkpoint(damaged) == find_checkpoint(tmp_path) == damaged  # refused when it is read, not passed over
     assert json.loads((damaged / "checksums.json").read_text())
+
+
+@pytest.mark.parametrize("step", ["null", '"x"', "-5", "true", "1.5"])
+def test_a_step_that_is_none_is_damage(tmp_path: Path, step: str) -> None:
+    (tmp_path / "run.json").write_text(f'{{"step": {step}}}')
+    with pytest.raises(DamagedCheckpoint, match="says no step"):
+        files.read_run_facts(tmp_path)
+
+
+def test_files_named_like_left_overs_go_too(tmp_path: Path) -> None:
+    (tmp_path / ".step_0000021.part").touch()
+    (tmp_path / ".step_0000022.part").mkdir()
+    (tmp_path / ".step_0000023.gone").symlink_to(tmp_path / "nowhere")
+    files.clear_left_overs(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "step_0000001.damaged").touch()
+    assert files.set_aside(made(tmp_path, 1)).is_dir()
+
+
+def test_one_run_at_a_time_writes_checkpoints(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "PATIENCE", 0.3)
+    save = tmp_path / "run" / "checkpoints"
+    first = files.hold(save)
+    assert first is not None and not save.exists()
+    with pytest.raises(ValueError, match=f"--save {save}: another run is writing"):
+        files.hold(save)
+    with files.hold(tmp_path / "run" / "others"):  # type: ignore[union-attr]
+        first.close()
+    files.hold(save).close()  # type: ignore[union-attr]
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path: Path, monkeypatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    assert files.hold(tmp_path / "checkpoints") is None
+    assert files.hold(Path("/proc/nowhere/checkpoints")) is None

@@ -23,8 +23,19 @@ def test_records_after_the_loaded_step_are_dropped(tmp_path: Path) -> None:
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert records[2]["loss"] == 1 / 3  # to the last bit
+
+
+def test_a_fresh_start_puts_earlier_records_by(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for number in (1, 2):
+        with open_metrics_file(path, None) as out:
+            out.write(f'{{"step": {number}}}\n')
     open_metrics_file(path, None).close()
-    assert path.read_text() == ""
+    assert path.read_text() == "" and [(tmp_path / f"metrics.jsonl.before-{n}").read_text() for n in (1, 2)] == [
+        '{"step": 1}\n',
+        '{"step": 2}\n',
+    ]
+    assert "metrics.jsonl.before-2" in capsys.readouterr().out
 
 
 def log(path: Path) -> MetricsLog:

@@ -149,3 +149,13 @@ def test_a_full_disk_does_not_hide_the_error(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit), made:
         raise DataFault("first")
     assert "first" in capsys.readouterr().err and os.path.isfile(place)
+
+
+def test_a_run_outlives_the_reader_of_its_log() -> None:
+    read, write = os.pipe()
+    out = outcome_module.OutlivesItsReader(os.fdopen(write, "w"))
+    os.close(read)
+    for _ in range(3):
+        print("a line", file=out, flush=True)  # type: ignore[arg-type]
+    assert os.readlink(f"/proc/self/fd/{out.fileno()}") == os.devnull
+    out.close()

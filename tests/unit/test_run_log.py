@@ -216,13 +216,15 @@ def test_tensorboard_gets_every_number(tmp_path: Path, clock: Clock, monkeypatch
 # The file of a run that goes on
 
 
-@pytest.mark.parametrize("half", ["", '{"step": 6, "lo', '{"step": 6, "loss": 1.5}', "{", "\x00\x00"])
-def test_a_run_that_goes_on_keeps_what_it_does_not_repeat(tmp_path: Path, half: str) -> None:
+@pytest.mark.parametrize(
+    "half", [b"", b'{"step": 6, "lo', b'{"step": 6, "loss": 1.5}', b"{", b"\0\0", b'\xff\xfe{"st', b"7", b'{"loss": 1}', b'{"step": "x"}']
+)
+def test_a_run_that_goes_on_keeps_what_it_does_not_repeat(tmp_path: Path, half: bytes) -> None:
     path = tmp_path / "m.jsonl"
     records = [{"step": n, "loss": 1 / n} for n in range(1, 6)]
     records.insert(4, {"step": 4, "validation_loss": 0.1})
     lines = [json.dumps(r) + "\n" for r in records]
-    path.write_text("".join(lines) + half)
+    path.write_bytes("".join(lines).encode() + half)
     with open_metrics_file(path, 4) as out:
         out.write('{"step": 5}\n')
     assert path.read_text() == "".join(lines[:5]) + '{"step": 5}\n'  # byte for byte, a validation after step 4 too

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from training import signals
+from tests.launch import ROOT
+from training import early, signals
 from training.signals import StopRequests
 
 
@@ -26,7 +30,7 @@ def group() -> Iterator[dist.ProcessGroup]:
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell script's background
     yield
     for number, handler in kept.items():
@@ -48,7 +52,7 @@ def test_nothing_asked_goes_on(group) -> None:
     assert asked(requests(group)) == ""
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")])
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1"), (signal.SIGHUP, "SIGHUP")])
 def test_signals(group, number: signal.Signals, name: str) -> None:
     stops = requests(group)
     os.kill(os.getpid(), number)
@@ -81,6 +85,44 @@ def test_the_stop_file(group, tmp_path: Path) -> None:
     assert not (tmp_path / "stop").exists() and asked(stops) == ""  # it was for an earlier start
     (tmp_path / "stop").touch()
     assert asked(stops) == "the stop file"
+
+
+def test_the_stop_file_outlives_a_restart_by_torchrun(group, tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    stops = StopRequests(interval=None, duration_minutes=None, started=time.monotonic())
+    stops.watch(tmp_path / "stop", group, is_restart=True)
+    assert asked(stops) == "the stop file"
+
+
+def test_a_stop_file_that_cannot_be_looked_at_asks_for_nothing(group, tmp_path: Path, monkeypatch) -> None:
+    stops = requests(group, tmp_path / "stop")
+
+    def stale(self: Path) -> bool:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Path, "exists", stale)
+    assert asked(stops) == ""
+
+
+@pytest.mark.parametrize("number", early.HELD_BACK)
+def test_what_comes_while_torch_is_imported_is_heard(number: signal.Signals) -> None:
+    code = f"""
+        from training.early import hold_back
+        hold_back()
+        import os
+        os.kill(os.getpid(), {int(number)})  # would end the process
+        from training.signals import REASONS, StopRequests
+        print(REASONS[StopRequests(interval=None, duration_minutes=None, started=0.0).asked])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, number.name), done.stderr
+
+
+def test_under_nohup_a_hangup_is_nothing(group) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stops = requests(group)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert asked(stops) == ""
 
 
 def test_the_time_and_the_step(group) -> None:
