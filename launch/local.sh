@@ -16,7 +16,7 @@ usage() {
 ranks=$1
 shift
 restarts=${PENTAGRID_TORCHRUN_RESTARTS:-0}
-[[ $restarts =~ ^[0-9]+$ ]] || usage "PENTAGRID_TORCHRUN_RESTARTS is $restarts, not a number"
+[[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || usage "PENTAGRID_TORCHRUN_RESTARTS is $restarts, not a number"
 . launch/env.sh
 logs=()
 if [ -n "${PENTAGRID_LOG_DIR:-}" ]; then

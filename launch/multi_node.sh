@@ -22,12 +22,12 @@ usage() {
 [ $# -ge 4 ] || usage "$# arguments"
 node_rank=$1 nnodes=$2 head=$3 ranks=$4
 shift 4
-for number in "$node_rank" "$nnodes" "$ranks"; do
-    [[ $number =~ ^[0-9]+$ ]] || usage "$number is not a number"
+for number in "$node_rank" "$nnodes" "$ranks"; do # bash computes with 010 as 8, and not with 08
+    [[ $number =~ ^(0|[1-9][0-9]*)$ ]] || usage "$number is not a number, or begins with 0"
 done
-[ "$ranks" -ge 1 ] || usage "RANKS is 0"
+[ "$ranks" != 0 ] || usage "RANKS is 0"
 [ "$node_rank" -lt "$nnodes" ] || usage "NODE_RANK is $node_rank, but with NNODES $nnodes the last one is $((nnodes - 1))"
-[[ $head =~ ^(.+):([0-9]+)$ ]] || usage "$head is not HEAD:PORT"
+[[ $head =~ ^(.+):([1-9][0-9]*)$ ]] || usage "$head is not HEAD:PORT"
 address=${BASH_REMATCH[1]} port=${BASH_REMATCH[2]}
 if [ -n "${PENTAGRID_INTERFACE:-}" ] && [ ! -e "/sys/class/net/$PENTAGRID_INTERFACE" ]; then
     present=$(cd /sys/class/net && echo *)

@@ -1,7 +1,8 @@
 """Continue texts with a trained model: `python tools/generate.py --load runs/one --prompt "def " --tokens 64`.
 
 One process, whatever layout wrote the checkpoint. The model's shape is the checkpoint's; the tokenizer is that of the run's config.json,
-which lies beside the checkpoints, or the one that flags name. Keys and values are kept, so a token costs one token's forward pass.
+which lies beside the checkpoints, or the one that flags name: one that is there, for nothing is trained or written here. Keys and values
+are kept, so a token costs one token's forward pass.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import train
-from data.tokenizer import TOKENIZER_TYPES, Tokenizer, load_tokenizer
+from data.blend import parse_blend
+from data.indexed_dataset import index_file
+from data.sources import open_prepared
+from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer, Tokenizer, load_sentencepiece, load_tokenizer
 from model.config import GPTConfig
 from model.gpt import GPT
 from parallel.grid import GridSizes, build_grid
@@ -54,6 +59,47 @@ def config_of(facts: dict[str, Any], checkpoint: Path) -> GPTConfig:
     return GPTConfig(**told)
 
 
+def cached_tokenizer(cache: Path, fingerprint: str) -> Tokenizer | None:
+    """The one that train.py trained, from under its --data-cache-path."""
+    load_sentencepiece()  # a missing library is no fault of a model
+    for model in sorted(cache.glob("tokenizer/*/tokenizer.model")):
+        with suppress(ValueError):  # a broken one is not it
+            if model.is_file() and (found := SentencePieceTokenizer(model)).fingerprint == fingerprint:
+                return found
+    return None
+
+
+def run_tokenizer(file: Path, fingerprint: str) -> Tokenizer:
+    """The one that a run's config.json tells of, read from where it is. The file may be a stranger's: its paths are only read.
+
+    Raises:
+        ValueError: no such file, or no tokenizer where it says.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; say with what the model was trained: --tokenizer-type, --tokenizer-model")
+    try:
+        told = json.loads(file.read_text("utf-8"))["flags"]
+        kind, model, eod, cache = (told[name] for name in ("tokenizer_type", "tokenizer_model", "tokenizer_eod", "data_cache_path"))
+        corpora = [list(told[name] or ()) for name in ("data_path", "valid_data_path")]
+        if not all(isinstance(text, str) for text in (kind, model or "", eod or "", cache, *corpora[0], *corpora[1])):
+            raise TypeError("a path that is no text")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: not a run's configuration ({error!r})") from error
+    if model is not None and not Path(model).is_file():
+        raise ValueError(f"{file}: its tokenizer {model} is not there; name the file with --tokenizer-model")
+    if kind == "byte" or model is not None:
+        return load_tokenizer(kind, model, eod)
+    prefixes = [Path(part.path) for words in corpora if words for part in parse_blend(words)]
+    own = (open_prepared(prefix).tokenizer() for prefix in prefixes if index_file(prefix).is_file())
+    found = next(filter(None, own), None) or cached_tokenizer(Path(cache), fingerprint)
+    if found is None:
+        raise ValueError(
+            f"{file}: its tokenizer is neither under its --data-cache-path {cache} nor beside a corpus, and none is trained here: "
+            "name its file with --tokenizer-model"
+        )
+    return found
+
+
 def tokenizer_of(flags: argparse.Namespace, checkpoint: Path, fingerprint: str) -> Tokenizer:
     """The one that the model was trained with.
 
@@ -63,14 +109,7 @@ def tokenizer_of(flags: argparse.Namespace, checkpoint: Path, fingerprint: str) 
     if flags.tokenizer_type or flags.tokenizer_model:
         found = load_tokenizer(flags.tokenizer_type or "auto", flags.tokenizer_model, flags.tokenizer_eod)
     else:
-        file = checkpoint.parent.parent / "config.json"
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file; say with what the model was trained: --tokenizer-type, --tokenizer-model")
-        try:
-            told = argparse.Namespace(**json.loads(file.read_text("utf-8"))["flags"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}: not a run's configuration ({error!r})") from error
-        found = train.build_tokenizer(told)[0]
+        found = run_tokenizer(checkpoint.parent.parent / "config.json", fingerprint)
     if found.fingerprint != fingerprint:
         raise ValueError(
             f"the {found.kind} tokenizer is not the one that {checkpoint} was trained with: --tokenizer-type, --tokenizer-model"

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", help="of documents: fixed:N, lognormal:MEAN,SIGMA or a file; default: the prepared corpus's")
     parser.add_argument("--rank-layouts", action="store_true", help="list the layouts of --world-size ranks that fit, best first")
     parser.add_argument("--most", type=int, default=12, help="of the list")
-    parser.add_argument("--json", action="store_true", help="print an object instead of words")
+    parser.add_argument("--json", action="store_true", help="print an object instead of words; with --rank-layouts, of the list")
     return parser
 
 
@@ -129,11 +130,22 @@ def ranked(words: list[str], world: int, node: int, memory: float, vocab: int, l
     return sorted(found, key=lambda one: one[0])
 
 
+def check_numbers(own: Namespace) -> None:
+    """Raises ValueError for a size or count below 1, or a memory that is none."""
+    for name in ("world_size", "node_size", "vocab_size", "most"):
+        value = getattr(own, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if own.gpu_memory is not None and not 0 < own.gpu_memory < math.inf:
+        raise ValueError(f"--gpu-memory {own.gpu_memory:g}: must be finite and above 0")
+
+
 def main(argv: list[str]) -> int:
     own, words = build_parser().parse_known_args(argv)
-    node = own.node_size or min(8, own.world_size)
     with train.one_line_refusals():
-        if own.world_size < 1 or own.world_size % node:
+        check_numbers(own)
+        node = own.node_size or min(8, own.world_size)
+        if own.world_size % node:
             raise ValueError(f"--world-size {own.world_size}: must be a multiple of --node-size {node}")
         if own.rank_layouts and not own.gpu_memory:
             raise ValueError("--rank-layouts needs --gpu-memory: what shall they fit into?")
@@ -146,7 +158,10 @@ def main(argv: list[str]) -> int:
             if not best:
                 fit = f"fits into {ROOM:.0%} of {own.gpu_memory:g} GiB"
                 raise ValueError(f"no layout of {own.world_size} ranks {fit}: more ranks, or smaller rows")
-            _print_ranked(best[: own.most], len(best), own.gpu_memory)
+            if own.json:
+                print(json.dumps({"fitting": len(best), "layouts": [_ranked_facts(*one) for one in best[: own.most]]}, indent=1))
+            else:
+                _print_ranked(best[: own.most], len(best), own.gpu_memory)
             return 0
         args = resolved(words, own.world_size, node)
         config = model_config(args, vocab_size=vocab, padded_vocab_size=padded_vocab_size(vocab, args.make_vocab_size_divisible_by))
@@ -163,6 +178,11 @@ def main(argv: list[str]) -> int:
             legal = legal_values(words, own.world_size, node)
         print(f"{'legal sizes':<14} " + "; ".join(f"{axis} {', '.join(map(str, sizes)) or 'none'}" for axis, sizes in legal.items()))
     return 0
+
+
+def _ranked_facts(seconds: float, args: Namespace, plan: Any) -> dict[str, Any]:
+    sizes = {f"{axis}_size": getattr(args, f"{axis}_size") for axis in (*AXES, "dp_shard")}
+    return {**sizes, "recompute": args.recompute, "estimated_seconds": seconds, "plan": asdict(plan)}
 
 
 def _print_ranked(best: list[tuple[float, Any, Any]], found: int, memory: float) -> None:

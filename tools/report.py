@@ -29,6 +29,8 @@ from tools.charts import COLOURS, MOST_POINTS, Chart, Curve, Point, downsample, 
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SMOOTHED_SHARE = 1 / 40  # of the steps of the longest run is what a smooth curve averages over
+MOST = 1e300  # of a record's finite numbers: what is made of many, sums and scaled values, stays a float
+MOST_COUNTED = 2**53  # steps, tokens in all: the whole numbers that a float tells apart
 LARGE = (640, 300)  # view box of the charts of the loss
 
 
@@ -106,7 +108,35 @@ class Run:
 
 
 def number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    except OverflowError:
+        return None
+
+
+def read_record(line: str) -> dict[str, Any]:
+    """A line of metrics.jsonl.
+
+    Raises:
+        ValueError: no record of a step, or one with a number that nothing can be made of.
+    """
+
+    def bounded(kind: type[int] | type[float]) -> Callable[[str], Any]:
+        def read(text: str) -> Any:
+            value = kind(text)
+            if MOST < abs(value) < math.inf:
+                raise ValueError("a number beyond what is drawn")
+            return value
+
+        return read
+
+    try:
+        record = json.loads(line, parse_int=bounded(int), parse_float=bounded(float))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or abs(record["step"]) >= MOST_COUNTED:
+        raise ValueError("no step")
+    return record
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -119,21 +149,26 @@ def read_run(folder: Path, name: str) -> Run:
     if not path.is_file():
         raise ValueError(f"{folder}: no metrics.jsonl there; name the folder that train.py had as --run-dir")
     run = Run(folder, name, {}, {}, {}, [], read_facts(folder / "config.json"), read_facts(folder / "status.json"))
+    tokens = 0.0
     for line_number, line in enumerate(path.read_text("utf-8", errors="replace").split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = read_record(line)
         except ValueError:
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             run.broken_lines.append(line_number)
-        elif "validation_loss" in record:
+            continue
+        if "validation_loss" in record:
             run.validations[record["step"]] = record
         elif isinstance(record.get("timers"), dict):
             run.timers[record["step"]] = record
         elif "loss" in record:
-            run.steps[record["step"]] = record
+            own = number(record.get("tokens")) or 0.0
+            if 0 <= own < MOST_COUNTED - tokens:
+                tokens += own
+                run.steps[record["step"]] = record
+            else:
+                run.broken_lines.append(line_number)
     for records in (run.steps, run.validations, run.timers):
         ordered = sorted(records.items())
         records.clear()
@@ -151,6 +186,8 @@ def read_facts(path: Path) -> dict[str, Any] | str:
         facts = json.loads(path.read_text("utf-8"))
     except ValueError:
         return f"{path.name} is not JSON"
+    except RecursionError:
+        return f"{path.name} is nested too deeply"
     return facts if isinstance(facts, dict) else f"{path.name} is not an object"
 
 
@@ -519,7 +556,7 @@ def main(argv: list[str]) -> int:
         runs = [read_run(folder, name) for folder, name in zip(args.runs, short_names(folders), strict=True)]
         text = build_report(runs, now=time.strftime("%Y-%m-%d %H:%M %Z"))
         out.write_text(text, "utf-8", errors="xmlcharrefreplace")  # half a surrogate pair, in a flag
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # what is read only just may be too deep to write
         print(f"tools/report.py: {error}", file=sys.stderr)
         return 2
     left_out = sum(len(run.broken_lines) for run in runs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -181,3 +183,86 @@ def test_where_a_checkpoint_is_looked_for(run_dir: Path, tmp_path: Path) -> None
 def test_refusals_are_one_line(run_dir: Path, flags: list[str], words: str) -> None:
     result = said("--load", str(run_dir), "--prompt", "a", *flags)
     assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# A run's paths, which may be a stranger's
+
+
+def with_flags(run: Path, to: Path, **changes) -> Path:
+    """A copy of a run whose config.json says something else."""
+    shutil.copytree(run, to)
+    told = json.loads((to / "config.json").read_text())
+    told["flags"] |= changes
+    (to / "config.json").write_text(json.dumps(told))
+    return to
+
+
+def under(folder: Path) -> list[tuple[Path, int]]:
+    return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def trained_tokenizer(tmp_path_factory) -> Path:
+    """The folder of a run with a tokenizer of its own, which lies in `cache` there."""
+    folder = tmp_path_factory.mktemp("own")
+    flags = ["--data-path", str(write_corpus(folder)), "--data-cache-path", str(folder / "cache"), "--device", "cpu"]
+    flags += ["--tokenizer-type", "auto", "--tokenizer-vocab-size", "320"]
+    train(0, folder / "run", *SMALL, *flags, "--train-iters", "1", "--save-interval", "1")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["auto", "sentencepiece"])
+def test_paths_of_a_strangers_run_make_nothing(run_dir: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "mine").mkdir()
+    changes = dict(data_path=[str(write_corpus(tmp_path / "mine"))], data_cache_path=str(tmp_path / "mine" / "there"), tokenizer_type=kind)
+    edited = with_flags(run_dir, tmp_path / "edited", **changes, tokenizer_vocab_size=320)
+    before = under(tmp_path)
+    result = said("--load", str(edited), "--prompt", "a", "--tokens", "2", "--device", "cpu")
+    assert result.returncode == 2 and "--tokenizer-model" in result.stderr and result.stderr.count("\n") == 1
+    assert under(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(tokenizer_type=None), dict(data_path=[3]), dict(data_cache_path={}), dict(data_path=3), dict(tokenizer_model="/dev/zero")],
+    ids=str,
+)
+def test_paths_that_are_none_are_refused_in_one_line(run_dir: Path, tmp_path: Path, changes: dict) -> None:
+    result = said("--load", str(with_flags(run_dir, tmp_path / "edited", **changes)), "--prompt", "a", "--device", "cpu")
+    assert result.returncode == 2 and "config.json" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_runs_own_cached_tokenizer_is_read_and_left_alone(trained_tokenizer: Path, tmp_path: Path) -> None:
+    before = under(trained_tokenizer)
+    assert list((trained_tokenizer / "cache" / "tokenizer").glob("*/tokenizer.model"))
+    result = said("--load", str(trained_tokenizer / "run"), "--prompt", "the ", "--tokens", "3", "--device", "cpu")
+    assert result.returncode == 0 and result.stdout.startswith("the "), result.stderr
+    gone = with_flags(trained_tokenizer / "run", tmp_path / "gone", data_path=[str(tmp_path / "nowhere.jsonl")])
+    assert (
+        said("--load", str(gone), "--prompt", "the ", "--tokens", "3", "--device", "cpu").stdout == result.stdout
+    )  # the corpus is not needed
+    assert under(trained_tokenizer) == before
+
+
+def test_a_cached_tokenizer_that_is_another_is_not_taken(trained_tokenizer: Path, tmp_path: Path) -> None:
+    other = tmp_path / "cache" / "tokenizer" / "key"
+    other.mkdir(parents=True)
+    (other / "tokenizer.model").write_bytes(b"not a model")
+    edited = with_flags(trained_tokenizer / "run", tmp_path / "edited", data_cache_path=str(tmp_path / "cache"))
+    result = said("--load", str(edited), "--prompt", "a", "--device", "cpu")
+    assert result.returncode == 2 and "--tokenizer-model" in result.stderr
+    (own,) = (trained_tokenizer / "cache" / "tokenizer").glob("*/tokenizer.model")
+    given = said("--load", str(edited), "--prompt", "a", "--tokens", "2", "--device", "cpu", "--tokenizer-model", str(own))
+    assert given.returncode == 0, given.stderr
+
+
+def test_a_prepared_corpus_has_its_tokenizer(trained_tokenizer: Path, tmp_path: Path) -> None:
+    (own,) = (trained_tokenizer / "cache" / "tokenizer").glob("*/tokenizer.model")
+    prefix = tmp_path / "web"
+    command = [sys.executable, "-m", "data.prepare", "--input", str(trained_tokenizer / "corpus.jsonl"), "--output-prefix", str(prefix)]
+    subprocess.run([*command, "--tokenizer-model", str(own), "--append-eod", "--workers", "1"], cwd=ROOT, check=True, capture_output=True)
+    changes = dict(data_path=[str(prefix)], data_cache_path=str(tmp_path / "nowhere"))
+    edited = with_flags(trained_tokenizer / "run", tmp_path / "edited", **changes)
+    result = said("--load", str(edited), "--prompt", "the ", "--tokens", "2", "--device", "cpu")
+    assert result.returncode == 0 and not (tmp_path / "nowhere").exists(), result.stderr

@@ -134,6 +134,12 @@ def test_restarts_have_a_limit(play: Path) -> None:
     assert (code, requeued(play)) == (0, ["70012"]), out
 
 
+def test_what_nothing_asked_to_stop_is_not_queued_again(play: Path) -> None:
+    """A run that was resumed beyond its --train-iters would end at once, again and again."""
+    code, out = run(play, "say requeue 10 '' a", "--run-dir", "r")
+    assert (code, requeued(play)) == (1, []) and "ended at step 10, and status.json does not say why; not queued again" in out
+
+
 def test_a_scontrol_that_refuses_is_told(play: Path) -> None:
     code, out = run(play, "say requeue 4 'the stop file' a", "--run-dir", "r", PLAY_REQUEUE_CODE="1")
     assert code == 1 and "SLURM did not queue the job again" in out
@@ -179,6 +185,14 @@ def test_the_newest_checkpoint_is_looked_for_where_the_run_saves(play: Path) -> 
     elsewhere = 'echo "{\\"flags\\": {\\"save\\": \\"s\\"}}" > "$run_dir/config.json"\nmkdir -p s/step_0000005\n'
     code, out = run(play, elsewhere + "say running 5 '' a; exit 137", "--run-dir", "r", "--save", "s")
     assert (code, requeued(play)) == (0, ["70012"]), out
+
+
+def test_the_newest_checkpoint_is_that_of_most_steps(play: Path) -> None:
+    before = CONFIGURED + 'mkdir -p "$run_dir/checkpoints/step_9999999"\n'
+    assert run(play, before + "say running 9999999 '' a; exit 137", "--run-dir", "r")[0] == 0
+    later = before + 'mkdir "$run_dir/checkpoints/step_10000000"\n'
+    code, out = run(play, later + "say running 10000000 '' b; exit 137", "--run-dir", "r")
+    assert (code, requeued(play)) == (0, ["70012", "70012"]), out
 
 
 def test_a_checkpoint_does_not_make_a_failure_worth_repeating(play: Path) -> None:
@@ -246,6 +260,10 @@ def test_an_arrays_tasks_are_seeds(play: Path, flags: tuple[str, ...], folder: s
         ((), {"PENTAGRID_BIN": "/nowhere"}, "no /nowhere/torchrun on "),
         ((), {"SLURM_SUBMIT_DIR": "/"}, "/ is not the repository's root: submit from there"),
         (("--seed", "1"), {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7"}, "--seed: the tasks of an array"),
+        ((), {"PENTAGRID_RANKS": "08"}, "PENTAGRID_RANKS=N"),
+        ((), {"PENTAGRID_MAX_RESTARTS": "often"}, "PENTAGRID_MAX_RESTARTS is often, not a number"),
+        ((), {"PENTAGRID_MAX_RESTARTS": "08"}, "PENTAGRID_MAX_RESTARTS is 08, not a number"),
+        ((), {"PENTAGRID_PORT": "x"}, "PENTAGRID_PORT is x, not a number above 0"),
         (("--save=x",), {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7"}, "--save would be one for all seeds"),
     ],
 )
@@ -285,8 +303,9 @@ def test_local_calls_torchrun(play: Path) -> None:
     assert "OMP_NUM_THREADS=3" in result.stdout.splitlines()
     again = start("local.sh", play, "2", "--resume", PENTAGRID_TORCHRUN_RESTARTS="3")
     assert again.stdout.splitlines()[0] == f"{ROOT}: --standalone --nproc-per-node 2 --max-restarts 3 train.py --resume"
-    wrong = start("local.sh", play, "2", PENTAGRID_TORCHRUN_RESTARTS="often")
-    assert wrong.returncode == 2 and "PENTAGRID_TORCHRUN_RESTARTS is often, not a number" in wrong.stderr
+    for text in ("often", "08"):
+        wrong = start("local.sh", play, "2", PENTAGRID_TORCHRUN_RESTARTS=text)
+        assert wrong.returncode == 2 and f"PENTAGRID_TORCHRUN_RESTARTS is {text}, not a number" in wrong.stderr
 
 
 @pytest.mark.parametrize(
@@ -297,6 +316,11 @@ def test_local_calls_torchrun(play: Path) -> None:
         (("0", "2", "h", "1"), "h is not HEAD:PORT"),
         (("0", "2", "h:1", "--lr"), "--lr is not a number"),
         (("0", "2", "h:1", "0"), "RANKS is 0"),
+        (("0", "2", "h:1", "08"), "08 is not a number, or begins with 0"),
+        (("0", "2", "h:1", "010"), "010 is not a number, or begins with 0"),
+        (("0", "08", "h:1", "1"), "08 is not a number, or begins with 0"),
+        (("01", "2", "h:1", "1"), "01 is not a number, or begins with 0"),
+        (("0", "2", "h:01", "1"), "h:01 is not HEAD:PORT"),
     ],
 )
 def test_multi_node_refuses(play: Path, args: tuple[str, ...], words: str) -> None:

@@ -186,6 +186,40 @@ def test_the_command(capsys) -> None:
     assert "no layout of 4 ranks fits" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--gpu-memory", "-5"], "--gpu-memory -5: must be finite and above 0"),
+        (["--gpu-memory", "0"], "--gpu-memory 0: must be finite and above 0"),
+        (["--gpu-memory", "nan"], "--gpu-memory nan: must be finite and above 0"),
+        (["--gpu-memory", "inf"], "--gpu-memory inf: must be finite and above 0"),
+        (["--vocab-size", "-3"], "--vocab-size -3: must be at least 1"),
+        (["--vocab-size", "0"], "--vocab-size 0: must be at least 1"),
+        (["--rank-layouts", "--gpu-memory", "1", "--most", "-1"], "--most -1: must be at least 1"),
+        (["--node-size", "-1"], "--node-size -1: must be at least 1"),
+        (["--node-size", "0"], "--node-size 0: must be at least 1"),
+        (["--world-size", "0"], "--world-size 0: must be at least 1"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_in_one_line(flags: list[str], words: str, capsys) -> None:
+    with pytest.raises(SystemExit) as refused:
+        plan_tool.main(["--world-size", "4", *flags, *WORDS])
+    said = capsys.readouterr()
+    assert refused.value.code == 2 and said.out == "" and words in said.err and said.err.count("\n") == 1
+
+
+def test_ranked_layouts_as_json(capsys) -> None:
+    flags = ["--world-size", "4", "--gpu-memory", "1", "--rank-layouts", "--most", "2", *WORDS, "--global-batch-size", "8"]
+    assert plan_tool.main([*flags, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["layouts"]) == 2 < told["fitting"]
+    first, second = told["layouts"]
+    assert first["estimated_seconds"] <= second["estimated_seconds"] and 0 < first["plan"]["memory"]["peak"] < 2**30
+    assert first["pp_size"] * first["dp_replicate_size"] * first["dp_shard_size"] * first["cp_size"] * first["tp_size"] == 4
+    assert plan_tool.main(flags) == 0
+    assert f"{told['fitting']} layouts fit" in capsys.readouterr().out
+
+
 def test_a_dry_run_says_the_same_and_trains_nothing(tmp_path: Path) -> None:
     flags = [
         "--data-path",

@@ -171,6 +171,56 @@ def test_a_broken_last_line_is_counted(tmp_path: Path, capsys) -> None:
     assert page.row("Steps") == ["6"] and "1 unreadable" in capsys.readouterr().out
 
 
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'{{"step": 7, "loss": {HUGE}}}',
+        f'{{"step": {HUGE}, "loss": 1.0}}',
+        '{"step": 9007199254740992, "loss": 1.0}',
+        f'{{"step": 7, "loss": 1.0, "tokens": {HUGE}}}',
+        '{"step": 7, "loss": 1.0, "tokens": 1.7e308}',
+        '{"step": 7, "loss": 1.0, "tokens": 9007199254740000}',  # 6000 were counted before
+        '{"step": 7, "loss": 1.0, "tokens": Infinity}',
+        '{"step": 7, "loss": 1.0, "tokens": NaN}',
+        '{"step": 7, "loss": 1.0, "tokens": -1}',
+        '{"step": 7, "loss": -1.7e308}',
+        f'{{"step": 7, "validation_loss": {HUGE}}}',
+        f'{{"step": 7, "validation_loss": 1.0, "validation": {{"web": {{"loss": {HUGE}}}}}}}',
+        f'{{"step": 7, "timers": {{"all": [0, {HUGE}, 0]}}}}',
+        "[" * 100_000 + "]" * 100_000,
+        '{"step": 7, "loss": ' + '{"a": ' * 100_000 + "1" + "}" * 100_001,
+    ],
+    ids=lambda line: line[:40],
+)
+def test_numbers_and_depths_that_nothing_can_be_made_of_are_no_record(line: str, tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "a", extra=line + "\n" + line + "\n"), out=tmp_path / "report.html")
+    assert page.row("Remarks") == ["2 unreadable lines of metrics.jsonl left out: 9, 10"]
+    assert page.row("Steps") == ["6"] and page.row("Tokens") == ["6,000"]
+
+
+def test_token_sums_stay_below_what_a_float_tells_apart(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "a", tokens=lambda step: 2**52), out=tmp_path / "report.html")
+    assert page.row("Tokens") == [f"{2**52:,}"] and page.row("Remarks")[0].startswith("5 unreadable lines")
+
+
+def test_large_losses_that_a_run_can_have_stay(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", loss=lambda step: 3.4e38 if step == 3 else 2.0, grad_norm=lambda step: 1e300 if step == 4 else 1.0)
+    page = page_of(folder, out=tmp_path / "report.html")
+    assert page.row("Remarks") == ["–"] and max(page.charts()["Loss by step"]["curves"][0]["y"]) == 3.4e38
+
+
+@pytest.mark.parametrize("name", ["config.json", "status.json"])
+@pytest.mark.parametrize("depth", [985, 990, 100_000])
+def test_facts_nested_deeply_do_not_end_in_a_traceback(name: str, depth: int, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", config={"flags": {"train_iters": int(HUGE)}, "parameters": int(HUGE)}, status={"status": "done"})
+    assert main([str(folder)]) == 0
+    (folder / name).write_text('{"status": ' + "[" * depth + "]" * depth + "}")
+    assert main([str(folder)]) in (0, 2)
+
+
 def test_what_is_not_finite_is_marked(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", loss=lambda step: math.nan if step == 3 else math.inf if step == 6 else 2.0)
     page = page_of(folder, out=tmp_path / "report.html")
