@@ -1,10 +1,11 @@
-"""Data: packing, loading, preparing, indexing, memory; each against a floor or a peer in the same run, in turns.
+"""Data: packing, loading, preparing, indexing, memory; each against a floor or a peer in the same run, in turns. And from text to training.
 
-    python benchmarks/data.py --json data.json [--only pack,loader,prepare,index,memory] [--megatron DIR]
+    python benchmarks/data.py --json data.json [--only pack,loader,prepare,index,memory,end-to-end] [--megatron DIR]
 
 `--megatron DIR` is a folder that megatron-core was installed in (pip install --no-deps --target DIR megatron-core==0.16.1); without it
-the loader is compared with the raw memory map alone. Corpora are random tokens, or words of a made-up vocabulary, log-normal in length
-with median 600 and sigma 1.5, written under --work.
+the loader is compared with the raw memory map alone. Corpora are random tokens, each document ended by token 0 as --append-eod does, or
+words of a made-up vocabulary, log-normal in length with median 600 and sigma 1.5, written under --work. `load` is the machine's load
+average when a part began: above 0, others shared its cores.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -80,11 +82,13 @@ def pack(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def corpus(args: argparse.Namespace, documents: int) -> Path:
-    prefix = Path(args.work) / f"tokens_{documents}"
+    prefix = Path(args.work) / f"ended_tokens_{documents}"
     if not index_file(prefix).exists():
         rng = np.random.default_rng(0)
         write_indexed_dataset(
-            prefix, (rng.integers(1, VOCAB_SIZE, n, dtype=np.uint16) for n in log_normal(documents)), vocab_size=VOCAB_SIZE
+            prefix,
+            (np.append(rng.integers(1, VOCAB_SIZE, n - 1, dtype=np.uint16), np.uint16(0)) for n in log_normal(documents)),
+            vocab_size=VOCAB_SIZE,
         )
     return prefix
 
@@ -145,7 +149,10 @@ def megatron_dataset(args: argparse.Namespace, prefix: Path, seq_length: int) ->
         mmap_bin_files=True,
     )  # fmt: skip
     theirs = indexed.IndexedDataset(str(prefix), multimodal=False, mmap=True)
-    return gpt.GPTDataset(theirs, str(prefix), np.arange(len(theirs), dtype=np.int32), None, split, config)
+    data = gpt.GPTDataset(theirs, str(prefix), np.arange(len(theirs), dtype=np.int32), None, split, config)
+    restarts = sum(int((data[n]["position_ids"] == 0).sum()) for n in range(20))
+    assert restarts > 20, "positions are not reset: no end of a document found"
+    return data
 
 
 def words(folder: Path, documents: int, seed: int) -> Path:
@@ -154,7 +161,7 @@ def words(folder: Path, documents: int, seed: int) -> Path:
     letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
     vocabulary = np.array(["".join(rng.choice(letters[:20], rng.integers(2, 10))) for _ in range(20000)])
     weights = 1 / np.arange(1, len(vocabulary) + 1)
-    file = folder / f"words_{seed}.jsonl"
+    file = folder / f"words_{documents}_{seed}.jsonl"
     if not file.exists():
         with file.open("w") as out:
             for length in log_normal(documents, seed):
@@ -266,7 +273,35 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-PARTS = {"pack": pack, "loader": loader, "prepare": prepare_speed, "index": index, "memory": memory}
+def end_to_end(args: argparse.Namespace) -> dict[str, Any]:
+    """200 MB of text to a corpus, and two steps of training on it, each under /usr/bin/time -v."""
+    work = Path(args.work)
+    file, model, out = words(work, 26_600, 7), work / "words.model", Path(tempfile.mkdtemp(prefix="end_to_end.", dir=work))
+    prefix = out / "corpus"
+    if not model.exists():
+        model.write_bytes(train_on(Source("words", (words(work, 2000, 6),)), vocab_size=8000, flag="--vocab-size"))
+
+    def timed(*command: str) -> dict[str, Any]:
+        start = time.perf_counter()
+        done = subprocess.run(["/usr/bin/time", "-v", sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True)
+        peak = next(line for line in done.stderr.splitlines() if "Maximum resident set size" in line)
+        found = {"s": time.perf_counter() - start, "MB in the largest process": int(peak.split()[-1]) / 1024}
+        return found | {"last line": done.stdout.strip().splitlines()[-1].replace(str(out), "DIR")}
+
+    prepare = ["-m", "data.prepare", "--input", str(file), "--output-prefix", str(prefix), "--append-eod", "--workers", "2"]
+    train = ["train.py", "--data-path", str(prefix), "--data-cache-path", str(out / "cache"), "--run-dir", str(out / "run")]
+    train += shlex.split("""
+        --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 8192 --global-batch-size 1 --train-iters 2
+        --eval-interval 0 --save-interval 0 --sample-tokens 0 --tensorboard-dir none --device cpu
+    """)
+    return {
+        "MB of JSON lines": file.stat().st_size / 1e6,
+        "prepare": timed(*prepare, "--tokenizer-model", str(model)),
+        "train.py, two steps": timed(*train),
+    }
+
+
+PARTS = {"pack": pack, "loader": loader, "prepare": prepare_speed, "index": index, "memory": memory, "end-to-end": end_to_end}
 
 
 def tell(name: str, value: Any, indent: int = 2) -> None:
@@ -274,6 +309,9 @@ def tell(name: str, value: Any, indent: int = 2) -> None:
         print(" " * indent + name)
         for key, inner in value.items():
             tell(key, inner, indent + 2)
+        return
+    if isinstance(value, str):
+        print(" " * indent + f"{name}: {value}")
         return
     number = value["median"] if isinstance(value, dict) else value
     spread = f" ({value['quartiles'][0]:.3f} - {value['quartiles'][1]:.3f})" if isinstance(value, dict) else ""
@@ -301,12 +339,15 @@ def main() -> None:
         Path(args.work).mkdir(parents=True, exist_ok=True)
         found = {}
         for part in args.only.split(","):
-            found[part] = PARTS[part](args)
+            load = os.getloadavg()[0]
+            found[part] = {"load": load} | PARTS[part](args)
             tell(part, found[part])
     if args.json:
         asked = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-        facts = {"command": " ".join(["python", *sys.argv]), "commit": commit, "cores": len(os.sched_getaffinity(0))}
+        short = {args.work: "DIR", args.megatron: "DIR", args.json: Path(args.json).name}  # no places of this machine
+        command = [short.get(word, word) for word in ["python", *sys.argv]]
+        facts = {"command": " ".join(command), "commit": commit, "cores": len(os.sched_getaffinity(0))}
         Path(args.json).write_text(json.dumps(facts | found, indent=1) + "\n")
 
 

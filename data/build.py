@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from data.blend import whole_weights
-from data.cache import build_once, cache_key
+from data.cache import build_once, cache_entry, cache_key
 from data.corpus import Source
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.loader import BlendedDataset, SequenceDataset, Sequences
 from data.sources import Part, Prepared, nothing_in, train_on
-from data.tokenizer import SentencePieceTokenizer, Tokenizer
+from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_sentencepiece
 
 # Changes when the way tokenizers are trained or tokens are written does.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 def train_tokenizer(source: Source | Prepared, *, vocab_size: int, cache_path: Path) -> Tokenizer:
@@ -33,7 +33,10 @@ def train_tokenizer(source: Source | Prepared, *, vocab_size: int, cache_path: P
         (folder / "tokenizer.model").write_bytes(train_on(source, vocab_size=vocab_size, flag="--tokenizer-vocab-size"))
 
     key = cache_key(version=CACHE_VERSION, source=source.made_from(), vocab_size=vocab_size)
-    return SentencePieceTokenizer(build_once(cache_path / "tokenizer" / key, train) / "tokenizer.model")
+    folder = build_once(cache_path / "tokenizer" / key, train)
+    load_sentencepiece()  # a missing library is no fault of the cache
+    with cache_entry(folder):
+        return SentencePieceTokenizer(folder / "tokenizer.model")
 
 
 def build_tokens(source: Source, tokenizer: Tokenizer, *, cache_path: Path) -> IndexedDataset:
@@ -48,7 +51,9 @@ def build_tokens(source: Source, tokenizer: Tokenizer, *, cache_path: Path) -> I
         write_indexed_dataset(folder / "tokens", documents, vocab_size=tokenizer.vocab_size)
 
     key = cache_key(version=CACHE_VERSION, source=source.made_from(), tokenizer=tokenizer.fingerprint)
-    tokens = IndexedDataset(build_once(cache_path / "tokens" / key, build) / "tokens")
+    folder = build_once(cache_path / "tokens" / key, build)
+    with cache_entry(folder):
+        tokens = IndexedDataset(folder / "tokens")
     if not len(tokens):
         raise nothing_in(source)
     return tokens
@@ -83,7 +88,11 @@ def cached_split(num_documents: int, weights: tuple[float, ...], *, cache_path: 
             np.save(folder / f"{number}.npy", documents)
 
     folder = build_once(cache_path / "split" / cache_key(version=1, documents=num_documents, weights=weights), build)
-    return [np.load(folder / f"{number}.npy", mmap_mode="r").view(np.ndarray) for number in range(len(weights))]
+    with cache_entry(folder):
+        parts = [np.load(folder / f"{number}.npy", mmap_mode="r").view(np.ndarray) for number in range(len(weights))]
+        if any(p.ndim != 1 or p.dtype != np.int64 for p in parts) or sum(len(p) for p in parts) != num_documents:
+            raise ValueError(f"parts of {[list(p.shape) for p in parts]} for {num_documents} documents")
+        return parts
 
 
 def build_sequences(

@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 
 WORDS_PER_PAGE = 512  # of 8 bytes
 WAIT_SECONDS = 900.0  # for another process that builds the same; then it is built here too, which costs time and memory only
+LEFT_AFTER = 86400.0  # seconds in which nothing was written to an unfinished folder, whose builder is then dead
 
 
 def cache_key(**made_from: Any) -> str:
@@ -98,14 +99,45 @@ def _first_in_line(path: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
+class CacheNotWritable(ValueError):
+    """What a cache lacks cannot be put there."""
+
+
+@contextmanager
+def cache_entry(folder: Path) -> Iterator[None]:
+    """Around the opening of what `build_once` made.
+
+    Raises:
+        ValueError: it is broken; what to do.
+    """
+    try:
+        yield
+    except (OSError, ValueError, EOFError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"--data-cache-path: {folder} is broken ({why}); remove that folder, and it is built anew") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """What builders that were killed left in a folder of the cache."""
+    for left in folder.glob(".*.*"):
+        with suppress(OSError):  # another builder may remove it, too
+            if left.is_dir() and time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > LEFT_AFTER:
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:
     """`path`, made by `build(empty folder)` if it is not there yet.
 
-    The folder is built beside its place and renamed into it, so it is never seen half made. Whoever comes second, in this job or
-    another, waits for the first one's and uses it.
+    The folder is built beside its place and renamed into it, so it is never seen half made, not even after a loss of power.
+    Whoever comes second, in this job or another, waits for the first one's and uses it.
 
     Raises:
-        ValueError: it is not there, and its folder cannot be written in.
+        CacheNotWritable: it is not there, and its folder cannot be written in.
     """
     if path.is_dir():
         return path
@@ -115,18 +147,21 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
             stack.enter_context(_first_in_line(path))
             if path.is_dir():
                 return path
+            _remove_left_behind(path.parent)
             scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         except OSError as error:
             text = f"--data-cache-path: {path} is not there yet and cannot be made ({error.strerror})"
-            raise ValueError(f"{text}; fill the cache once where it can be written") from error
+            raise CacheNotWritable(f"{text}; fill the cache once where it can be written") from error
         try:
             build(scratch)
             scratch.chmod(0o755)
+            _sync_folder(scratch)
             try:
                 os.rename(scratch, path)
             except OSError:
                 if not path.is_dir():
                     raise
+            sync(path.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return path

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from data.readers import BadRecord, Record, format_of, is_readable, read_records, text_of
+from data.readers import BadRecord, Record, files_under, format_of, read_records, text_of
 
 STDLIB = "the Python standard library"
 # Tests and vendored trees repeat themselves or are absent from some installations.
@@ -41,11 +41,11 @@ class Source:
 
     def made_from(self) -> list:
         """Changes whenever the documents may have."""
-        facts: list = [self.name, self.json_key]
+        facts: list = [self.json_key]  # not the name: the same files may be asked for in several ways
         if self.kind:
             facts.append(self.kind)
         if self.name == STDLIB:
-            facts.append(platform.python_version())
+            facts += [STDLIB, platform.python_version()]
         for file in self.files:
             stat = file.stat()
             facts.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
@@ -69,7 +69,7 @@ class Source:
             skip: told of each record, or rest of a file, that is no document, which is then left out; None: it ends the reading.
 
         Raises:
-            ValueError: a record or file that is not what its name says, with file and line.
+            ValueError: a record or file that is not what its name says, with file and line, or a file that the system cannot read.
         """
         for file, kind in zip(self.files, self.kinds, strict=True):
             try:
@@ -87,6 +87,8 @@ class Source:
                 if skip is None:
                     raise ValueError(f"{self.flag}: {error}") from error
                 skip(error)
+            except OSError as error:
+                raise ValueError(f"{self.flag}: {error}") from error
 
     def _text(self, file: Path, kind: str, record: Record) -> str:
         try:
@@ -129,7 +131,7 @@ def open_source(data_path: str | None, json_key: str) -> Source:
         if path.stat().st_size == 0:
             raise ValueError(f"--data-path {data_path}: the file is empty")
         return Source(data_path, (path,), json_key)
-    files = tuple(sorted(p for p in path.rglob("*") if is_readable(p) and p.is_file() and p.stat().st_size))
+    files = tuple(p for p in files_under(path) if p.stat().st_size)
     if not files:
         raise ValueError(f"--data-path {data_path}: no text in this folder (no .txt, .md, .jsonl, .parquet or the like)")
     return Source(data_path, files, json_key)

@@ -131,10 +131,14 @@ class IndexedDataset:
         """[documents] tokens of each: the map itself, int32, or where documents have several sequences their sums, int64.
 
         Raises:
-            ValueError: document entries that run backwards.
+            ValueError: a negative length, or document entries that run backwards.
         """
         firsts = self._firsts
         assert firsts is not None
+        for at in range(0, len(self._sequence_lengths), CHUNK):
+            shortest = int(self._sequence_lengths[at : at + CHUNK].min())
+            if shortest < 0:
+                raise ValueError(f"{index_file(self.prefix)}: a length of {shortest} tokens")
         pieces = range(0, len(firsts), CHUNK)
         if len(firsts) == len(self._sequence_lengths) + 1 and all(
             (firsts[at : at + CHUNK] == np.arange(at, min(at + CHUNK, len(firsts)))).all() for at in pieces

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cp.layout import attention_pairs, balance
 from cp.packed_seq import IGNORE_LABEL, PackedSeq, build_packed_seq
 from data.blend import Blend
-from data.cache import build_once, cache_key
+from data.cache import CacheNotWritable, build_once, cache_entry, cache_key
 from data.indexed_dataset import CHUNK, IndexedDataset
 from data.packing import (
     Epoch,
@@ -41,6 +41,8 @@ from data.packing import (
 
 # Changes when the way an epoch is packed does.
 INDEX_VERSION = 2
+# An epoch of fewer pieces is packed in a moment, each time: a small source read for thousands of epochs leaves no folder for each.
+STORED_FROM = 10_000
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Sequence:
 
     lengths, padded_lengths: of its documents, the tail included.
     first_id: the number of its first token in the whole run, epochs included.
+    loss_tokens: how many are labelled; None: to be counted.
     """
 
     tokens: np.ndarray
@@ -56,6 +59,7 @@ class Sequence:
     lengths: np.ndarray
     padded_lengths: np.ndarray
     first_id: int = 0
+    loss_tokens: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,13 +133,14 @@ class SequenceDataset:
         alignment: documents are padded to a multiple of it (best-fit, greedy).
         one_document: a sequence is one document to attention (bshd, and concat), not one a piece.
         pad_token: id that fills padding; it is never computed on or learned.
-        cache_path: where an epoch's index is kept; None keeps it in memory only.
+        cache_path: where an epoch's index is kept, if it is not a small one; None keeps it in memory only.
         window: best-fit over so many documents at a time; None: over all.
-        vocab_size: token ids must be below it; None: not checked.
+        vocab_size: token ids must be from 0 to below it; None: not checked.
         name: for people.
 
     Raises:
-        ValueError: a document of negative length.
+        ValueError: as `IndexedDataset.lengths`.
+        CacheNotWritable: the first epoch's index is not there, and cannot be.
     """
 
     def __init__(
@@ -161,12 +166,11 @@ class SequenceDataset:
         self.cache_path = cache_path
         # Where the same documents lie does not matter to what is packed from them; only their lengths do.
         digest = hashlib.sha256()
-        self.num_tokens = self.longest = 0
+        self.num_tokens = self.longest = self.num_pieces = 0
         for at in range(0, len(documents), CHUNK):
             lengths = tokens.lengths[documents[at : at + CHUNK]].astype(np.int64)
-            if lengths.min() < 0:
-                raise ValueError(f"{tokens.prefix}.idx: a document of {lengths.min()} tokens")
             digest.update(lengths.tobytes())
+            self.num_pieces += int((-(-lengths // seq_length)).sum()) if packing == "best-fit" else len(lengths)
             self.num_tokens, self.longest = self.num_tokens + int(lengths.sum()), max(self.longest, int(lengths.max()))
         self._lengths_hash = digest.hexdigest()
         self._epochs: dict[int, Epoch] = {}
@@ -196,12 +200,17 @@ class SequenceDataset:
         return cache_key(**facts, alignment=1 if self.packing == "concat" else self.alignment, **more)
 
     def _stored_epoch(self, number: int) -> StoredEpoch:
-        if self.cache_path is None:
+        if self.cache_path is None or self.num_pieces < STORED_FROM:
             return self._build_epoch(number)
         folder = self.cache_path / "packing" / self._key(epoch=number)
-        return stored_epoch(
-            self.packing, build_once(folder, lambda scratch: store_epoch(self._build_epoch(number), scratch)), self.seq_length
-        )
+        try:
+            build_once(folder, lambda scratch: store_epoch(self._build_epoch(number), scratch))
+        except (CacheNotWritable, OSError):  # read-only, or its disk is full
+            if number == 0:  # nothing has begun: better said now than paid for by every rank and worker with its memory
+                raise
+            return self._build_epoch(number)
+        with cache_entry(folder):
+            return stored_epoch(self.packing, folder, self.seq_length)
 
     def _windowed_epoch(self, number: int) -> Epoch:
         assert self.packing == "best-fit" and self.window is not None
@@ -217,7 +226,11 @@ class SequenceDataset:
             return windowed_epoch(windows, windows.count(), number)
         folder = self.cache_path / "packing" / self._key(window=self.window)
         build_once(folder, lambda scratch: np.save(scratch / "counts.npy", windows.count()))
-        return windowed_epoch(windows, np.load(folder / "counts.npy"), number)
+        with cache_entry(folder):
+            counts = np.load(folder / "counts.npy")
+            if counts.shape != (len(windows),) or counts.dtype != np.int64 or counts.min(initial=0) < 0:
+                raise ValueError(f"counts.npy is {counts.dtype} {list(counts.shape)} for {len(windows)} windows")
+        return windowed_epoch(windows, counts, number)
 
     def fingerprint(self) -> str:
         """Of the documents: all their lengths, and what a thousand of them begin with, so that its cost does not grow."""
@@ -248,11 +261,6 @@ class SequenceDataset:
         # Python's numbers from here on: a sequence has few pieces, for which arrays are slower.
         triples = list(zip(self.documents[pieces[:, 0]].tolist(), pieces[:, 1].tolist(), pieces[:, 2].tolist(), strict=True))
         sequence = self._from_stream(triples) if self.packing == "concat" else self._from_pieces(triples)
-        if self.vocab_size is not None and sequence.tokens.max() >= self.vocab_size:
-            raise ValueError(
-                f"{self.tokens.prefix}.bin: token {sequence.tokens.max()} in one of the documents "
-                f"{', '.join(str(document) for document, _, _ in triples[:8])}, but the tokenizer has {self.vocab_size}: made with another"
-            )
         sequence.first_id = n * self.seq_length
         return sequence
 
@@ -261,40 +269,70 @@ class SequenceDataset:
 
     def _from_stream(self, pieces: list[tuple[int, int, int]]) -> Sequence:
         stream = np.concatenate([self.tokens.read(*piece) for piece in pieces]).astype(np.int64)
+        self._check_vocabulary(stream, [], pieces)
         whole = np.array([self.seq_length])
-        return Sequence(stream[:-1], stream[1:], whole, whole)
+        return Sequence(stream[:-1], stream[1:], whole, whole, loss_tokens=self.seq_length)
+
+    def _check_vocabulary(self, tokens: np.ndarray, ahead: list[int], pieces: list[tuple[int, int, int]]) -> None:
+        """Of a sequence's tokens, and of labels that are none of them. Raises ValueError: ids outside; the document."""
+        size = self.vocab_size
+        # Unsigned, what is below 0 is very large: one pass finds both.
+        if size is None or (int(tokens.view(np.uint64).max()) < size and all(0 <= label < size for label in ahead)):
+            return
+        for document, start, length in pieces:
+            ids = self.tokens.read(document, start, min(length + 1, self.tokens.lengths.item(document) - start))
+            outside = ids[(ids < 0) | (ids >= size)]
+            if len(outside):
+                raise ValueError(
+                    f"{self.tokens.prefix}.bin: token {outside[0]} in document {document}, but the tokenizer's are 0 to {size - 1}: "
+                    f"made with another, or damaged"
+                )
+        raise AssertionError(f"padding with token {self.pad_token} of {size}")
 
     def _from_pieces(self, pieces: list[tuple[int, int, int]]) -> Sequence:
         tokens, labels = np.empty(self.seq_length, np.int64), np.empty(self.seq_length, np.int64)
-        stored, ends, alignment = self.tokens.tokens, self.tokens.lengths, self.alignment
-        lengths, padded_lengths, at = [], [], 0
+        stored, ends, alignment, place = self.tokens.tokens, self.tokens.lengths, self.alignment, self.tokens.place
+        lengths, padded_lengths, closings, ahead, at = [], [], [], [], 0
         for document, start, length in pieces:
             # One token ahead if the document goes on; its true end has no label.
-            labelled = min(length, ends.item(document) - start - 1)
-            begin = self.tokens.place(document, start, labelled + 1)
-            tokens[at : at + length] = stored[begin : begin + length]
-            labels[at : at + labelled] = stored[begin + 1 : begin + 1 + labelled]
+            goes_on = ends.item(document) - start > length
+            begin = place(document, start, length + goes_on)
+            end = at + length
+            tokens[at:end] = stored[begin : begin + length]
+            label = IGNORE_LABEL
+            if goes_on:
+                label = stored.item(begin + length)
+                ahead.append(label)
+            at += -(-length // alignment) * alignment
+            if at > end:
+                tokens[end:at] = self.pad_token
+            closings.append((end, at, label))
             lengths.append(length)
-            padded_lengths.append(-(-length // alignment) * alignment)
-            end = at + padded_lengths[-1]
-            tokens[at + length : end] = self.pad_token
-            labels[at + labelled : end] = IGNORE_LABEL
-            at = end
-        tokens[at:], labels[at:] = self.pad_token, IGNORE_LABEL
+            padded_lengths.append(at - end + length)
+        tokens[at:] = self.pad_token
+        # All at once, which is quicker than document by document, then what each ends with.
+        labels[:-1] = tokens[1:]
+        for end, padded_end, label in closings:
+            labels[end - 1] = label
+            if padded_end > end:
+                labels[end:padded_end] = IGNORE_LABEL
+        labels[at:] = IGNORE_LABEL
+        self._check_vocabulary(tokens, ahead, pieces)
+        loss_tokens = sum(lengths) - len(pieces) + len(ahead)
         if self.one_document:
-            return Sequence(tokens, labels, np.array([at]), np.array([self.seq_length]))
+            return Sequence(tokens, labels, np.array([at]), np.array([self.seq_length]), loss_tokens=loss_tokens)
         if at < self.seq_length:  # the tail is a document of real length 0
             lengths.append(0)
             padded_lengths.append(self.seq_length - at)
-        return Sequence(tokens, labels, np.array(lengths), np.array(padded_lengths))
+        return Sequence(tokens, labels, np.array(lengths), np.array(padded_lengths), loss_tokens=loss_tokens)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_epochs": {}}
 
 
 def _empty_sequence(seq_length: int, pad_token: int) -> Sequence:
-    whole = np.array([seq_length])
-    return Sequence(np.full(seq_length, pad_token, np.int64), np.full(seq_length, IGNORE_LABEL, np.int64), np.zeros_like(whole), whole)
+    whole, tokens, labels = np.array([seq_length]), np.full(seq_length, pad_token, np.int64), np.full(seq_length, IGNORE_LABEL, np.int64)
+    return Sequence(tokens, labels, np.zeros_like(whole), whole, loss_tokens=0)
 
 
 class BlendedDataset:
@@ -371,11 +409,12 @@ def build_batch(
         for part in (tokens, labels, lengths, padded_lengths):
             digest.update(part.astype(np.int64).tobytes())
         row_hash = int.from_bytes(digest.digest(), "little", signed=True)
+    counts = [np.count_nonzero(s.labels != IGNORE_LABEL) if s.loss_tokens is None else s.loss_tokens for s in sequences]
     return Batch(
         tokens=torch.from_numpy(tokens if cp_size == 1 else tokens[owned]),
         labels=torch.from_numpy(labels if cp_size == 1 else labels[owned]),
         packed_seq=packed_seq,
-        loss_tokens=int(np.count_nonzero(labels != IGNORE_LABEL)),
+        loss_tokens=int(sum(counts)),
         real_tokens=sum(lengths.tolist()),
         cp_balance=1.0 if cp_size == 1 else balance(attention_pairs(lengths, padded_lengths, cp_size=cp_size, layout=layout)),
         row_hash=row_hash,
@@ -392,14 +431,17 @@ def _without_tails(sequences: list[Sequence], *, unit: int) -> list[Sequence]:
     for s in sequences:
         real = np.repeat(s.lengths > 0, s.padded_lengths)
         assert (s.lengths[:-1] > 0).all(), "only the last document of a sequence is a tail"
-        kept.append(Sequence(s.tokens[real], s.labels[real], s.lengths[s.lengths > 0], s.padded_lengths[s.lengths > 0], s.first_id))
+        whole = s.lengths > 0
+        kept.append(
+            replace(s, tokens=s.tokens[real], labels=s.labels[real], lengths=s.lengths[whole], padded_lengths=s.padded_lengths[whole])
+        )
     total = sum(len(s.tokens) for s in kept)
     missing = -total % unit or (unit if not total else 0)
     if missing:
         first = sequences[0]
         pad_token = first.tokens[-1]  # what the tail holds does not matter
         tail = np.array([missing])
-        kept.append(Sequence(np.full(missing, pad_token), np.full(missing, IGNORE_LABEL), np.zeros_like(tail), tail))
+        kept.append(Sequence(np.full(missing, pad_token), np.full(missing, IGNORE_LABEL), np.zeros_like(tail), tail, loss_tokens=0))
     return kept
 
 

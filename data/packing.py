@@ -355,7 +355,18 @@ def store_epoch(index: StoredEpoch, folder: Path) -> None:
 
 
 def stored_epoch(packing: str, folder: Path, seq_length: int) -> StoredEpoch:
-    """What `store_epoch` wrote, memory-mapped."""
+    """What `store_epoch` wrote, memory-mapped.
+
+    Raises:
+        OSError, ValueError, EOFError: a file that is missing or broken, or arrays that do not belong together.
+    """
     kind = STORED[packing]
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _arrays(kind)}  # quicker than memmap
+    if kind is PackedEpoch:
+        pieces, first = arrays["pieces"], arrays["first"]
+        fit = pieces.shape == (len(pieces), 3) and first.ndim == 1 and len(first) > 0 and first[0] == 0 and first[-1] == len(pieces)
+    else:
+        fit = len({a.shape for a in arrays.values()}) == 1
+    if not fit or any(a.dtype != np.int64 for a in arrays.values()):
+        raise ValueError(", ".join(f"{name} is {a.dtype} {list(a.shape)}" for name, a in arrays.items()) + ": not of one index")
     return PackedEpoch(**arrays) if kind is PackedEpoch else kind(**arrays, seq_length=seq_length)  # type: ignore[call-arg]

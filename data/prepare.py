@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import filecmp
 import glob
 import json
 import multiprocessing
@@ -23,7 +24,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -36,11 +37,12 @@ import numpy as np
 from data.cache import cache_key, checksum, replace_synced, sync
 from data.corpus import Source
 from data.indexed_dataset import LONGEST_DOCUMENT, index_file, token_dtype, token_file, write_index
-from data.readers import FORMATS, BadRecord, Place, Record, is_readable, read_records, text_of
+from data.readers import FORMATS, BadRecord, Place, Record, each_once, files_under, read_records, text_of
 from data.sources import facts_file, train_on
-from data.tokenizer import TOKENIZER_TYPES, Tokenizer, load_tokenizer, resolve_tokenizer_type
+from data.tokenizer import NUM_THREADS, TOKENIZER_TYPES, Tokenizer, load_tokenizer, resolve_tokenizer_type
 
 BATCH_BYTES = 1 << 19  # what a worker is given at a time
+RECORD_BYTES = 100  # what a record takes beside its content, were it empty
 SHOWN = 5  # bad records that are shown
 SAVE_EVERY = 5.0  # seconds
 
@@ -194,7 +196,7 @@ def _tasks(source: Source, progress: Progress, on_error: str) -> Iterator[Task]:
         try:
             for record in read_records(file, kind=source.kinds[number], json_key=source.json_key, start=place):
                 records.append((number, record))
-                size += len(record.content or b"")
+                size += len(record.content or b"") + RECORD_BYTES
                 if size >= BATCH_BYTES:
                     yield Task(records, bad, number, Place(record.end, record.number or 1), bytes_before + record.consumed)
                     records, bad, size = [], [], 0
@@ -205,7 +207,7 @@ def _tasks(source: Source, progress: Progress, on_error: str) -> Iterator[Task]:
     yield Task(records, bad, len(source.files), Place(), consumed)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
     """How far a corpus is. Attributes: file, offset, number: where reading goes on; the rest counts what is written."""
 
@@ -219,21 +221,30 @@ class Progress:
     bad: int = 0
     shown: list[str] = field(default_factory=list)
 
-    def count_bad(self, file: str, number: int, why: str) -> None:
-        self.bad += 1
-        if len(self.shown) < SHOWN:
-            self.shown.append(str(BadRecord(file, number, why)))
-
 
 # ---------------------------------------------------------------------------------------------------
 # Writing
+
+
+def model_copy(prefix: Path, model: Path) -> Path:
+    """Where the tokenizer's model is copied to."""
+    return prefix.parent / f"{prefix.name}.tokenizer{model.suffix}"
+
+
+def is_ours(prefix: Path) -> bool:
+    """Whether `<prefix>.json` says that data.prepare wrote it."""
+    try:
+        facts = json.loads(facts_file(prefix).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(facts, dict) and str(facts.get("made by", "")).startswith("data.prepare")
 
 
 class Corpus:
     """`<prefix>` on its way: tokens and lengths in `<prefix>.part/`, and how far they are.
 
     Raises:
-        ValueError: it exists already, another process is at it, or what lies there was begun from other inputs.
+        ValueError: it exists already, another process is at it, or what lies there was begun from other inputs or is broken.
     """
 
     def __init__(self, prefix: Path, *, dtype: np.dtype, key: str, overwrite: bool) -> None:
@@ -250,42 +261,74 @@ class Corpus:
             raise ValueError(f"--output-prefix {prefix}: another process is writing it") from error
         self.progress = self._begun(overwrite)
         self.outputs: dict[str, BinaryIO] = {}
-        for name, size in (("tokens", self.progress.tokens * dtype.itemsize), ("lengths", self.progress.documents * 4)):
+        for name, size in self._sizes(self.progress).items():
             self.outputs[name] = self.files[name].open("ab")
-            if self.files[name].stat().st_size < size:
-                raise ValueError(f"{self.files[name]}: shorter than {self.files['progress.json']} says; --overwrite starts over")
             self.outputs[name].truncate(size)  # what was written after the last time it was told
+
+    def _sizes(self, progress: Progress) -> dict[str, int]:
+        return {"tokens": progress.tokens * self.dtype.itemsize, "lengths": progress.documents * 4}
 
     def _begun(self, overwrite: bool) -> Progress:
         try:
-            said = json.loads(self.files["progress.json"].read_text())
-        except FileNotFoundError:
-            said = {"key": None}
-        if said["key"] == self.key:
-            progress = Progress(**said["progress"])
-            final, size = token_file(self.prefix), progress.tokens * self.dtype.itemsize
-            if self.files["tokens"].exists():
-                return progress
-            if not index_file(self.prefix).exists() and final.exists() and final.stat().st_size == size:
-                os.replace(final, self.files["tokens"])  # it ended between its last two renames
-                return progress
-            said["key"] = None  # what a finished run left behind
-        if said["key"] is not None and not overwrite:
-            raise ValueError(
-                f"--output-prefix {self.prefix}: {self.folder} was begun from other inputs or flags: give those, or --overwrite"
-            )
+            progress = self._told()
+        except ValueError as error:
+            if not overwrite:
+                raise ValueError(f"{error}; --overwrite starts over") from error
+            progress = None
+        if progress is not None:
+            return progress
         for name in ("tokens", "lengths", "progress.json"):
             self.files[name].unlink(missing_ok=True)
         return Progress()
 
-    def add(self, task: Task, tokens: Tokens) -> None:
+    def _told(self) -> Progress | None:
+        """How far an earlier run came; None where nothing was begun, or a finished run left its folder behind.
+
+        Raises:
+            ValueError: it was begun from other inputs, or what lies there is broken.
+        """
+        file = self.files["progress.json"]
+        try:
+            said = json.loads(file.read_text("utf-8"))
+            key, progress = said["key"], Progress(**said["progress"])
+            sizes = self._sizes(progress)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: does not say how far the run came ({type(error).__name__})") from error
+        if key != self.key:
+            raise ValueError(f"--output-prefix {self.prefix}: {self.folder} was begun from other inputs or flags")
+        final = token_file(self.prefix)
+        if not self.files["tokens"].exists():
+            if index_file(self.prefix).exists() or not final.exists() or final.stat().st_size != sizes["tokens"]:
+                return None
+            os.replace(final, self.files["tokens"])  # it ended between its last two renames
+        for name, size in sizes.items():
+            held = self.files[name].stat().st_size if self.files[name].exists() else 0
+            if held < size:
+                raise ValueError(f"{self.files[name]}: {held} bytes, fewer than the {size} that {file.name} says")
+        return progress
+
+    def add(self, task: Task, tokens: Tokens, bad: Sequence[str] = ()) -> None:
+        """Write a task's tokens, then count them: whatever interrupts it in between, `save` tells of whole tasks.
+
+        Args:
+            bad: the task's bad records, in words.
+        """
         self.outputs["tokens"].write(tokens.tokens)
         self.outputs["lengths"].write(tokens.lengths.tobytes())
-        self.progress.documents += len(tokens.lengths)
-        self.progress.tokens += len(tokens.tokens) // self.dtype.itemsize
-        self.progress.text_bytes += tokens.text_bytes
-        self.progress.empty += tokens.empty
-        self.progress.file, self.progress.offset, self.progress.number = task.file, task.place.offset, task.place.number
+        so_far = self.progress
+        self.progress = Progress(
+            file=task.file,
+            offset=task.place.offset,
+            number=task.place.number,
+            documents=so_far.documents + len(tokens.lengths),
+            tokens=so_far.tokens + len(tokens.tokens) // self.dtype.itemsize,
+            text_bytes=so_far.text_bytes + tokens.text_bytes,
+            empty=so_far.empty + tokens.empty,
+            bad=so_far.bad + len(bad),
+            shown=[*so_far.shown, *bad][:SHOWN],
+        )
 
     def save(self) -> None:
         """Tell how far it is, after what was written is on disk."""
@@ -310,7 +353,8 @@ class Corpus:
         if model is not None:
             copy = self.folder / "model"
             shutil.copyfile(model, copy)
-            os.replace(copy, self.prefix.parent / facts["tokenizer"]["model"])
+            sync(copy)
+            os.replace(copy, model_copy(self.prefix, model))
         replace_synced(facts_file(self.prefix), json.dumps(facts, indent=1) + "\n")
         os.replace(self.files["tokens"], token_file(self.prefix))
         os.replace(index, final)
@@ -389,22 +433,51 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_inputs(patterns: Sequence[str], *, json_key: str, kind: str) -> Source:
+def find_inputs(patterns: Sequence[str], *, json_key: str, kind: str, leave_out: Collection[Path] = ()) -> Source:
     """The files that patterns match, each once, in the order of patterns and names.
+
+    Args:
+        leave_out: files and folders, resolved, that count only where they are named themselves.
 
     Raises:
         ValueError: a pattern without a file.
     """
-    files: dict[Path, None] = {}
+    files: list[Path] = []
     for pattern in patterns:
-        matched = [Path(pattern)] if Path(pattern).exists() else [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
         found = []
-        for path in matched:
-            found += sorted(p for p in path.rglob("*") if is_readable(p) and p.is_file()) if path.is_dir() else [path]
+        if Path(pattern).is_file():
+            found = [Path(pattern)]
+        else:
+            matched = [Path(pattern)] if Path(pattern).exists() else [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+            for path in matched:
+                found += files_under(path) if path.is_dir() else [path]
+            if leave_out:
+                found = [path for path in found if not {(at := path.resolve()), *at.parents}.intersection(leave_out)]
         if not found:
             raise ValueError(f"--input {pattern}: no such file, and nothing in it to read")
-        files |= dict.fromkeys(found)
-    return Source(" ".join(patterns), tuple(files), json_key, None if kind == "auto" else kind, "--input")
+        files += found
+    return Source(" ".join(patterns), tuple(each_once(files)), json_key, None if kind == "auto" else kind, "--input")
+
+
+def _output_files(prefix: Path, model: Path | None) -> list[Path]:
+    """What a run writes, resolved; the last is a folder."""
+    copy = [] if model is None else [model_copy(prefix, model)]
+    return [path.resolve() for path in (token_file(prefix), index_file(prefix), facts_file(prefix), *copy, Path(f"{prefix}.part"))]
+
+
+def _refuse_to_replace(files: Sequence[Path], model: Path | None, prefix: Path, *, overwrite: bool) -> None:
+    """Raises ValueError if what is read would be written over, or, without --overwrite, files that data.prepare did not write."""
+    written = _output_files(prefix, model)
+    for flag, path in (*(("--input", f) for f in files), *([("--tokenizer-model", model)] if model else [])):
+        real = path.resolve()
+        if {real, *real.parents}.intersection(written):
+            raise ValueError(f"--output-prefix {prefix}: would write over {flag} {path}; choose another prefix")
+    if overwrite or is_ours(prefix):
+        return
+    for path in written[:-1]:
+        copied = path not in written[:3] and model is not None and path.exists() and filecmp.cmp(path, model, shallow=False)
+        if path.exists() and not copied:
+            raise ValueError(f"--output-prefix {prefix}: {path.name} is there already, and not by data.prepare; --overwrite replaces it")
 
 
 @contextmanager
@@ -427,14 +500,21 @@ def prepare(args: argparse.Namespace) -> Progress:
     """
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: must be 0 or more")
-    source = find_inputs(args.input, json_key=args.json_key, kind=args.format)
+    prefix = Path(args.output_prefix)
+    if args.output_prefix.endswith((os.sep, f"{os.sep}.")) or prefix.name in ("", ".."):
+        raise ValueError(f"--output-prefix {args.output_prefix}: is a folder; say how the files' names begin, as in {prefix / 'corpus'}")
     if args.tokenizer_type != "byte" and args.tokenizer_model is None:
         raise ValueError("--tokenizer-model is missing (data.prepare train-tokenizer makes one), or give --tokenizer-type byte")
     choice = TokenizerChoice(resolve_tokenizer_type(args.tokenizer_type, args.tokenizer_model), args.tokenizer_model, args.tokenizer_eod)
     tokenizer = choice.load()
-    prefix = Path(args.output_prefix)
+    model = Path(choice.model) if choice.model else None
+    # What an earlier run wrote into a folder of inputs is none of them; a file of the user's under such a name is, and is refused.
+    written = _output_files(prefix, model)
+    leave_out = {*written, Path(f"{prefix}.lengths.png").resolve()} if is_ours(prefix) else set(written[3:])
+    source = find_inputs(args.input, json_key=args.json_key, kind=args.format, leave_out=leave_out)
+    _refuse_to_replace(source.files, model, prefix, overwrite=args.overwrite)
     # Not of --on-error: who was stopped by a bad record goes on from there with skip.
-    key = cache_key(version=1, source=source.made_from(), kinds=source.kinds, tokenizer=tokenizer.fingerprint, append_eod=args.append_eod)
+    key = cache_key(version=2, source=source.made_from(), kinds=source.kinds, tokenizer=tokenizer.fingerprint, append_eod=args.append_eod)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(prefix, dtype=np.dtype(token_dtype(tokenizer.vocab_size)), key=key, overwrite=args.overwrite)
     progress = corpus.progress
@@ -447,15 +527,12 @@ def prepare(args: argparse.Namespace) -> Progress:
         encoded = _in_order(_tasks(source, progress, args.on_error), args.workers, options)
         with _bar(sum(sizes), sum(sizes[: progress.file])) as bar, closing(encoded):
             for task, tokens in encoded:
-                for file, number, why in tokens.bad:
-                    if args.on_error == "stop":
-                        raise BadRecord(str(source.files[file]), number, why)
-                    progress.count_bad(str(source.files[file]), number, why)
-                corpus.add(task, tokens)
-                now = time.monotonic()
-                bar.set_postfix_str(
-                    f"{progress.documents:,} docs, {(progress.documents - first) / (now - start):,.0f} docs/s", refresh=False
-                )
+                bad = [BadRecord(str(source.files[file]), number, why) for file, number, why in tokens.bad]
+                if bad and args.on_error == "stop":
+                    raise bad[0]
+                corpus.add(task, tokens, [str(error) for error in bad])
+                now, done = time.monotonic(), corpus.progress.documents
+                bar.set_postfix_str(f"{done:,} docs, {(done - first) / (now - start):,.0f} docs/s", refresh=False)
                 bar.update(max(0, task.consumed - bar.n))
                 if now - saved > SAVE_EVERY:
                     corpus.save()
@@ -464,11 +541,12 @@ def prepare(args: argparse.Namespace) -> Progress:
         corpus.save()
         corpus.close()
         raise
-    if not progress.documents:
+    progress = corpus.progress
+    if not progress.tokens:
         corpus.close()
         shutil.rmtree(corpus.folder)
-        raise ValueError(f"--input {source.name}: no document in it ({progress.empty} empty, {progress.bad} bad)")
-    model = Path(choice.model) if choice.model else None
+        what = f"no token in its {progress.documents} documents" if progress.documents else "no document in it"
+        raise ValueError(f"--input {source.name}: {what} ({progress.empty} empty, {progress.bad} bad)")
     facts = {
         "made by": "data.prepare, format 1",
         "documents": progress.documents,
@@ -481,7 +559,7 @@ def prepare(args: argparse.Namespace) -> Progress:
         "inputs": [str(f) for f in source.files],
         "tokenizer": {
             "type": choice.type,
-            "model": f"{prefix.name}.tokenizer{model.suffix}" if model else None,
+            "model": model_copy(prefix, model).name if model else None,
             "eod": choice.eod,
             "vocab_size": tokenizer.vocab_size,
             "fingerprint": tokenizer.fingerprint,
@@ -512,12 +590,34 @@ def _train_command(argv: Sequence[str]) -> None:
     _add_inputs(parser)
     parser.add_argument("--output", required=True, metavar="M.model", help="the model file")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces of the model")
+    parser.add_argument(
+        "--input-sentence-size",
+        type=int,
+        default=500_000,
+        metavar="N",
+        help="parts of the text, of about 1000 characters, that are held in memory and trained on; of more, N are drawn at random, the "
+        "same ones each time; 0: all; default: 500000",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=NUM_THREADS, metavar="N", help=f"of loading; they change nothing but time; default: {NUM_THREADS}"
+    )
     args = parser.parse_args(argv)
+    if args.input_sentence_size < 0 or 0 < args.input_sentence_size <= 100:
+        raise ValueError(f"--input-sentence-size {args.input_sentence_size}: must be 0 or above 100, SentencePiece's least; nearest 101")
+    if args.threads < 1:
+        raise ValueError(f"--threads {args.threads}: must be 1 or more")
     if Path(args.output).exists():
         raise ValueError(f"--output {args.output}: is there already")
     source = find_inputs(args.input, json_key=args.json_key, kind=args.format)
     bad: list[BadRecord] = []
-    model = train_on(source, vocab_size=args.vocab_size, flag="--vocab-size", skip=bad.append if args.on_error == "skip" else None)
+    model = train_on(
+        source,
+        vocab_size=args.vocab_size,
+        flag="--vocab-size",
+        skip=bad.append if args.on_error == "skip" else None,
+        input_sentence_size=args.input_sentence_size,
+        num_threads=args.threads,
+    )
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(f"{args.output}.part")
     scratch.write_bytes(model)

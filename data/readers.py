@@ -6,12 +6,14 @@ Reading is in two halves. `read_records` finds where a file's records begin and 
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import importlib
 import io
 import json
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +24,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".py")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
-# What a damaged compressed file makes its library raise.
+# What a damaged compressed file makes its library raise; an OSError with an errno is the system's, and says nothing of the content.
 BROKEN_STREAM = (EOFError, OSError, zlib.error)
 
 
@@ -84,6 +86,29 @@ def is_readable(file: Path) -> bool:
     return Path(_plain_name(file)).suffix in (*TEXT_SUFFIXES, *RECORD_SUFFIXES, *PARQUET_SUFFIXES)
 
 
+def files_under(folder: Path) -> list[Path]:
+    """A folder's readable files in the order of their names, those behind links to folders too, none twice."""
+    found: list[Path] = []
+    visited: set[str] = set()
+    for at, subfolders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders.sort()
+        found += [Path(at, name) for name in names if is_readable(Path(name))]
+    return each_once(path for path in sorted(found) if path.is_file())
+
+
+def each_once(files: Iterable[Path]) -> list[Path]:
+    """Files in order, without those that are an earlier one by another name."""
+    found: dict[str, Path] = {}
+    for file in files:
+        found.setdefault(os.path.realpath(file), file)
+    return list(found.values())
+
+
 def _plain_name(file: Path) -> str:
     return file.name.removesuffix(file.suffix) if file.suffix in COMPRESSED_SUFFIXES else file.name
 
@@ -104,9 +129,10 @@ def format_of(file: Path) -> str:
             first = next((line for line in lines if line.strip()), b"")
     except BROKEN_STREAM as error:
         raise ValueError(f"{file} cannot be read ({error})") from error
-    if first.lstrip()[:1] == b"{":
+    first = first.removeprefix(codecs.BOM_UTF8).lstrip()
+    if first[:1] == b"{":
         try:
-            if isinstance(json.loads(first), dict):
+            if isinstance(json.loads(first.decode()), dict):
                 return "jsonl"
         except ValueError:
             pass  # text that happens to begin so
@@ -157,7 +183,8 @@ def read_records(file: Path, *, kind: str, json_key: str, start: Place = Place()
         json_key: the Parquet column; JSON lines are not looked into.
 
     Raises:
-        BadRecord: the file itself cannot be read on: broken compression, no such column.
+        BadRecord: what the file holds cannot be read on: broken compression, no such column.
+        OSError: the system cannot read it, with its name.
     """
     number = start.number
     try:
@@ -179,12 +206,21 @@ def read_records(file: Path, *, kind: str, json_key: str, start: Place = Place()
                 if not line.isspace():
                     yield Record(line, number, end, raw.tell())
     except BROKEN_STREAM as error:
-        raise BadRecord(str(file), number + 1 if number else 0, f"cannot be read on ({error})") from error
+        raise _broken(file, number, error) from error
+
+
+def _broken(file: Path, done: int, error: Exception) -> Exception:
+    """What is said of a file that ends in an error behind `done` records."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, os.strerror(error.errno), str(file))
+    what = "the rest of the file cannot be read on" if done else "cannot be read on"
+    return BadRecord(str(file), done + 1 if done else 0, f"{what} ({' '.join(str(error).split())})")
 
 
 def _parquet_rows(file: Path, column: str, start: Place) -> Iterator[Record]:
     pyarrow = load_pyarrow(str(file))
     parquet = importlib.import_module("pyarrow.parquet")
+    row = 0
     if file.suffix in COMPRESSED_SUFFIXES:  # the format needs to seek: the whole file is held in memory
         with open_plain(file) as (_, stream):
             opened = pyarrow.BufferReader(stream.read())
@@ -196,10 +232,12 @@ def _parquet_rows(file: Path, column: str, start: Place) -> Iterator[Record]:
         names = table.schema_arrow.names
         if column not in names:
             raise BadRecord(str(file), 0, f"has no column {column!r}, but {', '.join(names[:10])}")
+        if names.count(column) > 1:
+            raise BadRecord(str(file), 0, f"has {names.count(column)} columns {column!r}")
         kind = table.schema_arrow.field(column).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)):
             raise BadRecord(str(file), 0, f"column {column!r} holds {kind}, no text")
-        row, rows = 0, table.metadata.num_rows
+        rows = table.metadata.num_rows
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
             if row + batch.num_rows <= start.number:
                 row += batch.num_rows
@@ -208,8 +246,8 @@ def _parquet_rows(file: Path, column: str, start: Place) -> Iterator[Record]:
                 row += 1
                 if row > start.number:
                     yield Record(_parquet_text(value), row, row, size * row // rows)
-    except pyarrow.ArrowException as error:
-        raise BadRecord(str(file), 0, f"is no readable Parquet file ({' '.join(str(error).split())})") from error
+    except (pyarrow.ArrowException, *BROKEN_STREAM) as error:
+        raise _broken(file, row, error) from error
     finally:
         opened.close()
 
@@ -230,7 +268,7 @@ def text_of(file: str, record: Record, *, kind: str, json_key: str) -> str:
     if kind == "jsonl":
         assert isinstance(content, bytes)
         try:
-            parsed = json.loads(content)
+            parsed = json.loads(content.decode("utf-8-sig"))  # of bytes, json would guess other encodings
         except (ValueError, RecursionError) as error:
             raise BadRecord(file, number, f"is not a JSON record in UTF-8 ({error})") from error
         text = parsed.get(json_key) if isinstance(parsed, dict) else None

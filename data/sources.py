@@ -175,8 +175,8 @@ def find_tokenizer(
     return None
 
 
-def train_on(source: Source, *, vocab_size: int, flag: str, skip: Callable[[BadRecord], None] | None = None) -> bytes:
-    """A SentencePiece model of the source's texts; `skip` as `Source.texts`.
+def train_on(source: Source, *, vocab_size: int, flag: str, skip: Callable[[BadRecord], None] | None = None, **options: int) -> bytes:
+    """A SentencePiece model of the source's texts; `skip` as `Source.texts`, `options` as `train_sentencepiece`.
 
     Raises:
         ValueError: a broken or empty corpus, or one too small for the vocabulary.
@@ -197,7 +197,7 @@ def train_on(source: Source, *, vocab_size: int, flag: str, skip: Callable[[BadR
             fault.append(nothing_in(source))
 
     try:
-        return train_sentencepiece(texts(), vocab_size=vocab_size)
+        return train_sentencepiece(texts(), vocab_size=vocab_size, **options)
     except (RuntimeError, ValueError) as error:
         if fault:
             raise fault[0] from None

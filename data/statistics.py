@@ -133,11 +133,15 @@ def stats_command(argv: Sequence[str], parser_class: type[argparse.ArgumentParse
             raise ValueError(
                 f"--seq-length {seq_length}: must be a multiple of 16, what cp 8 aligns to: nearest {max(1, round(seq_length / 16)) * 16}"
             )
+    picture = None if args.png == "none" else Path(args.png or f"{args.prefix}.lengths.png")
+    own = {Path(f"{args.prefix}{suffix}").resolve() for suffix in (".bin", ".idx", ".json")}
+    for flag, path in (("--json", args.json), ("--png", picture)):
+        if path is not None and Path(path).resolve() in own:
+            raise ValueError(f"{flag} {path}: is a file of the corpus itself; choose another name")
     facts = statistics(IndexedDataset(Path(args.prefix)), args.seq_length)
     print(report(facts))
     if args.json:
         Path(args.json).write_text(json.dumps(facts, indent=1) + "\n")
-    if args.png != "none":
-        picture = Path(args.png or f"{args.prefix}.lengths.png")
+    if picture is not None:
         draw(facts, picture, Path(args.prefix).name)
         print(f"\npicture: {picture}")

@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 
 TOKENIZER_TYPES = ("sentencepiece", "huggingface", "byte")
+LONGEST_PIECE = 1 << 20  # bytes
+NUM_THREADS = 2  # of loading, the smaller part of training; the same pieces for any number, but it stands in the model's bytes
 SPACE = "\u2581"  # what SentencePiece writes for a space inside its pieces
 # What published tokenizers call the token that ends a document; the first that a tokenizer.json has is taken.
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>", "<|eos|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
@@ -146,6 +148,8 @@ class HuggingFaceTokenizer:
         # What the file says for training on short texts: a corpus keeps its whole documents, unpadded.
         self.processor.no_truncation()
         self.processor.no_padding()
+        # A document that quotes a special token holds its characters, not its id: else any text could end a document.
+        self.processor.encode_special_tokens = True
         ids = self.processor.get_vocab(with_added_tokens=True)
         wanted = (eod,) if eod is not None else EOD_TOKENS
         found = next((token for token in wanted if token in ids), None)
@@ -153,9 +157,11 @@ class HuggingFaceTokenizer:
             raise ValueError(
                 f"--tokenizer-model {file}: has no token {' or '.join(wanted)} to end documents with; name its own with --tokenizer-eod"
             )
+        self.processor.add_special_tokens([found])  # also where the file has it as an ordinary token
         self.eod = ids[found]
         self.vocab_size = max(ids.values()) + 1  # ids may have holes
-        self.fingerprint = hashlib.sha256(content + found.encode()).hexdigest()[:16]
+        # The number changes when `encode` does.
+        self.fingerprint = hashlib.sha256(content + found.encode() + b"2").hexdigest()[:16]
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.processor.encode(text, add_special_tokens=False).ids, np.int32)
@@ -199,20 +205,41 @@ def resolve_tokenizer_type(tokenizer_type: str, model: str | None) -> str:
 
 
 def _training_pieces(texts: Iterable[str], size: int = 1000) -> Iterator[str]:
-    """Texts cut at line ends into pieces of about `size` characters, which SentencePiece trains on."""
+    """Texts cut at line ends, long lines also before spaces, into pieces of about `size` characters, which SentencePiece trains on.
+
+    It counts words, each with the space before it, so where a line is cut changes next to nothing. Without a space it is cut
+    every 10 * `size` characters: SentencePiece leaves out, without a word, what is longer than `LONGEST_PIECE`.
+    """
     for text in texts:
         buffer = ""
         for line in text.splitlines(keepends=True):
-            buffer += line
-            if len(buffer) >= size:
-                yield buffer
-                buffer = ""
+            for part in _cut_line(line, size):
+                buffer += part
+                if len(buffer) >= size:
+                    yield buffer
+                    buffer = ""
         if buffer:
             yield buffer
 
 
-def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
-    """A BPE model with byte fallback that reproduces any text exactly (no normalisation, no added space)."""
+def _cut_line(line: str, size: int) -> Iterator[str]:
+    at = 0
+    while len(line) - at > 2 * size:
+        space = line.find(" ", at + size, at + 10 * size)
+        end = at + 10 * size if space < 0 else space
+        yield line[at:end]
+        at = end
+    yield line[at:]
+
+
+def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, input_sentence_size: int = 0, num_threads: int = NUM_THREADS) -> bytes:
+    """A BPE model with byte fallback that reproduces any text exactly (no normalisation, no added space).
+
+    Args:
+        input_sentence_size: pieces of about 1000 characters to hold in memory and train on, drawn at random, always the same; 0: all.
+    """
+    # Said only where it is given: the model holds it, and caches and runs tell models apart by their bytes.
+    drawn = dict(input_sentence_size=input_sentence_size, shuffle_input_sentence=True) if input_sentence_size else {}
     model = io.BytesIO()
     load_sentencepiece().SentencePieceTrainer.train(
         sentence_iterator=_training_pieces(texts),
@@ -225,12 +252,13 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
         allow_whitespace_only_pieces=True,
-        max_sentence_length=1 << 20,
-        num_threads=2,
+        max_sentence_length=LONGEST_PIECE,
+        num_threads=num_threads,
         minloglevel=2,
         unk_id=0,
         eos_id=1,
         bos_id=-1,
         pad_id=-1,
+        **drawn,
     )
     return model.getvalue()

@@ -125,6 +125,12 @@ def test_sequences_come_from_their_sources_in_their_order() -> None:
     assert data.fingerprint() != blended([5, 3, 2]).fingerprint()
 
 
+def test_fingerprints_tell_sources_and_their_order_apart() -> None:
+    a, b, c = (dataset(lengths, seq_length=32, alignment=4) for lengths in ([5, 40], [40, 5], [5, 41]))
+    prints = [BlendedDataset(sources, [2, 1]).fingerprint() for sources in ([a, b], [b, a], [a, c], [c, b])]
+    assert len(set(prints)) == 4 and prints[0] == BlendedDataset([a, b], [2, 1]).fingerprint()
+
+
 @pytest.mark.parametrize("stop", [0, 1, 7, 100, BLOCK + 3])
 def test_a_state_is_a_few_numbers_and_goes_on_exactly(stop: int) -> None:
     whole, resumed = blended([5, 3, 1]), blended([5, 3, 1])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.build import split_documents, train_tokenizer
+from data.build import build_tokens, cached_split, split_documents, train_tokenizer
 from data.cache import build_once
-from data.corpus import open_source, stdlib_source
+from data.corpus import Source, open_source, stdlib_source
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 
@@ -91,6 +93,21 @@ def test_a_source_that_changes_is_another_source(tmp_path: Path) -> None:
     assert open_source(str(file), "text").made_from() != before
 
 
+def test_a_source_is_told_by_its_files_and_how_they_are_read(tmp_path: Path, monkeypatch) -> None:
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text("one")
+    monkeypatch.chdir(tmp_path)
+    before = open_source("one.txt", "text").made_from()
+    assert open_source(f"../{tmp_path.name}/one.txt", "text").made_from() == before  # however it is spelled
+    assert open_source("one.txt", "body").made_from() != before
+    assert open_source("two.txt", "text").made_from() != before
+    assert Source("one.txt", (Path("one.txt"),), kind="jsonl").made_from() != before
+    stat = (tmp_path / "one.txt").stat()
+    os.utime(tmp_path / "one.txt", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # as long as before
+    assert open_source("one.txt", "text").made_from() != before
+    assert stdlib_source().made_from() != Source("all", stdlib_source().files).made_from()
+
+
 TEXT = 'def f(x):\n\treturn "grüße, 世界 🎉"  # two  spaces\r\n\n    x = 1\n' * 3
 
 
@@ -134,6 +151,63 @@ def test_a_build_is_whole_or_absent_and_done_once(tmp_path: Path) -> None:
     assert (place / "whole").read_text() == "second"
     build_once(place, fail)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["thing"]
+
+
+def test_what_is_built_survives_a_loss_of_power(tmp_path: Path, monkeypatch) -> None:
+    """Contents, then names, are on disk before the folder is in its place, and its own name after."""
+    done: list[str] = []
+    real, rename = os.fsync, os.rename
+    names = lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}")).split(".", 2)  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(".".join(names(handle)[:2])) or real(handle))
+    monkeypatch.setattr(os, "rename", lambda *where: done.append("rename") or rename(*where))
+
+    def build(folder: Path) -> None:
+        (folder / "one").write_text("1")
+        (folder / "two").write_text("2")
+
+    build_once(tmp_path / "cache" / "thing", build)
+    assert sorted(done[:2]) == ["one", "two"] and done[2:] == [".thing", "rename", "cache"]
+
+
+def test_what_killed_builders_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    old, busy, fresh = (tmp_path / name for name in (".key.abc", ".other.def", ".key.ghi"))
+    for folder in (old, busy, fresh):
+        folder.mkdir()
+        (folder / "part").write_text("half")
+    for path in (old / "part", old, busy):  # one of its files is still being written
+        os.utime(path, (time.time() - 90_000,) * 2)
+    build_once(tmp_path / "key", lambda folder: None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".key.ghi", ".other.def", "key"]
+
+
+@pytest.mark.parametrize("part", ["split", "tokens", "tokenizer"])
+@pytest.mark.parametrize("how", ["missing", "cut"])
+def test_broken_entries_of_the_cache_are_named_and_what_to_remove(tmp_path: Path, part: str, how: str) -> None:
+    (tmp_path / "d.txt").write_text(TEXT * 20)
+    source, cache = open_source(str(tmp_path / "d.txt"), "text"), tmp_path / "cache"
+
+    def build() -> None:
+        build_tokens(source, train_tokenizer(source, vocab_size=300, cache_path=cache), cache_path=cache)
+        cached_split(10, (8.0, 1.0, 1.0), cache_path=cache)
+
+    build()
+    (folder,) = (cache / part).iterdir()
+    for file in list(folder.iterdir()):
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        if how == "missing":
+            file.unlink()
+        with pytest.raises(ValueError, match=r"--data-cache-path: .* is broken .*remove that folder") as refused:
+            build()
+        assert str(folder) in str(refused.value)
+        file.write_bytes(content)
+    build()
+
+
+def test_splits_are_cached_by_their_weights(tmp_path: Path) -> None:
+    for count, weights in ((10, (9.0, 1.0, 0.0)), (10, (5.0, 5.0, 0.0)), (10, (5.0, 4.0, 1.0)), (12, (5.0, 4.0, 1.0))):
+        parts = cached_split(count, weights, cache_path=tmp_path)
+        assert [p.tolist() for p in parts] == [p.tolist() for p in split_documents(count, weights)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 1000])

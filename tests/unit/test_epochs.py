@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cp.packed_seq import IGNORE_LABEL
+from data.cache import CacheNotWritable
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.loader import BatchPlan, SequenceDataset, build_loader
 from data.packing import best_fit_decreasing, concat_epoch, cut_documents, pack_epoch
@@ -175,8 +179,9 @@ def test_a_worker_reads_the_same(tokens: IndexedDataset, tmp_path: Path) -> None
     assert step_contents(data, 1, batch_size=1, micro=1, cp_size=1, workers=1) == step_contents(data, 1, batch_size=1, micro=1, cp_size=1)
 
 
-def test_epochs_of_different_data_or_shape_never_share_a_cache(tokens: IndexedDataset, tmp_path: Path) -> None:
+def test_epochs_of_different_data_or_shape_never_share_a_cache(tokens: IndexedDataset, tmp_path: Path, monkeypatch) -> None:
     """Each of these packs otherwise; a key that left one out would hand back another's index."""
+    monkeypatch.setattr("data.loader.STORED_FROM", 0)
     built = {}
     for changes in ({}, {"seq_length": 32}, {"alignment": 8}, {"seed": 2}):
         data = on_disk(tokens, tmp_path, **changes)
@@ -190,6 +195,103 @@ def test_epochs_of_different_data_or_shape_never_share_a_cache(tokens: IndexedDa
         tokens, np.array([1, 4]), seq_length=16, packing="best-fit", alignment=4, seed=1, pad_token=0, cache_path=tmp_path
     )
     assert set(other.epoch(0).pieces[:, 0].tolist()) == {0, 1}
+
+
+def test_packings_and_windows_never_share_a_cache(tokens: IndexedDataset, tmp_path: Path, monkeypatch) -> None:
+    """Greedy, and one stream of documents that need no alignment, store arrays of the same names."""
+    monkeypatch.setattr("data.loader.STORED_FROM", 0)
+    packings = [{"packing": p, "alignment": 1} for p in ("best-fit", "greedy", "concat")]
+    for changes in (*packings, {"window": 3}, {"window": 5}, {"window": 5, "seed": 2}, {"window": 5, "alignment": 8}):
+        data, alone = (on_disk(tokens, cache, **changes) for cache in (tmp_path, None))
+        assert data.sequences_per_epoch == alone.sequences_per_epoch
+        for n in range(2 * alone.sequences_per_epoch):
+            assert (data.sequence(n).tokens == alone.sequence(n).tokens).all()
+    assert len(list((tmp_path / "packing").iterdir())) == 3 * 2 + 4
+
+
+def test_small_epochs_are_not_stored(tokens: IndexedDataset, tmp_path: Path) -> None:
+    """A source of a few documents may be read for thousands of epochs."""
+    for packing in ("best-fit", "greedy", "concat"):
+        data = on_disk(tokens, tmp_path, packing=packing)
+        for number in range(20):
+            data.epoch(number)
+    assert not (tmp_path / "packing").exists()
+
+
+@pytest.mark.parametrize(("packing", "pieces"), [("best-fit", 27), ("greedy", 13), ("concat", 13)])
+def test_epochs_are_stored_from_so_many_pieces(tokens: IndexedDataset, tmp_path: Path, monkeypatch, packing: str, pieces: int) -> None:
+    for least, stored in ((pieces + 1, False), (pieces, True)):
+        monkeypatch.setattr("data.loader.STORED_FROM", least)
+        data = on_disk(tokens, tmp_path / str(least), packing=packing)
+        assert len(getattr(data.epoch(0), "pieces" if packing == "best-fit" else "documents")) == pieces
+        assert (tmp_path / str(least)).exists() == stored
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "greedy", "concat"])
+@pytest.mark.parametrize("why", ["read-only", "full disk"])
+def test_a_cache_that_cannot_be_written_does_not_end_a_run_at_an_epochs_border(
+    tokens: IndexedDataset, tmp_path: Path, monkeypatch, packing: str, why: str
+) -> None:
+    """Later epochs are built in memory: the same rows, also in workers. The first is refused at the start, where that costs nothing."""
+    monkeypatch.setattr("data.loader.STORED_FROM", 0)
+    count = on_disk(tokens, tmp_path, packing=packing).sequences_per_epoch  # fills it with the first epoch
+    if why == "read-only":
+        refuse = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
+        monkeypatch.setattr("data.cache.tempfile", SimpleNamespace(mkdtemp=refuse))
+    else:
+        monkeypatch.setattr(np, "save", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    data, free = on_disk(tokens, tmp_path, packing=packing), on_disk(tokens, None, packing=packing)
+    for n in range(3 * count):
+        assert (data.sequence(n).tokens == free.sequence(n).tokens).all()
+    steps = step_contents(free, count // GLOBAL_BATCH + 1, batch_size=1, micro=1, cp_size=1)
+    assert step_contents(data, count // GLOBAL_BATCH + 1, batch_size=1, micro=1, cp_size=1, workers=1) == steps
+    assert len(list((tmp_path / "packing").glob("[!.]*"))) == 1
+    with pytest.raises((CacheNotWritable, OSError)):
+        on_disk(tokens, tmp_path, packing=packing, seed=9)
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "greedy", "concat", "windows"])
+@pytest.mark.parametrize("how", ["missing", "empty", "cut", "zeroed", "other"])
+def test_a_broken_index_is_named_and_what_to_remove(tokens: IndexedDataset, tmp_path: Path, monkeypatch, packing: str, how: str) -> None:
+    monkeypatch.setattr("data.loader.STORED_FROM", 0)
+    changes = {"window": 4} if packing == "windows" else {"packing": packing}
+    on_disk(tokens, tmp_path, **changes)
+    (folder,) = (tmp_path / "packing").iterdir()
+    for file in list(folder.iterdir()):
+        content = file.read_bytes()
+        if how == "missing":
+            file.unlink()
+        elif how == "other":
+            np.save(file, np.load(file)[:-1])
+        else:
+            file.write_bytes({"empty": b"", "cut": content[:-8], "zeroed": bytes(len(content))}[how])
+        with pytest.raises(ValueError, match=r"--data-cache-path: .* is broken .*remove that folder") as refused:
+            on_disk(tokens, tmp_path, **changes)
+        assert str(folder) in str(refused.value) and "\n" not in str(refused.value)
+        file.write_bytes(content)
+    on_disk(tokens, tmp_path, **changes)
+
+
+def test_fingerprints_tell_contents_and_documents_apart(tmp_path: Path) -> None:
+    """Not only lengths: a corpus tokenized anew has much the same."""
+    for name, shift in (("a", 0), ("b", 1)):
+        write_indexed_dataset(tmp_path / name, (np.arange(n) + shift for n in LENGTHS), vocab_size=2000)
+    a, b = (IndexedDataset(tmp_path / name) for name in "ab")
+    assert on_disk(a).fingerprint() == on_disk(a).fingerprint() != on_disk(b).fingerprint()
+    changed = np.fromfile(tmp_path / "a.bin", np.uint16)
+    changed[sum(LENGTHS[:8])] += 1  # the first token of a document in the middle
+    changed.tofile(tmp_path / "b.bin")
+    assert on_disk(IndexedDataset(tmp_path / "b")).fingerprint() != on_disk(a).fingerprint()
+    for name, more in (("c", 0), ("d", 1)):  # what the first 64 tokens of documents do not tell
+        write_indexed_dataset(tmp_path / name, [np.arange(n + more) for n in (70, 90)], vocab_size=2000)
+    ends = [SequenceDataset(
+        IndexedDataset(tmp_path / name), np.arange(2), seq_length=16, packing="best-fit", alignment=4, seed=1, pad_token=0, cache_path=None
+    ).fingerprint() for name in "cd"]  # fmt: skip
+    assert ends[0] != ends[1]
+    some = [SequenceDataset(
+        a, np.array(d), seq_length=16, packing="best-fit", alignment=4, seed=1, pad_token=0, cache_path=None
+    ).fingerprint() for d in ([0, 1], [1, 0], [0, 2], [0])]  # fmt: skip
+    assert len(set(some)) == 4
 
 
 def test_a_split_reads_its_own_documents(tokens: IndexedDataset) -> None:

@@ -108,12 +108,48 @@ def test_workers_and_a_later_start_give_the_same_batches(tokens: IndexedDataset,
 
 
 def test_an_epochs_index_is_cached_once(tokens: IndexedDataset, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("data.loader.STORED_FROM", 0)
     first = dataset(tokens, cache=tmp_path).sequence(0)
     monkeypatch.setattr("data.loader.pack_epoch", lambda *_, **__: pytest.fail("built again"))
     again = dataset(tokens, cache=tmp_path).sequence(0)
     assert (first.tokens == again.tokens).all()
     monkeypatch.undo()
     assert not (dataset(tokens, cache=tmp_path, seed=2).epoch(0).pieces == dataset(tokens, cache=tmp_path).epoch(0).pieces).all()
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "greedy", "concat"])
+@pytest.mark.parametrize("id_", [-1, IGNORE_LABEL, 500, 2**31 - 1, -(2**31)])
+def test_ids_outside_the_vocabulary_are_named_wherever_they_are_read(tmp_path: Path, packing: str, id_: int) -> None:
+    """As a token, as a label only (one token ahead of a cut), and in any of a row's documents."""
+    for document, at in ((1, 0), (1, 16), (1, 39), (4, 7), (7, 3)):
+        ids = [np.arange(n, dtype=np.int64) for n in LENGTHS]
+        ids[document][at] = id_
+        write_indexed_dataset(tmp_path / "t", ids, vocab_size=100_000)
+        data = SequenceDataset(
+            IndexedDataset(tmp_path / "t"), np.arange(len(LENGTHS)), seq_length=SEQ, packing=packing, alignment=ALIGNMENT, seed=1,
+            pad_token=0, cache_path=None, vocab_size=500,
+        )  # fmt: skip
+        faults = []
+        for n in range(data.sequences_per_epoch):
+            held = [(int(data.documents[d]), s, length) for d, s, length in data.epoch(0).sequence(n).tolist()]
+            ahead = 0 if packing == "concat" else 1
+            if any(d == document and s <= at < min(s + length + ahead, LENGTHS[d]) for d, s, length in held):
+                with pytest.raises(ValueError, match=rf"t\.bin: token {id_} in document {document}, but the tokenizer's are 0 to 499"):
+                    data.sequence(n)
+                faults.append(n)
+            else:
+                data.sequence(n)
+        assert faults or packing == "concat"  # whose stream's end is left over
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "greedy", "concat"])
+@pytest.mark.parametrize("pad_rows", ["full", "dynamic"])
+def test_labelled_tokens_are_counted_as_they_are(tokens: IndexedDataset, packing: str, pad_rows: str) -> None:
+    data = dataset(tokens, packing)
+    options = dict(cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag", pad_rows=pad_rows)
+    for n in range(data.sequences_per_epoch):
+        row = build_batch([data.sequence(n), data.empty_sequence(), data.sequence(n + 1)], **options)
+        assert row.loss_tokens == int((row.labels != IGNORE_LABEL).sum()) > 0
 
 
 def test_sequences_beyond_the_limit_are_empty(tokens: IndexedDataset) -> None:

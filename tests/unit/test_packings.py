@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cp.packed_seq import IGNORE_LABEL
-from data.packing import Windows, best_fit_decreasing, greedy_epoch, mixed_order, pack_epoch, windowed_epoch
+from data.packing import Windows, best_fit_decreasing, concat_epoch, greedy_epoch, mixed_order, pack_epoch, windowed_epoch
 from tests.unit.test_packed_rows import dataset
 from tests.unit.test_packing import covered, log_normal
 
@@ -62,6 +62,29 @@ def test_epochs_of_windows_differ_and_are_nearly_as_full() -> None:
     first, second = (windowed_epoch(windows, counts, e) for e in (0, 1))
     partners = [{frozenset(e.sequence(n)[:, 0].tolist()) for n in range(200)} for e in (first, second)]
     assert len(partners[0] & partners[1]) < 10
+
+
+def test_every_seed_and_epoch_has_an_order_of_its_own() -> None:
+    lengths, options = log_normal(300), dict(seq_length=1024)
+    for build, more in ((greedy_epoch, {"alignment": 8}), (concat_epoch, {})):
+        orders = [build(lengths, seed=s, epoch=e, **options, **more).documents.tolist() for s in (1, 2) for e in (0, 1)]
+        assert len({tuple(o) for o in orders}) == 4 and all(sorted(o) == list(range(300)) for o in orders)
+        assert orders[0] == build(lengths, seed=1, epoch=0, **options, **more).documents.tolist()
+
+
+def test_windows_follow_the_seed(monkeypatch) -> None:
+    """In who is dealt into which, in the order of windows, and within each in who is packed with whom."""
+    lengths = log_normal(600)
+
+    def windows(seed: int) -> Windows:
+        return Windows(lambda d: lengths[d], len(lengths), seed=seed, seq_length=1024, alignment=8, window=60)
+
+    assert set(windows(1).pack(0, 0).pieces[:, 0].tolist()) != set(windows(2).pack(0, 0).pieces[:, 0].tolist())
+    orders = [windowed_epoch(windows(s), windows(s).count(), e).order.tolist() for s in (1, 2) for e in (0, 1)]
+    assert len({tuple(o) for o in orders}) == 4
+    monkeypatch.setattr("data.packing.mixed_order", lambda count, seed: lambda places: places)
+    packed = [windows(s).pack(0, e).pieces.tobytes() for s in (1, 2) for e in (0, 1)]
+    assert len(set(packed)) == 4 and packed[0] == windows(1).pack(0, 0).pieces.tobytes()
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**31))

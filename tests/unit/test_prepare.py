@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -18,11 +19,18 @@ import pyarrow.parquet as pq
 import pytest
 
 import data.prepare as prepare_module
-from data.indexed_dataset import IndexedDataset, index_file
+from data.indexed_dataset import HEADER, IndexedDataset, index_file, write_indexed_dataset
 from data.prepare import Corpus, build_parser, main, prepare
 from data.sources import open_prepared
 from data.statistics import count_duplicates, length_histogram, padding_shares
-from data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from data.tokenizer import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    _training_pieces,
+    load_tokenizer,
+    train_sentencepiece,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEXTS = [f"document {n}: " + "grüße, 世界 🎉\n" * (n % 7) + "x" * (37 * n % 101) for n in range(120)]
@@ -118,8 +126,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch, af
     assert whole.bad == 2 and [Path(s.split(":")[0]).name for s in whole.shown] == ["a.jsonl", "ba.jsonl.gz"]
     real, calls = Corpus.add, []
 
-    def add(self, task, tokens) -> None:
-        real(self, task, tokens)
+    def add(self, *done) -> None:
+        real(self, *done)
         calls.append(1)
         if len(calls) == after:
             self.save()
@@ -143,6 +151,45 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch, af
         whole.shown,
         whole.text_bytes,
     )
+
+
+@pytest.mark.parametrize("place", ["add", "prepare"])
+def test_interrupted_between_any_two_lines_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch, place: str) -> None:
+    """Ctrl-C comes at any line: of writing and counting a task, and of the loop around it."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(lines_of(TEXTS[:5]) + b"broken\n" + lines_of(["", *TEXTS[5:8]]))
+    flags = ("--input", file, *BYTE, "--workers", 0, "--on-error", "skip")
+    whole, code = run(*flags, "--output-prefix", tmp_path / "whole"), {"add": Corpus.add, "prepare": prepare}[place].__code__
+    left = 0
+
+    def in_the_loop(frame) -> bool:
+        return place == "add" or frame.f_locals.get("task") is not None
+
+    def count(frame, event: str, _):
+        nonlocal left
+        if event == "line" and in_the_loop(frame):
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return count
+
+    monkeypatch.setattr(prepare_module, "SAVE_EVERY", 0.0)
+    interrupted = 0
+    for at in range(1, 1000):
+        prefix, left = tmp_path / f"p{at}", at
+        before = sys.gettrace()
+        sys.settrace(lambda frame, *_: count if frame.f_code is code else None)
+        try:
+            run(*flags, "--output-prefix", prefix)
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(before)
+        if not index_file(prefix).exists():
+            assert run(*flags, "--output-prefix", prefix) == whole
+        assert files_of(prefix) == files_of(tmp_path / "whole")
+    assert interrupted > 30
 
 
 def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path: Path) -> None:
@@ -372,6 +419,20 @@ def test_a_tokenizer_json_returns_the_text_and_ends_documents(tmp_path: Path) ->
     assert [a.tolist() for a in tokenizer.encode_batch(TEXTS)] == [tokenizer.encode(t).tolist() for t in TEXTS]
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_a_text_that_quotes_the_end_does_not_end(tmp_path: Path, special: bool) -> None:
+    """Papers and code about language models hold these characters; as one id they would cut a document in two."""
+    file = hugging_face(tmp_path / "tokenizer.json", ["<pad>", "<|endoftext|>"])
+    said = json.loads(file.read_text())
+    for token in said["added_tokens"]:
+        token["special"] = special or token["content"] != "<|endoftext|>"
+    file.write_text(json.dumps(said))
+    tokenizer = load_tokenizer("auto", str(file))
+    text = "before <|endoftext|> after <pad>"
+    for ids in (tokenizer.encode(text), tokenizer.encode_batch([text])[0]):
+        assert tokenizer.eod not in ids and 0 not in ids and tokenizer.decode(ids) == text
+
+
 def test_a_tokenizer_json_without_a_usual_end_needs_its_name(tmp_path: Path) -> None:
     file = str(hugging_face(tmp_path / "tokenizer.json", ["<stop>"]))
     with pytest.raises(ValueError, match="--tokenizer-eod"):
@@ -432,6 +493,46 @@ def test_train_tokenizer(tmp_path: Path, capsys) -> None:
     assert main([*flags, "--on-error", "skip"]) == 0
     out = capsys.readouterr().out
     assert "1 bad records" in out and "a.jsonl:21 is not a JSON record" in out
+    for flag, value in (("--input-sentence-size", "100"), ("--threads", "0")):
+        assert main([*flags, flag, value]) == 2 and f"{flag} {value}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("between", [" ", ""])
+def test_a_corpus_of_one_long_line_trains(tmp_path: Path, between: str) -> None:
+    """SentencePiece leaves out, without a word, what is longer than a MiB."""
+    words = np.random.default_rng(0).choice(["ring", "of", "ranks", "turns", "once", "世界"], 400_000).tolist()
+    (tmp_path / "a.jsonl").write_bytes(lines_of([between.join(words)]))
+    flags = ["train-tokenizer", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "m.model"), "--vocab-size", "290"]
+    assert main(flags) == 0
+    sign = "\u2581" if between else ""
+    assert SentencePieceTokenizer(tmp_path / "m.model").processor.piece_to_id(f"{sign}ranks"[:6]) != 0
+
+
+def test_a_line_is_cut_before_its_spaces() -> None:
+    text = "\n".join(" ".join(f"word{n * k % 1013}" for n in range(k * 100)) for k in range(12))
+    pieces = list(_training_pieces([text, "x" * 25_000, "short"]))
+    assert "".join(pieces) == text + "x" * 25_000 + "short" and max(map(len, pieces)) <= 11_000
+    assert all(
+        piece[0] == " " or before[-1] == "\n"
+        for before, piece in itertools.pairwise(pieces)
+        if "word" in before + piece and "x" not in piece
+    )
+
+
+def test_a_sample_bounds_what_is_trained_on(tmp_path: Path) -> None:
+    texts = [f"document {n} of {n * 7919 % 997}, " * 40 for n in range(300)]
+    few = [train_sentencepiece(texts, vocab_size=300, input_sentence_size=150, num_threads=threads) for threads in (1, 1, 4)]
+    assert few[0] == few[1]
+
+    def pieces(model: bytes) -> list[str]:
+        (tmp_path / "m.model").write_bytes(model)
+        processor = SentencePieceTokenizer(tmp_path / "m.model").processor
+        return [processor.id_to_piece(i) for i in range(300)]
+
+    assert pieces(few[0]) == pieces(few[2])
+    assert pieces(train_sentencepiece(texts, vocab_size=300)) == pieces(
+        train_sentencepiece(texts, vocab_size=300, input_sentence_size=5000)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -439,7 +540,7 @@ def test_train_tokenizer(tmp_path: Path, capsys) -> None:
 
 
 def test_stats_count_what_is_there(tmp_path: Path, capsys) -> None:
-    (tmp_path / "a.jsonl").write_bytes(lines_of(["abc", "abcd" * 10, "abc", "x" * 300, "abc"]))
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["abc", "abcd" * 10, "abc", "x" * 300, "abc"]))  # and none that is only as long as another
     run("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", *BYTE)
     assert main(["stats", str(tmp_path / "p"), "--seq-length", "64", "--json", str(tmp_path / "s.json")]) == 0
     out = capsys.readouterr().out
@@ -449,6 +550,33 @@ def test_stats_count_what_is_there(tmp_path: Path, capsys) -> None:
     assert sum(facts["histogram"]["documents"]) == 5 and sum(facts["histogram"]["tokens"]) == 354
     assert (tmp_path / "p.lengths.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert main(["stats", str(tmp_path / "p"), "--seq-length", "100"]) == 2 and "nearest" in capsys.readouterr().err
+
+
+def test_only_what_is_the_same_token_for_token_is_a_duplicate(tmp_path: Path) -> None:
+    write_indexed_dataset(tmp_path / "p", [np.array(ids) for ids in ([1, 2, 3], [1, 2, 4], [1, 2, 3], [], [], [3, 2, 1])], vocab_size=9)
+    assert count_duplicates(IndexedDataset(tmp_path / "p")) == 2
+
+
+@pytest.mark.parametrize("flag", ["--json", "--png"])
+@pytest.mark.parametrize("suffix", [".json", ".bin", ".idx"])
+def test_statistics_do_not_replace_the_corpus(tmp_path: Path, capsys, flag: str, suffix: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["abc"]))
+    run("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", *BYTE)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert main(["stats", str(tmp_path / "p"), flag, str(tmp_path / "link" / f"p{suffix}")]) == 2
+    (tmp_path / "link").unlink()
+    assert flag in capsys.readouterr().err and {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_statistics_of_an_index_with_a_negative_length_are_one_line(tmp_path: Path, capsys) -> None:
+    write_indexed_dataset(tmp_path / "p", [np.arange(4), np.arange(3)], vocab_size=9)
+    content = bytearray(index_file(tmp_path / "p").read_bytes())
+    content[HEADER.size : HEADER.size + 4] = (-5).to_bytes(4, "little", signed=True)
+    index_file(tmp_path / "p").write_bytes(content)
+    assert main(["stats", str(tmp_path / "p")]) == 2
+    said = capsys.readouterr().err
+    assert "p.idx: a length of -5 tokens" in said and said.count("\n") == 1
 
 
 def test_histogram_bins_hold_their_lengths() -> None:

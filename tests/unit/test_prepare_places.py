@@ -1,0 +1,236 @@
+"""Where data.prepare reads and writes: never over its inputs, on from what is there or anew, in folders with links and its own output."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import data.prepare as prepare_module
+from data.corpus import open_source
+from data.indexed_dataset import write_indexed_dataset
+from data.prepare import Progress, main
+from data.tokenizer import train_sentencepiece
+from tests.unit.test_prepare import BYTE, TEXTS, files_of, lines_of, run, texts_in, zstd
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(capsys, *flags: object) -> str:
+    capsys.readouterr()
+    assert main([str(f) for f in flags]) == 2
+    said = capsys.readouterr().err.rpartition("\r")[2]  # the progress bar stands before
+    assert said.count("data.prepare: ") == 1 and "Traceback" not in said and said.endswith("\n")
+    return said
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is there
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("web.json", "web"), ("doc.bin", "doc"), ("doc.idx", "doc"), ("p.part/a.jsonl", "p")])
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_an_input_is_never_written_over(tmp_path: Path, capsys, monkeypatch, name: str, prefix: str, overwrite: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(lines_of(["one", "two"]))
+    before = contents(tmp_path)
+    # Another spelling of the same place.
+    said = refused(capsys, "--input", tmp_path / name, "--output-prefix", f"../{tmp_path.name}/{prefix}", *BYTE, *overwrite)
+    assert "would write over --input" in said and name in said and contents(tmp_path) == before
+    if "/" not in name:
+        assert "would write over" in refused(capsys, "--input", "./*.*", "--output-prefix", prefix, "--format", "text", *BYTE, *overwrite)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_tokenizer_is_not_written_over(tmp_path: Path, capsys, linked: bool) -> None:
+    model = tmp_path / "p.tokenizer.model"
+    model.write_bytes(train_sentencepiece(TEXTS, vocab_size=300))
+    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS))
+    if linked:
+        (tmp_path / "link.model").symlink_to(model)
+    flags = ("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", "--tokenizer-model")
+    assert "would write over --tokenizer-model" in refused(capsys, *flags, tmp_path / "link.model" if linked else model, "--overwrite")
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.bin", "p.idx", "p.tokenizer.model"])
+def test_files_of_the_users_are_replaced_only_when_told(tmp_path: Path, capsys, name: str) -> None:
+    (tmp_path / "spm.model").write_bytes(train_sentencepiece(TEXTS, vocab_size=300))
+    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS))
+    (tmp_path / name).write_text('{"my": "notes"}')
+    before = contents(tmp_path)
+    flags = (
+        "--input",
+        tmp_path / "a.jsonl",
+        "--output-prefix",
+        tmp_path / "p",
+        "--tokenizer-model",
+        tmp_path / "spm.model",
+        "--workers",
+        0,
+    )
+    assert f"{name} is there already" in refused(capsys, *flags) and contents(tmp_path) == before
+    run(*flags, "--overwrite")
+    assert (tmp_path / name).read_bytes() != before[name]
+
+
+@pytest.mark.parametrize("prefix", ["out/", "out/.", ".", "..", "", "out/.."])
+def test_a_folder_is_no_prefix(tmp_path: Path, capsys, monkeypatch, prefix: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["one"]))
+    (tmp_path / "out").mkdir()
+    assert "is a folder" in refused(capsys, "--input", "a.jsonl", "--output-prefix", prefix, *BYTE)
+    assert list(contents(tmp_path)) == ["a.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# On from what is there, or anew
+
+
+def begun(folder: Path, prefix: Path, *flags: object) -> tuple:
+    """Half a corpus, and the flags that go on with it."""
+    (folder / "a.jsonl").write_bytes(lines_of(TEXTS[:60]) + b"broken\n" + lines_of(TEXTS[60:]))
+    flags = ("--input", folder / "a.jsonl", "--output-prefix", prefix, *(flags or BYTE), "--workers", 0)
+    assert main([str(f) for f in flags]) == 2
+    assert json.loads(Path(f"{prefix}.part/progress.json").read_text())["progress"]["documents"] > 20
+    return (*flags, "--on-error", "skip")
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 400)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("progress.json", b""),
+        ("progress.json", b"{}"),
+        ("progress.json", b"[1]"),
+        ("progress.json", b'{"key": "'),
+        ("progress.json", b"\xff\xfe"),
+        ("progress.json", b'{"key": "k", "progress": {"no such": 1}}'),
+        ("progress.json", None),  # cut in half
+        ("tokens", b"ab"),
+        ("lengths", b""),
+    ],
+)
+def test_what_is_broken_is_named_and_overwritten(tmp_path: Path, capsys, name: str, content: bytes | None) -> None:
+    flags = begun(tmp_path, tmp_path / "p")
+    file = tmp_path / "p.part" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content is None else content)
+    said = refused(capsys, *flags)
+    assert f"p.part/{name}" in said and "--overwrite starts over" in said
+    run(*flags, "--overwrite")
+    assert texts_in(tmp_path / "p") == TEXTS
+
+
+@pytest.mark.parametrize("change", ["tokenizer", "append_eod", "json_key", "contents", "mtime", "format"])
+def test_half_a_corpus_made_otherwise_is_not_gone_on_with(tmp_path: Path, capsys, change: str) -> None:
+    """Each of these would make a corpus whose first half is another's."""
+    for name, size in (("m.model", 300), ("n.model", 310)):
+        (tmp_path / name).write_bytes(train_sentencepiece(TEXTS, vocab_size=size))
+    flags = begun(tmp_path, tmp_path / "p", "--tokenizer-model", tmp_path / "m.model", "--append-eod")
+    if change == "tokenizer":
+        flags = tuple(tmp_path / "n.model" if f == tmp_path / "m.model" else f for f in flags)
+    elif change == "append_eod":
+        flags = tuple(f for f in flags if f != "--append-eod")
+    elif change == "json_key":
+        flags += ("--json-key", "body")
+    elif change == "format":
+        flags += ("--format", "text")
+    elif change == "contents":
+        with (tmp_path / "a.jsonl").open("ab") as out:
+            out.write(b"\n")
+    else:
+        os.utime(tmp_path / "a.jsonl", (1, 1))
+    assert "begun from other inputs or flags" in refused(capsys, *flags)
+
+
+def test_it_goes_on_however_the_inputs_are_spelled(tmp_path: Path, monkeypatch) -> None:
+    flags = begun(tmp_path, tmp_path / "p")
+    monkeypatch.chdir(tmp_path)
+    resumed = []
+    monkeypatch.setattr(prepare_module, "Progress", lambda **said: resumed.append(said) or Progress(**said))
+    run("--input", "./*.jsonl", "a.jsonl", *flags[2:])
+    assert resumed[0]["documents"] > 20 and texts_in(tmp_path / "p") == TEXTS
+
+
+# ---------------------------------------------------------------------------------------------------
+# Folders
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "**"])
+def test_what_it_writes_into_a_folder_of_inputs_is_no_input(tmp_path: Path, monkeypatch, pattern: str) -> None:
+    """Stopped, gone on with and repeated."""
+    (tmp_path / "spm.model").write_bytes(train_sentencepiece(TEXTS, vocab_size=300))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "p.jsonl").write_bytes(lines_of(TEXTS))  # a name that only begins as the output's do
+    flags = ("--input", folder / pattern, "--output-prefix", folder / "p", "--tokenizer-model", tmp_path / "spm.model", "--workers", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([str(f) for f in flags]) == 130
+    whole = run(*flags)
+    first = files_of(folder / "p")
+    assert whole.documents == len(TEXTS)
+    assert main(["stats", str(folder / "p"), "--seq-length", "16"]) == 0 and (folder / "p.lengths.png").exists()
+    assert run(*flags, "--overwrite") == whole and files_of(folder / "p") == first
+    assert json.loads((folder / "p.json").read_text())["inputs"] == [str(folder / "p.jsonl")]
+
+
+def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
+    real, folder = tmp_path / "elsewhere", tmp_path / "in"
+    (real / "deep").mkdir(parents=True)
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    (folder / "z.txt").symlink_to(folder / "a.txt")
+    (real / "b.txt").write_text("b")
+    (real / "deep" / "c.txt").write_text("c")
+    (folder / "linked").symlink_to(real)
+    (folder / "again").symlink_to(real)
+    (real / "deep" / "up").symlink_to(folder)  # a loop
+    (folder / "gone.md").symlink_to(tmp_path / "nowhere")
+    run("--input", folder, tmp_path / "in" / ".." / "in" / "*.txt", "--output-prefix", tmp_path / "p", *BYTE, "--workers", 0)
+    assert sorted(texts_in(tmp_path / "p")) == ["a", "b", "c"]
+    assert sorted(open_source(str(folder), "text").texts()) == ["a", "b", "c"]
+
+
+def test_a_run_of_empty_rows_is_several_tasks(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([None] * 3000 + ["end"], pa.string())}), tmp_path / "a.parquet")
+    source = prepare_module.find_inputs([str(tmp_path / "a.parquet")], json_key="text", kind="auto")
+    tasks = list(prepare_module._tasks(source, Progress(), "skip"))
+    assert max(len(t.records) for t in tasks) <= 400 / 100 + 1 and sum(len(t.records) for t in tasks) == 3001
+
+
+def test_documents_without_a_token_are_said_in_one_line(tmp_path: Path, capsys) -> None:
+    """A tokenizer.json may strip what a text consists of."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eod>": 0, "a": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<eod>"])
+    tokenizer.save(str(tmp_path / "t.json"))
+    (tmp_path / "a.jsonl").write_bytes(lines_of([" ", "\n"]))
+    said = refused(
+        capsys, "--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", "--tokenizer-model", tmp_path / "t.json", "--workers", 0
+    )
+    assert "no token in its 2 documents" in said and not (tmp_path / "p.part").exists()
+
+
+def test_a_corpus_of_megatrons_is_replaced_only_when_told(tmp_path: Path, capsys) -> None:
+    write_indexed_dataset(tmp_path / "p", [np.arange(5)], vocab_size=100)
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd(lines_of(TEXTS)))
+    before = files_of(tmp_path / "p")
+    flags = ("--input", tmp_path / "a.jsonl.zst", "--output-prefix", tmp_path / "p", *BYTE, "--workers", 0)
+    assert "--overwrite" in refused(capsys, *flags) and files_of(tmp_path / "p") == before
+    run(*flags, "--overwrite")
+    assert texts_in(tmp_path / "p") == TEXTS
