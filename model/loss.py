@@ -33,8 +33,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         first = tp.rank * len(weight)  # of this rank's columns
         vocab_size = min(max(vocab_size - first, 0), len(weight))  # padded columns take no part in the softmax
         real_weight = weight[:vocab_size]
-        cross_entropy = hidden.new_zeros((), dtype=dtype)
-        penalty = hidden.new_zeros((), dtype=dtype)
+        # A row may have a million tokens: what is reported must not depend on how it is cut.
+        cross_entropy = hidden.new_zeros((), dtype=torch.float64)
+        penalty = hidden.new_zeros((), dtype=torch.float64)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wants_grad else None
         for start in range(0, len(hidden), chunk_size):
@@ -52,9 +53,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 log_probs, log_sum, at_target = logits, logits.new_full((len(logits), 1), -torch.inf), logits.new_zeros(len(logits), 1)
             if tp.size > 1:
                 log_probs, log_sum, at_target = _over_ranks(log_probs, log_sum, at_target, is_mine, tp)
-            cross_entropy -= (at_target * counted).sum()
+            cross_entropy -= (at_target * counted).sum(dtype=torch.float64)
             if z_loss:
-                penalty += z_loss * (log_sum.square() * counted).sum()
+                penalty += z_loss * (log_sum.square() * counted).sum(dtype=torch.float64)
             if grad_hidden is None or grad_weight is None:
                 continue
             # d(-log p[target]) = softmax - onehot, and d(z log(Z)^2) = 2 z log(Z) softmax.
@@ -75,7 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(cross_entropy)
-        return cross_entropy + penalty, cross_entropy
+        return (cross_entropy + penalty).to(dtype), cross_entropy
 
     @staticmethod
     @once_differentiable
@@ -125,8 +126,7 @@ def chunked_cross_entropy(
         tp: ranks that share the vocabulary; the gradient of `hidden` is then this rank's part of a sum over them.
 
     Returns:
-        The sum to differentiate, and the cross-entropy part of it without a gradient; both scalars, fp32
-        (fp64 for fp64 inputs).
+        The sum to differentiate, a scalar in fp32 (fp64 for fp64 inputs), and the cross-entropy part of it without a gradient, in fp64.
     """
     # Inside a Function a weight asks for its gradient under no_grad too, so that is decided here.
     return _ChunkedCrossEntropy.apply(

@@ -83,6 +83,8 @@ def initialise_distributed(launch: Launch, device_type: str, *, timeout: timedel
     if device_type == "cuda":
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
+        # A matrix product over a row's tokens may be cut into parts; they are added up in fp32, whatever the row's length.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         backend = "cpu:gloo,cuda:nccl"
         # Where Transformer Engine's fused kernels cannot, it would take products with whole scores, without a word: slow, and at long
         # sequences out of memory. It listens to this variable only; then it raises an error that says how to see the reason.

@@ -67,3 +67,15 @@ def test_the_divisor_is_not_rounded_to_bf16() -> None:
     (whole,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (scaled,) = torch.autograd.grad(loss / 2040, hidden)
     assert relative_error(scaled.double() * 2040, whole.double()) < 2.5e-3  # rounded as a bf16 number, 1/2040 is off by 3.9e-3
+
+
+def test_what_is_reported_does_not_depend_on_how_a_long_row_is_cut() -> None:
+    """300,000 tokens: a sum in fp32 would be off by 1e-6, more in small chunks than in large ones."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(300_000, 4, generator=generator), torch.randn(8, 4, generator=generator)
+    labels = torch.randint(0, 8, (300_000,), generator=generator)
+    want = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="sum").item()
+    with torch.no_grad():
+        for chunk_size in (256, 100_000):
+            _, got = chunked_cross_entropy(hidden, weight, labels, vocab_size=8, chunk_size=chunk_size)
+            assert got.dtype == torch.float64 and abs(got.item() / want - 1) < 2e-8
