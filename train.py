@@ -451,10 +451,11 @@ def main(argv: list[str], outcome: Outcome) -> None:
     # ------------------------------------------------------------------------------------------------
     # The loop
 
-    stops.watch_interrupts()
     if args.eval_only:
+        stops.stand_down()
         validate(first_step)
     else:
+        stops.watch_interrupts()
         sample("before training")
     verify_before = first_step + args.verify_steps
     skipped = parse_skips(args.skip_steps, args.train_iters)
@@ -530,13 +531,16 @@ def main(argv: list[str], outcome: Outcome) -> None:
             if is_writer:
                 print(f"profile in {profiler.folder}", flush=True)
             log.restart_clock()
+        if stop and done < args.train_iters:  # whoever asked may end the run by force before a validation is over
+            save(done)
+            saved = done
         if args.eval_interval and (done % args.eval_interval == 0 or done == args.train_iters):
             validate(done)
             log.restart_clock()
         if args.sample_interval and done % args.sample_interval == 0:
             sample(f"after step {done}")
             log.restart_clock()
-        if save_due:
+        if save_due and saved != done:
             save(done)
             saved = done
             log.restart_clock()
@@ -549,8 +553,6 @@ def main(argv: list[str], outcome: Outcome) -> None:
 
     batches_ahead.close()
     is_done = done >= args.train_iters or args.eval_only
-    if stop and saved != done and not is_done:
-        save(done)
     if is_done and not args.eval_only:
         sample("after training")
     with one_line_refusals(OSError, exit_code=1):

@@ -265,7 +265,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eval-only", action=SWITCH, default=False, help="validate the loaded weights and end; needs --load or --resume")
     group.add_argument("--exit-interval", type=int, help="save and stop after each multiple of so many steps; --resume goes on")
     group.add_argument(
-        "--exit-duration-in-mins", type=float, help="save and stop after the step during which the run has lasted so long; --resume goes on"
+        "--exit-duration-in-mins",
+        type=float,
+        help="save and stop after the step during which this start (a restart by torchrun too) has lasted so long; --resume goes on",
     )
     group.add_argument(
         "--on-nonfinite",

@@ -283,9 +283,9 @@ class Saver:
 
     def _publish(self, scratch: Path, place: Path, facts: dict[str, Any], sums: dict[str, list]) -> None:
         publish(scratch, place, facts=facts, sums=sums)
-        prune(self.save_dir, self.keep, place)
         if self.tell is not None:
             self.tell(place)
+        prune(self.save_dir, self.keep, place)
 
     def _on_rank_zero(self, work: Callable[[], None]) -> None:
         """`work()` on rank 0; its OSError on every rank."""

@@ -16,7 +16,8 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -198,7 +199,8 @@ def clear_left_overs(save: Path) -> None:
     for path in save.iterdir():
         old = OLD_FOLDER.fullmatch(path.name)
         if LEFT_OVER.fullmatch(path.name) or (old and (save / old[1]).exists()):
-            _remove(path)
+            with suppress(OSError):  # what is in the way of the next checkpoint is told when that is made
+                _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -240,8 +242,11 @@ def publish(scratch: Path, place: Path, *, facts: dict[str, Any], sums: dict[str
     sync(place.parent)
 
 
-def prune(save: Path, keep: int, newest: Path) -> list[str]:
+def prune(save: Path, keep: int, newest: Path, complain: Callable[[str], object] = print) -> list[str]:
     """Remove all but the `keep` newest checkpoints, and never `newest`, which was just written. 0 keeps all.
+
+    Args:
+        complain: called with a line for each that cannot be removed, as one that somebody reads; the new one is whole all the same.
 
     Returns:
         The names of those that went.
@@ -250,9 +255,12 @@ def prune(save: Path, keep: int, newest: Path) -> list[str]:
     for path in checkpoints(save)[:-keep] if keep else []:
         if path != newest:
             doomed = path.with_name(f".{path.name.strip('.').removesuffix('.old')}.gone")
-            path.rename(doomed)  # a half removed one must not look whole
-            shutil.rmtree(doomed)
-            gone.append(path.name)
+            try:
+                path.rename(doomed)  # a half removed one must not look whole
+                _remove(doomed)
+                gone.append(path.name)
+            except OSError as error:
+                complain(f"could not remove the old checkpoint {path}: {error.strerror or error}")
     return gone
 
 

@@ -174,7 +174,10 @@ class NonFiniteGuard:
         """Write the step's file on one rank; where and what, for the message."""
         place = self.folder / f"step_{step:07d}.json"
         if dist.get_rank() == 0:
-            self.save(place, step, {"loss": loss, "grad_norm": grad_norm, "ranks": ranks})
+            try:
+                self.save(place, step, {"loss": loss, "grad_norm": grad_norm, "ranks": ranks})
+            except OSError as error:
+                return f"; {in_words(ranks)}; its rows could not be kept in {place}: {error.strerror or error}"
         return f"; {in_words(ranks)}; its rows are in {place} (tools/replay.py)"
 
 

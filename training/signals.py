@@ -47,6 +47,14 @@ class StopRequests:
     def watch_interrupts(self) -> None:
         signal.signal(signal.SIGINT, self._on_signal)
 
+    def stand_down(self) -> None:
+        """There is nothing to save: signals end the process, as they do without this."""
+        for number in HELD_BACK:
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, signal.SIG_DFL)
+        if self.asked:
+            raise KeyboardInterrupt
+
     def watch(self, stop_file: Path | None, group: dist.ProcessGroup, *, is_restart: bool = False) -> None:
         """Look for the stop file from now on; one that is there already was for an earlier start, and is removed.
 

@@ -448,3 +448,9 @@ def test_two_starts_on_one_folder(base: list[str], tmp_path: Path) -> None:
         refused = run_train(2, *base, "--cp-size", "2", "--run-dir", str(tmp_path / "run"))
     assert refused.returncode and refused.stderr.count("another run is writing checkpoints there") == 1
     assert not (tmp_path / "run" / "status.json").exists()
+
+
+def test_a_stop_saves_before_it_validates(base: list[str], tmp_path: Path) -> None:
+    done = run_train(0, *base, "--run-dir", str(tmp_path / "run"), "--eval-interval", "4", "--exit-interval", "4")
+    assert done.returncode == 0 and 0 < done.stdout.index("saved ") < done.stdout.index("validation after step 4"), done.stdout
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "requeue"

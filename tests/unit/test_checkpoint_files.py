@@ -207,3 +207,22 @@ def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path: Path, monkey
     monkeypatch.setattr(files.fcntl, "flock", no_locks)
     assert files.hold(tmp_path / "checkpoints") is None
     assert files.hold(Path("/proc/nowhere/checkpoints")) is None
+
+
+def test_an_old_one_that_cannot_go_is_told_and_no_more(tmp_path: Path, monkeypatch) -> None:
+    elsewhere = made(tmp_path / "other disk", 1)
+    (tmp_path / "step_0000001").symlink_to(elsewhere)
+    newest = [made(tmp_path, step) for step in (2, 3, 4)][-1]
+    assert prune(tmp_path, 3, newest) == ["step_0000001"] and elsewhere.is_dir()  # the link goes, what it names stays
+    remove, said = files.shutil.rmtree, []
+
+    def busy(path: Path, **_: object) -> None:
+        if "0000002" in path.name:
+            raise OSError(39, "Directory not empty")
+        remove(path)
+
+    monkeypatch.setattr(files.shutil, "rmtree", busy)
+    assert prune(tmp_path, 1, newest, said.append) == ["step_0000003"]
+    assert said == [f"could not remove the old checkpoint {tmp_path}/step_0000002: Directory not empty"]
+    files.clear_left_overs(tmp_path)
+    assert checkpoints(tmp_path) == [newest]

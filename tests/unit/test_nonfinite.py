@@ -142,3 +142,13 @@ def test_the_newest_weights_before_a_step_are_taken(tmp_path: Path) -> None:
         (place / "run.json").write_text(json.dumps({"step": step}))
     both = [tmp_path / "kept", tmp_path / "run"]
     assert newest_before(both, 10).parent.name == "kept" and newest_before(both, 9).name == "step_0000008"
+
+
+def test_rows_that_cannot_be_kept_do_not_hide_the_step(grid: Grid, tmp_path: Path, monkeypatch, capsys) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    made = guard(grid, tmp_path, [], skip=True)
+    monkeypatch.setattr(made, "save", full)
+    assert not made.passes(3, *scalars(math.nan, 1.0, 1.0))
+    assert "step 3: skipped" in (said := capsys.readouterr().out) and "could not be kept in" in said and "No space left" in said

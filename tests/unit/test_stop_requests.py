@@ -138,3 +138,12 @@ def test_a_signal_comes_before_the_rest(group, tmp_path: Path) -> None:
     assert asked(stops) == "the stop file"
     os.kill(os.getpid(), signal.SIGTERM)
     assert asked(stops) == "SIGTERM"
+
+
+def test_where_there_is_nothing_to_save_signals_end_the_process(group) -> None:
+    stops = requests(group)
+    stops.stand_down()
+    assert {signal.getsignal(number) for number in early.HELD_BACK} == {signal.SIG_DFL}
+    stops.asked = 1  # before
+    with pytest.raises(KeyboardInterrupt):
+        stops.stand_down()

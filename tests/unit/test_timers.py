@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,3 +52,14 @@ def test_a_phase_that_fails_is_left(group) -> None:
 def test_in_words() -> None:
     line = in_words({"data": (0.1, 0.2, 3), "optimizer": (0.40, 0.41, 1)}, steps=10)
     assert line == "ms a step, least..most over ranks: data 10.0..20.0 (slowest: rank 3) | optimizer 40.0..41.0"
+
+
+def test_the_slowest_is_who_works_most_and_waits_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    timers = Timers(1, torch.device("cpu"))
+    timers.add("data", 1.0)
+    timers.add("cp wait", 0.25)
+    other = torch.zeros(len(timers.seconds), dtype=torch.float64)
+    other[list(timers.seconds).index("data")], other[list(timers.seconds).index("cp wait")] = 0.5, 3.0
+    monkeypatch.setattr("training.timers.dist.all_reduce", lambda everyone, group: everyone[0].copy_(other))
+    found = timers.read(SimpleNamespace(size=lambda: 2, rank=lambda: 1))  # type: ignore[arg-type]
+    assert found == {"data": (0.5, 1.0, 1), "cp wait": (0.25, 3.0, 1)}
