@@ -158,9 +158,15 @@ def trained_state(model: nn.Module, optimizer: torch.optim.AdamW | None, grid: G
 
 
 def _first_cause(error: CheckpointException) -> tuple[int, BaseException]:
-    """The lowest rank that failed inside the library, and why."""
-    rank = min(error.failures)
-    return rank, error.failures[rank][0]
+    """The lowest rank that failed inside the library, and why; one that says what the system said comes first.
+
+    On a full disk a rank may get the system's error, or PyTorch's archive writer, which says only that it could not write.
+    """
+    rank = min(error.failures, key=lambda r: (not isinstance(error.failures[r][0], OSError), r))
+    cause = error.failures[rank][0]
+    if isinstance(cause, RuntimeError) and "PytorchStreamWriter" in str(cause):
+        cause = OSError(f"{' '.join(str(cause).split())[:200]} (no space left on device?)")
+    return rank, cause
 
 
 class Saver:

@@ -321,3 +321,16 @@ def test_killed_at_any_moment_a_checkpoint_loads(tmp_path: Path, trials: int) ->
     assert sum(".part" in line for line in lines) >= trials // 4, "hardly one was killed in the middle of a save"
     assert time.monotonic() - start < 280
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".step") and os.path.isfile(p)]
+
+
+def test_the_systems_own_words_come_first() -> None:
+    """On a full disk one rank gets the system's error, another only that of PyTorch's writer."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    from training.checkpoint import _first_cause
+
+    full, writer = OSError(28, "No space left on device"), RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0")
+    told: dict = {0: (writer, None), 1: (full, None)}
+    assert _first_cause(CheckpointException("save", told)) == (1, full)
+    rank, cause = _first_cause(CheckpointException("save", {0: (writer, None)}))  # type: ignore[dict-item]
+    assert rank == 0 and isinstance(cause, OSError) and "PytorchStreamWriter" in str(cause)
