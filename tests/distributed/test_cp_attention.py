@@ -21,7 +21,8 @@ from tests.world import World
 HEADS, HEAD_DIM = 4, 16
 LIMITS = {"fp64": 1e-10, "fp32": 1e-5}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
-P2P = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
+# Root mean square of rounding one value to bf16: a floor for the error of one rank, which can be exactly 0 (documents of one token).
+BF16_ROUNDING = torch.finfo(torch.bfloat16).eps / 8
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_bf16_is_as_close_as_one_rank(world: World, choice: AttentionChoice, dty
             continue
         for errors in world.run(bf16_errors, choice, name):
             for ours, one_rank in errors:
-                assert ours <= 4 * one_rank + 1e-12, (name, errors)
+                assert ours <= 4 * max(one_rank, BF16_ROUNDING), (name, errors)
 
 
 def check_isolation(rank: int, choice: AttentionChoice, dtype: str) -> bool:
