@@ -6,7 +6,8 @@ python train.py --help
 
 from __future__ import annotations
 
-from training.early import hold_back
+from runtime.early import hold_back
+from utils.errors import UserError
 
 if __name__ == "__main__":
     hold_back()
@@ -26,13 +27,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from checkpoint.files import checkpoints, hold, step_folder
+from checkpoint.resume import Started, find_start, load_start, run_facts
+from checkpoint.saver import Saver
+from config.arguments import model_config, parse_arguments, parse_profile_steps, parse_skips, parse_split, resolve
 from cp.attention import build_attention
-from cp.plan import smallest_alignment
+from cp.support import smallest_alignment
 from data.build import build_sequences, train_tokenizer
-from data.cache import replace_synced
 from data.loader import BatchPlan, BlendedDataset, Sequences, build_loader, data_faults, read_batches
 from data.sources import Part, find_tokenizer, open_parts
 from data.tokenizer import Tokenizer
+from metrics.banner import describe_epochs, print_banner
+from metrics.log import EVERYTHING, MetricsLog, NonFinite, row_facts
+from metrics.profiler import StepProfiler
+from metrics.tensorboard import Writer, configuration, describe_data, open_writers
+from metrics.timers import Timers
 from model.config import GPTConfig, padded_vocab_size
 from model.gpt import GPT, Stages, chunks_of
 from model.init import initialise
@@ -43,13 +52,9 @@ from parallel.grid import Grid, GridSizes, build_grid, ends_group, split_group
 from parallel.pipeline import build_schedule
 from parallel.stages import split_layers
 from parallel.tensor import TensorParallel
-from training.arguments import model_config, parse_arguments, parse_profile_steps, parse_skips, parse_split, resolve
-from training.banner import describe_epochs, print_banner
-from training.checkpoint import Saver
-from training.checkpoint_files import checkpoints, hold, step_folder
-from training.evaluate import evaluate
-from training.flops import known_peak_tflops
-from training.initialize import (
+from planner.estimate import data_of, plan_text
+from runtime.consistency import verify_rows, verify_weights
+from runtime.distributed import (
     broadcast_object,
     check_ranks_agree,
     collective_timeout,
@@ -61,21 +66,17 @@ from training.initialize import (
     on_rank_zero_first,
     read_launch,
 )
+from runtime.nonfinite import NonFiniteGuard, save_step
+from runtime.signals import StopRequests, outlive_a_broadcast
+from runtime.status import Outcome, OutlivesItsReader, StatusFile, one_line, tell
+from runtime.watchdog import Watchdog
+from training.evaluate import evaluate
+from training.flops import known_peak_tflops
 from training.lr_schedule import LRSchedule
-from training.metrics import EVERYTHING, MetricsLog, NonFinite, row_facts
-from training.nonfinite import NonFiniteGuard, save_step
 from training.optimizer import build_optimizer, set_lr
-from training.outcome import Outcome, OutlivesItsReader, StatusFile, one_line, tell
-from training.planning import data_of, plan_text
-from training.profiling import StepProfiler
-from training.resume import Started, find_start, load_start, run_facts
 from training.sample import generate
-from training.signals import StopRequests, outlive_a_broadcast
 from training.step import Pipeline, counts_here, forward_backward
-from training.timers import Timers
-from training.verify_step import verify_rows, verify_weights
-from training.watchdog import Watchdog
-from training.writers import Writer, configuration, describe_data, open_writers
+from utils.files import replace_synced
 
 # Flags that may have another value on another node: where files lie there.
 LOCAL_FLAGS = {"data_path", "valid_data_path", "data_cache_path", "tokenizer_model", "config"}
@@ -117,17 +118,26 @@ def build_data(args: Namespace) -> tuple[Tokenizer, Sequences, Sequences | None]
     return tokenizer, train, valid
 
 
-def build_model(args: Namespace, config: GPTConfig, grid: Grid, device: torch.device, clock: WaitClock | None = None) -> GPT | Stages:
+def build_model(
+    args: Namespace, config: GPTConfig, grid: Grid, device: torch.device, clock: WaitClock | None = None
+) -> GPT | Stages:
     """The model on this rank, or its stages: built on the meta device, sharded, then filled shard by shard."""
     compute_dtype = COMPUTE_DTYPES[args.dtype]
     parameter_dtype = torch.float64 if args.dtype == "fp64" else torch.float32
     timeout = collective_timeout(args)
-    a2a_groups = split_group(grid, "cp", args.attention.a2a_size, timeout=timeout) if args.attention.a2a_size > 1 else None
+    a2a_groups = (
+        split_group(grid, "cp", args.attention.a2a_size, timeout=timeout) if args.attention.a2a_size > 1 else None
+    )
     attention = build_attention(args.attention, head_dim=config.kv_channels, a2a_groups=a2a_groups, clock=clock)
     tp = TensorParallel(grid.group("tp"), args.sequence_parallel)
     ends = (0, config.num_layers - 1) if args.fp8_first_last_bf16 else ()
     precision = precision_of(args.fp8, group=grid.group("stage"), bf16_layers=ends)
-    stages = split_layers(config.num_layers, args.pp_size * args.virtual_stages, first=args.first_stage_layers, last=args.last_stage_layers)
+    stages = split_layers(
+        config.num_layers,
+        args.pp_size * args.virtual_stages,
+        first=args.first_stage_layers,
+        last=args.last_stage_layers,
+    )
     chunks = []
     for layers in stages[grid.rank("pp") :: args.pp_size]:
         with torch.device("meta"):
@@ -196,7 +206,9 @@ def main(argv: list[str], outcome: Outcome) -> None:
         asked = dict(vars(args))  # `resolve` fills in the others
         start = find_start(args)
         if args.eval_only and start is None and (args.load or args.resume):
-            raise ValueError(f"--eval-only: no checkpoint under {args.save or f'{args.run_dir}/checkpoints'}: nothing trained to validate")
+            raise UserError(
+                f"--eval-only: no checkpoint under {args.save or f'{args.run_dir}/checkpoints'}: nothing trained to validate"
+            )
         chosen = resolve(
             args,
             world_size=launch.world_size,
@@ -228,8 +240,16 @@ def main(argv: list[str], outcome: Outcome) -> None:
         parent=os.getppid() if launch.under_torchrun else None,
     )
     with one_line_refusals():
-        check_ranks_agree({k: v for k, v in vars(args).items() if k not in LOCAL_FLAGS} | {"torch": torch.__version__}, "flags")
-    sizes = GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size)
+        check_ranks_agree(
+            {k: v for k, v in vars(args).items() if k not in LOCAL_FLAGS} | {"torch": torch.__version__}, "flags"
+        )
+    sizes = GridSizes(
+        pp=args.pp_size,
+        dp_replicate=args.dp_replicate_size,
+        dp_shard=args.dp_shard_size,
+        cp=args.cp_size,
+        tp=args.tp_size,
+    )
     grid = build_grid(sizes, timeout=timeout, backend=group_backend(device))
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
@@ -320,7 +340,9 @@ def main(argv: list[str], outcome: Outcome) -> None:
             if not args.eval_only:
                 status.write("running", step=first_step)
                 replace_synced(run_dir / "config.json", json.dumps(settings, indent=1, default=str) + "\n")
-                writers = open_writers(tensorboard_dir, args.wandb_project, run_dir=run_dir, settings=settings, keep_before=keep_before)
+                writers = open_writers(
+                    tensorboard_dir, args.wandb_project, run_dir=run_dir, settings=settings, keep_before=keep_before
+                )
         if writers and not started.goes_on:
             describe_data(writers, train_sequences, cp_size=args.cp_size, layout=args.cp_layout)
     stop_file = run_dir / "stop" if is_writer and not args.eval_only else None  # the folder may be a living run's
@@ -397,7 +419,10 @@ def main(argv: list[str], outcome: Outcome) -> None:
         ),
     )
     profiler = StepProfiler(
-        parse_profile_steps(args.profile_steps) if args.profile else None, folder=run_dir / "profile", rank=launch.rank, device=device
+        parse_profile_steps(args.profile_steps) if args.profile else None,
+        folder=run_dir / "profile",
+        rank=launch.rank,
+        device=device,
     )
 
     def validate(step: int) -> None:
@@ -430,7 +455,9 @@ def main(argv: list[str], outcome: Outcome) -> None:
             num_tokens=args.sample_tokens,
             grid=grid,
             device=device,
-            alignment=math.lcm(args.document_alignment, smallest_alignment("zigzag", args.cp_size), args.cp_size * args.tp_size),
+            alignment=math.lcm(
+                args.document_alignment, smallest_alignment("zigzag", args.cp_size), args.cp_size * args.tp_size
+            ),
             qkv_format=args.qkv_format,
             layout=args.cp_layout,
             pad_token=tokenizer.eod,
@@ -524,7 +551,9 @@ def main(argv: list[str], outcome: Outcome) -> None:
                 skipped_steps=guard.skipped,
             )
             stop = stops.agreed(done)
-            save_due = (args.save_interval and done % args.save_interval == 0) or (args.save_final and done == args.train_iters)
+            save_due = (args.save_interval and done % args.save_interval == 0) or (
+                args.save_final and done == args.train_iters
+            )
             if save_due or stop:
                 log.flush()
         if profiler.after(done, is_last=bool(stop) or done == args.train_iters):
@@ -565,7 +594,11 @@ def main(argv: list[str], outcome: Outcome) -> None:
         if stop_file is not None:
             with suppress(OSError):
                 stop_file.unlink()  # it has been heard
-        print(f"done in {time.monotonic() - start_time:.0f} s" if is_done else f"stopped after step {done} ({stop}); --resume goes on")
+        print(
+            f"done in {time.monotonic() - start_time:.0f} s"
+            if is_done
+            else f"stopped after step {done} ({stop}); --resume goes on"
+        )
         print(f"data read:   {describe_epochs(train_sequences, done * args.global_batch_size)}")
         print(f"checkpoint:  {found[-1] if found else 'none (--save-interval 0, --no-save-final)'}")
         print(f"TensorBoard: {tensorboard_dir or 'off'}")
@@ -585,11 +618,13 @@ def keeping_the_step_of(guard: NonFiniteGuard) -> Iterator[None]:
     try:
         yield
     except NonFinite as error:
-        raise NonFinite(error.step, error.loss, error.grad_norm, guard.keep(error.step, error.loss, error.grad_norm, [])) from None
+        raise NonFinite(
+            error.step, error.loss, error.grad_norm, guard.keep(error.step, error.loss, error.grad_norm, [])
+        ) from None
 
 
 @contextmanager
-def one_line_refusals(kind: type[Exception] = ValueError, *, exit_code: int = 2) -> Iterator[None]:
+def one_line_refusals(kind: type[Exception] = UserError, *, exit_code: int = 2) -> Iterator[None]:
     """An error of this kind in here is told in one line, by local rank 0; every rank exits with the code."""
     try:
         yield

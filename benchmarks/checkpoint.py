@@ -31,14 +31,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from checkpoint.saver import Saver, load_checkpoint, trained_state
 from cp.attention import build_attention
-from cp.plan import AttentionChoice
+from cp.support import AttentionChoice
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.init import initialise
 from parallel.fsdp import local_tensor, shard_model
 from parallel.grid import Grid, GridSizes, build_grid
-from training.checkpoint import Saver, load_checkpoint, trained_state
 from training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
@@ -58,8 +58,15 @@ def build(grid: Grid, hidden: int) -> tuple[GPT, torch.optim.AdamW]:
     )
     choice = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
     with torch.device("meta"):
-        model = GPT(config, attention=build_attention(choice, head_dim=config.kv_channels), cp_group=grid.group("cp"), dtype=torch.float32)
-    shard_model(model, model.layers.values(), grid, device_type="cpu", compute_dtype=torch.float32, reshard_after_forward=False)
+        model = GPT(
+            config,
+            attention=build_attention(choice, head_dim=config.kv_channels),
+            cp_group=grid.group("cp"),
+            dtype=torch.float32,
+        )
+    shard_model(
+        model, model.layers.values(), grid, device_type="cpu", compute_dtype=torch.float32, reshard_after_forward=False
+    )
     initialise(model, config, seed=1, device=CPU)
     optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for parameter in model.parameters():
@@ -170,9 +177,20 @@ def main() -> None:
             verdict = f"{'<=' if at_most else '>='} {target:.2f} {'pass' if passed else 'miss'}"
             print(f"{what:32}{first:>8.3f} s{second:>8.3f} s{ratio:>8.3f}   {verdict}")
             figures.append(dict(what=what, seconds=[first, second], ratio=ratio, target=target, passed=passed))
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-        facts = {"torch": torch.__version__, "cores": os.cpu_count(), "load average at the end": os.getloadavg()[0], "commit": commit}
-        facts |= {"command": " ".join(["torchrun --nproc-per-node", str(dist.get_world_size()), "benchmarks/checkpoint.py", *sys.argv[1:]])}
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        facts = {
+            "torch": torch.__version__,
+            "cores": os.cpu_count(),
+            "load average at the end": os.getloadavg()[0],
+            "commit": commit,
+        }
+        facts |= {
+            "command": " ".join(
+                ["torchrun --nproc-per-node", str(dist.get_world_size()), "benchmarks/checkpoint.py", *sys.argv[1:]]
+            )
+        }
         text = json.dumps(facts | {"bytes": size, "rounds": args.rounds, "figures": figures, "seconds": times})
         if args.json:
             args.json.write_text(text + "\n")

@@ -1,8 +1,8 @@
-"""Attention alone over context-parallel ranks: time, efficiency, traffic and balance of each method of cp/plan.py.
+"""Attention alone over context-parallel ranks: time, efficiency, traffic and balance of each method of cp/support.py.
 
     python benchmarks/cp_attention.py [--seq-lengths 4096,8192,32768] [--dtype fp32|bf16] [--only 1|2|3] [--json FILE] [--plot FILE]
 
-1. Every cell of cp/plan.py's table on gloo ranks of one thread, over one BSHD sequence and over packed THD
+1. Every cell of cp/support.py's table on gloo ranks of one thread, over one BSHD sequence and over packed THD
    documents of log-normal lengths. Efficiency is (one rank's time for the whole row / cp) / time: it cannot
    pass cores / cp. `wait` is what native's computation stood still for transfers, slower peers included.
    `sent` is counted, in bytes that a rank sends, and compared with the method's formula (`sent_formula`).
@@ -44,13 +44,13 @@ from torch import Tensor
 from cp.attention import build_attention
 from cp.layout import attention_pairs, balance
 from cp.packed_seq import build_packed_seq
-from cp.plan import QKV_FORMATS, AttentionChoice, cells
+from cp.support import QKV_FORMATS, AttentionChoice, cells
 from parallel import collectives
 from parallel.collectives import WaitClock
 from parallel.grid import Grid, GridSizes, build_grid, split_group
+from planner.communication import cp_bytes
+from runtime.distributed import keep_freed_memory
 from tests.world import World
-from training.communication import cp_bytes
-from training.initialize import keep_freed_memory
 
 CP_SIZES = (2, 4)
 MEDIAN_LENGTH, SIGMA, SEED = 600, 1.5, 1234
@@ -159,7 +159,9 @@ def _flash_attn_backward(
     """Writes dq, dk and dv."""
     assert not causal or q.shape[1] == k.shape[1]
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, softmax_lse, 0.0, causal, scale=softmax_scale)
+    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, softmax_lse, 0.0, causal, scale=softmax_scale
+    )
     for target, grad in zip((dq, dk, dv), grads, strict=True):
         target.copy_(grad.transpose(1, 2))
     return softmax_lse
@@ -195,7 +197,9 @@ def shards(row: Row, layout: str) -> tuple[Any, list[Tensor]]:
     """The row's `PackedSeq` and this rank's q, k, v and dout; kept, with the plans, until `forget`."""
     grid = grid_of()
     padded, place = row.padded_lengths, dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"))
-    packed_seq, owned = build_packed_seq(np.array(row.lengths), padded, qkv_format=row.qkv_format, layout=layout, **place)
+    packed_seq, owned = build_packed_seq(
+        np.array(row.lengths), padded, qkv_format=row.qkv_format, layout=layout, **place
+    )
     generator, tensors = torch.Generator().manual_seed(SEED), []
     for heads in (row.heads, row.groups, row.groups, row.heads):
         whole = torch.randn(row.seq_length, heads, row.head_dim, generator=generator)
@@ -313,7 +317,9 @@ def profiled(rank: int, row: Row, choice: AttentionChoice) -> dict[str, int]:
         "aten::item": calls.get("aten::item", 0),
         "aten::_local_scalar_dense": calls.get("aten::_local_scalar_dense", 0),
         "aten::empty*": sum(count for name, count in calls.items() if name.startswith("aten::empty")),
-        "flash kernels": sum(count for name, count in calls.items() if name.startswith("aten::_scaled_dot_product_flash")),
+        "flash kernels": sum(
+            count for name, count in calls.items() if name.startswith("aten::_scaled_dot_product_flash")
+        ),
     }
 
 
@@ -321,7 +327,9 @@ def profiled(rank: int, row: Row, choice: AttentionChoice) -> dict[str, int]:
 # The comparisons
 
 
-def take_turns(worlds: dict[int, World], row: Row, choices: list[AttentionChoice], rounds: int) -> dict[AttentionChoice, list]:
+def take_turns(
+    worlds: dict[int, World], row: Row, choices: list[AttentionChoice], rounds: int
+) -> dict[AttentionChoice, list]:
     """Per choice and round: forward, forward and backward, waiting; of the slowest rank."""
     times: dict[AttentionChoice, list] = {choice: [] for choice in choices}
     for _ in range(rounds):
@@ -379,11 +387,16 @@ def compare_methods(worlds: dict[int, World], rows: list[Row], rounds: int) -> l
             )
             name = f"{choice.backend} {choice.method} {choice.layout}{' *' if entry['reference_kernels'] else ''}"
             wait = "-" if entry["wait_s"] is None else f"{waiting:.3f}"
-            mib = [f"{b / 2**20:.2f}{'' if b == f else ' (!)'}" for b, f in zip(entry["sent_bytes"], formula, strict=True)]
+            mib = [
+                f"{b / 2**20:.2f}{'' if b == f else ' (!)'}" for b, f in zip(entry["sent_bytes"], formula, strict=True)
+            ]
             print(
-                f"   {size:>2} {name:33}{forward:>8.3f}{both:>8.3f}{entry['efficiency_forward']:>8.2f}{entry['efficiency']:>8.2f}", end=""
+                f"   {size:>2} {name:33}{forward:>8.3f}{both:>8.3f}{entry['efficiency_forward']:>8.2f}{entry['efficiency']:>8.2f}",
+                end="",
             )
-            print(f"{entry['efficiency_bound']:>7.2f}{wait:>8}{mib[0]:>14}{mib[1]:>9}{entry['balance']:>9.3f}", flush=True)
+            print(
+                f"{entry['efficiency_bound']:>7.2f}{wait:>8}{mib[0]:>14}{mib[1]:>9}{entry['balance']:>9.3f}", flush=True
+            )
             figures.append(entry)
         for world in worlds.values():
             world.run(forget)
@@ -392,7 +405,9 @@ def compare_methods(worlds: dict[int, World], rows: list[Row], rounds: int) -> l
 
 def compare_with_ring_flash(worlds: dict[int, World], rows: list[Row], rounds: int) -> list[dict]:
     row = replace(next(r for r in rows if r.qkv_format == "bshd"), dtype="bf16")
-    print(f"\n2  native p2p, ring-flash-attn zigzag: {row.seq_length} tokens, bshd, bf16, both over PyTorch's flash kernel")
+    print(
+        f"\n2  native p2p, ring-flash-attn zigzag: {row.seq_length} tokens, bshd, bf16, both over PyTorch's flash kernel"
+    )
     figures = []
     for size in CP_SIZES:
         ours = AttentionChoice(backend="native", method="p2p", qkv_format="bshd", layout="zigzag", cp_size=size)
@@ -401,15 +416,21 @@ def compare_with_ring_flash(worlds: dict[int, World], rows: list[Row], rounds: i
         assert apart <= 0.02, f"cp {size}: results differ by {apart}"
         times = take_turns(worlds, row, [ours, theirs], max(rounds, FASTER_ROUNDS))
         our_times, their_times = medians(times[ours])[:2], medians(times[theirs])[:2]
-        for i, (name, mine, other) in enumerate(zip(("forward", "forward+backward"), our_times, their_times, strict=True)):
+        for i, (name, mine, other) in enumerate(
+            zip(("forward", "forward+backward"), our_times, their_times, strict=True)
+        ):
             # Round by round, since both take their turn in the same weather; the quarter points say how sure that is.
-            low, ratio, high = statistics.quantiles([t[i] / o[i] for o, t in zip(times[ours], times[theirs], strict=True)])
+            low, ratio, high = statistics.quantiles(
+                [t[i] / o[i] for o, t in zip(times[ours], times[theirs], strict=True)]
+            )
             verdict = "pass" if ratio >= 1 else "miss"
             print(
                 f"   cp {size} {name:18}{mine:>8.3f} s {other:>8.3f} s   {ratio:.3f} ({low:.3f} to {high:.3f}) >= 1.00 {verdict}",
                 flush=True,
             )
-            figures.append(dict(cp_size=size, what=name, native_s=mine, ring_flash_s=other, ratio=ratio, quartiles=[low, high]))
+            figures.append(
+                dict(cp_size=size, what=name, native_s=mine, ring_flash_s=other, ratio=ratio, quartiles=[low, high])
+            )
         figures[-1] |= dict(rounds_s=list(times.values()), relative_difference=apart)
     return figures
 
@@ -420,9 +441,13 @@ def compare_documents(worlds: dict[int, World], rows: list[Row], rounds: int) ->
     for count in (4, 64):
         shares = np.random.default_rng(SEED).dirichlet(np.full(count, 3.0))
         lengths = np.maximum(1, (shares * PROFILED_TOKENS / UNIT).astype(int)) * UNIT - 3
-        row = replace(rows[0], qkv_format="thd", lengths=tuple(lengths.tolist()), seq_length=int(lengths.sum()) + 3 * count)
+        row = replace(
+            rows[0], qkv_format="thd", lengths=tuple(lengths.tolist()), seq_length=int(lengths.sum()) + 3 * count
+        )
         calls = worlds[2].run(profiled, row, replace(ALONE, cp_size=2), timeout=TIMEOUT)[0]
-        print(f"   {count:>2} documents: " + ", ".join(f"{number} {name}" for name, number in calls.items()), flush=True)
+        print(
+            f"   {count:>2} documents: " + ", ".join(f"{number} {name}" for name, number in calls.items()), flush=True
+        )
         figures.append({"documents": count, "tokens": row.seq_length, **calls})
     return figures
 
@@ -448,8 +473,12 @@ def plot(figures: list[dict], path: Path) -> None:
     for axis, ((seq_length, qkv_format, dtype), bars) in zip(axes[:, 0], panels.items(), strict=True):
         for i, size in enumerate(CP_SIZES):
             places = [x + (i - 0.5) * 0.4 for x in range(len(bars))]
-            axis.bar(places, [values.get(size, 0.0) for values in bars.values()], 0.38, color=f"C{i}", label=f"cp {size}")
-            axis.axhline(min(1.0, CORES / size), color=f"C{i}", linestyle=":", label=f"bound of {CORES} cores, cp {size}")
+            axis.bar(
+                places, [values.get(size, 0.0) for values in bars.values()], 0.38, color=f"C{i}", label=f"cp {size}"
+            )
+            axis.axhline(
+                min(1.0, CORES / size), color=f"C{i}", linestyle=":", label=f"bound of {CORES} cores, cp {size}"
+            )
         axis.set_xticks(range(len(bars)), list(bars), fontsize=7)
         axis.set_ylabel("efficiency")
         axis.set_title(f"{seq_length} tokens, {qkv_format}, {dtype}: forward and backward", fontsize=9)
@@ -459,37 +488,62 @@ def plot(figures: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Attention alone over context-parallel ranks: time, efficiency, traffic, balance")
-    parser.add_argument(
-        "--seq-lengths", default="4096", metavar="N,N", help=f"tokens of a row, multiples of {UNIT}; comparison 2: the first"
+    parser = argparse.ArgumentParser(
+        description="Attention alone over context-parallel ranks: time, efficiency, traffic, balance"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of comparison 1; ring-flash-attn's dense functions take only bf16")
+    parser.add_argument(
+        "--seq-lengths",
+        default="4096",
+        metavar="N,N",
+        help=f"tokens of a row, multiples of {UNIT}; comparison 2: the first",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="fp32",
+        help="of comparison 1; ring-flash-attn's dense functions take only bf16",
+    )
     parser.add_argument("--qkv-formats", default=",".join(QKV_FORMATS), metavar="F,F", help="of comparison 1")
     parser.add_argument("--num-attention-heads", type=int, default=4)
     parser.add_argument("--num-query-groups", type=int, default=2, help="key/value heads")
     parser.add_argument("--kv-channels", type=int, default=64, help="of one head")
-    parser.add_argument("--rounds", type=int, default=5, help=f"turns of each; {LONG_ROUNDS} at most from {LONG} tokens on")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help=f"turns of each; {LONG_ROUNDS} at most from {LONG} tokens on"
+    )
     parser.add_argument("--only", choices=COMPARISONS, help="one comparison; default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw comparison 1 there, as PNG; needs matplotlib")
     args = parser.parse_args()
     seq_lengths = [int(n) for n in args.seq_lengths.split(",")]
     if bad := [n for n in seq_lengths if n <= 0 or n % UNIT]:
-        parser.error(f"--seq-lengths {bad[0]}: choose a multiple of {UNIT}, such as {max(1, round(bad[0] / UNIT)) * UNIT}")
+        parser.error(
+            f"--seq-lengths {bad[0]}: choose a multiple of {UNIT}, such as {max(1, round(bad[0] / UNIT)) * UNIT}"
+        )
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot: matplotlib is not installed: pip install matplotlib")
 
-    shape = dict(dtype=args.dtype, heads=args.num_attention_heads, groups=args.num_query_groups, head_dim=args.kv_channels)
+    shape = dict(
+        dtype=args.dtype, heads=args.num_attention_heads, groups=args.num_query_groups, head_dim=args.kv_channels
+    )
     bshd = [Row(seq_length=n, qkv_format="bshd", lengths=(n,), **shape) for n in seq_lengths]
     thd = [Row(seq_length=n, qkv_format="thd", lengths=documents(n), **shape) for n in seq_lengths]
     print(f"torch {torch.__version__}, {CORES} cores, one thread a rank: cp {CORES} can reach efficiency 1, ", end="")
     print(", ".join(f"cp {size} at most {CORES / size:.2f}" for size in CP_SIZES if size > CORES))
-    facts: dict[str, Any] = {"command": " ".join(sys.argv), "torch": torch.__version__, "cores": CORES, "arguments": vars(args)}
+    facts: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "torch": torch.__version__,
+        "cores": CORES,
+        "arguments": vars(args),
+    }
     start = time.perf_counter()
     with World(1) as one, World(2) as two, World(4) as four:
         worlds = {1: one, 2: two, 4: four}
         for name in [args.only] if args.only else COMPARISONS:
-            rows = bshd + thd if name != "1" else [row for row in bshd + thd if row.qkv_format in args.qkv_formats.split(",")]
+            rows = (
+                bshd + thd
+                if name != "1"
+                else [row for row in bshd + thd if row.qkv_format in args.qkv_formats.split(",")]
+            )
             facts[name] = COMPARISONS[name](worlds, rows, args.rounds)
     facts |= {"seconds": time.perf_counter() - start, "load average at the end": os.getloadavg()[0]}
     print(f"\n{facts['seconds']:.0f} s; load average {facts['load average at the end']:.1f}")

@@ -87,7 +87,10 @@ def corpus(args: argparse.Namespace, documents: int) -> Path:
         rng = np.random.default_rng(0)
         write_indexed_dataset(
             prefix,
-            (np.append(rng.integers(1, VOCAB_SIZE, n - 1, dtype=np.uint16), np.uint16(0)) for n in log_normal(documents)),
+            (
+                np.append(rng.integers(1, VOCAB_SIZE, n - 1, dtype=np.uint16), np.uint16(0))
+                for n in log_normal(documents)
+            ),
             vocab_size=VOCAB_SIZE,
         )
     return prefix
@@ -186,10 +189,22 @@ def prepare_speed(args: argparse.Namespace) -> dict[str, Any]:
 
         def ours(workers: int = workers) -> float:
             with tempfile.TemporaryDirectory(dir=work) as folder:
-                command = [sys.executable, "-m", "data.prepare", "--input", str(file), "--output-prefix", f"{folder}/p", "--append-eod"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "data.prepare",
+                    "--input",
+                    str(file),
+                    "--output-prefix",
+                    f"{folder}/p",
+                    "--append-eod",
+                ]
                 start = time.perf_counter()
                 subprocess.run(
-                    [*command, "--tokenizer-model", str(model), "--workers", str(workers)], cwd=ROOT, check=True, capture_output=True
+                    [*command, "--tokenizer-model", str(model), "--workers", str(workers)],
+                    cwd=ROOT,
+                    check=True,
+                    capture_output=True,
                 )
                 return size / (time.perf_counter() - start) / 1e6
 
@@ -276,20 +291,44 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 def end_to_end(args: argparse.Namespace) -> dict[str, Any]:
     """200 MB of text to a corpus, and two steps of training on it, each under /usr/bin/time -v."""
     work = Path(args.work)
-    file, model, out = words(work, 26_600, 7), work / "words.model", Path(tempfile.mkdtemp(prefix="end_to_end.", dir=work))
+    file, model, out = (
+        words(work, 26_600, 7),
+        work / "words.model",
+        Path(tempfile.mkdtemp(prefix="end_to_end.", dir=work)),
+    )
     prefix = out / "corpus"
     if not model.exists():
         model.write_bytes(train_on(Source("words", (words(work, 2000, 6),)), vocab_size=8000, flag="--vocab-size"))
 
     def timed(*command: str) -> dict[str, Any]:
         start = time.perf_counter()
-        done = subprocess.run(["/usr/bin/time", "-v", sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["/usr/bin/time", "-v", sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True
+        )
         peak = next(line for line in done.stderr.splitlines() if "Maximum resident set size" in line)
         found = {"s": time.perf_counter() - start, "MB in the largest process": int(peak.split()[-1]) / 1024}
         return found | {"last line": done.stdout.strip().splitlines()[-1].replace(str(out), "DIR")}
 
-    prepare = ["-m", "data.prepare", "--input", str(file), "--output-prefix", str(prefix), "--append-eod", "--workers", "2"]
-    train = ["train.py", "--data-path", str(prefix), "--data-cache-path", str(out / "cache"), "--run-dir", str(out / "run")]
+    prepare = [
+        "-m",
+        "data.prepare",
+        "--input",
+        str(file),
+        "--output-prefix",
+        str(prefix),
+        "--append-eod",
+        "--workers",
+        "2",
+    ]
+    train = [
+        "train.py",
+        "--data-path",
+        str(prefix),
+        "--data-cache-path",
+        str(out / "cache"),
+        "--run-dir",
+        str(out / "run"),
+    ]
     train += shlex.split("""
         --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 8192 --global-batch-size 1 --train-iters 2
         --eval-interval 0 --save-interval 0 --sample-tokens 0 --tensorboard-dir none --device cpu
@@ -301,7 +340,14 @@ def end_to_end(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-PARTS = {"pack": pack, "loader": loader, "prepare": prepare_speed, "index": index, "memory": memory, "end-to-end": end_to_end}
+PARTS = {
+    "pack": pack,
+    "loader": loader,
+    "prepare": prepare_speed,
+    "index": index,
+    "memory": memory,
+    "end-to-end": end_to_end,
+}
 
 
 def tell(name: str, value: Any, indent: int = 2) -> None:

@@ -46,23 +46,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.train_step import BareGPT
+from config.arguments import model_config, parse_arguments, resolve
 from cp.native_p2p import plan_ring, ring_attention_blocks
 from cp.packed_seq import build_packed_seq
 from data.loader import Sequence, build_batch
 from model.config import GPTConfig, padded_vocab_size
 from parallel.fsdp import clip_grad_norm_
 from parallel.grid import GridSizes, build_grid
+from planner.memory import rank_memory
+from runtime.distributed import Launch, initialise_distributed
 from train import build_model
-from training.arguments import model_config, parse_arguments, resolve
 from training.flops import known_peak_tflops, training_flops
-from training.initialize import Launch, initialise_distributed
-from training.memory import rank_memory
 from training.optimizer import build_optimizer
 from training.step import counts_here, forward_backward
 
 ONE_B = "--num-layers 16 --hidden-size 2048 --ffn-hidden-size 5632 --num-attention-heads 16 --num-query-groups 8 --seq-length 8192"
 EIGHT_B = "--num-layers 4 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --num-query-groups 8 --seq-length 8192"
-TINY = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --num-query-groups 2 --seq-length 256"
+TINY = (
+    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --num-query-groups 2 --seq-length 256"
+)
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, SEED = 32000, 1234
 GOALS = {"te / bare te": 0.97, "MFU, te bf16 bshd": 0.5, "fp8 / bf16": 1.25, "ring, batch": 0.93, "ring, packed": 0.85}
@@ -99,7 +101,9 @@ class Machine:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def take_turns(self, work: dict[str, Callable[[], Any]], rounds: int, *, warm_up: int = 3) -> dict[str, list[float]]:
+    def take_turns(
+        self, work: dict[str, Callable[[], Any]], rounds: int, *, warm_up: int = 3
+    ) -> dict[str, list[float]]:
         """Seconds of each in each round."""
         for function in work.values():
             for _ in range(warm_up):
@@ -159,7 +163,9 @@ class OurStep:
 
     def __init__(self, machine: Machine, shape: str, flags: str, row: Sequence | None = None) -> None:
         common = f"--device {machine.device.type} --dtype {'fp32' if machine.tiny else 'bf16'} --make-vocab-size-divisible-by 128 --lr 1e-4"
-        self.args = parse_arguments([*shlex.split(shape), *shlex.split(common), "--global-batch-size", "1", *shlex.split(flags)])
+        self.args = parse_arguments(
+            [*shlex.split(shape), *shlex.split(common), "--global-batch-size", "1", *shlex.split(flags)]
+        )
         resolve(self.args, world_size=1, local_world_size=1, cuda_devices=lambda: 1)
         self.config = model_config(self.args, vocab_size=VOCAB, padded_vocab_size=padded_vocab_size(VOCAB, 128))
         self.machine = machine
@@ -173,13 +179,20 @@ class OurStep:
         row = row or row_of(np.array([self.args.seq_length]), 1, self.args.seq_length)
         self.batch = build_batch([row], cp_size=1, cp_rank=0, qkv_format=qkv_format, layout=self.args.cp_layout)
         self.tokens = float(row.lengths.sum())
-        self.flops = training_flops(self.config, tokens=self.tokens, squared_lengths=float((row.lengths.astype(float) ** 2).sum()))
+        self.flops = training_flops(
+            self.config, tokens=self.tokens, squared_lengths=float((row.lengths.astype(float) ** 2).sum())
+        )
 
     def __call__(self) -> Tensor:
         loss_tokens = torch.tensor(float(self.batch.loss_tokens), dtype=torch.float64, device=self.machine.device)
-        loss = forward_backward(self.model, [self.batch], loss_tokens=loss_tokens, device=self.machine.device, reshard_between=False)
+        loss = forward_backward(
+            self.model, [self.batch], loss_tokens=loss_tokens, device=self.machine.device, reshard_between=False
+        )
         clip_grad_norm_(
-            dict(self.model.named_parameters()), self.machine.grid, max_norm=1.0, counts=counts_here(self.model, self.machine.grid)
+            dict(self.model.named_parameters()),
+            self.machine.grid,
+            max_norm=1.0,
+            counts=counts_here(self.model, self.machine.grid),
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -195,11 +208,16 @@ class BareTE(nn.Module):
 
         self.embedding = nn.Embedding(c.padded_vocab_size, c.hidden_size)
         options = dict(
-            num_gqa_groups=c.num_query_groups, bias=False, normalization="RMSNorm", activation="swiglu", attn_input_format="bshd"
+            num_gqa_groups=c.num_query_groups,
+            bias=False,
+            normalization="RMSNorm",
+            activation="swiglu",
+            attn_input_format="bshd",
         )
         options |= dict(hidden_dropout=0.0, attention_dropout=0.0, self_attn_mask_type="causal", fuse_qkv_params=True)
         self.layers = nn.ModuleList(
-            te.TransformerLayer(c.hidden_size, c.ffn_hidden_size, c.num_attention_heads, **options) for _ in range(c.num_layers)
+            te.TransformerLayer(c.hidden_size, c.ffn_hidden_size, c.num_attention_heads, **options)
+            for _ in range(c.num_layers)
         )
         self.final_norm = te.RMSNorm(c.hidden_size)
         self.lm_head = nn.Linear(c.hidden_size, c.padded_vocab_size, bias=False)
@@ -222,7 +240,9 @@ class BareStep:
         for name in ("cos", "sin"):
             if hasattr(self.model, name):
                 setattr(self.model, name, getattr(self.model, name).to(machine.dtype))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
         self.tokens, self.labels = (x.to(machine.device)[None] for x in (like.batch.tokens, like.batch.labels))
 
     def __call__(self) -> Tensor:
@@ -241,7 +261,9 @@ def median_ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(over) / statistics.median(under)
 
 
-def compared(machine: Machine, ours: dict[str, OurStep], bare: dict[str, BareStep], row: Sequence | None, rounds: int) -> dict[str, Any]:
+def compared(
+    machine: Machine, ours: dict[str, OurStep], bare: dict[str, BareStep], row: Sequence | None, rounds: int
+) -> dict[str, Any]:
     """Figures of each over a row, and each over the bare loops, in turns."""
     for one in ours.values():
         one.read(row)
@@ -270,7 +292,9 @@ def step(machine: Machine, rounds: int) -> None:
     ]
     if machine.has_te:
         groups.append(({"te bf16": TE}, {"bare te": BareTE}))
-        groups += [({"te bf16": TE, f"te fp8 {name}": f"{TE} --fp8 {name}"}, {}) for name in ("delayed", "current", "block")]
+        groups += [
+            ({"te bf16": TE, f"te fp8 {name}": f"{TE} --fp8 {name}"}, {}) for name in ("delayed", "current", "block")
+        ]
     for flags, floors in groups:
         ours = {name: OurStep(machine, shape, own) for name, own in flags.items()}
         bare = {name: BareStep(machine, model, next(iter(ours.values()))) for name, model in floors.items()}
@@ -280,7 +304,10 @@ def step(machine: Machine, rounds: int) -> None:
         machine.free()
     found = machine.results["step"]
     if "te bf16 / bare te, bshd" in found:
-        summary = {"te / bare te": found["te bf16 / bare te, bshd"], "MFU, te bf16 bshd": found["te bf16 bshd"].get("MFU")}
+        summary = {
+            "te / bare te": found["te bf16 / bare te, bshd"],
+            "MFU, te bf16 bshd": found["te bf16 bshd"].get("MFU"),
+        }
         machine.keep("step", summary)
 
 
@@ -290,7 +317,9 @@ def fp8(machine: Machine, rounds: int) -> None:
         return
     best = 0.0
     for name in ("delayed", "current", "block"):
-        both = {recipe: OurStep(machine, EIGHT_B, f"--qkv-format bshd {TE} --fp8 {recipe}") for recipe in ("none", name)}
+        both = {
+            recipe: OurStep(machine, EIGHT_B, f"--qkv-format bshd {TE} --fp8 {recipe}") for recipe in ("none", name)
+        }
         seconds = machine.take_turns(dict(both), rounds)
         del both
         machine.free()
@@ -312,7 +341,10 @@ def packed(machine: Machine, rounds: int) -> None:
     packed_rate = together.tokens / statistics.median(seconds["packed"])
     del together, alone
     machine.free()
-    machine.keep("packed", {"packed tokens/s": packed_rate, "padded tokens/s": padded_rate, "packed / padded": packed_rate / padded_rate})
+    machine.keep(
+        "packed",
+        {"packed tokens/s": packed_rate, "padded tokens/s": padded_rate, "packed / padded": packed_rate / padded_rate},
+    )
 
 
 def ring(machine: Machine, rounds: int) -> None:
@@ -340,14 +372,18 @@ def ring(machine: Machine, rounds: int) -> None:
             return run
 
         for cp_size in (2, 4, 8):
-            work: dict[str, Callable[[], Any]] = {"whole": one(1, 0)} | {f"rank {r}": one(cp_size, r) for r in range(cp_size)}
+            work: dict[str, Callable[[], Any]] = {"whole": one(1, 0)} | {
+                f"rank {r}": one(cp_size, r) for r in range(cp_size)
+            }
             seconds = machine.take_turns(work, rounds)
             each = [statistics.median(seconds[f"rank {r}"]) for r in range(cp_size)]
             ideal = statistics.median(seconds["whole"]) / cp_size
             found[f"{kind}, cp {cp_size}"] = {"slowest rank": ideal / max(each), "mean": ideal * cp_size / sum(each)}
             del work
             machine.free()
-        found[f"ring, {kind}"] = min(figures["slowest rank"] for name, figures in found.items() if name.startswith(f"{kind}, cp"))
+        found[f"ring, {kind}"] = min(
+            figures["slowest rank"] for name, figures in found.items() if name.startswith(f"{kind}, cp")
+        )
         machine.keep("ring", found)
 
 
@@ -355,10 +391,15 @@ def memory(machine: Machine, rounds: int) -> None:
     """PyTorch's count of what is allocated over two steps; a plan may be 10 % off."""
     shape = TINY if machine.tiny else ONE_B
     configurations = {"torch": TORCH, "torch, recompute selective": f"{TORCH} --recompute selective"}
-    configurations |= {"torch, recompute full": f"{TORCH} --recompute full --seq-length {512 if machine.tiny else 32768}"}
+    configurations |= {
+        "torch, recompute full": f"{TORCH} --recompute full --seq-length {512 if machine.tiny else 32768}"
+    }
     if machine.has_te:
         configurations |= {"te": TE, "te, recompute selective": f"{TE} --recompute selective"}
-        configurations |= {"te, recompute full": f"{TE} --recompute full --seq-length 32768", "te, fp8": f"{TE} --fp8 current"}
+        configurations |= {
+            "te, recompute full": f"{TE} --recompute full --seq-length 32768",
+            "te, fp8": f"{TE} --fp8 current",
+        }
     for name, flags in configurations.items():
         machine.free()
         on_cuda = machine.device.type == "cuda"
@@ -427,12 +468,20 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--seconds", type=float, default=400.0, help="of the whole; length begins no step that would end later")
+    parser.add_argument(
+        "--seconds", type=float, default=400.0, help="of the whole; length begins no step that would end later"
+    )
     parser.add_argument("--json")
     options = parser.parse_args()
     machine = Machine(options.tiny, Path(options.json) if options.json else None, options.seconds)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    facts = {"command": f"python benchmarks/gpu.py {shlex.join(sys.argv[1:])}".strip(), "commit": commit, "device": machine.name}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    facts = {
+        "command": f"python benchmarks/gpu.py {shlex.join(sys.argv[1:])}".strip(),
+        "commit": commit,
+        "device": machine.name,
+    }
     facts |= {"torch": torch.__version__, "peak TFLOP/s": machine.peak}
     if machine.has_te:
         facts["transformer-engine"] = importlib.metadata.version("transformer-engine")

@@ -26,13 +26,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.train_step import CPU, LOSS_TOLERANCE, SEED, World
+from config.arguments import model_config, parse_arguments, resolve
 from data.loader import Sequence, build_batch
 from model.config import padded_vocab_size
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_
 from parallel.grid import GridSizes, build_grid
 from train import build_model, build_pipeline
-from training.arguments import model_config, parse_arguments, resolve
 from training.optimizer import build_optimizer
 from training.step import counts_here, forward_backward
 
@@ -60,12 +60,16 @@ class LayoutRank:
         self.args = args = parse_arguments([*FLAGS.split(), *flags.split()])
         resolve(args, world_size=size, local_world_size=size, cuda_devices=lambda: 0)
         config = model_config(
-            args, vocab_size=VOCAB_SIZE, padded_vocab_size=padded_vocab_size(VOCAB_SIZE, args.make_vocab_size_divisible_by)
+            args,
+            vocab_size=VOCAB_SIZE,
+            padded_vocab_size=padded_vocab_size(VOCAB_SIZE, args.make_vocab_size_divisible_by),
         )
         self.grid = grid = build_grid(GridSizes(pp=args.pp_size, cp=args.cp_size, tp=args.tp_size))
         self.model = build_model(args, config, grid, CPU)
         self.pipeline = build_pipeline(args, self.model, config, grid, CPU, MICROBATCHES)
-        adam = dict(lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay)
+        adam = dict(
+            lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay
+        )
         self.optimizer = build_optimizer(self.model, **adam)
         stream = np.random.default_rng(SEED).integers(0, VOCAB_SIZE, (MICROBATCHES, SEQ_LENGTH + 1))
         whole = np.array([SEQ_LENGTH])
@@ -102,7 +106,10 @@ def main() -> None:
     args = parser.parse_args()
     chosen = {n: what for n, what in LAYOUTS.items() if what[0] == 1 or n.startswith(args.only or "")}
     with ExitStack() as stack:
-        worlds = {n: stack.enter_context(World(size, threads=threads, what=LayoutRank)) for n, (size, threads, _, _) in chosen.items()}
+        worlds = {
+            n: stack.enter_context(World(size, threads=threads, what=LayoutRank))
+            for n, (size, threads, _, _) in chosen.items()
+        }
         losses = {name: world.call("prepare", chosen[name][2])[0] for name, world in worlds.items()}
         one = next(iter(losses.values()))
         for name, found in losses.items():
@@ -123,9 +130,16 @@ def main() -> None:
         print(f"{name:28}{tokens / statistics.median(seconds):>9.0f}{ratio:>8.3f}{low:>8.3f}-{high:.3f}   {verdict}")
         figures.append(dict(what=name, flags=chosen[name][2], seconds=seconds, ratio=ratio, target=target))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    facts = {"torch": torch.__version__, "cores": os.cpu_count(), "load average at the end": os.getloadavg()[0], "commit": commit}
+    facts = {
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "load average at the end": os.getloadavg()[0],
+        "commit": commit,
+    }
     facts |= {"command": " ".join(["python benchmarks/model_parallel.py", *sys.argv[1:]])}
-    text = json.dumps(facts | {"rounds": args.rounds, "steps per round": args.steps_per_round, "losses": losses, "figures": figures})
+    text = json.dumps(
+        facts | {"rounds": args.rounds, "steps per round": args.steps_per_round, "losses": losses, "figures": figures}
+    )
     if args.json:
         args.json.write_text(text + "\n")
 

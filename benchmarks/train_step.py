@@ -38,16 +38,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from config.arguments import model_config, parse_arguments, resolve
 from data.loader import Sequence, build_batch
+from metrics.log import row_facts
 from model.config import GPTConfig, padded_vocab_size
 from model.rope import rotary_frequencies, rotary_tables
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_, local_tensor
 from parallel.grid import GridSizes, build_grid
+from runtime.distributed import initialise_distributed, read_launch
 from train import build_model
-from training.arguments import model_config, parse_arguments, resolve
-from training.initialize import initialise_distributed, read_launch
-from training.metrics import row_facts
 from training.optimizer import build_optimizer, set_lr
 from training.step import counts_here, forward_backward
 
@@ -68,7 +68,9 @@ class OurStep:
 
     def __init__(self, *, cp_size: int, seq_length: int, batch_size: int) -> None:
         flags = f"{FLAGS} --cp-size {cp_size} --seq-length {seq_length} --seed {SEED}"
-        self.args = parse_arguments([*flags.split(), f"--micro-batch-size={batch_size}", f"--global-batch-size={batch_size}"])
+        self.args = parse_arguments(
+            [*flags.split(), f"--micro-batch-size={batch_size}", f"--global-batch-size={batch_size}"]
+        )
         resolve(self.args, world_size=cp_size, local_world_size=cp_size, cuda_devices=lambda: 0)
         padded = padded_vocab_size(VOCAB_SIZE, self.args.make_vocab_size_divisible_by)
         self.config = model_config(self.args, vocab_size=VOCAB_SIZE, padded_vocab_size=padded)
@@ -84,7 +86,9 @@ class OurStep:
     def batch(self, number: int) -> Any:
         """This rank's tokens of a batch, as the loader makes them."""
         place = dict(cp_size=self.grid.size("cp"), cp_rank=self.grid.rank("cp"))
-        return build_batch(self.batches[number % NUM_BATCHES], **place, qkv_format=self.args.qkv_format, layout=self.args.cp_layout)
+        return build_batch(
+            self.batches[number % NUM_BATCHES], **place, qkv_format=self.args.qkv_format, layout=self.args.cp_layout
+        )
 
     def step(self, number: int) -> Tensor:
         """The loss of the whole batch, before the update."""
@@ -92,9 +96,14 @@ class OurStep:
         facts = sum_over(row_facts(batches), self.grid.group("batch"))
         loss_tokens = facts[0].clamp(min=1)
         reshard = self.args.reshard_after_forward == "on"
-        cross_entropy = forward_backward(self.model, batches, loss_tokens=loss_tokens, device=CPU, reshard_between=reshard)
+        cross_entropy = forward_backward(
+            self.model, batches, loss_tokens=loss_tokens, device=CPU, reshard_between=reshard
+        )
         clip_grad_norm_(
-            dict(self.model.named_parameters()), self.grid, max_norm=self.args.clip_grad, counts=counts_here(self.model, self.grid)
+            dict(self.model.named_parameters()),
+            self.grid,
+            max_norm=self.args.clip_grad,
+            counts=counts_here(self.model, self.grid),
         )
         set_lr(self.optimizer, self.args.lr)
         self.optimizer.step()
@@ -120,7 +129,9 @@ class BareLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        heads = self.qkv(self.attention_norm(x)).view(batch, length, -1, self.head_dim).transpose(1, 2)  # [b, hq + 2g, s, d]
+        heads = (
+            self.qkv(self.attention_norm(x)).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        )  # [b, hq + 2g, s, d]
         q, k, v = heads.split((self.heads, self.groups, self.groups), dim=1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [b, hq, s, d]
@@ -143,7 +154,9 @@ class BareGPT(nn.Module):
         self.final_norm = nn.RMSNorm(c.hidden_size, eps=c.norm_epsilon)
         self.lm_head = nn.Linear(c.hidden_size, c.padded_vocab_size, bias=False)
         self.cos, self.sin = rotary_tables(
-            torch.arange(seq_length), rotary_frequencies(head_dim=c.kv_channels, base=c.rotary_base), dtype=torch.float32
+            torch.arange(seq_length),
+            rotary_frequencies(head_dim=c.kv_channels, base=c.rotary_base),
+            dtype=torch.float32,
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -193,7 +206,9 @@ class BareStep:
         self.batches = []
         for sequences in ours.batches:
             mine = sequences[rank::size]
-            self.batches.append([torch.from_numpy(np.stack(rows)) for rows in ([s.tokens for s in mine], [s.labels for s in mine])])
+            self.batches.append(
+                [torch.from_numpy(np.stack(rows)) for rows in ([s.tokens for s in mine], [s.labels for s in mine])]
+            )
 
     def step(self, number: int) -> Tensor:
         """The mean loss of this rank's sequences, before the update."""
@@ -222,7 +237,9 @@ class Rank:
             our_loss, bare_loss = ours.step(number).item(), bare.step(number)
             dist.all_reduce(bare_loss)
             bare_mean = bare_loss.item() / dist.get_world_size()
-            assert abs(our_loss - bare_mean) <= LOSS_TOLERANCE, f"step {number}: our loss is {our_loss}, the bare model's {bare_mean}"
+            assert abs(our_loss - bare_mean) <= LOSS_TOLERANCE, (
+                f"step {number}: our loss is {our_loss}, the bare model's {bare_mean}"
+            )
             losses.append(our_loss)
         self.steps = {"ours": ours.step, "bare": bare.step}
         return losses
@@ -267,8 +284,15 @@ def _serve(rank: int, size: int, threads: int, port: int, pipe: Connection, what
     torch.set_num_threads(threads)
     if size > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    initialise_distributed(read_launch(), "cpu", timeout=timedelta(minutes=10))  # the allocator's settings, too, for all alike
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+        }
+    initialise_distributed(
+        read_launch(), "cpu", timeout=timedelta(minutes=10)
+    )  # the allocator's settings, too, for all alike
     state = what()
     while True:
         method, arguments = pipe.recv()
@@ -291,7 +315,9 @@ class World:
         for rank in range(size):
             ours, theirs = context.Pipe()
             self.pipes.append(ours)
-            self.processes.append(context.Process(target=_serve, args=(rank, size, threads, port, theirs, what), daemon=True))
+            self.processes.append(
+                context.Process(target=_serve, args=(rank, size, threads, port, theirs, what), daemon=True)
+            )
             self.processes[-1].start()
             theirs.close()
 
@@ -321,7 +347,9 @@ class World:
 # The comparisons
 
 
-def figure(what: str, measured: float, against: float, unit: str, target: float, *, at_most: bool = False, **details: Any) -> dict:
+def figure(
+    what: str, measured: float, against: float, unit: str, target: float, *, at_most: bool = False, **details: Any
+) -> dict:
     """`measured` over `against`, which reaches `target` from above or, with `at_most`, from below; printed, and returned for the JSON."""
     ratio = measured / against
     passed = ratio <= target if at_most else ratio >= target
@@ -352,7 +380,9 @@ def compare_cp2(rounds: int, steps: int) -> list[dict]:
         times: dict[str, list[float]] = {name: [] for name in turns}
         for _ in range(rounds):
             for name, (world, contestant) in turns.items():
-                times[name].append(max(seconds[contestant] for seconds in world.call("time_steps", [contestant], steps)))
+                times[name].append(
+                    max(seconds[contestant] for seconds in world.call("time_steps", [contestant], steps))
+                )
     one_process, cp2, fsdp2 = (tokens_per_second(seconds, steps) for seconds in times.values())
     details = dict(seconds=times, losses=losses)
     return [
@@ -369,14 +399,18 @@ def compare_memory(rounds: int, steps: int) -> list[dict]:
             counts.append(max(world.call("saved_bytes", cp_size), key=lambda count: count["saved"]))
     alone, shared = (count["saved"] / 2**20 for count in counts)
     what = f"3  saved for backward, {LONG_SEQ_LENGTH} tokens: cp {LONG_CP} / cp 1"
-    return [figure(what, shared, alone, "MiB", 0.30, at_most=True, bytes={"cp 1": counts[0], f"cp {LONG_CP}": counts[1]})]
+    return [
+        figure(what, shared, alone, "MiB", 0.30, at_most=True, bytes={"cp 1": counts[0], f"cp {LONG_CP}": counts[1]})
+    ]
 
 
 COMPARISONS = {"1": compare_with_bare, "2": compare_cp2, "3": compare_memory}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Our training step against plain PyTorch; memory and speed of context parallelism")
+    parser = argparse.ArgumentParser(
+        description="Our training step against plain PyTorch; memory and speed of context parallelism"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="turns of each thing compared")
     parser.add_argument("--steps-per-round", type=int, default=3, help="training steps in a turn")
     parser.add_argument("--only", choices=COMPARISONS, help="one comparison; default: all")

@@ -2,7 +2,7 @@
 
 attention(q, k, v, packed_seq, group) -> out      # q [t, hq, d]; k, v [t, hkv, d]; t = T / cp
 
-With attention dropout, which only some rows of `cp.plan.SUPPORT` offer, `dropout=AttentionDropout(...)` comes with the call.
+With attention dropout, which only some rows of `cp.support.SUPPORT` offer, `dropout=AttentionDropout(...)` comes with the call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from cp.native_a2a import a2a_attention
 from cp.native_all_gather import all_gather_attention
 from cp.native_p2p import ring_attention
-from cp.plan import AttentionChoice
+from cp.support import AttentionChoice
 from parallel.collectives import WaitClock
 
 Attention = Callable[..., Tensor]
@@ -29,7 +29,7 @@ def build_attention(
     a2a_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     clock: WaitClock | None = None,
 ) -> Attention:
-    """The attention call that `cp.plan.choose` chose, with softmax scale 1/sqrt(head_dim).
+    """The attention call that `cp.support.choose` chose, with softmax scale 1/sqrt(head_dim).
 
     Args:
         a2a_groups: for `a2a` and `a2a+p2p`, this rank's neighbours that trade heads and the ring over the rest.
@@ -48,7 +48,9 @@ def build_attention(
     if choice.backend == "pytorch":
         from cp.pytorch_cp import pytorch_attention  # private names of PyTorch, imported where they are chosen
 
-        return partial(pytorch_attention, scale=scale, rotate_method=choice.method, load_balance=choice.layout == "zigzag")
+        return partial(
+            pytorch_attention, scale=scale, rotate_method=choice.method, load_balance=choice.layout == "zigzag"
+        )
     if choice.backend == "te":
         from cp.te_attention import TEAttention  # an optional library
 

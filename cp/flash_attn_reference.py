@@ -41,7 +41,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tup
     return torch.einsum("hqk,khd->qhd", probabilities, _wide(v, heads)).to(q.dtype), lse.float()
 
 
-def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool) -> tuple[Tensor, ...]:
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, ...]:
     """dq, dk, dv of one sequence with an out and lse from outside, as flash-attn computes them."""
     heads, kv_heads = q.shape[1], k.shape[1]
     wide_q, wide_k, wide_v, wide_dout = _wide(q), _wide(k, heads), _wide(v, heads), _wide(dout)

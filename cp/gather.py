@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from cp.layout import unshard_indices
 from cp.packed_seq import PackedSeq
 from parallel.collectives import reduce_scatter, start_all_gather
+from utils.errors import UserError
 
 LOSSES = ("replicated", "sharded")
 
@@ -48,8 +49,10 @@ def gather_outputs(x: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup, *
         ValueError: another word for `loss`.
     """
     if loss not in LOSSES:
-        raise ValueError(f"loss {loss!r}: choose {' or '.join(LOSSES)}")
+        raise UserError(f"loss {loss!r}: choose {' or '.join(LOSSES)}")
     order = unshard_indices(packed_seq.padded_lengths, cp_size=group.size(), layout=packed_seq.layout)
     inverse = np.empty_like(order)
     inverse[order] = np.arange(len(order))
-    return _GatherOutputs.apply(x, torch.from_numpy(order).to(x.device), torch.from_numpy(inverse).to(x.device), group, loss)
+    return _GatherOutputs.apply(
+        x, torch.from_numpy(order).to(x.device), torch.from_numpy(inverse).to(x.device), group, loss
+    )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cp.dropped import AttentionDropout, Segment, dropped_backward, dropped_forward
+from cp.dropout_attention import AttentionDropout, Segment, dropped_backward, dropped_forward
 from cp.layout import ranges
 
 Rows = slice | Tensor
@@ -303,7 +303,9 @@ def block_forward(
     if dropout is not None:
         assert block.places is not None and not q.is_cuda
         where = (block.segments(), *block.places)
-        return dropped_forward(q, k, v, *where, causal=block.causal, scale=scale, dropout=dropout, dtype=accumulator_dtype(q.dtype))
+        return dropped_forward(
+            q, k, v, *where, causal=block.causal, scale=scale, dropout=dropout, dtype=accumulator_dtype(q.dtype)
+        )
     forward = _cuda_forward if q.is_cuda else _cpu_forward
     return forward(q, k, v, block, scale)
 
@@ -331,6 +333,8 @@ def block_backward(
         assert block.places is not None and not q.is_cuda
         where = (block.segments(), *block.places)
         dtype = accumulator_dtype(q.dtype)
-        return dropped_backward(dout, q, k, v, out, lse, *where, causal=block.causal, scale=scale, dropout=dropout, dtype=dtype)
+        return dropped_backward(
+            dout, q, k, v, out, lse, *where, causal=block.causal, scale=scale, dropout=dropout, dtype=dtype
+        )
     backward = _cuda_backward if q.is_cuda else _cpu_backward
     return backward(dout, q, k, v, out, lse, block, scale)

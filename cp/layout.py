@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from utils.errors import UserError
+
 LAYOUTS = ("zigzag", "contiguous", "doc_contiguous", "striped")
 
 
@@ -43,18 +45,20 @@ def shard_indices(padded_lengths: np.ndarray, *, cp_size: int, cp_rank: int, lay
         ValueError: a length that the layout cannot cut, or an unknown layout.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}")
+        raise UserError(f"unknown layout {layout!r}")
     padded_lengths = np.asarray(padded_lengths, np.int64)
     unit = document_unit(layout, cp_size)
     if (padded_lengths % unit).any():
         bad = padded_lengths[padded_lengths % unit != 0]
-        raise ValueError(f"a document of padded length {bad[0]} cannot be cut into {unit} chunks (layout {layout}, cp {cp_size})")
+        raise UserError(
+            f"a document of padded length {bad[0]} cannot be cut into {unit} chunks (layout {layout}, cp {cp_size})"
+        )
     if cp_size == 1:
         return np.arange(int(padded_lengths.sum()))
     if layout == "contiguous":
         total = int(padded_lengths.sum())
         if total % cp_size:
-            raise ValueError(f"a row of {total} tokens cannot be cut into cp = {cp_size} parts")
+            raise UserError(f"a row of {total} tokens cannot be cut into cp = {cp_size} parts")
         return np.arange(total // cp_size * cp_rank, total // cp_size * (cp_rank + 1))
     start = np.cumsum(padded_lengths) - padded_lengths
     if layout == "striped":
@@ -72,7 +76,9 @@ def shard_indices(padded_lengths: np.ndarray, *, cp_size: int, cp_rank: int, lay
 
 def unshard_indices(padded_lengths: np.ndarray, *, cp_size: int, layout: str) -> np.ndarray:
     """Inverse of `shard_indices`: concatenated shards (rank 0 first) indexed with it give the row back. [T] int64."""
-    owned = np.concatenate([shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout) for rank in range(cp_size)])
+    owned = np.concatenate(
+        [shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout) for rank in range(cp_size)]
+    )
     inverse = np.empty_like(owned)
     inverse[owned] = np.arange(len(owned))
     return inverse
@@ -85,7 +91,12 @@ def attention_pairs(lengths: np.ndarray, padded_lengths: np.ndarray, *, cp_size:
     position = np.arange(padded_lengths.sum()) - np.repeat(start, padded_lengths)
     # A real query at position p of its document attends to p + 1 keys; padding is not computed.
     work = np.where(position < np.repeat(lengths, padded_lengths), position + 1, 0)
-    return np.array([work[shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout)].sum() for rank in range(cp_size)])
+    return np.array(
+        [
+            work[shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout)].sum()
+            for rank in range(cp_size)
+        ]
+    )
 
 
 def balance(pairs: np.ndarray) -> float:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cp.dropped import AttentionDropout
+from cp.dropout_attention import AttentionDropout
 from cp.kernels import Block, to_device
 from cp.layout import shard_indices
 from cp.native_p2p import plan_ring, ring_attention_blocks
@@ -58,7 +58,13 @@ def kv_copies(kv_heads: int, a2a_size: int) -> int:
 
 
 def plan_exchange(
-    packed_seq: PackedSeq, *, a2a_size: int, ring_size: int, ring_rank: int, device: torch.device, with_places: bool = False
+    packed_seq: PackedSeq,
+    *,
+    a2a_size: int,
+    ring_size: int,
+    ring_rank: int,
+    device: torch.device,
+    with_places: bool = False,
 ) -> _Plan:
     padded, cp_size = packed_seq.padded_lengths, a2a_size * ring_size
     neighbours = range(ring_rank * a2a_size, (ring_rank + 1) * a2a_size)
@@ -135,5 +141,7 @@ def a2a_attention(
     if dropout is not None:  # this rank's share of the heads
         dropout = replace(dropout, first_head=dropout.first_head + a2a_group.rank() * (q.shape[1] // a2a_group.size()))
     q, k, v = (_permute(_tokens_for_heads(x, a2a_group), plan.order, plan.inverse) for x in (q, k, v))
-    out = ring_attention_blocks(q, k, v, plan.blocks, ring_group, scale=scale, clock=clock, dropout=dropout)  # [A * t, hq / A, d]
+    out = ring_attention_blocks(
+        q, k, v, plan.blocks, ring_group, scale=scale, clock=clock, dropout=dropout
+    )  # [A * t, hq / A, d]
     return _heads_for_tokens(_permute(out, plan.inverse, plan.order), a2a_group)

@@ -19,8 +19,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cp.dropped import AttentionDropout
-from cp.kernels import Block, accumulator_dtype, add_rows_, block_backward, block_forward, build_block, spread_rows, to_device
+from cp.dropout_attention import AttentionDropout
+from cp.kernels import (
+    Block,
+    accumulator_dtype,
+    add_rows_,
+    block_backward,
+    block_forward,
+    build_block,
+    spread_rows,
+    to_device,
+)
 from cp.layout import ranges, shard_indices, unshard_indices
 from cp.native_p2p import merge_rows_
 from cp.packed_seq import PackedSeq
@@ -40,7 +49,9 @@ class _Plan:
     from_row: Tensor | None
 
 
-def plan_all_gather(packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_places: bool = False) -> _Plan:
+def plan_all_gather(
+    packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_places: bool = False
+) -> _Plan:
     """`with_places` for dropout."""
     layout, padded = packed_seq.layout, packed_seq.padded_lengths
     owned = shard_indices(padded, cp_size=cp_size, cp_rank=cp_rank, layout=layout)
@@ -86,7 +97,10 @@ def _whole_row(gather: Gather, plan: _Plan, clock: WaitClock | None) -> tuple[Te
 
 def _head_slices(kv_heads: int, stride: int, queries_per_group: int) -> list[tuple[slice, slice]]:
     """(key/value heads, their query heads) of each round."""
-    return [(slice(h, h + stride), slice(h * queries_per_group, (h + stride) * queries_per_group)) for h in range(0, kv_heads, stride)]
+    return [
+        (slice(h, h + stride), slice(h * queries_per_group, (h + stride) * queries_per_group))
+        for h in range(0, kv_heads, stride)
+    ]
 
 
 def _of_heads(dropout: AttentionDropout | None, q_heads: slice) -> AttentionDropout | None:
@@ -149,7 +163,15 @@ class _AllGatherAttention(torch.autograd.Function):
                 if block is None:
                     continue
                 block_dq, block_dk, block_dv = block_backward(
-                    part_dout, part_q, row_k, row_v, part_out, part_lse, block, ctx.scale, _of_heads(ctx.dropout, q_heads)
+                    part_dout,
+                    part_q,
+                    row_k,
+                    row_v,
+                    part_out,
+                    part_lse,
+                    block,
+                    ctx.scale,
+                    _of_heads(ctx.dropout, q_heads),
                 )
                 add_rows_(dq[:, q_heads], block.q_rows, block_dq)
                 add_rows_(dkv[:, 0], block.k_rows, block_dk)

@@ -23,15 +23,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cp.dropped import AttentionDropout
-from cp.kernels import Block, accumulator_dtype, add_rows_, block_backward, block_forward, build_block, fill_rows_, spread_rows, take_rows
+from cp.dropout_attention import AttentionDropout
+from cp.kernels import (
+    Block,
+    accumulator_dtype,
+    add_rows_,
+    block_backward,
+    block_forward,
+    build_block,
+    fill_rows_,
+    spread_rows,
+    take_rows,
+)
 from cp.packed_seq import PackedSeq
 from parallel.collectives import WaitClock, start_ring_shift
 
 KV_TAG, GRAD_TAG = 0, 1
 
 
-def plan_ring(packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_places: bool = False) -> list[Block | None]:
+def plan_ring(
+    packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_places: bool = False
+) -> list[Block | None]:
     """The block of each ring step: at step s the shard of rank (cp_rank - s) mod cp_size is here.
 
     `with_places` for dropout.
@@ -131,7 +143,9 @@ class _RingAttention(torch.autograd.Function):
             # Filled before the gradient of the same shard arrives from the rank that had it before.
             dkv = torch.empty((2, *k.shape), dtype=accumulate, device=q.device)
             if block is not None:
-                block_dq, block_dk, block_dv = block_backward(dout, q, kv[0], kv[1], out, lse, block, ctx.scale, ctx.dropout)
+                block_dq, block_dk, block_dv = block_backward(
+                    dout, q, kv[0], kv[1], out, lse, block, ctx.scale, ctx.dropout
+                )
                 (fill_rows_ if step == 0 else add_rows_)(dq, block.q_rows, block_dq)
                 fill_rows_(dkv[0], block.k_rows, block_dk)
                 fill_rows_(dkv[1], block.k_rows, block_dv)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cp.layout import ranges, shard_indices
+from utils.errors import UserError
 
 # The label of a token that no loss is wanted for.
 IGNORE_LABEL = -100
@@ -72,12 +73,17 @@ class PackedSeq:
     def places(self, *, cp_size: int, cp_rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and positions of the tokens that a cp rank holds, [T / cp_size] int64 each."""
         owned = shard_indices(self.padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=self.layout)
-        return ranges(self.first_ids, self.padded_lengths)[owned], ranges(np.zeros_like(self.padded_lengths), self.padded_lengths)[owned]
+        return ranges(self.first_ids, self.padded_lengths)[owned], ranges(
+            np.zeros_like(self.padded_lengths), self.padded_lengths
+        )[owned]
 
     def padding(self, *, cp_size: int, cp_rank: int) -> np.ndarray:
         """Which tokens that a cp rank holds are padding, [T / cp_size] bool."""
         owned = shard_indices(self.padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=self.layout)
-        return (ranges(np.zeros_like(self.padded_lengths), self.padded_lengths) >= np.repeat(self.lengths, self.padded_lengths))[owned]
+        return (
+            ranges(np.zeros_like(self.padded_lengths), self.padded_lengths)
+            >= np.repeat(self.lengths, self.padded_lengths)
+        )[owned]
 
 
 def _running_sum(lengths: list[int]) -> Tensor:
@@ -109,10 +115,13 @@ def build_packed_seq(
     """
     lengths, padded_lengths = np.asarray(lengths, np.int64), np.asarray(padded_lengths, np.int64)
     if lengths.shape != padded_lengths.shape or lengths.ndim != 1:
-        raise ValueError(f"{lengths.shape} real lengths beside {padded_lengths.shape} padded ones")
-    real, padded = lengths.tolist(), padded_lengths.tolist()  # a row has few documents, for which Python's numbers are quicker
+        raise UserError(f"{lengths.shape} real lengths beside {padded_lengths.shape} padded ones")
+    real, padded = (
+        lengths.tolist(),
+        padded_lengths.tolist(),
+    )  # a row has few documents, for which Python's numbers are quicker
     if not all(0 <= a <= b for a, b in zip(real, padded, strict=True)):
-        raise ValueError("a document's real length must lie between 0 and its padded length")
+        raise UserError("a document's real length must lie between 0 and its padded length")
     owned = shard_indices(padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=layout)
     starts = np.array([0, *accumulate(padded)][:-1], np.int64)
     starts_of = np.repeat(starts, padded_lengths)

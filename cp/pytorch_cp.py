@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cp.packed_seq import PackedSeq
+from utils.errors import UserError
 
 aten = torch.ops.aten
 SEQUENCE_DIM = 2  # of [b, h, s, d]
@@ -57,17 +58,17 @@ def load_private() -> Any:
     try:
         module = importlib.import_module(PRIVATE_MODULE)
     except ImportError as error:
-        raise ValueError(f"--cp-backend pytorch: {PRIVATE_MODULE} is gone {advice}") from error
+        raise UserError(f"--cp-backend pytorch: {PRIVATE_MODULE} is gone {advice}") from error
     for name, wanted in PRIVATE_FUNCTIONS.items():
         function = getattr(module, name, None)
         if function is None:
-            raise ValueError(f"--cp-backend pytorch: {name} is gone from {PRIVATE_MODULE} {advice}")
+            raise UserError(f"--cp-backend pytorch: {name} is gone from {PRIVATE_MODULE} {advice}")
         found = tuple(inspect.signature(function).parameters)
         if found[: len(wanted)] != wanted:
-            raise ValueError(f"--cp-backend pytorch: {name} takes {', '.join(found)} {advice}")
+            raise UserError(f"--cp-backend pytorch: {name} takes {', '.join(found)} {advice}")
     missing = [name for name in PRIVATE_OPTIONS if not hasattr(getattr(module, "_cp_options", None), name)]
     if missing:
-        raise ValueError(f"--cp-backend pytorch: its options have no {', '.join(missing)} {advice}")
+        raise UserError(f"--cp-backend pytorch: its options have no {', '.join(missing)} {advice}")
     return module
 
 
@@ -87,26 +88,46 @@ def _options(rotate_method: str, load_balance: bool, convert_to_f32: bool) -> It
         options.rotate_method, options.enable_load_balance, options.convert_to_f32 = before
 
 
-def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **kwargs: Any) -> tuple[Tensor, ...]:
+def _cpu_forward(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **kwargs: Any
+) -> tuple[Tensor, ...]:
     return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, **kwargs)
 
 
 def _cpu_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, is_causal: bool, **kwargs: Any
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    is_causal: bool,
+    **kwargs: Any,
 ) -> tuple[Tensor, ...]:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad_out, query, key, value, out, logsumexp, 0.0, is_causal, **kwargs)
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, query, key, value, out, logsumexp, 0.0, is_causal, **kwargs
+    )
 
 
 class _TemplatedRing(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, scale: float, rotate_method: str, load_balance: bool
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        group: dist.ProcessGroup,
+        scale: float,
+        rotate_method: str,
+        load_balance: bool,
     ) -> Tensor:
         operator: Any = _cpu_forward if q.device.type == "cpu" else aten._scaled_dot_product_flash_attention
         # fp64 must not pass through PyTorch's float32 accumulators.
         ctx.options = (rotate_method, load_balance, q.dtype != torch.float64)
         with _options(*ctx.options):
-            out, lse, *rest = torch_cp._templated_ring_attention(group, SEQUENCE_DIM, operator, q, k, v, is_causal=True, scale=scale)
+            out, lse, *rest = torch_cp._templated_ring_attention(
+                group, SEQUENCE_DIM, operator, q, k, v, is_causal=True, scale=scale
+            )
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.group, ctx.scale, ctx.rest = group, scale, rest
         return out

@@ -1,7 +1,7 @@
 """The ring-flash-attn library as a backend (`--cp-backend ring --ring-attn-func ...`), version 0.1.8.
 
 On CUDA over flash-attn; on CPU over `cp/flash_attn_reference.py`, so that the library's own ring logic is
-run by every test. What is known of the library and refused in `cp/plan.py`: gradients of zigzag, ring and
+run by every test. What is known of the library and refused in `cp/support.py`: gradients of zigzag, ring and
 stripe are silently wrong in fp32 (a `.to(torch.float32)` that aliases a buffer which is then overwritten), and
 ring's dq is rounded to bf16; no dropout, no windows.
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from cp import flash_attn_reference
 from cp.kernels import to_device
 from cp.packed_seq import PackedSeq
+from utils.errors import UserError
 
 
 def load_library(device_type: str) -> types.ModuleType:
@@ -49,7 +50,7 @@ def load_library(device_type: str) -> types.ModuleType:
     try:
         return importlib.import_module("ring_flash_attn")
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"--cp-backend ring: the package {error.name} is not installed: pip install ring-flash-attn==0.1.8"
             + (" flash-attn" if device_type == "cuda" else "")
         ) from error
@@ -66,13 +67,17 @@ class _Plan:
     arguments: dict[str, Any]
 
 
-def _plan(library: types.ModuleType, function: str, packed_seq: PackedSeq, group: dist.ProcessGroup, device: torch.device) -> _Plan:
+def _plan(
+    library: types.ModuleType, function: str, packed_seq: PackedSeq, group: dist.ProcessGroup, device: torch.device
+) -> _Plan:
     padded = packed_seq.padded_lengths
     cu_seqlens = torch.zeros(len(padded) + 1, dtype=torch.int32)
     cu_seqlens[1:] = torch.from_numpy(padded.cumsum())
     if function == "llama3":
         # On the CPU, where its .item() calls cost nothing.
-        cu_q, cu_k, max_q, max_k, k_slice = library.llama3_flash_attn_prepare_cu_seqlens(cu_seqlens, True, group.rank(), group.size())
+        cu_q, cu_k, max_q, max_k, k_slice = library.llama3_flash_attn_prepare_cu_seqlens(
+            cu_seqlens, True, group.rank(), group.size()
+        )
         return _Plan(
             dict(
                 cu_seqlens_q=to_device(cu_q.numpy(), device),
@@ -109,7 +114,11 @@ def ring_flash_attention(
     library = load_library(q.device.type)
     common = dict(causal=True, softmax_scale=scale, group=group)
     if packed_seq.qkv_format == "bshd":
-        names = {"zigzag": "zigzag_ring_flash_attn_func", "ring": "ring_flash_attn_func", "stripe": "stripe_flash_attn_func"}
+        names = {
+            "zigzag": "zigzag_ring_flash_attn_func",
+            "ring": "ring_flash_attn_func",
+            "stripe": "stripe_flash_attn_func",
+        }
         sequences = len(packed_seq.lengths)
         q, k, v = (x.unflatten(0, (sequences, -1)).contiguous() for x in (q, k, v))  # [b, s / cp, h, d]
         return getattr(library, names[function])(q, k, v, **common).flatten(0, 1)

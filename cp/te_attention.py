@@ -46,7 +46,9 @@ class TEAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:
         """q [t, hq, d]; k, v [t, hkv, d] -> [t, hq, d], 0 in padding."""
-        with te.autocast(enabled=False):  # --fp8 is of the matrices; and one module serves all layers, which its scaling could not
+        with te.autocast(
+            enabled=False
+        ):  # --fp8 is of the matrices; and one module serves all layers, which its scaling could not
             return self._attend(q, k, v, packed_seq, group)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from utils.errors import UserError
+
 BLOCK = 4096  # sequences whose sources are worked out at a time
 
 
@@ -35,11 +37,13 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[BlendPa
     if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
         return _from_yaml(Path(words[0]), flag)
     if len(words) > 1 and len(words) % 2 == 0 and all(_is_number(word) for word in words[::2]):
-        parts = [BlendPart(path, _weight(number, path, flag)) for number, path in zip(words[::2], words[1::2], strict=True)]
+        parts = [
+            BlendPart(path, _weight(number, path, flag)) for number, path in zip(words[::2], words[1::2], strict=True)
+        ]
     else:
         stray = next((word for word in words if _is_number(word) and not Path(word).exists()), None)
         if stray is not None:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {' '.join(words)}: {stray} stands where a path should; write WEIGHT PATH WEIGHT PATH ... or paths only"
             )
         parts = [BlendPart(word) for word in words]
@@ -51,7 +55,7 @@ def _checked(parts: list[BlendPart], flag: str) -> list[BlendPart]:
     for part in parts:
         name = str(Path(part.path).resolve())
         if name in seen:
-            raise ValueError(f"{flag}: {part.path} is named twice; give it once, with the sum of its weights")
+            raise UserError(f"{flag}: {part.path} is named twice; give it once, with the sum of its weights")
         seen.add(name)
     return parts
 
@@ -60,20 +64,24 @@ def _from_yaml(file: Path, flag: str) -> list[BlendPart]:
     try:
         loaded = yaml.safe_load(file.read_text("utf-8"))
     except OSError as error:
-        raise ValueError(f"{flag} {file}: {error.strerror}") from error
+        raise UserError(f"{flag} {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {file}: not YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{flag} {file}: not YAML ({' '.join(str(error).split())})") from error
     listed = loaded.get("sources") if isinstance(loaded, dict) and set(loaded) == {"sources"} else None
     if not isinstance(listed, list) or not listed:
-        raise ValueError(f"{flag} {file}: must hold one key, sources, with a list of entries of path and weight")
+        raise UserError(f"{flag} {file}: must hold one key, sources, with a list of entries of path and weight")
     parts = []
     for number, entry in enumerate(listed, 1):
-        if not isinstance(entry, dict) or not set(entry) <= {"path", "weight"} or not isinstance(entry.get("path"), str):
-            raise ValueError(f"{flag} {file}: entry {number} of sources must hold path and weight, not {entry!r}")
+        if (
+            not isinstance(entry, dict)
+            or not set(entry) <= {"path", "weight"}
+            or not isinstance(entry.get("path"), str)
+        ):
+            raise UserError(f"{flag} {file}: entry {number} of sources must hold path and weight, not {entry!r}")
         path = str(file.parent / entry["path"])
         parts.append(BlendPart(path, _weight(str(entry["weight"]), path, flag) if "weight" in entry else None))
     if len({part.weight is None for part in parts}) > 1:
-        raise ValueError(f"{flag} {file}: give every source a weight, or none")
+        raise UserError(f"{flag} {file}: give every source a weight, or none")
     return _checked(parts, flag)
 
 
@@ -87,7 +95,7 @@ def _is_number(word: str) -> bool:
 
 def _weight(text: str, path: str, flag: str) -> Fraction:
     if not (_is_number(text) and 0 < float(text) < float("inf")):
-        raise ValueError(f"{flag}: the weight {text} of {path} must be a number above 0")
+        raise UserError(f"{flag}: the weight {text} of {path} must be a number above 0")
     return Fraction(text)
 
 
@@ -114,7 +122,9 @@ class Blend:
         assert all(w > 0 for w in weights)
         self.weights, self.total = list(weights), sum(weights)
         if start is not None and (len(start[1]) != len(weights) or sum(start[1]) != start[0]):
-            raise ValueError(f"a blend of {len(weights)} sources cannot go on from {list(start[1])} sequences, {start[0]} in all")
+            raise UserError(
+                f"a blend of {len(weights)} sources cannot go on from {list(start[1])} sequences, {start[0]} in all"
+            )
         self.start = None if start is None else (start[0], list(start[1]))
         self._first, self._counts = 0, [0] * len(weights)  # before the block at hand
         self._sources = np.empty(0, np.int32)
@@ -138,7 +148,11 @@ class Blend:
     def _go_to(self, n: int) -> None:
         """Work out blocks until one holds n, from the latest place before it whose counts are known."""
         turns = n // self.total  # after a whole turn every source has exactly its share
-        known = [(turns * self.total, [w * turns for w in self.weights]), self._after, *([self.start] if self.start else [])]
+        known = [
+            (turns * self.total, [w * turns for w in self.weights]),
+            self._after,
+            *([self.start] if self.start else []),
+        ]
         first, counts = max((place for place in known if place[0] <= n), key=lambda place: place[0])
         while True:
             self._work_out(first, counts)

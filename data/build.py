@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from data.blend import whole_weights
-from data.cache import build_once, cache_entry, cache_key
 from data.corpus import Source
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.loader import BlendedDataset, SequenceDataset, Sequences
 from data.sources import Part, Prepared, nothing_in, train_on
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_sentencepiece
+from utils.errors import UserError
+from utils.files import build_once, cache_entry, cache_key
 
 # Changes when the way tokenizers are trained or tokens are written does.
 CACHE_VERSION = 3
@@ -73,7 +74,9 @@ def split_documents(num_documents: int, weights: tuple[float, ...]) -> list[np.n
     counts = [max(1, round(num_documents * w / sum(weights))) if w else 0 for w in weights]
     if num_documents < sum(w > 0 for w in weights):
         counts = [0] * len(weights)
-    while weights[0] and sum(counts[1:]) >= num_documents > 0 and max(counts[1:]) > 1:  # they rounded up to all there is
+    while (
+        weights[0] and sum(counts[1:]) >= num_documents > 0 and max(counts[1:]) > 1
+    ):  # they rounded up to all there is
         counts[1 + int(np.argmax(counts[1:]))] -= 1
     counts[0] = num_documents - sum(counts[1:])
     ends = np.cumsum(counts)
@@ -91,7 +94,7 @@ def cached_split(num_documents: int, weights: tuple[float, ...], *, cache_path: 
     with cache_entry(folder):
         parts = [np.load(folder / f"{number}.npy", mmap_mode="r").view(np.ndarray) for number in range(len(weights))]
         if any(p.ndim != 1 or p.dtype != np.int64 for p in parts) or sum(len(p) for p in parts) != num_documents:
-            raise ValueError(f"parts of {[list(p.shape) for p in parts]} for {num_documents} documents")
+            raise UserError(f"parts of {[list(p.shape) for p in parts]} for {num_documents} documents")
         return parts
 
 
@@ -120,10 +123,14 @@ def build_sequences(
     name = ("training", "validation", "test")[which]
     sources = []
     for part in parts:
-        tokens = part.content.tokens if isinstance(part.content, Prepared) else build_tokens(part.content, tokenizer, cache_path=cache_path)
+        tokens = (
+            part.content.tokens
+            if isinstance(part.content, Prepared)
+            else build_tokens(part.content, tokenizer, cache_path=cache_path)
+        )
         documents = cached_split(len(tokens), split, cache_path=cache_path)[which]
         if not len(documents):
-            raise ValueError(f"{flag} {part.name}: its {len(tokens)} documents leave no {name} document (--data-split)")
+            raise UserError(f"{flag} {part.name}: its {len(tokens)} documents leave no {name} document (--data-split)")
         sequences = SequenceDataset(
             tokens,
             documents,
@@ -135,7 +142,7 @@ def build_sequences(
             **options,
         )
         if not sequences.sequences_per_epoch:
-            raise ValueError(
+            raise UserError(
                 f"--seq-length {seq_length}: the {name} documents of {part.name} hold {sequences.num_tokens} tokens, not one sequence"
             )
         sources.append(sequences)

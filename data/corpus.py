@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data.readers import BadRecord, Record, files_under, format_of, read_records, text_of
+from utils.errors import UserError
 
 STDLIB = "the Python standard library"
 # Tests and vendored trees repeat themselves or are absent from some installations.
@@ -85,10 +86,10 @@ class Source:
                         yield text
             except BadRecord as error:
                 if skip is None:
-                    raise ValueError(f"{self.flag}: {error}") from error
+                    raise UserError(f"{self.flag}: {error}") from error
                 skip(error)
             except OSError as error:
-                raise ValueError(f"{self.flag}: {error}") from error
+                raise UserError(f"{self.flag}: {error}") from error
 
     def _text(self, file: Path, kind: str, record: Record) -> str:
         try:
@@ -112,7 +113,7 @@ def stdlib_source() -> Source:
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     files = tuple(sorted(found))
     if not files:
-        raise ValueError(f"this Python has no standard library sources under {root}; give --data-path")
+        raise UserError(f"this Python has no standard library sources under {root}; give --data-path")
     return Source(STDLIB, files)
 
 
@@ -126,12 +127,12 @@ def open_source(data_path: str | None, json_key: str) -> Source:
         return stdlib_source()
     path = Path(data_path)
     if not path.exists():
-        raise ValueError(f"--data-path {data_path}: no such file or folder, and no {path.name}.idx of a prepared corpus")
+        raise UserError(f"--data-path {data_path}: no such file or folder, and no {path.name}.idx of a prepared corpus")
     if path.is_file():
         if path.stat().st_size == 0:
-            raise ValueError(f"--data-path {data_path}: the file is empty")
+            raise UserError(f"--data-path {data_path}: the file is empty")
         return Source(data_path, (path,), json_key)
     files = tuple(p for p in files_under(path) if p.stat().st_size)
     if not files:
-        raise ValueError(f"--data-path {data_path}: no text in this folder (no .txt, .md, .jsonl, .parquet or the like)")
+        raise UserError(f"--data-path {data_path}: no text in this folder (no .txt, .md, .jsonl, .parquet or the like)")
     return Source(data_path, files, json_key)

@@ -16,6 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from utils.errors import UserError
+
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
@@ -92,19 +94,23 @@ class IndexedDataset:
         file, self._token_file = index_file(self.prefix), token_file(self.prefix)
         for path in (file, self._token_file):
             if not path.is_file():
-                raise ValueError(f"{path}: no such file; a prepared corpus is a .bin and an .idx of one prefix")
+                raise UserError(f"{path}: no such file; a prepared corpus is a .bin and an .idx of one prefix")
         size = file.stat().st_size
         if size < HEADER.size:
-            raise ValueError(f"{file}: {size} bytes is less than a header")
+            raise UserError(f"{file}: {size} bytes is less than a header")
         index = np.memmap(file, np.uint8, "r").view(np.ndarray)
         magic, version, code, sequences, entries = HEADER.unpack(index[: HEADER.size].tobytes())
         if magic != MAGIC or version != 1:
-            raise ValueError(f"{file}: not a Megatron-LM index of version 1 (its first bytes are {magic!r}, its version {version})")
+            raise UserError(
+                f"{file}: not a Megatron-LM index of version 1 (its first bytes are {magic!r}, its version {version})"
+            )
         if code not in DTYPES:
-            raise ValueError(f"{file}: its tokens are {FLOATS.get(code, f'of the unknown type {code}')}; a token is a whole number")
+            raise UserError(
+                f"{file}: its tokens are {FLOATS.get(code, f'of the unknown type {code}')}; a token is a whole number"
+            )
         expected = HEADER.size + sequences * (4 + 8) + entries * 8
         if size not in (expected, expected + sequences):
-            raise ValueError(
+            raise UserError(
                 f"{file}: {size} bytes, but its header promises {expected} ({sequences} sequences, {entries} document entries)"
             )
         at = HEADER.size
@@ -113,16 +119,20 @@ class IndexedDataset:
         firsts = np.frombuffer(index, "<i8", entries, at + 12 * sequences)
         if not entries or firsts[0] != 0 or firsts[-1] != sequences:
             ends = f"run from {firsts[0]} to {firsts[-1]}" if entries else "are none"
-            raise ValueError(f"{file}: its document entries {ends}, not from 0 to its {sequences} sequences")
+            raise UserError(f"{file}: its document entries {ends}, not from 0 to its {sequences} sequences")
         self.dtype = np.dtype(DTYPES[code])
         size = self._token_file.stat().st_size
         if size % self.dtype.itemsize:
-            raise ValueError(f"{self._token_file}: {size} bytes, not a multiple of {self.dtype.itemsize}, the bytes of a token")
+            raise UserError(
+                f"{self._token_file}: {size} bytes, not a multiple of {self.dtype.itemsize}, the bytes of a token"
+            )
         if sequences:
             end = int(self._offsets[-1]) + int(self._sequence_lengths[-1]) * self.dtype.itemsize
             if end > size:
-                raise ValueError(f"{self._token_file}: {size} bytes, but its index points past the end, to byte {end}")
-        self._tokens = np.memmap(self._token_file, self.dtype, "r").view(np.ndarray) if size else np.empty(0, self.dtype)
+                raise UserError(f"{self._token_file}: {size} bytes, but its index points past the end, to byte {end}")
+        self._tokens = (
+            np.memmap(self._token_file, self.dtype, "r").view(np.ndarray) if size else np.empty(0, self.dtype)
+        )
         self._firsts: np.ndarray | None = firsts
         self._documents = entries - 1
 
@@ -138,7 +148,7 @@ class IndexedDataset:
         for at in range(0, len(self._sequence_lengths), CHUNK):
             shortest = int(self._sequence_lengths[at : at + CHUNK].min())
             if shortest < 0:
-                raise ValueError(f"{index_file(self.prefix)}: a length of {shortest} tokens")
+                raise UserError(f"{index_file(self.prefix)}: a length of {shortest} tokens")
         pieces = range(0, len(firsts), CHUNK)
         if len(firsts) == len(self._sequence_lengths) + 1 and all(
             (firsts[at : at + CHUNK] == np.arange(at, min(at + CHUNK, len(firsts)))).all() for at in pieces
@@ -146,7 +156,7 @@ class IndexedDataset:
             self._firsts = None  # a sequence is a document
             return self._sequence_lengths
         if (np.diff(firsts) < 0).any():
-            raise ValueError(f"{index_file(self.prefix)}: its document entries run backwards")
+            raise UserError(f"{index_file(self.prefix)}: its document entries run backwards")
         sums = np.concatenate(([0], np.cumsum(self._sequence_lengths, dtype=np.int64)))
         return np.diff(sums[firsts])
 
@@ -181,10 +191,12 @@ class IndexedDataset:
         if self._firsts is not None:
             last = self._firsts.item(document + 1) - 1
             if self._offsets.item(last) + self._sequence_lengths.item(last) * size - offset != whole * size:
-                raise ValueError(f"{index_file(self.prefix)}: the sequences of document {document} do not lie end to end")
+                raise UserError(
+                    f"{index_file(self.prefix)}: the sequences of document {document} do not lie end to end"
+                )
         begin = offset // size + start
         if offset < 0 or offset % size or begin + length > len(self._tokens):
-            raise ValueError(
+            raise UserError(
                 f"{self._token_file}: its index places document {document} at byte {offset}, {whole} tokens, "
                 f"but the file holds {len(self._tokens)} tokens of {size} bytes"
             )

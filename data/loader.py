@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cp.layout import attention_pairs, balance
 from cp.packed_seq import IGNORE_LABEL, PackedSeq, build_packed_seq
 from data.blend import Blend
-from data.cache import CacheNotWritable, build_once, cache_entry, cache_key
 from data.indexed_dataset import CHUNK, IndexedDataset
 from data.packing import (
     Epoch,
@@ -38,6 +37,8 @@ from data.packing import (
     stored_epoch,
     windowed_epoch,
 )
+from utils.errors import UserError
+from utils.files import CacheNotWritable, build_once, cache_entry, cache_key
 
 # Changes when the way an epoch is packed does.
 INDEX_VERSION = 2
@@ -196,7 +197,13 @@ class SequenceDataset:
         return build(self.lengths, alignment=self.alignment, **options)
 
     def _key(self, **more: int) -> str:
-        facts = dict(version=INDEX_VERSION, lengths=self._lengths_hash, packing=self.packing, seq_length=self.seq_length, seed=self.seed)
+        facts = dict(
+            version=INDEX_VERSION,
+            lengths=self._lengths_hash,
+            packing=self.packing,
+            seq_length=self.seq_length,
+            seed=self.seed,
+        )
         return cache_key(**facts, alignment=1 if self.packing == "concat" else self.alignment, **more)
 
     def _stored_epoch(self, number: int) -> StoredEpoch:
@@ -229,13 +236,15 @@ class SequenceDataset:
         with cache_entry(folder):
             counts = np.load(folder / "counts.npy")
             if counts.shape != (len(windows),) or counts.dtype != np.int64 or counts.min(initial=0) < 0:
-                raise ValueError(f"counts.npy is {counts.dtype} {list(counts.shape)} for {len(windows)} windows")
+                raise UserError(f"counts.npy is {counts.dtype} {list(counts.shape)} for {len(windows)} windows")
         return windowed_epoch(windows, counts, number)
 
     def fingerprint(self) -> str:
         """Of the documents: all their lengths, and what a thousand of them begin with, so that its cost does not grow."""
         digest = hashlib.sha256(self._lengths_hash.encode())
-        for at in np.unique(np.linspace(0, len(self.documents) - 1, num=min(1000, len(self.documents)), dtype=np.int64)):
+        for at in np.unique(
+            np.linspace(0, len(self.documents) - 1, num=min(1000, len(self.documents)), dtype=np.int64)
+        ):
             document = int(self.documents[at])
             ids = self.tokens.read(document, 0, min(64, int(self.tokens.lengths[document])))
             digest.update(ids.astype(np.int64).tobytes())
@@ -259,7 +268,9 @@ class SequenceDataset:
         assert len(index) == self.sequences_per_epoch
         pieces = index.sequence(at)
         # Python's numbers from here on: a sequence has few pieces, for which arrays are slower.
-        triples = list(zip(self.documents[pieces[:, 0]].tolist(), pieces[:, 1].tolist(), pieces[:, 2].tolist(), strict=True))
+        triples = list(
+            zip(self.documents[pieces[:, 0]].tolist(), pieces[:, 1].tolist(), pieces[:, 2].tolist(), strict=True)
+        )
         sequence = self._from_stream(triples) if self.packing == "concat" else self._from_pieces(triples)
         sequence.first_id = n * self.seq_length
         return sequence
@@ -283,7 +294,7 @@ class SequenceDataset:
             ids = self.tokens.read(document, start, min(length + 1, self.tokens.lengths.item(document) - start))
             outside = ids[(ids < 0) | (ids >= size)]
             if len(outside):
-                raise ValueError(
+                raise UserError(
                     f"{self.tokens.prefix}.bin: token {outside[0]} in document {document}, but the tokenizer's are 0 to {size - 1}: "
                     f"made with another, or damaged"
                 )
@@ -331,7 +342,11 @@ class SequenceDataset:
 
 
 def _empty_sequence(seq_length: int, pad_token: int) -> Sequence:
-    whole, tokens, labels = np.array([seq_length]), np.full(seq_length, pad_token, np.int64), np.full(seq_length, IGNORE_LABEL, np.int64)
+    whole, tokens, labels = (
+        np.array([seq_length]),
+        np.full(seq_length, pad_token, np.int64),
+        np.full(seq_length, IGNORE_LABEL, np.int64),
+    )
     return Sequence(tokens, labels, np.zeros_like(whole), whole, loss_tokens=0)
 
 
@@ -366,14 +381,19 @@ class BlendedDataset:
 
     def state(self, n: int) -> dict[str, Any]:
         counts = self.blend.counts(n)
-        return {"sequences": n, "sources": [s.state(c)["sources"][0] for s, c in zip(self.sources, counts, strict=True)]}
+        return {
+            "sequences": n,
+            "sources": [s.state(c)["sources"][0] for s, c in zip(self.sources, counts, strict=True)],
+        }
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         if not state:
             return  # of a checkpoint that does not say: worked out from the beginning, which is only slower
         places = state["sources"]
         if len(places) != len(self.sources):
-            raise ValueError(f"--data-path: {len(self.sources)} sources, but the checkpoint's data came from {len(places)}")
+            raise UserError(
+                f"--data-path: {len(self.sources)} sources, but the checkpoint's data came from {len(places)}"
+            )
         counts = [s.sequences_per_epoch * p["epoch"] + p["position"] for s, p in zip(self.sources, places, strict=True)]
         self.blend = Blend(self.blend.weights, (state["sequences"], counts))
 
@@ -398,9 +418,17 @@ def build_batch(
         sequences = _without_tails(sequences, unit=row_unit or 2 * cp_size)
     lengths = _joined([s.lengths for s in sequences])
     padded_lengths = _joined([s.padded_lengths for s in sequences])
-    first_ids = np.array([s.first_id + at for s in sequences for at in accumulate([0, *s.padded_lengths.tolist()[:-1]])], np.int64)
+    first_ids = np.array(
+        [s.first_id + at for s in sequences for at in accumulate([0, *s.padded_lengths.tolist()[:-1]])], np.int64
+    )
     packed_seq, owned = build_packed_seq(
-        lengths, padded_lengths, cp_size=cp_size, cp_rank=cp_rank, qkv_format=qkv_format, layout=layout, first_ids=first_ids
+        lengths,
+        padded_lengths,
+        cp_size=cp_size,
+        cp_rank=cp_rank,
+        qkv_format=qkv_format,
+        layout=layout,
+        first_ids=first_ids,
     )
     tokens, labels = _joined([s.tokens for s in sequences]), _joined([s.labels for s in sequences])
     row_hash = None
@@ -416,7 +444,9 @@ def build_batch(
         packed_seq=packed_seq,
         loss_tokens=int(sum(counts)),
         real_tokens=sum(lengths.tolist()),
-        cp_balance=1.0 if cp_size == 1 else balance(attention_pairs(lengths, padded_lengths, cp_size=cp_size, layout=layout)),
+        cp_balance=1.0
+        if cp_size == 1
+        else balance(attention_pairs(lengths, padded_lengths, cp_size=cp_size, layout=layout)),
         row_hash=row_hash,
     )
 
@@ -433,7 +463,13 @@ def _without_tails(sequences: list[Sequence], *, unit: int) -> list[Sequence]:
         assert (s.lengths[:-1] > 0).all(), "only the last document of a sequence is a tail"
         whole = s.lengths > 0
         kept.append(
-            replace(s, tokens=s.tokens[real], labels=s.labels[real], lengths=s.lengths[whole], padded_lengths=s.padded_lengths[whole])
+            replace(
+                s,
+                tokens=s.tokens[real],
+                labels=s.labels[real],
+                lengths=s.lengths[whole],
+                padded_lengths=s.padded_lengths[whole],
+            )
         )
     total = sum(len(s.tokens) for s in kept)
     missing = -total % unit or (unit if not total else 0)
@@ -441,7 +477,11 @@ def _without_tails(sequences: list[Sequence], *, unit: int) -> list[Sequence]:
         first = sequences[0]
         pad_token = first.tokens[-1]  # what the tail holds does not matter
         tail = np.array([missing])
-        kept.append(Sequence(np.full(missing, pad_token), np.full(missing, IGNORE_LABEL), np.zeros_like(tail), tail, loss_tokens=0))
+        kept.append(
+            Sequence(
+                np.full(missing, pad_token), np.full(missing, IGNORE_LABEL), np.zeros_like(tail), tail, loss_tokens=0
+            )
+        )
     return kept
 
 
@@ -481,7 +521,9 @@ class RowDataset(Dataset):
     def __getitem__(self, at: tuple[int, int]) -> Batch:
         plan = self.plan
         row = [
-            self.sequences.empty_sequence() if self.limit is not None and n >= self.limit else self.sequences.sequence(n)
+            self.sequences.empty_sequence()
+            if self.limit is not None and n >= self.limit
+            else self.sequences.sequence(n)
             for n in plan.sequence_numbers(*at)
         ]
         return build_batch(
@@ -567,4 +609,6 @@ def read_batches(loader: DataLoader) -> Generator[Batch, None, None]:
     try:
         yield from loader
     except ValueError as error:  # of a worker: with its traceback before the message
-        raise DataFault(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        raise DataFault(
+            str(error).strip().splitlines()[-1].removeprefix("utils.errors.UserError: ").removeprefix("ValueError: ")
+        ) from error

@@ -18,6 +18,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from utils.errors import UserError
+
 # Packings by the attention format that they can be read in; the first is what `auto` takes.
 PACKINGS: dict[str, tuple[str, ...]] = {"thd": ("best-fit", "greedy", "concat"), "bshd": ("concat", "greedy")}
 PAD_ROWS = ("full", "dynamic")
@@ -141,7 +143,9 @@ def _pack(pieces: Pieces, rng: np.random.Generator, *, seq_length: int, alignmen
     """Pieces are shuffled before packing, so that pieces of equal size change partners from epoch to epoch;
     finished sequences are shuffled again, because best-fit makes the ones with long documents first."""
     mixed = rng.permutation(len(pieces.document))
-    bin_of = best_fit_decreasing((-(-pieces.length // alignment))[mixed], seq_length // alignment)  # in units of the alignment
+    bin_of = best_fit_decreasing(
+        (-(-pieces.length // alignment))[mixed], seq_length // alignment
+    )  # in units of the alignment
     num_bins = int(bin_of.max(initial=-1)) + 1
     bin_of = rng.permutation(num_bins)[bin_of]
     order = mixed[np.argsort(bin_of, kind="stable")]
@@ -199,7 +203,14 @@ class Windows:
     """
 
     def __init__(
-        self, lengths_of: Callable[[np.ndarray], np.ndarray], num_documents: int, *, seed: int, seq_length: int, alignment: int, window: int
+        self,
+        lengths_of: Callable[[np.ndarray], np.ndarray],
+        num_documents: int,
+        *,
+        seed: int,
+        seq_length: int,
+        alignment: int,
+        window: int,
     ) -> None:
         self.lengths_of, self.num_documents = lengths_of, num_documents
         self.seed, self.seq_length, self.alignment, self.window = seed, seq_length, alignment, window
@@ -361,12 +372,22 @@ def stored_epoch(packing: str, folder: Path, seq_length: int) -> StoredEpoch:
         OSError, ValueError, EOFError: a file that is missing or broken, or arrays that do not belong together.
     """
     kind = STORED[packing]
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _arrays(kind)}  # quicker than memmap
+    arrays = {
+        name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _arrays(kind)
+    }  # quicker than memmap
     if kind is PackedEpoch:
         pieces, first = arrays["pieces"], arrays["first"]
-        fit = pieces.shape == (len(pieces), 3) and first.ndim == 1 and len(first) > 0 and first[0] == 0 and first[-1] == len(pieces)
+        fit = (
+            pieces.shape == (len(pieces), 3)
+            and first.ndim == 1
+            and len(first) > 0
+            and first[0] == 0
+            and first[-1] == len(pieces)
+        )
     else:
         fit = len({a.shape for a in arrays.values()}) == 1
     if not fit or any(a.dtype != np.int64 for a in arrays.values()):
-        raise ValueError(", ".join(f"{name} is {a.dtype} {list(a.shape)}" for name, a in arrays.items()) + ": not of one index")
+        raise UserError(
+            ", ".join(f"{name} is {a.dtype} {list(a.shape)}" for name, a in arrays.items()) + ": not of one index"
+        )
     return PackedEpoch(**arrays) if kind is PackedEpoch else kind(**arrays, seq_length=seq_length)  # type: ignore[call-arg]

@@ -34,12 +34,13 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
-from data.cache import cache_key, checksum, replace_synced, sync
 from data.corpus import Source
 from data.indexed_dataset import LONGEST_DOCUMENT, index_file, token_dtype, token_file, write_index
 from data.readers import FORMATS, BadRecord, Place, Record, each_once, files_under, read_records, text_of
 from data.sources import facts_file, train_on
 from data.tokenizer import NUM_THREADS, TOKENIZER_TYPES, Tokenizer, load_tokenizer, resolve_tokenizer_type
+from utils.errors import UserError
+from utils.files import cache_key, checksum, replace_synced, sync
 
 BATCH_BYTES = 1 << 19  # what a worker is given at a time
 RECORD_BYTES = 100  # what a record takes beside its content, were it empty
@@ -95,7 +96,9 @@ class Tokens:
 class Encoder:
     """Makes tokens of records; one in each worker."""
 
-    def __init__(self, choice: TokenizerChoice, files: Sequence[str], kinds: Sequence[str], json_key: str, append_eod: bool) -> None:
+    def __init__(
+        self, choice: TokenizerChoice, files: Sequence[str], kinds: Sequence[str], json_key: str, append_eod: bool
+    ) -> None:
         self.tokenizer, self.files, self.kinds, self.json_key = choice.load(), files, kinds, json_key
         self.dtype = np.dtype(token_dtype(self.tokenizer.vocab_size))
         self.end = np.array([self.tokenizer.eod] if append_eod else [], np.int32)
@@ -172,7 +175,9 @@ def _in_order(tasks: Iterator[Task], workers: int, options: tuple) -> Generator[
             first, future = under_way.popleft()
             yield first, future.result()
     except BrokenProcessPool as error:
-        raise ValueError(f"a worker died ({error}); out of memory? The same command goes on from where it was") from error
+        raise UserError(
+            f"a worker died ({error}); out of memory? The same command goes on from where it was"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -198,7 +203,9 @@ def _tasks(source: Source, progress: Progress, on_error: str) -> Iterator[Task]:
                 records.append((number, record))
                 size += len(record.content or b"") + RECORD_BYTES
                 if size >= BATCH_BYTES:
-                    yield Task(records, bad, number, Place(record.end, record.number or 1), bytes_before + record.consumed)
+                    yield Task(
+                        records, bad, number, Place(record.end, record.number or 1), bytes_before + record.consumed
+                    )
                     records, bad, size = [], [], 0
         except BadRecord as error:  # the rest of the file cannot be had
             if on_error == "stop":
@@ -252,13 +259,17 @@ class Corpus:
         self.folder = Path(f"{prefix}.part")
         self.files = {name: self.folder / name for name in ("tokens", "lengths", "progress.json", "lock")}
         if index_file(prefix).exists() and not overwrite:
-            raise ValueError(f"--output-prefix {prefix}: {index_file(prefix)} is there already; --overwrite makes it anew")
+            raise UserError(
+                f"--output-prefix {prefix}: {index_file(prefix)} is there already; --overwrite makes it anew"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = self.files["lock"].open("w")
         try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: forked workers do not hold it
+            fcntl.lockf(
+                self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # of this process alone: forked workers do not hold it
         except OSError as error:
-            raise ValueError(f"--output-prefix {prefix}: another process is writing it") from error
+            raise UserError(f"--output-prefix {prefix}: another process is writing it") from error
         self.progress = self._begun(overwrite)
         self.outputs: dict[str, BinaryIO] = {}
         for name, size in self._sizes(self.progress).items():
@@ -273,7 +284,7 @@ class Corpus:
             progress = self._told()
         except ValueError as error:
             if not overwrite:
-                raise ValueError(f"{error}; --overwrite starts over") from error
+                raise UserError(f"{error}; --overwrite starts over") from error
             progress = None
         if progress is not None:
             return progress
@@ -295,9 +306,9 @@ class Corpus:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}: does not say how far the run came ({type(error).__name__})") from error
+            raise UserError(f"{file}: does not say how far the run came ({type(error).__name__})") from error
         if key != self.key:
-            raise ValueError(f"--output-prefix {self.prefix}: {self.folder} was begun from other inputs or flags")
+            raise UserError(f"--output-prefix {self.prefix}: {self.folder} was begun from other inputs or flags")
         final = token_file(self.prefix)
         if not self.files["tokens"].exists():
             if index_file(self.prefix).exists() or not final.exists() or final.stat().st_size != sizes["tokens"]:
@@ -306,7 +317,7 @@ class Corpus:
         for name, size in sizes.items():
             held = self.files[name].stat().st_size if self.files[name].exists() else 0
             if held < size:
-                raise ValueError(f"{self.files[name]}: {held} bytes, fewer than the {size} that {file.name} says")
+                raise UserError(f"{self.files[name]}: {held} bytes, fewer than the {size} that {file.name} says")
         return progress
 
     def add(self, task: Task, tokens: Tokens, bad: Sequence[str] = ()) -> None:
@@ -376,7 +387,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse without the page of usage in front of an error."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -387,14 +398,21 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="files, folders or patterns such as 'corpus/*.jsonl.gz' (quoted); read in the order of their names",
     )
-    parser.add_argument("--json-key", default="text", help="field of a JSONL record, or Parquet column, that holds the text")
+    parser.add_argument(
+        "--json-key", default="text", help="field of a JSONL record, or Parquet column, that holds the text"
+    )
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
         help="at a record that is no document (broken JSON, no text, not UTF-8): stop and name it; or count it and go on",
     )
-    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="of every file; auto: by name, else by the first line")
+    parser.add_argument(
+        "--format",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="of every file; auto: by name, else by the first line",
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -408,7 +426,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_inputs(parser)
     parser.add_argument(
-        "--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx, P.json and a copy of the tokenizer's model"
+        "--output-prefix",
+        required=True,
+        metavar="P",
+        help="writes P.bin, P.idx, P.json and a copy of the tokenizer's model",
     )
     parser.add_argument(
         "--tokenizer-type",
@@ -418,7 +439,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokenizer-model", help="SentencePiece model, or a Hugging Face tokenizer.json")
     parser.add_argument(
-        "--tokenizer-eod", metavar="TOKEN", help="of a tokenizer.json: the token that ends a document; default: a usual one"
+        "--tokenizer-eod",
+        metavar="TOKEN",
+        help="of a tokenizer.json: the token that ends a document; default: a usual one",
     )
     parser.add_argument(
         "--append-eod",
@@ -427,9 +450,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="end each document with the end-of-document token, which a model must learn to stop at",
     )
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that tokenize; 0: none; default: all cores"
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes that tokenize; 0: none; default: all cores",
     )
-    parser.add_argument("--overwrite", action="store_true", help="make a corpus anew that is there, or was begun from other inputs")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="make a corpus anew that is there, or was begun from other inputs"
+    )
     return parser
 
 
@@ -448,13 +476,17 @@ def find_inputs(patterns: Sequence[str], *, json_key: str, kind: str, leave_out:
         if Path(pattern).is_file():
             found = [Path(pattern)]
         else:
-            matched = [Path(pattern)] if Path(pattern).exists() else [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+            matched = (
+                [Path(pattern)]
+                if Path(pattern).exists()
+                else [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+            )
             for path in matched:
                 found += files_under(path) if path.is_dir() else [path]
             if leave_out:
                 found = [path for path in found if not {(at := path.resolve()), *at.parents}.intersection(leave_out)]
         if not found:
-            raise ValueError(f"--input {pattern}: no such file, and nothing in it to read")
+            raise UserError(f"--input {pattern}: no such file, and nothing in it to read")
         files += found
     return Source(" ".join(patterns), tuple(each_once(files)), json_key, None if kind == "auto" else kind, "--input")
 
@@ -462,7 +494,10 @@ def find_inputs(patterns: Sequence[str], *, json_key: str, kind: str, leave_out:
 def _output_files(prefix: Path, model: Path | None) -> list[Path]:
     """What a run writes, resolved; the last is a folder."""
     copy = [] if model is None else [model_copy(prefix, model)]
-    return [path.resolve() for path in (token_file(prefix), index_file(prefix), facts_file(prefix), *copy, Path(f"{prefix}.part"))]
+    return [
+        path.resolve()
+        for path in (token_file(prefix), index_file(prefix), facts_file(prefix), *copy, Path(f"{prefix}.part"))
+    ]
 
 
 def _refuse_to_replace(files: Sequence[Path], model: Path | None, prefix: Path, *, overwrite: bool) -> None:
@@ -471,13 +506,17 @@ def _refuse_to_replace(files: Sequence[Path], model: Path | None, prefix: Path, 
     for flag, path in (*(("--input", f) for f in files), *([("--tokenizer-model", model)] if model else [])):
         real = path.resolve()
         if {real, *real.parents}.intersection(written):
-            raise ValueError(f"--output-prefix {prefix}: would write over {flag} {path}; choose another prefix")
+            raise UserError(f"--output-prefix {prefix}: would write over {flag} {path}; choose another prefix")
     if overwrite or is_ours(prefix):
         return
     for path in written[:-1]:
-        copied = path not in written[:3] and model is not None and path.exists() and filecmp.cmp(path, model, shallow=False)
+        copied = (
+            path not in written[:3] and model is not None and path.exists() and filecmp.cmp(path, model, shallow=False)
+        )
         if path.exists() and not copied:
-            raise ValueError(f"--output-prefix {prefix}: {path.name} is there already, and not by data.prepare; --overwrite replaces it")
+            raise UserError(
+                f"--output-prefix {prefix}: {path.name} is there already, and not by data.prepare; --overwrite replaces it"
+            )
 
 
 @contextmanager
@@ -487,7 +526,9 @@ def _bar(total: int, done: int) -> Iterator[Any]:
 
     tqdm.monitor_interval = 0  # no thread of its own: workers are forked
     interval = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(total=total, initial=done, unit="B", unit_scale=True, mininterval=interval, miniters=1, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, initial=done, unit="B", unit_scale=True, mininterval=interval, miniters=1, dynamic_ncols=True
+    ) as bar:
         yield bar
 
 
@@ -499,13 +540,19 @@ def prepare(args: argparse.Namespace) -> Progress:
         BadRecord: with `--on-error stop`.
     """
     if args.workers < 0:
-        raise ValueError(f"--workers {args.workers}: must be 0 or more")
+        raise UserError(f"--workers {args.workers}: must be 0 or more")
     prefix = Path(args.output_prefix)
     if args.output_prefix.endswith((os.sep, f"{os.sep}.")) or prefix.name in ("", ".."):
-        raise ValueError(f"--output-prefix {args.output_prefix}: is a folder; say how the files' names begin, as in {prefix / 'corpus'}")
+        raise UserError(
+            f"--output-prefix {args.output_prefix}: is a folder; say how the files' names begin, as in {prefix / 'corpus'}"
+        )
     if args.tokenizer_type != "byte" and args.tokenizer_model is None:
-        raise ValueError("--tokenizer-model is missing (data.prepare train-tokenizer makes one), or give --tokenizer-type byte")
-    choice = TokenizerChoice(resolve_tokenizer_type(args.tokenizer_type, args.tokenizer_model), args.tokenizer_model, args.tokenizer_eod)
+        raise UserError(
+            "--tokenizer-model is missing (data.prepare train-tokenizer makes one), or give --tokenizer-type byte"
+        )
+    choice = TokenizerChoice(
+        resolve_tokenizer_type(args.tokenizer_type, args.tokenizer_model), args.tokenizer_model, args.tokenizer_eod
+    )
     tokenizer = choice.load()
     model = Path(choice.model) if choice.model else None
     # What an earlier run wrote into a folder of inputs is none of them; a file of the user's under such a name is, and is refused.
@@ -514,7 +561,13 @@ def prepare(args: argparse.Namespace) -> Progress:
     source = find_inputs(args.input, json_key=args.json_key, kind=args.format, leave_out=leave_out)
     _refuse_to_replace(source.files, model, prefix, overwrite=args.overwrite)
     # Not of --on-error: who was stopped by a bad record goes on from there with skip.
-    key = cache_key(version=2, source=source.made_from(), kinds=source.kinds, tokenizer=tokenizer.fingerprint, append_eod=args.append_eod)
+    key = cache_key(
+        version=2,
+        source=source.made_from(),
+        kinds=source.kinds,
+        tokenizer=tokenizer.fingerprint,
+        append_eod=args.append_eod,
+    )
     prefix.parent.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(prefix, dtype=np.dtype(token_dtype(tokenizer.vocab_size)), key=key, overwrite=args.overwrite)
     progress = corpus.progress
@@ -546,7 +599,7 @@ def prepare(args: argparse.Namespace) -> Progress:
         corpus.close()
         shutil.rmtree(corpus.folder)
         what = f"no token in its {progress.documents} documents" if progress.documents else "no document in it"
-        raise ValueError(f"--input {source.name}: {what} ({progress.empty} empty, {progress.bad} bad)")
+        raise UserError(f"--input {source.name}: {what} ({progress.empty} empty, {progress.bad} bad)")
     facts = {
         "made by": "data.prepare, format 1",
         "documents": progress.documents,
@@ -585,7 +638,9 @@ def _main_command(argv: Sequence[str]) -> None:
 
 def _train_command(argv: Sequence[str]) -> None:
     parser = _Parser(
-        prog="python -m data.prepare train-tokenizer", allow_abbrev=False, description="Train a SentencePiece BPE model with byte fallback."
+        prog="python -m data.prepare train-tokenizer",
+        allow_abbrev=False,
+        description="Train a SentencePiece BPE model with byte fallback.",
     )
     _add_inputs(parser)
     parser.add_argument("--output", required=True, metavar="M.model", help="the model file")
@@ -599,15 +654,21 @@ def _train_command(argv: Sequence[str]) -> None:
         "same ones each time; 0: all; default: 500000",
     )
     parser.add_argument(
-        "--threads", type=int, default=NUM_THREADS, metavar="N", help=f"of loading; they change nothing but time; default: {NUM_THREADS}"
+        "--threads",
+        type=int,
+        default=NUM_THREADS,
+        metavar="N",
+        help=f"of loading; they change nothing but time; default: {NUM_THREADS}",
     )
     args = parser.parse_args(argv)
     if args.input_sentence_size < 0 or 0 < args.input_sentence_size <= 100:
-        raise ValueError(f"--input-sentence-size {args.input_sentence_size}: must be 0 or above 100, SentencePiece's least; nearest 101")
+        raise UserError(
+            f"--input-sentence-size {args.input_sentence_size}: must be 0 or above 100, SentencePiece's least; nearest 101"
+        )
     if args.threads < 1:
-        raise ValueError(f"--threads {args.threads}: must be 1 or more")
+        raise UserError(f"--threads {args.threads}: must be 1 or more")
     if Path(args.output).exists():
-        raise ValueError(f"--output {args.output}: is there already")
+        raise UserError(f"--output {args.output}: is there already")
     source = find_inputs(args.input, json_key=args.json_key, kind=args.format)
     bad: list[BadRecord] = []
     model = train_on(

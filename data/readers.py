@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, NamedTuple
 
+from utils.errors import UserError
+
 FORMATS = ("jsonl", "text", "parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".py")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -77,7 +79,7 @@ def load_pyarrow(why: str) -> ModuleType:
     try:
         import pyarrow
     except ImportError as error:
-        raise ValueError(f"{why} needs the package pyarrow ({error}): pip install -r requirements.txt") from error
+        raise UserError(f"{why} needs the package pyarrow ({error}): pip install -r requirements.txt") from error
     return pyarrow
 
 
@@ -128,7 +130,7 @@ def format_of(file: Path) -> str:
         with open_plain(file) as (_, lines):
             first = next((line for line in lines if line.strip()), b"")
     except BROKEN_STREAM as error:
-        raise ValueError(f"{file} cannot be read ({error})") from error
+        raise UserError(f"{file} cannot be read ({error})") from error
     first = first.removeprefix(codecs.BOM_UTF8).lstrip()
     if first[:1] == b"{":
         try:
@@ -137,7 +139,7 @@ def format_of(file: Path) -> str:
         except ValueError:
             pass  # text that happens to begin so
     if suffix == ".json":
-        raise ValueError(f"{file} is not JSON lines (one object a line); only those are read from .json files")
+        raise UserError(f"{file} is not JSON lines (one object a line); only those are read from .json files")
     return "text"
 
 
@@ -235,7 +237,9 @@ def _parquet_rows(file: Path, column: str, start: Place) -> Iterator[Record]:
         if names.count(column) > 1:
             raise BadRecord(str(file), 0, f"has {names.count(column)} columns {column!r}")
         kind = table.schema_arrow.field(column).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)):
+        if not (
+            pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
+        ):
             raise BadRecord(str(file), 0, f"column {column!r} holds {kind}, no text")
         rows = table.metadata.num_rows
         for batch in table.iter_batches(batch_size=1024, columns=[column]):

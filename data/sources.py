@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from data.blend import parse_blend
-from data.cache import checksum
 from data.corpus import Source, open_source
 from data.indexed_dataset import IndexedDataset, index_file, token_file
 from data.readers import BadRecord
 from data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from utils.errors import UserError
+from utils.files import checksum
 
 
 def facts_file(prefix: Path) -> Path:
@@ -48,9 +49,13 @@ class Prepared:
         if said is None:
             return None
         model = said["model"]
-        found = load_tokenizer(said["type"], None if model is None else str(self.prefix.parent / Path(model).name), said["eod"])
+        found = load_tokenizer(
+            said["type"], None if model is None else str(self.prefix.parent / Path(model).name), said["eod"]
+        )
         if found.fingerprint != said["fingerprint"]:
-            raise ValueError(f"{facts_file(self.prefix)}: the {said['type']} model beside it is not the tokenizer that it was made with")
+            raise UserError(
+                f"{facts_file(self.prefix)}: the {said['type']} model beside it is not the tokenizer that it was made with"
+            )
         return found
 
     def check(self) -> None:
@@ -61,11 +66,13 @@ class Prepared:
         """
         sums = self.facts.get("checksums")
         if sums is None:
-            raise ValueError(f"--check-data: {facts_file(self.prefix)} has no checksums; data.prepare writes them with a corpus")
+            raise UserError(
+                f"--check-data: {facts_file(self.prefix)} has no checksums; data.prepare writes them with a corpus"
+            )
         for kind, path in (("bin", token_file(self.prefix)), ("idx", index_file(self.prefix))):
             size, digest = checksum(path)
             if [size, digest] != list(sums[kind]):
-                raise ValueError(
+                raise UserError(
                     f"{path}: {size} bytes and checksum {digest[:12]}, but data.prepare wrote {sums[kind][0]} bytes, checksum "
                     f"{sums[kind][1][:12]}"
                 )
@@ -82,7 +89,9 @@ class Part:
     def check(self) -> None:
         """Raises ValueError if the files are not as they were written, or nothing says how they were."""
         if not isinstance(self.content, Prepared):
-            raise ValueError(f"--check-data: {self.name} is text, of which nothing says what it was; data.prepare makes a corpus that does")
+            raise UserError(
+                f"--check-data: {self.name} is text, of which nothing says what it was; data.prepare makes a corpus that does"
+            )
         self.content.check()
 
 
@@ -101,7 +110,7 @@ def open_parts(words: Sequence[str] | None, json_key: str, flag: str = "--data-p
         if index_file(path).exists():
             content: Prepared | Source = open_prepared(path)
         elif path.suffix in (".bin", ".idx") and index_file(path.with_suffix("")).exists():
-            raise ValueError(f"{flag} {path}: give the prefix of both files, {path.with_suffix('')}")
+            raise UserError(f"{flag} {path}: give the prefix of both files, {path.with_suffix('')}")
         else:
             content = open_source(part.path, json_key)
         parts.append(Part(part.path, part.weight, content))
@@ -123,11 +132,11 @@ def open_prepared(prefix: Path) -> Prepared:
             said = facts["tokenizer"]
             _ = said["type"], said["model"], said["eod"], said["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file}: not written by data.prepare ({type(error).__name__}: {error}); remove it to read the corpus without"
             ) from error
         if counted != (len(tokens), len(tokens.tokens)):
-            raise ValueError(
+            raise UserError(
                 f"{file}: says {counted[0]} documents and {counted[1]} tokens, but the files hold {len(tokens)} and {len(tokens.tokens)}"
             )
     return Prepared(prefix, tokens, facts)
@@ -156,32 +165,38 @@ def find_tokenizer(
         if own is None:
             continue
         if tokenizer_type not in ("auto", own.kind):
-            raise ValueError(f"--tokenizer-type {tokenizer_type}: {part.name} was made with a tokenizer of type {own.kind}")
+            raise UserError(
+                f"--tokenizer-type {tokenizer_type}: {part.name} was made with a tokenizer of type {own.kind}"
+            )
         if chosen is None:
             chosen, by = own, part.name
         elif own.fingerprint != chosen.fingerprint:
-            raise ValueError(f"--data-path: {part.name} was made with another tokenizer than that of {by}")
+            raise UserError(f"--data-path: {part.name} was made with another tokenizer than that of {by}")
     if chosen is not None:
         return chosen
     nameless = next((part.name for part in (*parts, *others) if isinstance(part.content, Prepared)), None)
     if nameless is not None:
-        raise ValueError(
+        raise UserError(
             f"--data-path {nameless} holds tokens and does not say whose: give its --tokenizer-model, or --tokenizer-type byte"
         )
     if len(parts) > 1:
-        raise ValueError(f"--data-path: {len(parts)} sources of text need one tokenizer: give --tokenizer-model, or --tokenizer-type byte")
+        raise UserError(
+            f"--data-path: {len(parts)} sources of text need one tokenizer: give --tokenizer-model, or --tokenizer-type byte"
+        )
     if tokenizer_type == "huggingface":
-        raise ValueError("--tokenizer-type huggingface needs --tokenizer-model, a tokenizer.json")
+        raise UserError("--tokenizer-type huggingface needs --tokenizer-model, a tokenizer.json")
     return None
 
 
-def train_on(source: Source, *, vocab_size: int, flag: str, skip: Callable[[BadRecord], None] | None = None, **options: int) -> bytes:
+def train_on(
+    source: Source, *, vocab_size: int, flag: str, skip: Callable[[BadRecord], None] | None = None, **options: int
+) -> bytes:
     """A SentencePiece model of the source's texts; `skip` as `Source.texts`, `options` as `train_sentencepiece`.
 
     Raises:
         ValueError: a broken or empty corpus, or one too small for the vocabulary.
     """
-    fault: list[ValueError] = []
+    fault: list[UserError] = []
 
     def texts() -> Iterator[str]:
         # SentencePiece turns what its iterator raises into an error of its own.
@@ -190,7 +205,7 @@ def train_on(source: Source, *, vocab_size: int, flag: str, skip: Callable[[BadR
             for text in source.texts(skip):
                 found = True
                 yield text
-        except ValueError as error:
+        except UserError as error:
             fault.append(error)
             raise
         if not found:
@@ -201,11 +216,11 @@ def train_on(source: Source, *, vocab_size: int, flag: str, skip: Callable[[BadR
     except (RuntimeError, ValueError) as error:
         if fault:
             raise fault[0] from None
-        raise ValueError(
+        raise UserError(
             f"{flag} {vocab_size}: no such model can be trained on {source.name}; "
             f"choose a smaller one or --tokenizer-type byte (SentencePiece: {str(error).splitlines()[-1]})"
         ) from error
 
 
-def nothing_in(source: Source) -> ValueError:
-    return ValueError(f"{source.flag} {source.name}: no document in it")
+def nothing_in(source: Source) -> UserError:
+    return UserError(f"{source.flag} {source.name}: no document in it")

@@ -12,6 +12,7 @@ import numpy as np
 
 from data.indexed_dataset import IndexedDataset
 from data.packing import best_fit_decreasing, cut_documents
+from utils.errors import UserError
 
 CP_SIZES = (1, 2, 4, 8)
 PERCENTILES = (1, 25, 50, 75, 99)
@@ -62,7 +63,11 @@ def statistics(tokens: IndexedDataset, seq_lengths: Sequence[int]) -> dict[str, 
         "empty_documents": int((lengths == 0).sum()),
         "longest": int(lengths.max(initial=0)),
         "percentiles": {str(p): int(np.percentile(lengths, p)) for p in PERCENTILES} if len(lengths) else {},
-        "histogram": {"edges": edges.tolist(), "documents": documents.tolist(), "tokens": held.astype(np.int64).tolist()},
+        "histogram": {
+            "edges": edges.tolist(),
+            "documents": documents.tolist(),
+            "tokens": held.astype(np.int64).tolist(),
+        },
         "duplicates": count_duplicates(tokens),
         "padding": {str(t): {str(cp): padding_shares(lengths, t, cp) for cp in CP_SIZES} for t in seq_lengths},
     }
@@ -86,7 +91,9 @@ def report(facts: dict[str, Any]) -> str:
     ):
         if documents:
             share = tokens / total
-            lines.append(f"{f'{low:,} to {high - 1:,}':>24}  {documents:>12,}  {tokens:>16,}  {share:6.1%} {'#' * round(40 * share)}")
+            lines.append(
+                f"{f'{low:,} to {high - 1:,}':>24}  {documents:>12,}  {tokens:>16,}  {share:6.1%} {'#' * round(40 * share)}"
+            )
     for seq_length, by_cp in facts["padding"].items():
         lines += ["", f"padding at --seq-length {int(seq_length):,}, documents aligned to 2 * cp:"]
         lines.append(f"{'cp':>4}" + "".join(f"{name:>12}" for name in by_cp["1"]))
@@ -119,25 +126,32 @@ def draw(facts: dict[str, Any], file: Path, title: str) -> None:
 def stats_command(argv: Sequence[str], parser_class: type[argparse.ArgumentParser]) -> None:
     """`data.prepare stats P`."""
     parser = parser_class(
-        prog="python -m data.prepare stats", allow_abbrev=False, description="What is in a corpus, and what packing makes of it."
+        prog="python -m data.prepare stats",
+        allow_abbrev=False,
+        description="What is in a corpus, and what packing makes of it.",
     )
     parser.add_argument("prefix", metavar="P", help="of P.bin and P.idx")
     parser.add_argument(
-        "--seq-length", type=int, nargs="*", default=[8192, 32768], metavar="T", help="for which padding is worked out; a multiple of 16"
+        "--seq-length",
+        type=int,
+        nargs="*",
+        default=[8192, 32768],
+        metavar="T",
+        help="for which padding is worked out; a multiple of 16",
     )
     parser.add_argument("--png", help="the histogram's file; default: P.lengths.png; none: no picture")
     parser.add_argument("--json", metavar="FILE", help="write everything there, too")
     args = parser.parse_args(argv)
     for seq_length in args.seq_length:
         if seq_length < 16 or seq_length % 16:
-            raise ValueError(
+            raise UserError(
                 f"--seq-length {seq_length}: must be a multiple of 16, what cp 8 aligns to: nearest {max(1, round(seq_length / 16)) * 16}"
             )
     picture = None if args.png == "none" else Path(args.png or f"{args.prefix}.lengths.png")
     own = {Path(f"{args.prefix}{suffix}").resolve() for suffix in (".bin", ".idx", ".json")}
     for flag, path in (("--json", args.json), ("--png", picture)):
         if path is not None and Path(path).resolve() in own:
-            raise ValueError(f"{flag} {path}: is a file of the corpus itself; choose another name")
+            raise UserError(f"{flag} {path}: is a file of the corpus itself; choose another name")
     facts = statistics(IndexedDataset(Path(args.prefix)), args.seq_length)
     print(report(facts))
     if args.json:

@@ -11,12 +11,24 @@ from typing import Protocol
 
 import numpy as np
 
+from utils.errors import UserError
+
 TOKENIZER_TYPES = ("sentencepiece", "huggingface", "byte")
 LONGEST_PIECE = 1 << 20  # bytes
-NUM_THREADS = 2  # of loading, the smaller part of training; the same pieces for any number, but it stands in the model's bytes
+NUM_THREADS = (
+    2  # of loading, the smaller part of training; the same pieces for any number, but it stands in the model's bytes
+)
 SPACE = "\u2581"  # what SentencePiece writes for a space inside its pieces
 # What published tokenizers call the token that ends a document; the first that a tokenizer.json has is taken.
-EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>", "<|eos|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
+EOD_TOKENS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<eod>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
 
 
 class Tokenizer(Protocol):
@@ -68,7 +80,7 @@ def load_sentencepiece() -> ModuleType:
     try:
         import sentencepiece
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer-type sentencepiece needs its package ({error}): pip install -r requirements.txt, or --tokenizer-type byte"
         ) from error
     return sentencepiece
@@ -88,14 +100,14 @@ class SentencePieceTokenizer:
         try:
             model = model_file.read_bytes()
         except OSError as error:
-            raise ValueError(f"--tokenizer-model {model_file}: {error.strerror}") from error
+            raise UserError(f"--tokenizer-model {model_file}: {error.strerror}") from error
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ValueError(f"--tokenizer-model {model_file}: not a SentencePiece model ({error})") from error
+            raise UserError(f"--tokenizer-model {model_file}: not a SentencePiece model ({error})") from error
         self.eod = self.processor.eos_id()
         if self.eod < 0:
-            raise ValueError(f"--tokenizer-model {model_file}: has no end-of-sentence piece to end documents with")
+            raise UserError(f"--tokenizer-model {model_file}: has no end-of-sentence piece to end documents with")
         self.vocab_size = self.processor.vocab_size()
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
         # The library cannot tell a text's own U+2581 from a space; byte pieces, where the model has them, can.
@@ -136,15 +148,17 @@ class HuggingFaceTokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise ValueError(f"--tokenizer-model {file} needs the package tokenizers ({error}): pip install -r requirements.txt") from error
+            raise UserError(
+                f"--tokenizer-model {file} needs the package tokenizers ({error}): pip install -r requirements.txt"
+            ) from error
         try:
             content = file.read_bytes()
         except OSError as error:
-            raise ValueError(f"--tokenizer-model {file}: {error.strerror}") from error
+            raise UserError(f"--tokenizer-model {file}: {error.strerror}") from error
         try:
             self.processor = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"--tokenizer-model {file}: not a Hugging Face tokenizer.json ({error})") from error
+            raise UserError(f"--tokenizer-model {file}: not a Hugging Face tokenizer.json ({error})") from error
         # What the file says for training on short texts: a corpus keeps its whole documents, unpadded.
         self.processor.no_truncation()
         self.processor.no_padding()
@@ -154,7 +168,7 @@ class HuggingFaceTokenizer:
         wanted = (eod,) if eod is not None else EOD_TOKENS
         found = next((token for token in wanted if token in ids), None)
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"--tokenizer-model {file}: has no token {' or '.join(wanted)} to end documents with; name its own with --tokenizer-eod"
             )
         self.processor.add_special_tokens([found])  # also where the file has it as an ordinary token
@@ -186,14 +200,14 @@ def load_tokenizer(tokenizer_type: str, model: str | None, eod: str | None = Non
     """
     if tokenizer_type == "byte":
         if model is not None:
-            raise ValueError(f"--tokenizer-model {model}: --tokenizer-type byte takes no model")
+            raise UserError(f"--tokenizer-model {model}: --tokenizer-type byte takes no model")
         return ByteTokenizer()
     if model is None:
-        raise ValueError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
+        raise UserError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
     if resolve_tokenizer_type(tokenizer_type, model) == "huggingface":
         return HuggingFaceTokenizer(Path(model), eod)
     if eod is not None:
-        raise ValueError(f"--tokenizer-eod {eod}: a SentencePiece model names its own end-of-sentence piece")
+        raise UserError(f"--tokenizer-eod {eod}: a SentencePiece model names its own end-of-sentence piece")
     return SentencePieceTokenizer(Path(model))
 
 
@@ -232,7 +246,9 @@ def _cut_line(line: str, size: int) -> Iterator[str]:
     yield line[at:]
 
 
-def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, input_sentence_size: int = 0, num_threads: int = NUM_THREADS) -> bytes:
+def train_sentencepiece(
+    texts: Iterable[str], *, vocab_size: int, input_sentence_size: int = 0, num_threads: int = NUM_THREADS
+) -> bytes:
     """A BPE model with byte fallback that reproduces any text exactly (no normalisation, no added space).
 
     Args:

@@ -84,18 +84,25 @@ class GPT(nn.Module):
         self.tp = tp = tp or TensorParallel()
         self.embedding = self.final_norm = self.lm_head = None
         if self.is_first or (self.is_last and config.tie_embeddings):  # the last stage of several holds a copy
-            self.embedding = impl.VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, dtype=dtype, tp=tp)
+            self.embedding = impl.VocabParallelEmbedding(
+                config.padded_vocab_size, config.hidden_size, dtype=dtype, tp=tp
+            )
         # By their number in the whole model, so that names do not depend on the stage.
         options: dict[str, Any] = dict(seed=dropout_seed, impl=impl, precision=self.precision)
         self.layers = nn.ModuleDict(
-            {str(i): TransformerLayer(config, attention, cp_group, dtype, tp, recompute, number=i, **options) for i in layers}
+            {
+                str(i): TransformerLayer(config, attention, cp_group, dtype, tp, recompute, number=i, **options)
+                for i in layers
+            }
         )
         self.cp_group = cp_group
         self.after_embedding = HiddenDropout(config.hidden_dropout, seed=dropout_seed, name="embedding")
         if self.is_last:
             self.final_norm = impl.RMSNorm(config.hidden_size, eps=config.norm_epsilon, dtype=dtype)
             if not config.tie_embeddings:
-                self.lm_head = impl.ColumnParallelLinear(config.hidden_size, config.padded_vocab_size, dtype=dtype, tp=tp)
+                self.lm_head = impl.ColumnParallelLinear(
+                    config.hidden_size, config.padded_vocab_size, dtype=dtype, tp=tp
+                )
 
     @property
     def output_weight(self) -> Tensor:
@@ -171,7 +178,9 @@ class GPT(nn.Module):
             original_seq_length=self.config.rope_original_seq_length,
             device=packed_seq.positions.device,
         )
-        row = RowContext(packed_seq, self.rotary_tables(packed_seq.positions, frequencies, dtype=table_dtype), token_ids)
+        row = RowContext(
+            packed_seq, self.rotary_tables(packed_seq.positions, frequencies, dtype=table_dtype), token_ids
+        )
         with self.precision.of_model() if self.training else nullcontext():
             for layer in self.layers.values():
                 x = layer(x, row)
@@ -206,7 +215,9 @@ class Stages(nn.Module):
         super().__init__()
         self.chunks = nn.ModuleList(chunks)
 
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         for chunk in self.chunks:
             yield from chunk.named_parameters(prefix, recurse, remove_duplicate)
 

@@ -54,7 +54,9 @@ def local_rows(parameter: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: GPTConfig, *, seed: int, device: torch.device, tp: TensorParallel | None = None) -> None:
+def initialise(
+    model: nn.Module, config: GPTConfig, *, seed: int, device: torch.device, tp: TensorParallel | None = None
+) -> None:
     """Materialise a model built on the meta device and fill it, each rank its own shard."""
     tp = tp or TensorParallel()
     model.to_empty(device=device)

@@ -50,7 +50,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 log_sum = logits[:, :1] - log_probs[:, :1]  # [c, 1] log(Z)
                 at_target = log_probs.gather(1, target) * is_mine
             else:  # nothing but padded columns here
-                log_probs, log_sum, at_target = logits, logits.new_full((len(logits), 1), -torch.inf), logits.new_zeros(len(logits), 1)
+                log_probs, log_sum, at_target = (
+                    logits,
+                    logits.new_full((len(logits), 1), -torch.inf),
+                    logits.new_zeros(len(logits), 1),
+                )
             if tp.size > 1:
                 log_probs, log_sum, at_target = _over_ranks(log_probs, log_sum, at_target, is_mine, tp)
             cross_entropy -= (at_target * counted).sum(dtype=torch.float64)

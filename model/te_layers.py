@@ -22,8 +22,16 @@ from model.layers import JoinsWeights, Precision
 from model.names import TE_FUSED
 from model.torch_layers import ColumnParallelLinear, VocabParallelEmbedding
 from parallel.tensor import TensorParallel
+from utils.errors import UserError
 
-__all__ = ["ColumnParallelLinear", "LayerNormLinear", "LayerNormMLP", "RMSNorm", "RowParallelLinear", "VocabParallelEmbedding"]
+__all__ = [
+    "ColumnParallelLinear",
+    "LayerNormLinear",
+    "LayerNormMLP",
+    "RMSNorm",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+]
 
 
 LARGEST_OFFSET = 2**31 - 1  # elements that the rotary kernel can count
@@ -53,7 +61,12 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
     """
     most = LARGEST_OFFSET // max(x.stride(0), x[0].numel())
     if len(x) > most:
-        return torch.cat([apply_rotary(part, part_angles) for part, part_angles in zip(x.split(most), angles.split(most), strict=True)])
+        return torch.cat(
+            [
+                apply_rotary(part, part_angles)
+                for part, part_angles in zip(x.split(most), angles.split(most), strict=True)
+            ]
+        )
     return te_rope.apply_rotary_pos_emb(x, angles, tensor_format="sbhd", fused=True)
 
 
@@ -82,13 +95,23 @@ class RowParallelLinear(te.Linear):
     def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
         tp.share(in_features, "inputs")
         mode = "row" if tp.size > 1 else None
-        super().__init__(in_features, out_features, bias=False, params_dtype=dtype, parallel_mode=mode, device=_device(), **_parallel(tp))
+        super().__init__(
+            in_features,
+            out_features,
+            bias=False,
+            params_dtype=dtype,
+            parallel_mode=mode,
+            device=_device(),
+            **_parallel(tp),
+        )
 
 
 class LayerNormLinear(te.LayerNormLinear):
     """RMSNorm, then a column-parallel linear map: the block in front of attention."""
 
-    def __init__(self, in_features: int, out_features: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
+    ) -> None:
         tp.share(out_features, "outputs")
         super().__init__(
             in_features,
@@ -124,7 +147,9 @@ class LayerNormMLP(JoinsWeights):
     where it is computed again; so the copy, of the weights' bytes in the compute dtype, stays for the step.
     """
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel) -> None:
+    def __init__(
+        self, hidden_size: int, ffn_hidden_size: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
+    ) -> None:
         super().__init__()
         ffn = tp.share(ffn_hidden_size, "ffn channels")
         self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size, dtype=dtype))
@@ -143,7 +168,9 @@ class LayerNormMLP(JoinsWeights):
             device="meta",
             **_parallel(tp),
         )
-        self.hidden = (module,)  # from nn.Module, in a tuple: its own parameters stay on the meta device, ours stand in for them
+        self.hidden = (
+            module,
+        )  # from nn.Module, in a tuple: its own parameters stay on the meta device, ours stand in for them
 
     def forward(self, x: Tensor) -> Tensor:
         weights: dict[str, Tensor] = dict(self.named_parameters())
@@ -182,7 +209,7 @@ class FP8(Precision):
         recipe, available = RECIPES[name]
         can, reason = available(return_reason=True)
         if not can:
-            raise ValueError(f"--fp8 {name}: {reason}; use --fp8 none")
+            raise UserError(f"--fp8 {name}: {reason}; use --fp8 none")
         self.recipe, self.group, self.bf16_layers = recipe(), group, frozenset(bf16_layers)
         self.delayed = name == "delayed"
 

@@ -65,7 +65,9 @@ class RowParallelLinear(nn.Module):
 class LayerNormLinear(nn.Module):
     """RMSNorm, then a column-parallel linear map: the block in front of attention."""
 
-    def __init__(self, in_features: int, out_features: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
+    ) -> None:
         super().__init__()
         self.eps, self.tp = eps, tp
         self.layer_norm_weight = nn.Parameter(torch.empty(in_features, dtype=dtype))
@@ -79,7 +81,9 @@ class LayerNormLinear(nn.Module):
 class LayerNormMLP(nn.Module):
     """RMSNorm, then SwiGLU: fc2(silu(gate(x)) * up(x)) (arXiv:2002.05202). Gate and up are two tensors."""
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel) -> None:
+    def __init__(
+        self, hidden_size: int, ffn_hidden_size: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
+    ) -> None:
         super().__init__()
         self.eps, self.tp = eps, tp
         ffn = tp.share(ffn_hidden_size, "ffn channels")
@@ -90,7 +94,9 @@ class LayerNormMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tp.enter(F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps))
-        return self.tp.leave(F.linear(F.silu(F.linear(x, self.gate_weight)) * F.linear(x, self.up_weight), self.fc2_weight))
+        return self.tp.leave(
+            F.linear(F.silu(F.linear(x, self.gate_weight)) * F.linear(x, self.up_weight), self.fc2_weight)
+        )
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -99,7 +105,9 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, padded_vocab_size: int, hidden_size: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = nn.Parameter(torch.empty(tp.share(padded_vocab_size, "padded vocabulary"), hidden_size, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(tp.share(padded_vocab_size, "padded vocabulary"), hidden_size, dtype=dtype)
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.tp.size == 1:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cp.attention import Attention
-from cp.dropped import AttentionDropout
+from cp.dropout_attention import AttentionDropout
 from cp.packed_seq import PackedSeq
 from model.config import RECOMPUTE, GPTConfig
 from model.dropout import HiddenDropout
@@ -60,7 +60,9 @@ class SelfAttention(nn.Module):
     def project(self, x: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """q [t, hq, d]; k, v [t, g, d], turned by their positions."""
         c = self.config
-        qkv = self.qkv(x).view(-1, self.groups, c.queries_per_group + 2, c.kv_channels)  # [t, g, hq/g + 2, d]; g of this tp rank
+        qkv = self.qkv(x).view(
+            -1, self.groups, c.queries_per_group + 2, c.kv_channels
+        )  # [t, g, hq/g + 2, d]; g of this tp rank
         q, k, v = qkv.split((c.queries_per_group, 1, 1), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -107,11 +109,15 @@ class TransformerLayer(nn.Module):
         dropped = None
         if config.attention_dropout:
             first_head = tp.rank * tp.share(config.num_attention_heads, "query heads")
-            dropped = AttentionDropout(config.attention_dropout, key_of(seed, f"dropout layers.{number}.scores"), first_head)
+            dropped = AttentionDropout(
+                config.attention_dropout, key_of(seed, f"dropout layers.{number}.scores"), first_head
+            )
         self.attention = SelfAttention(config, attention, cp_group, dtype, tp, dropped, impl)
         self.after_attention = HiddenDropout(config.hidden_dropout, seed=seed, name=f"layers.{number}.attention")
         self.after_mlp = HiddenDropout(config.hidden_dropout, seed=seed, name=f"layers.{number}.mlp")
-        self.mlp = impl.LayerNormMLP(config.hidden_size, config.ffn_hidden_size, eps=config.norm_epsilon, dtype=dtype, tp=tp)
+        self.mlp = impl.LayerNormMLP(
+            config.hidden_size, config.ffn_hidden_size, eps=config.norm_epsilon, dtype=dtype, tp=tp
+        )
 
     def forward(self, x: Tensor, row: RowContext) -> Tensor:
         if self.recompute == "full" and torch.is_grad_enabled():

@@ -74,7 +74,9 @@ def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by name, as the optimiser holds them."""
     parameters = dict(model.named_parameters())
     if any(isinstance(module, FSDPModule) for module in model.modules()):
-        assert all(isinstance(p, DTensor) for p in parameters.values()), "weights are still gathered: reshard_model first"
+        assert all(isinstance(p, DTensor) for p in parameters.values()), (
+            "weights are still gathered: reshard_model first"
+        )
     return parameters
 
 
@@ -91,7 +93,9 @@ def local_grads(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Mapping[str, nn.Parameter], grid: Grid, *, max_norm: float, counts: Callable[[str], bool]) -> Tensor:
+def clip_grad_norm_(
+    parameters: Mapping[str, nn.Parameter], grid: Grid, *, max_norm: float, counts: Callable[[str], bool]
+) -> Tensor:
     """L2 norm of the whole model's gradient, every weight counted once, and gradients scaled to `max_norm`.
 
     Squares are summed over `fsdp` (the shards) and `model` (the parts), not over dp_replicate (the copies).

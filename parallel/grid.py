@@ -16,6 +16,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from utils.errors import UserError
+
 # Outer to inner. The innermost axis has stride 1.
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -42,7 +44,7 @@ class GridSizes:
     def __post_init__(self) -> None:
         for axis in AXES:
             if getattr(self, axis) < 1:
-                raise ValueError(f"{axis} size {getattr(self, axis)} is below 1")
+                raise UserError(f"{axis} size {getattr(self, axis)} is below 1")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,7 +139,7 @@ def build_grid(sizes: GridSizes, *, timeout: timedelta | None = None, backend: s
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     if sizes.world_size != world_size:
-        raise ValueError(f"grid of {sizes.world_size} ranks on a world of {world_size}")
+        raise UserError(f"grid of {sizes.world_size} ranks on a world of {world_size}")
     groups: dict[str, dist.ProcessGroup] = {}
     for axis in (*AXES, *DERIVED_AXES):
         for ranks in ranks_along(sizes, axis):
@@ -165,7 +167,9 @@ def device_mesh(grid: Grid, axes: Sequence[str], device_type: str) -> DeviceMesh
     rows: list = ranks
     for size in reversed(shape[1:]):
         rows = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return DeviceMesh.from_group([grid.group(axis) for axis in axes], device_type, mesh=rows, mesh_dim_names=tuple(axes))
+    return DeviceMesh.from_group(
+        [grid.group(axis) for axis in axes], device_type, mesh=rows, mesh_dim_names=tuple(axes)
+    )
 
 
 def ends_group(grid: Grid, axis: str, *, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
@@ -182,7 +186,9 @@ def ends_group(grid: Grid, axis: str, *, timeout: timedelta | None = None) -> di
     return mine
 
 
-def split_group(grid: Grid, axis: str, inner_size: int, *, timeout: timedelta | None = None) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def split_group(
+    grid: Grid, axis: str, inner_size: int, *, timeout: timedelta | None = None
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Cut every group along `axis` in two levels: neighbours of `inner_size` consecutive ranks, and across them.
 
     Collective: every rank of the world calls it. `timeout` as `build_grid`; the backend is that of the axis.

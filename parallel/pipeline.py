@@ -62,7 +62,9 @@ def build_schedule(
 
     size, num_stages = group.size(), group.size() * len(chunks)
     hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
-    loss = torch.empty(1, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="meta", requires_grad=True)
+    loss = torch.empty(
+        1, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="meta", requires_grad=True
+    )
     number = torch.empty(1, dtype=torch.int64, device="meta")
     stages: list[Any] = []
     for place, chunk in enumerate(chunks):
@@ -79,10 +81,14 @@ def build_schedule(
             )
         )
     # The loss is already divided by the step's token count: gradients are sums, not means over microbatches.
-    options: dict[str, Any] = dict(n_microbatches=microbatches, loss_fn=lambda output, target: output.sum(), scale_grads=False)
+    options: dict[str, Any] = dict(
+        n_microbatches=microbatches, loss_fn=lambda output, target: output.sum(), scale_grads=False
+    )
     if schedule in VIRTUAL_SCHEDULES:
         # zero_bubble: weights' gradients are computed where a rank would wait (arXiv:2401.10241).
-        return {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}[schedule](stages, **options)
+        return {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}[schedule](
+            stages, **options
+        )
     return {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[schedule](stages[0], **options)
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.collectives import reduce_scatter, start_all_gather
+from utils.errors import UserError
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -102,7 +103,7 @@ class TensorParallel:
     def share(self, size: int, what: str) -> int:
         """1/tp of a size that must divide."""
         if size % self.size:
-            raise ValueError(f"{what} {size} does not divide by the {self.size} tensor-parallel ranks")
+            raise UserError(f"{what} {size} does not divide by the {self.size} tensor-parallel ranks")
         return size // self.size
 
     @torch.compiler.disable

@@ -23,13 +23,23 @@ RUNS = {
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = [*SMALL, "--device", "cpu", "--data-path", str(write_corpus(folder)), "--data-cache-path", str(folder / "cache")]
+        base = [
+            *SMALL,
+            "--device",
+            "cpu",
+            "--data-path",
+            str(write_corpus(folder)),
+            "--data-cache-path",
+            str(folder / "cache"),
+        ]
         runs = {}
         for number, (layout, (ranks, flags)) in enumerate(RUNS.items()):
             records = train(ranks, folder / str(number), *base, "--dtype", "fp64", *flags.split())
             runs[layout] = [[r["loss"], r["grad_norm"]] for r in records]
     note = "fp64, [loss, gradient norm] of ten steps; made by python -m tests.golden"
-    (ROOT / "tests" / "assets" / "golden_losses.json").write_text(json.dumps({"note": note, "runs": runs}, indent=1) + "\n")
+    (ROOT / "tests" / "assets" / "golden_losses.json").write_text(
+        json.dumps({"note": note, "runs": runs}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

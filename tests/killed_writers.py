@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from checkpoint.files import checkpoints, read_run_facts
+from checkpoint.saver import Saver, load_checkpoint
 from parallel.grid import GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of, rows_of, steps_of
 from tests.distributed.test_reshard import optimizer_of
-from training.checkpoint import Saver, load_checkpoint
-from training.checkpoint_files import checkpoints, read_run_facts
 
 KEEP = 3
 
@@ -44,11 +44,15 @@ def run_in_child(work: Callable[[], None]) -> int:
 
 
 def write(rank: int, folder: Path, store: Path, asynchronous: bool) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     grid = build_grid(GridSizes(dp_shard=2))
     model = built(grid, config_of(hidden_size=96, ffn_hidden_size=256), "fp32")
     optimizer = optimizer_of(model)
-    saver = Saver(folder, model, optimizer, grid, group=dist.new_group(backend="gloo"), keep=KEEP, asynchronous=asynchronous)
+    saver = Saver(
+        folder, model, optimizer, grid, group=dist.new_group(backend="gloo"), keep=KEEP, asynchronous=asynchronous
+    )
     found = checkpoints(folder)
     first = load_checkpoint(found[-1], model, optimizer, grid) if found else 0
     for step in range(first + 1, 10**6):
@@ -87,7 +91,9 @@ def main(folder: Path, trials: int) -> None:
     for trial in range(trials):
         store = folder / f".store_{trial}"
         found = checkpoints(folder)
-        previous = int(found[-1].name.split("_")[1]) + 1 if found else 1  # the first one whole, then in the middle of another
+        previous = (
+            int(found[-1].name.split("_")[1]) + 1 if found else 1
+        )  # the first one whole, then in the middle of another
         writers = [run_in_child(partial(write, rank, folder, store, trial % 2 == 1)) for rank in range(2)]
         wait_for_save(folder, previous)
         time.sleep(draw.random() * 0.12)

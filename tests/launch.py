@@ -20,7 +20,13 @@ SMALL = shlex.split("""
 
 def write_corpus(folder: Path) -> Path:
     """Forty documents of ragged lengths, some longer than a sequence of 256 bytes, in one JSONL file."""
-    sentences = ["the ring turns once", "a token knows its place", "padding is silent", "five axes, one loss", "sum, then divide"]
+    sentences = [
+        "the ring turns once",
+        "a token knows its place",
+        "padding is silent",
+        "five axes, one loss",
+        "sum, then divide",
+    ]
     path = folder / "corpus.jsonl"
     with path.open("w") as out:
         for number in range(40):
@@ -32,7 +38,15 @@ def write_corpus(folder: Path) -> Path:
 
 def environment() -> dict[str, str]:
     """This process's, without the variables that would make train.py believe it runs under torchrun."""
-    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    dropped = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+    )
     return {k: v for k, v in os.environ.items() if k not in dropped} | {"OMP_NUM_THREADS": "1"}
 
 
@@ -40,7 +54,9 @@ def run_train(ranks: int, *flags: str, timeout: float = 240.0) -> subprocess.Com
     """torchrun with some ranks, or plain python for 0."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     command = [sys.executable, *launcher, "train.py", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def train(ranks: int, run_dir: Path, *flags: str) -> list[dict]:

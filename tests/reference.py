@@ -9,7 +9,9 @@ from torch import Tensor
 from parallel.keyed_random import keep_mask, key_of
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, lengths, padded_lengths, *, scale: float, kept: Tensor | None = None) -> Tensor:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths, padded_lengths, *, scale: float, kept: Tensor | None = None
+) -> Tensor:
     """Causal attention within each document by an explicit [T, T] mask.
 
     q [T, hq, d]; k, v [T, hkv, d] of the whole row in order. Rows of padding are 0. kept: [hq, T, T], what probabilities are times.
@@ -64,7 +66,15 @@ def random_documents(rng: np.random.Generator, row_length: int, alignment: int) 
 
 
 def reference_loss(
-    weights: dict[str, Tensor], config, tokens: Tensor, labels: Tensor, lengths, padded_lengths, *, first_id: int = 0, seed: int = 0
+    weights: dict[str, Tensor],
+    config,
+    tokens: Tensor,
+    labels: Tensor,
+    lengths,
+    padded_lengths,
+    *,
+    first_id: int = 0,
+    seed: int = 0,
 ) -> Tensor:
     """Sum of the labelled tokens' cross-entropies of one row, from canonical weights; plain float64 code of its own.
 
@@ -80,9 +90,15 @@ def reference_loss(
 
     def kept_scores(layer: int) -> Tensor:
         rate, key = config.attention_dropout, key_of(seed, f"dropout layers.{layer}.scores")
-        return torch.stack([keep_mask(key, ids, head * 2**32 + within, rate) for head in range(config.num_attention_heads)]) / (1 - rate)
+        return torch.stack(
+            [keep_mask(key, ids, head * 2**32 + within, rate) for head in range(config.num_attention_heads)]
+        ) / (1 - rate)
 
-    groups, per_group, dim = config.num_query_groups, config.num_attention_heads // config.num_query_groups, config.kv_channels
+    groups, per_group, dim = (
+        config.num_query_groups,
+        config.num_attention_heads // config.num_query_groups,
+        config.kv_channels,
+    )
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + config.norm_epsilon) * weight
@@ -108,7 +124,9 @@ def reference_loss(
         q, k, v = (torch.stack(heads, 1) for heads in (queries, keys, values))
         if config.qk_norm:
             q, k = norm(q, w["attention.q_norm.weight"]), norm(k, w["attention.k_norm.weight"])
-        out = dense_attention(rotate(q), rotate(k), v, lengths, padded_lengths, scale=dim**-0.5, kept=kept_scores(layer))
+        out = dense_attention(
+            rotate(q), rotate(k), v, lengths, padded_lengths, scale=dim**-0.5, kept=kept_scores(layer)
+        )
         x = x + dropped(out.flatten(1) @ w["attention.output.weight"].T, f"layers.{layer}.attention")
         normed = norm(x, w["mlp.layer_norm_weight"])
         gate, up = normed @ w["mlp.gate_weight"].T, normed @ w["mlp.up_weight"].T

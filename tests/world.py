@@ -77,7 +77,9 @@ class World:
         store = os.path.join(self.directory.name, "store")
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, size, store, theirs, self.backend, self.device), daemon=True)
+            process = context.Process(
+                target=_worker, args=(rank, size, store, theirs, self.backend, self.device), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)

@@ -79,7 +79,9 @@ def smooth(points: Sequence[Point], span: float) -> list[Point]:
     for x, y in points:
         if math.isfinite(y):
             count += 1
-            average += max(2 / (span + 1), min(1.0, EARLY / count)) * (y - average)  # a loss falls fast at first: a long average would lag
+            average += max(2 / (span + 1), min(1.0, EARLY / count)) * (
+                y - average
+            )  # a loss falls fast at first: a long average would lag
             y = average
         smoothed.append((x, y))
     return smoothed
@@ -143,7 +145,10 @@ def render(chart: Chart, number: int) -> tuple[str, dict[str, Any]]:
         The text, and {"x": limits, "y": limits, "log", "frame": [left, top, width, height], "name": of x, "curves"}.
     """
     width, height = chart.size
-    frame_width, frame_height = width - LEFT - RIGHT, height - TOP - (42 if width < 500 else 52)  # a phone's letters are larger there
+    frame_width, frame_height = (
+        width - LEFT - RIGHT,
+        height - TOP - (42 if width < 500 else 52),
+    )  # a phone's letters are larger there
     everything = [point for curve in chart.curves for point in curve.points]
     xs = [x for x, _ in everything]
     x_low, x_high = (min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 1, max(xs) + 1)
@@ -179,7 +184,8 @@ def render(chart: Chart, number: int) -> tuple[str, dict[str, Any]]:
         drawn = [(at_x(x), at_y(y)) for x, y in curve.points if math.isfinite(y)]
         if curve.kind == "dots" or (curve.kind == "line" and len(drawn) <= FEW_POINTS):
             parts += [
-                f'<circle class="dot {colours}" cx="{x:.1f}" cy="{y:.1f}" r="3.6" clip-path="url(#frame{number})"/>' for x, y in drawn
+                f'<circle class="dot {colours}" cx="{x:.1f}" cy="{y:.1f}" r="3.6" clip-path="url(#frame{number})"/>'
+                for x, y in drawn
             ]
         if curve.kind != "dots":
             d = _path([(at_x(x), at_y(y) if math.isfinite(y) else math.nan) for x, y in curve.points])
@@ -214,7 +220,8 @@ def render(chart: Chart, number: int) -> tuple[str, dict[str, Any]]:
         "width": width,
         "name": chart.x_name,
         "curves": [
-            {"run": c.run, "kind": c.kind, "x": [x for x, _ in c.points], "y": [_short(y) for _, y in c.points]} for c in chart.curves
+            {"run": c.run, "kind": c.kind, "x": [x for x, _ in c.points], "y": [_short(y) for _, y in c.points]}
+            for c in chart.curves
         ],
     }
     return text, facts
@@ -226,7 +233,9 @@ def _path(points: list[Point]) -> str:
     for (x, y), (_, next_y) in pairwise([*points, (math.nan, math.nan)]):
         if math.isfinite(y):
             starts = not commands or commands[-1] == "gap"
-            commands.append(f"{'M' if starts else 'L'}{x:.1f} {y:.1f}" + ("h0" if starts and not math.isfinite(next_y) else ""))
+            commands.append(
+                f"{'M' if starts else 'L'}{x:.1f} {y:.1f}" + ("h0" if starts and not math.isfinite(next_y) else "")
+            )
         else:
             commands.append("gap")
     return "".join(command for command in commands if command != "gap")

@@ -24,8 +24,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from training.checkpoint_files import damage, find_checkpoint, read_checksums, read_run_facts, unlisted
-from training.safe_reader import SafeReader
+from checkpoint.files import damage, find_checkpoint, read_checksums, read_run_facts, unlisted
+from checkpoint.reader import SafeReader
+from utils.errors import UserError
 
 
 def tensors_of(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
@@ -33,7 +34,7 @@ def tensors_of(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     stored = SafeReader(checkpoint).read_metadata().state_dict_metadata
     other = [name for name, what in stored.items() if not isinstance(what, TensorStorageMetadata)]
     if other:
-        raise ValueError(f"{checkpoint}: {other[0]} is not a tensor; no checkpoint of train.py")
+        raise UserError(f"{checkpoint}: {other[0]} is not a tensor; no checkpoint of train.py")
     return {name: what for name, what in stored.items() if isinstance(what, TensorStorageMetadata)}
 
 
@@ -41,7 +42,9 @@ def read_tensor(checkpoint: Path, name: str, like: TensorStorageMetadata) -> Ten
     """One whole tensor, put together from its shards."""
     state = {name: torch.empty(like.size, dtype=like.properties.dtype)}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)  # which is what no_dist asks for
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled", category=UserWarning
+        )  # which is what no_dist asks for
         dcp.load(state, storage_reader=SafeReader(checkpoint), no_dist=True)
     return state[name]
 
@@ -59,7 +62,9 @@ def inspect(checkpoint: Path) -> int:
         print(f"{part}: {len(mine)} tensors, {elements:,} numbers, {size / 2**20:,.1f} MiB")
         for name, what in sorted(mine.items()):
             if part == "model":
-                print(f"  {name:<56} {str(what.properties.dtype).removeprefix('torch.'):<9} {list(what.size)} in {len(what.chunks)} parts")
+                print(
+                    f"  {name:<56} {str(what.properties.dtype).removeprefix('torch.'):<9} {list(what.size)} in {len(what.chunks)} parts"
+                )
     files = {p.name: p.stat().st_size for p in sorted(checkpoint.iterdir())}
     print(f"files: {len(files)}, {sum(files.values()) / 2**20:,.1f} MiB")
     for name, size in files.items():
@@ -72,7 +77,9 @@ def verify(checkpoint: Path) -> int:
     found = damage(checkpoint, sorted(sums), sums) + unlisted(checkpoint, sums)
     for line in found:
         print(line)
-    print(f"{checkpoint}: {'DAMAGED' if found else 'whole'}, {len(sums)} files, {sum(size for size, _ in sums.values()):,} bytes")
+    print(
+        f"{checkpoint}: {'DAMAGED' if found else 'whole'}, {len(sums)} files, {sum(size for size, _ in sums.values()):,} bytes"
+    )
     return 1 if found else 0
 
 

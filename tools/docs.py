@@ -1,6 +1,6 @@
 """Write the tables that come from the code into README.md and docs/: `python tools/docs.py [--check]`.
 
-Flags come from the parser, the backends from cp/plan.py. Each table stands between two marker comments. With
+Flags come from the parser, the backends from cp/support.py. Each table stands between two marker comments. With
 `--check` nothing is written and the exit code says whether anything would change.
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cp.plan import markdown_table
-from training.arguments import build_parser
+from config.arguments import build_parser
+from cp.support import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,9 @@ def flags_table() -> str:
         for action in actions:
             default = "" if action.default is None else "off" if action.default is False else str(action.default)
             choices = " " + "\\|".join(map(str, action.choices)) if action.choices else ""
-            lines.append(f"| `{action.option_strings[0]}{choices}` | {default} | {(action.help or '').replace('|', chr(92) + '|')} |")
+            lines.append(
+                f"| `{action.option_strings[0]}{choices}` | {default} | {(action.help or '').replace('|', chr(92) + '|')} |"
+            )
         lines.append("")
     return "\n".join(lines).rstrip()
 

@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import train
+from checkpoint.files import checkpoints, find_checkpoint, read_run_facts
+from checkpoint.saver import load_checkpoint
 from data.blend import parse_blend
 from data.indexed_dataset import index_file
 from data.sources import open_prepared
@@ -28,10 +30,9 @@ from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer, Tokenizer, l
 from model.config import GPTConfig
 from model.gpt import GPT
 from parallel.grid import GridSizes, build_grid
-from training.checkpoint import load_checkpoint
-from training.checkpoint_files import checkpoints, find_checkpoint, read_run_facts
-from training.initialize import Launch, cuda_device_count, initialise_distributed
-from training.kv_cache import CachedAttention, continue_text
+from runtime.distributed import Launch, cuda_device_count, initialise_distributed
+from tools.kv_cache import CachedAttention, continue_text
+from utils.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -55,7 +56,7 @@ def config_of(facts: dict[str, Any], checkpoint: Path) -> GPTConfig:
     told = {name.removeprefix("model "): value for name, value in facts.items() if name.startswith("model ")}
     missing = [f.name for f in fields(GPTConfig) if f.name not in told and not f.name.endswith("_dropout")]
     if missing:
-        raise ValueError(f"--load {checkpoint}: its run.json does not say {', '.join(missing)}")
+        raise UserError(f"--load {checkpoint}: its run.json does not say {', '.join(missing)}")
     return GPTConfig(**told)
 
 
@@ -76,24 +77,28 @@ def run_tokenizer(file: Path, fingerprint: str) -> Tokenizer:
         ValueError: no such file, or no tokenizer where it says.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; say with what the model was trained: --tokenizer-type, --tokenizer-model")
+        raise UserError(
+            f"{file}: no such file; say with what the model was trained: --tokenizer-type, --tokenizer-model"
+        )
     try:
         told = json.loads(file.read_text("utf-8"))["flags"]
-        kind, model, eod, cache = (told[name] for name in ("tokenizer_type", "tokenizer_model", "tokenizer_eod", "data_cache_path"))
+        kind, model, eod, cache = (
+            told[name] for name in ("tokenizer_type", "tokenizer_model", "tokenizer_eod", "data_cache_path")
+        )
         corpora = [list(told[name] or ()) for name in ("data_path", "valid_data_path")]
         if not all(isinstance(text, str) for text in (kind, model or "", eod or "", cache, *corpora[0], *corpora[1])):
             raise TypeError("a path that is no text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file}: not a run's configuration ({error!r})") from error
+        raise UserError(f"{file}: not a run's configuration ({error!r})") from error
     if model is not None and not Path(model).is_file():
-        raise ValueError(f"{file}: its tokenizer {model} is not there; name the file with --tokenizer-model")
+        raise UserError(f"{file}: its tokenizer {model} is not there; name the file with --tokenizer-model")
     if kind == "byte" or model is not None:
         return load_tokenizer(kind, model, eod)
     prefixes = [Path(part.path) for words in corpora if words for part in parse_blend(words)]
     own = (open_prepared(prefix).tokenizer() for prefix in prefixes if index_file(prefix).is_file())
     found = next(filter(None, own), None) or cached_tokenizer(Path(cache), fingerprint)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{file}: its tokenizer is neither under its --data-cache-path {cache} nor beside a corpus, and none is trained here: "
             "name its file with --tokenizer-model"
         )
@@ -111,7 +116,7 @@ def tokenizer_of(flags: argparse.Namespace, checkpoint: Path, fingerprint: str) 
     else:
         found = run_tokenizer(checkpoint.parent.parent / "config.json", fingerprint)
     if found.fingerprint != fingerprint:
-        raise ValueError(
+        raise UserError(
             f"the {found.kind} tokenizer is not the one that {checkpoint} was trained with: --tokenizer-type, --tokenizer-model"
         )
     return found
@@ -134,17 +139,25 @@ def load_model(checkpoint: Path, config: GPTConfig, *, device: torch.device, dty
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--load", type=Path, required=True, help="a run's folder, a folder of checkpoints, or one checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--load", type=Path, required=True, help="a run's folder, a folder of checkpoints, or one checkpoint"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="a text to continue; may be given several times")
     parser.add_argument("--prompt-file", type=Path, help="a file whose whole text is one more prompt")
     parser.add_argument("--tokens", type=int, default=64, help="at most so many tokens are added to each")
     parser.add_argument("--temperature", type=float, default=0.8, help="0, or --greedy: always the most likely token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that together are so likely")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the fewest tokens that together are so likely"
+    )
     parser.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
     parser.add_argument("--seed", type=int, default=1234, help="of the draws; the same for each prompt")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the computation")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
+    )
     parser.add_argument("--tokenizer-type", choices=("auto", *TOKENIZER_TYPES), help="default: the run's own tokenizer")
     parser.add_argument("--tokenizer-model", help="SentencePiece model or tokenizer.json; default: the run's own")
     parser.add_argument("--tokenizer-eod", metavar="TOKEN", help="of a tokenizer.json: the token that ends a document")
@@ -160,11 +173,11 @@ def main(argv: list[str]) -> int:
             ("top-p", 0 < flags.top_p <= 1, "above 0 and at most 1"),
         ):
             if not legal:
-                raise ValueError(f"--{name} {getattr(flags, name.replace('-', '_'))}: must be {words}")
+                raise UserError(f"--{name} {getattr(flags, name.replace('-', '_'))}: must be {words}")
         prompts = list(flags.prompt)
         if flags.prompt_file:
             if not flags.prompt_file.is_file():
-                raise ValueError(f"--prompt-file {flags.prompt_file}: no such file")
+                raise UserError(f"--prompt-file {flags.prompt_file}: no such file")
             prompts.append(flags.prompt_file.read_text("utf-8"))
         checkpoint = find_in(flags.load)
         facts = read_run_facts(checkpoint)
@@ -176,7 +189,10 @@ def main(argv: list[str]) -> int:
         ids = tokenizer.encode(prompt).tolist() or [tokenizer.eod]
         trained_on = facts.get("--seq-length")
         if trained_on and len(ids) + flags.tokens > trained_on:
-            print(f"{len(ids)} + {flags.tokens} tokens are more than the {trained_on} that the model was trained on", file=sys.stderr)
+            print(
+                f"{len(ids)} + {flags.tokens} tokens are more than the {trained_on} that the model was trained on",
+                file=sys.stderr,
+            )
         added = continue_text(
             model,
             ids,

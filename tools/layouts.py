@@ -40,7 +40,9 @@ def run(ranks: int, layout: str, flags: list[str], folder: Path) -> tuple[list[d
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "train.py", *FLAGS.split(), *layout.split(), "--run-dir", str(folder), *flags]
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
     records = folder / "metrics.jsonl"
     if "metrics:  " not in done.stdout or not records.is_file():
         raise SystemExit(f"{layout}: {done.stdout}{done.stderr}")
@@ -50,7 +52,10 @@ def run(ranks: int, layout: str, flags: list[str], folder: Path) -> tuple[list[d
 def main(flags: list[str]) -> int:
     differences: list[float] = []
     wanted = None
-    print("| ranks | layout | loss after 1 step | after 3 steps | gradient norm | s |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| ranks | layout | loss after 1 step | after 3 steps | gradient norm | s |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as name:
         for ranks, layouts in LAYOUTS.items():
             for number, layout in enumerate(layouts):

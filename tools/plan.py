@@ -1,7 +1,7 @@
 """What a run will need, on a laptop, without a rank: `python tools/plan.py --world-size 64 --gpu-memory 80 <flags of train.py>`.
 
 Memory of a rank by part, FLOPs and sent bytes of a step, packing and balance for a distribution of document lengths, legal sizes, and with
---rank-layouts the layouts that fit, best first. Memory is counted from the model's own code (training/memory.py), on plain PyTorch layers,
+--rank-layouts the layouts that fit, best first. Memory is counted from the model's own code (planner/memory.py), on plain PyTorch layers,
 which hold most; with --transformer-impl te on Transformer Engine's, installed or not, in bf16.
 """
 
@@ -24,33 +24,48 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import train
+from config.arguments import model_config, parse_arguments, resolve
 from model.config import GPTConfig, padded_vocab_size
-from training.arguments import model_config, parse_arguments, resolve
+from planner.estimate import data_of, describe_rows, make_plan, parse_lengths, plan_text, worst_memory
+from planner.memory import stage_parameters
 from training.flops import PEAK_TFLOPS
-from training.memory import stage_parameters
-from training.planning import data_of, describe_rows, make_plan, parse_lengths, plan_text, worst_memory
+from utils.errors import UserError
 
 AXES = ("pp", "dp_replicate", "cp", "tp")  # dp_shard is what is left
 STORED = 4  # bytes of a weight, a moment
 ROOM = 0.9  # of a device's memory that a plan may fill: the rest is the allocator's, NCCL's and the context's
 # What a byte sent over an axis costs beside one that is hidden: tp and cp wait for each other in every layer, FSDP's run ahead.
 EXPOSED = {"tp": 1.0, "cp": 0.3, "fsdp": 0.3, "dp_replicate": 0.3, "pp": 0.3}
-WITHIN_NODE, BETWEEN_NODES = 300e9, 40e9  # bytes a second of a rank, as NVLink and a 400 Gb/s card give; for the order alone
+WITHIN_NODE, BETWEEN_NODES = (
+    300e9,
+    40e9,
+)  # bytes a second of a rank, as NVLink and a 400 Gb/s card give; for the order alone
 AGAIN = {"none": 1.0, "selective": 1.12, "full": 4 / 3}  # computation with recomputing
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, epilog="All flags of train.py too."
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="All flags of train.py too.",
     )
     parser.add_argument("--world-size", type=int, default=1, help="ranks in all")
     parser.add_argument("--node-size", type=int, help="ranks on a node; default: all, at most 8")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one device")
-    parser.add_argument("--vocab-size", type=int, help="default: the tokenizer's, or --tokenizer-vocab-size where it would be trained")
-    parser.add_argument("--lengths", help="of documents: fixed:N, lognormal:MEAN,SIGMA or a file; default: the prepared corpus's")
-    parser.add_argument("--rank-layouts", action="store_true", help="list the layouts of --world-size ranks that fit, best first")
+    parser.add_argument(
+        "--vocab-size", type=int, help="default: the tokenizer's, or --tokenizer-vocab-size where it would be trained"
+    )
+    parser.add_argument(
+        "--lengths", help="of documents: fixed:N, lognormal:MEAN,SIGMA or a file; default: the prepared corpus's"
+    )
+    parser.add_argument(
+        "--rank-layouts", action="store_true", help="list the layouts of --world-size ranks that fit, best first"
+    )
     parser.add_argument("--most", type=int, default=12, help="of the list")
-    parser.add_argument("--json", action="store_true", help="print an object instead of words; with --rank-layouts, of the list")
+    parser.add_argument(
+        "--json", action="store_true", help="print an object instead of words; with --rank-layouts, of the list"
+    )
     return parser
 
 
@@ -107,14 +122,20 @@ def estimated_seconds(args: Namespace, config: GPTConfig, plan: Any, node: int) 
         "dp_replicate": args.tp_size * args.cp_size * args.dp_shard_size * args.dp_replicate_size,
         "pp": world,
     }
-    return seconds + sum(EXPOSED[a] * n / (WITHIN_NODE if reach[a] <= node else BETWEEN_NODES) for a, n in plan.sent.items())
+    return seconds + sum(
+        EXPOSED[a] * n / (WITHIN_NODE if reach[a] <= node else BETWEEN_NODES) for a, n in plan.sent.items()
+    )
 
 
-def ranked(words: list[str], world: int, node: int, memory: float, vocab: int, lengths: np.ndarray | None) -> list[tuple[float, Any, Any]]:
+def ranked(
+    words: list[str], world: int, node: int, memory: float, vocab: int, lengths: np.ndarray | None
+) -> list[tuple[float, Any, Any]]:
     """(estimated seconds, flags, plan) of the layouts that fit, best first."""
     found, rows = [], {}  # type: ignore[var-annotated]
     for args in layouts(words, world, node):
-        config = model_config(args, vocab_size=vocab, padded_vocab_size=padded_vocab_size(vocab, args.make_vocab_size_divisible_by))
+        config = model_config(
+            args, vocab_size=vocab, padded_vocab_size=padded_vocab_size(vocab, args.make_vocab_size_divisible_by)
+        )
         limit = ROOM * memory * 2**30
         own = stage_parameters(args, config, 0) // (args.dp_shard_size * args.cp_size)
         if 3 * STORED * own > limit:  # weights and moments alone
@@ -135,9 +156,9 @@ def check_numbers(own: Namespace) -> None:
     for name in ("world_size", "node_size", "vocab_size", "most"):
         value = getattr(own, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if own.gpu_memory is not None and not 0 < own.gpu_memory < math.inf:
-        raise ValueError(f"--gpu-memory {own.gpu_memory:g}: must be finite and above 0")
+        raise UserError(f"--gpu-memory {own.gpu_memory:g}: must be finite and above 0")
 
 
 def main(argv: list[str]) -> int:
@@ -146,9 +167,9 @@ def main(argv: list[str]) -> int:
         check_numbers(own)
         node = own.node_size or min(8, own.world_size)
         if own.world_size % node:
-            raise ValueError(f"--world-size {own.world_size}: must be a multiple of --node-size {node}")
+            raise UserError(f"--world-size {own.world_size}: must be a multiple of --node-size {node}")
         if own.rank_layouts and not own.gpu_memory:
-            raise ValueError("--rank-layouts needs --gpu-memory: what shall they fit into?")
+            raise UserError("--rank-layouts needs --gpu-memory: what shall they fit into?")
         first = parse_arguments(words)
         vocab, lengths = data_of(first)
         vocab = own.vocab_size or vocab
@@ -157,14 +178,20 @@ def main(argv: list[str]) -> int:
             best = ranked(words, own.world_size, node, own.gpu_memory, vocab, lengths)
             if not best:
                 fit = f"fits into {ROOM:.0%} of {own.gpu_memory:g} GiB"
-                raise ValueError(f"no layout of {own.world_size} ranks {fit}: more ranks, or smaller rows")
+                raise UserError(f"no layout of {own.world_size} ranks {fit}: more ranks, or smaller rows")
             if own.json:
-                print(json.dumps({"fitting": len(best), "layouts": [_ranked_facts(*one) for one in best[: own.most]]}, indent=1))
+                print(
+                    json.dumps(
+                        {"fitting": len(best), "layouts": [_ranked_facts(*one) for one in best[: own.most]]}, indent=1
+                    )
+                )
             else:
                 _print_ranked(best[: own.most], len(best), own.gpu_memory)
             return 0
         args = resolved(words, own.world_size, node)
-        config = model_config(args, vocab_size=vocab, padded_vocab_size=padded_vocab_size(vocab, args.make_vocab_size_divisible_by))
+        config = model_config(
+            args, vocab_size=vocab, padded_vocab_size=padded_vocab_size(vocab, args.make_vocab_size_divisible_by)
+        )
         if own.json:
             plan = make_plan(args, config, lengths)
             print(json.dumps(asdict(plan), indent=1))
@@ -176,7 +203,10 @@ def main(argv: list[str]) -> int:
             print(f"{'fits':<14} {verdict}: {share:.0%} of {own.gpu_memory:g} GiB, of which {ROOM:.0%} may be planned")
         with contextlib.redirect_stderr(io.StringIO()):
             legal = legal_values(words, own.world_size, node)
-        print(f"{'legal sizes':<14} " + "; ".join(f"{axis} {', '.join(map(str, sizes)) or 'none'}" for axis, sizes in legal.items()))
+        print(
+            f"{'legal sizes':<14} "
+            + "; ".join(f"{axis} {', '.join(map(str, sizes)) or 'none'}" for axis, sizes in legal.items())
+        )
     return 0
 
 
@@ -189,7 +219,18 @@ def _print_ranked(best: list[tuple[float, Any, Any]], found: int, memory: float)
     print(
         f"{found} layouts fit into {ROOM:.0%} of {memory:g} GiB; ordered by an estimate from FLOPs, bytes and idle time, not a measurement"
     )
-    widths = {"pp": 3, "tp": 3, "cp": 3, "dp_shard": 8, "recompute": -10, "GiB": 7, "idle": 6, "balance": 8, "sent GiB": 9, "estimate": 9}
+    widths = {
+        "pp": 3,
+        "tp": 3,
+        "cp": 3,
+        "dp_shard": 8,
+        "recompute": -10,
+        "GiB": 7,
+        "idle": 6,
+        "balance": 8,
+        "sent GiB": 9,
+        "estimate": 9,
+    }
     print(" ".join(f"{name:>{w}}" if w > 0 else f"{name:<{-w}}" for name, w in widths.items()))
     for seconds, args, plan in best:
         print(

@@ -24,19 +24,26 @@ import torch.distributed as dist
 from torch import nn
 
 import train
+from checkpoint.files import checkpoints, find_checkpoint, read_run_facts
+from checkpoint.saver import load_checkpoint
+from config.arguments import model_config, parse_arguments, resolve
 from data.loader import BatchPlan, build_loader
+from metrics.log import row_facts
 from model.config import padded_vocab_size
 from model.gpt import chunks_of
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_
 from parallel.grid import GridSizes, build_grid
-from training.arguments import model_config, parse_arguments, resolve
-from training.checkpoint import load_checkpoint
-from training.checkpoint_files import checkpoints, find_checkpoint, read_run_facts
-from training.initialize import collective_timeout, cuda_device_count, group_backend, initialise_distributed, read_launch
-from training.metrics import row_facts
-from training.nonfinite import StoredSequences, bad_gradients
+from runtime.distributed import (
+    collective_timeout,
+    cuda_device_count,
+    group_backend,
+    initialise_distributed,
+    read_launch,
+)
+from runtime.nonfinite import StoredSequences, bad_gradients
 from training.step import counts_here, forward_backward
+from utils.errors import UserError
 
 # Flags of the run that a replay has no use for: what it would read, write or wait for.
 LEFT_OUT = {
@@ -57,11 +64,13 @@ def read_step(path: Path) -> dict[str, Any]:
         told = json.loads(path.read_text("utf-8"))
         if not isinstance(told["flags"], dict):
             raise TypeError("flags")
-        return {key: told[key] for key in ("step", "loss", "grad_norm", "flags", "vocab_size", "checkpoints", "world_size")}
+        return {
+            key: told[key] for key in ("step", "loss", "grad_norm", "flags", "vocab_size", "checkpoints", "world_size")
+        }
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        raise UserError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the file of a step ({error!r})") from error
+        raise UserError(f"{path}: not the file of a step ({error!r})") from error
 
 
 def newest_before(folders: list[Path], step: int) -> Path:
@@ -70,7 +79,9 @@ def newest_before(folders: list[Path], step: int) -> Path:
     before = [one for one in found if one[0] < step]
     if not before:
         where = " or ".join(map(str, folders))
-        raise ValueError(f"no checkpoint before step {step} in {where}: name one with --load, or --fresh for the initial weights")
+        raise UserError(
+            f"no checkpoint before step {step} in {where}: name one with --load, or --fresh for the initial weights"
+        )
     return max(before)[1]
 
 
@@ -95,21 +106,31 @@ class LayerWatch:
 
 def main(argv: list[str]) -> int:
     with train.one_line_refusals():
-        own = argparse.ArgumentParser(add_help=True, allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        own = argparse.ArgumentParser(
+            add_help=True, allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        )
         own.add_argument("file", type=Path, help="step_*.json of a run's nonfinite folder")
         own.add_argument("--load", type=Path, help="checkpoint, or folder with some, whose weights are taken")
         own.add_argument("--fresh", action="store_true", help="take the initial weights")
         flags, more = own.parse_known_args(argv)
         launch, told = read_launch(), read_step(flags.file)
         args = parse_arguments(more, defaults=without_places(told["flags"]))
-        resolve(args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count)
+        resolve(
+            args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count
+        )
         rows = StoredSequences(flags.file.with_suffix(".npz"))
         checkpoint = None
         folders = [flags.file.parent / "checkpoints", Path(told["checkpoints"])]
         if not flags.fresh:
             checkpoint = find_checkpoint(flags.load) if flags.load else newest_before(folders, told["step"])
     device, _ = initialise_distributed(launch, args.device, timeout=collective_timeout(args))
-    sizes = GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size)
+    sizes = GridSizes(
+        pp=args.pp_size,
+        dp_replicate=args.dp_replicate_size,
+        dp_shard=args.dp_shard_size,
+        cp=args.cp_size,
+        tp=args.tp_size,
+    )
     grid = build_grid(sizes, timeout=collective_timeout(args), backend=group_backend(device))
     plan = BatchPlan(
         global_batch_size=args.global_batch_size,
@@ -127,7 +148,9 @@ def main(argv: list[str]) -> int:
     config = model_config(args, vocab_size=told["vocab_size"], padded_vocab_size=vocab)
     with train.one_line_refusals():
         if args.global_batch_size != rows.sequences_per_epoch:
-            raise ValueError(f"--global-batch-size {args.global_batch_size}: the file has the {rows.sequences_per_epoch} rows of a step")
+            raise UserError(
+                f"--global-batch-size {args.global_batch_size}: the file has the {rows.sequences_per_epoch} rows of a step"
+            )
         model = train.build_model(args, config, grid, device)
         at = load_checkpoint(checkpoint, model, None, grid) if checkpoint else 0
     watch = LayerWatch(model)
@@ -143,14 +166,18 @@ def main(argv: list[str]) -> int:
         pipeline=pipeline,
     )
     mine = {"layers": watch.seen, "gradients": bad_gradients(model)}
-    grad_norm = float(clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=0.0, counts=counts_here(model, grid)))
+    grad_norm = float(
+        clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=0.0, counts=counts_here(model, grid))
+    )
     loss = float(sum_over(sum_over(cross_entropy, grid.group("loss")), grid.group("pp")) / loss_tokens)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if launch.rank == 0:
         print(f"step {told['step']} of {flags.file}, weights: {checkpoint or 'initial'}, {grid.describe()}")
         if at != told["step"] - 1:
-            print(f"these weights are of step {at}, {told['step'] - 1 - at} updates before: what is not finite here may differ")
+            print(
+                f"these weights are of step {at}, {told['step'] - 1 - at} updates before: what is not finite here may differ"
+            )
         print(f"the run:  loss {told['loss']}, gradient norm {told['grad_norm']}")
         print(f"here:     loss {loss}, gradient norm {grad_norm}")
         _print_layers(everyone)

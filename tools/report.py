@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.charts import COLOURS, MOST_POINTS, Chart, Curve, Point, downsample, render, smooth
+from utils.errors import UserError
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SMOOTHED_SHARE = 1 / 40  # of the steps of the longest run is what a smooth curve averages over
@@ -125,7 +126,7 @@ def read_record(line: str) -> dict[str, Any]:
         def read(text: str) -> Any:
             value = kind(text)
             if MOST < abs(value) < math.inf:
-                raise ValueError("a number beyond what is drawn")
+                raise UserError("a number beyond what is drawn")
             return value
 
         return read
@@ -133,9 +134,9 @@ def read_record(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line, parse_int=bounded(int), parse_float=bounded(float))
     except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        raise UserError("nested too deeply") from error
     if not isinstance(record, dict) or not isinstance(record.get("step"), int) or abs(record["step"]) >= MOST_COUNTED:
-        raise ValueError("no step")
+        raise UserError("no step")
     return record
 
 
@@ -147,7 +148,7 @@ def read_run(folder: Path, name: str) -> Run:
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder}: no metrics.jsonl there; name the folder that train.py had as --run-dir")
+        raise UserError(f"{folder}: no metrics.jsonl there; name the folder that train.py had as --run-dir")
     run = Run(folder, name, {}, {}, {}, [], read_facts(folder / "config.json"), read_facts(folder / "status.json"))
     tokens = 0.0
     for line_number, line in enumerate(path.read_text("utf-8", errors="replace").split("\n"), start=1):
@@ -174,7 +175,7 @@ def read_run(folder: Path, name: str) -> Run:
         records.clear()
         records.update(ordered)
     if not run.steps and not run.validations:
-        raise ValueError(f"{path}: holds no record of a step yet")
+        raise UserError(f"{path}: holds no record of a step yet")
     return run
 
 
@@ -228,7 +229,10 @@ def loss_charts(runs: list[Run], *, span: float) -> list[Chart]:
         dots_by_step.append(Curve(index, "dots", list[Point](validations)))
         dots_by_tokens.append(Curve(index, "dots", [(seen[step], loss) for step, loss in validations if step in seen]))
     unit = "line: training, dots: validation"
-    step_curves, token_curves = [*curves_of(by_step, span=span), *dots_by_step], [*curves_of(by_tokens, span=span), *dots_by_tokens]
+    step_curves, token_curves = (
+        [*curves_of(by_step, span=span), *dots_by_step],
+        [*curves_of(by_tokens, span=span), *dots_by_tokens],
+    )
     charts = [
         Chart("Loss by step", unit, "step", step_curves, may_log=True, size=LARGE),
         Chart("Loss by tokens", unit, "tokens seen", token_curves, may_log=True, size=LARGE),
@@ -251,7 +255,14 @@ def perplexity_charts(runs: list[Run]) -> list[Chart]:
                     perplexity = math.exp(loss) if loss < 700 else loss * math.inf  # a nan stays one
                     found.setdefault(source, {}).setdefault(index, []).append((step, perplexity))
     return [
-        Chart(f"Perplexity on {name}", "validation", "step", [Curve(i, "line", p) for i, p in of.items()], may_log=True, size=LARGE)
+        Chart(
+            f"Perplexity on {name}",
+            "validation",
+            "step",
+            [Curve(i, "line", p) for i, p in of.items()],
+            may_log=True,
+            size=LARGE,
+        )
         for name, of in zip(short_names(list(found)), found.values(), strict=True)
     ]
 
@@ -261,7 +272,8 @@ def measure_charts(runs: list[Run], measures: list[Measure], *, span: float) -> 
     charts, missing = [], []
     for measure in measures:
         series: list[tuple[int, list[Point]]] = [
-            (i, [(step, value * measure.factor) for step, value in run.values(measure.field)]) for i, run in enumerate(runs)
+            (i, [(step, value * measure.factor) for step, value in run.values(measure.field)])
+            for i, run in enumerate(runs)
         ]
         if measure.field in OFTEN_ZERO and not any(y for _, points in series for _, y in points):
             continue
@@ -294,7 +306,14 @@ def timer_charts(runs: list[Run]) -> list[Chart]:
                 if most is not None:
                     found.setdefault(phase, {}).setdefault(index, []).append((step, 1000 * most / steps))
     return [
-        Chart(phase, "ms a step", "step", [Curve(i, "line", downsample(points)) for i, points in of.items()], from_zero=True, may_cap=True)
+        Chart(
+            phase,
+            "ms a step",
+            "step",
+            [Curve(i, "line", downsample(points)) for i, points in of.items()],
+            from_zero=True,
+            may_cap=True,
+        )
         for phase, of in found.items()
     ]
 
@@ -325,7 +344,11 @@ def status_cell(run: Run) -> Cell:
     facts = {key: escape(str(value)) for key, value in run.status.items() if value not in (None, "")}
     word = facts.get("status", "not told")
     kind = word if word in ("done", "failed", "requeue", "running") else "other"
-    where = f" on rank {facts['rank']} ({facts.get('host', 'host not told')})" if word == "failed" and "rank" in facts else ""
+    where = (
+        f" on rank {facts['rank']} ({facts.get('host', 'host not told')})"
+        if word == "failed" and "rank" in facts
+        else ""
+    )
     text = f'<span class="status {kind}">{word}</span> at step {facts.get("step", "?")}{where}'
     text += f": {facts['reason']}" if "reason" in facts else ""
     text += '<br><small>a run that was killed stays "running"</small>' if word == "running" else ""
@@ -335,10 +358,18 @@ def status_cell(run: Run) -> Cell:
 def size_cell(run: Run) -> Cell:
     if isinstance(run.config, str):
         return Cell(f'<span class="quiet">not known: {escape(run.config)}</span>')
-    parameters, ranks, layout = number(run.config.get("parameters")), run.config.get("world_size"), run.config.get("layout")
+    parameters, ranks, layout = (
+        number(run.config.get("parameters")),
+        run.config.get("world_size"),
+        run.config.get("layout"),
+    )
     split = [f"{axis} {size}" for axis, size in layout.items() if size != 1] if isinstance(layout, dict) else []
     told = [f"{parameters:,.0f} parameters"] if parameters is not None else []
-    told += [f"{ranks} rank{'' if ranks == 1 else 's'}" + (f" ({', '.join(split)})" if split else "")] if ranks is not None else []
+    told += (
+        [f"{ranks} rank{'' if ranks == 1 else 's'}" + (f" ({', '.join(split)})" if split else "")]
+        if ranks is not None
+        else []
+    )
     return Cell(escape("; ".join(told))) if told else NOTHING
 
 
@@ -383,17 +414,24 @@ def memory_cell(run: Run) -> Cell:
 
 def hours_cell(run: Run) -> Cell:
     seconds = sum(value for _, value in run.values("step_time_s"))
-    return Cell(f"{seconds / 3600:,.2f} h" if seconds >= 3600 else f"{seconds / 3600:.3f} h <small>{seconds:,.0f} s</small>")
+    return Cell(
+        f"{seconds / 3600:,.2f} h" if seconds >= 3600 else f"{seconds / 3600:.3f} h <small>{seconds:,.0f} s</small>"
+    )
 
 
 def remarks_cell(run: Run) -> Cell:
-    bad = sum(not all(math.isfinite(number(record.get(k)) or 0.0) for k in ("loss", "grad_norm")) for record in run.steps.values())
+    bad = sum(
+        not all(math.isfinite(number(record.get(k)) or 0.0) for k in ("loss", "grad_norm"))
+        for record in run.steps.values()
+    )
     skipped = max((value for _, value in run.values("skipped_steps")), default=0)
     told = [f"{skipped:,.0f} steps skipped"] if skipped else []
     told += [f"{bad:,} steps with a loss or gradient norm that is not finite"] if bad else []
     if run.broken_lines:
         shown = ", ".join(f"{line:,}" for line in run.broken_lines[:5]) + (", ..." if len(run.broken_lines) > 5 else "")
-        told.append(f"{len(run.broken_lines):,} unreadable line{'s' * (len(run.broken_lines) > 1)} of metrics.jsonl left out: {shown}")
+        told.append(
+            f"{len(run.broken_lines):,} unreadable line{'s' * (len(run.broken_lines) > 1)} of metrics.jsonl left out: {shown}"
+        )
     return Cell("; ".join(told)) if told else NOTHING
 
 
@@ -418,7 +456,9 @@ def table(head: Sequence[str], rows: list[tuple[str, list[tuple[str, str]], str]
     """Escaped texts. A row: its name, (class, text) of each cell, its class."""
     columns = "".join(f"<th scope=col>{name}</th>" for name in head)
     lines = [
-        f'<tr class="{kind}"><th scope=row>{name}</th>' + "".join(f'<td class="{c}">{text}</td>' for c, text in cells) + "</tr>"
+        f'<tr class="{kind}"><th scope=row>{name}</th>'
+        + "".join(f'<td class="{c}">{text}</td>' for c, text in cells)
+        + "</tr>"
         for name, cells, kind in rows
     ]
     width = f"min-width: {110 + 110 * len(head)}px"
@@ -432,7 +472,9 @@ def summary_table(runs: list[Run], heads: list[str]) -> str:
         cells = [cell_of(run) for run in runs]
         values = [cell.value for cell in cells if cell.value is not None and math.isfinite(cell.value)]
         best = best_of(values) if best_of and len({cell.html for cell in cells if cell.value in values}) > 1 else None
-        rows.append((title, [("best" if best is not None and cell.value == best else "", cell.html) for cell in cells], ""))
+        rows.append(
+            (title, [("best" if best is not None and cell.value == best else "", cell.html) for cell in cells], "")
+        )
     return table(heads, rows)
 
 
@@ -450,7 +492,9 @@ def settings(config: dict[str, Any]) -> dict[str, str]:
     flags = config.get("flags")
     places = {"": flags} if isinstance(flags, dict) else {}
     places |= {
-        f"{key}: ": value if isinstance(value, dict) else {"": value} for key, value in config.items() if key != "flags" or not places
+        f"{key}: ": value if isinstance(value, dict) else {"": value}
+        for key, value in config.items()
+        if key != "flags" or not places
     }
     for place, values in places.items():
         for key, value in values.items():
@@ -472,7 +516,10 @@ def configuration(runs: list[Run], heads: list[str]) -> str:
     if differs:
         rows = []
         for name in differs:
-            cells = [("", "&ndash;" if each is None or name not in each else f"<code>{escape(each[name])}</code>") for each in known]
+            cells = [
+                ("", "&ndash;" if each is None or name not in each else f"<code>{escape(each[name])}</code>")
+                for each in known
+            ]
             rows.append((f"<code>{escape(name)}</code>", cells, "differs"))
         text += f"<p>What differs between the runs ({len(differs)}):</p>" + table(heads, rows)
     same = [name for name in names if name not in differs]
@@ -508,7 +555,9 @@ def build_report(runs: list[Run], *, now: str) -> str:
         if figures:
             text += f'<h2>{title}</h2><div class="{kind}">{"".join(figures)}</div>'
     names = [escape(run.name) for run in runs]
-    swatches = [f'<span class="swatch c{i % COLOURS}{" again" if i >= COLOURS else ""}"></span>' for i in range(len(runs))]
+    swatches = [
+        f'<span class="swatch c{i % COLOURS}{" again" if i >= COLOURS else ""}"></span>' for i in range(len(runs))
+    ]
     heads = [f"{swatch}{name}" for swatch, name in zip(swatches, names, strict=True)]
     smoothed = f" Pale: each step; strong: moving average over about {span:.0f} steps." if span >= 3 else ""
     labels = [
@@ -544,7 +593,9 @@ def build_report(runs: list[Run], *, now: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="tools/report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="tools/report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder; several are overlaid")
     parser.add_argument("--out", type=Path, help="the file to write; default: report.html in the first run's folder")
     args = parser.parse_args(argv)
@@ -552,7 +603,7 @@ def main(argv: list[str]) -> int:
     try:
         folders = [str(folder.resolve()) for folder in args.runs]
         if len(set(folders)) < len(folders):
-            raise ValueError(f"{max(folders, key=folders.count)}: given twice")
+            raise UserError(f"{max(folders, key=folders.count)}: given twice")
         runs = [read_run(folder, name) for folder, name in zip(args.runs, short_names(folders), strict=True)]
         text = build_report(runs, now=time.strftime("%Y-%m-%d %H:%M %Z"))
         out.write_text(text, "utf-8", errors="xmlcharrefreplace")  # half a surrogate pair, in a flag

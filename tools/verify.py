@@ -10,7 +10,7 @@ Exit code 1 if an error exceeds four times its floor.
 
     --verify-layers N     layers of the model that are checked (default 2)
     --verify-sequences N  sequences that are read (default: a microbatch on each data rank, times --pp-size)
-    --all                 every backend, method, format, layout and dtype of cp/plan.py for this cp size and device
+    --all                 every backend, method, format, layout and dtype of cp/support.py for this cp size and device
     --json FILE           the same as JSON
 """
 
@@ -34,10 +34,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import train
+from checkpoint.saver import whole_tensors
+from config.arguments import model_config, parse_arguments, resolve
 from cp.attention import build_attention
-from cp.dropped import AttentionDropout
+from cp.dropout_attention import AttentionDropout
 from cp.packed_seq import PackedSeq
-from cp.plan import AttentionChoice, cells, smallest_alignment
+from cp.support import AttentionChoice, cells, smallest_alignment
 from data.loader import Batch, BatchPlan, Sequence, build_batch
 from data.packing import resolve_packing
 from model.config import GPTConfig, padded_vocab_size
@@ -46,18 +48,29 @@ from model.init import initialise
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_, shard_model
 from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes, build_grid
-from training.arguments import model_config, parse_arguments, resolve
-from training.checkpoint import whole_tensors
-from training.initialize import cuda_device_count, group_backend, initialise_distributed, on_rank_zero_first, read_launch
+from runtime.distributed import (
+    cuda_device_count,
+    group_backend,
+    initialise_distributed,
+    on_rank_zero_first,
+    read_launch,
+)
 from training.optimizer import build_optimizer
 from training.step import Pipeline, counts_here, forward_backward
+from utils.errors import UserError
 
 TOLERANCE = 4.0  # an error may be this many times its noise floor
 QUERY_CHUNK = 1024  # rows of scores that exist at a time in the reference attention
 
 
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: object = None, *, dropout: AttentionDropout | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed_seq: PackedSeq,
+    group: object = None,
+    *,
+    dropout: AttentionDropout | None = None,
 ) -> Tensor:
     """Causal attention within each document of a whole row, by an explicit mask, a chunk of queries at a time.
 
@@ -133,7 +146,12 @@ def _whole(parameters: dict[str, Tensor], grid: Grid, keep: bool) -> dict[str, T
 
 
 def run_step(
-    model: GPT | Stages, batches: list[Batch], grid: Grid, device: torch.device, args: argparse.Namespace, pipeline: Pipeline | None = None
+    model: GPT | Stages,
+    batches: list[Batch],
+    grid: Grid,
+    device: torch.device,
+    args: argparse.Namespace,
+    pipeline: Pipeline | None = None,
 ) -> Outcome:
     """Forward, backward and one AdamW step, as train.py does them, without clipping."""
     optimizer = build_optimizer(
@@ -142,7 +160,9 @@ def run_step(
     tokens = torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64, device=device)
     tokens = sum_over(tokens, grid.group("batch"))
     start = time.perf_counter()
-    total = forward_backward(model, batches, loss_tokens=tokens, device=device, reshard_between=False, pipeline=pipeline)
+    total = forward_backward(
+        model, batches, loss_tokens=tokens, device=device, reshard_between=False, pipeline=pipeline
+    )
     loss = (sum_over(sum_over(total, grid.group("loss")), grid.group("pp")) / tokens).item()
     seconds = time.perf_counter() - start
     keep = dist.get_rank() == 0
@@ -160,10 +180,19 @@ def one_rank_grid() -> Grid:
 
 
 def run_one_rank(
-    args: argparse.Namespace, config: GPTConfig, rows: list[Sequence], grid: Grid, device: torch.device, *, dtype: str, reference: bool
+    args: argparse.Namespace,
+    config: GPTConfig,
+    rows: list[Sequence],
+    grid: Grid,
+    device: torch.device,
+    *,
+    dtype: str,
+    reference: bool,
 ) -> Outcome:
     """The whole work on this rank: in float64 with the reference attention, or in the run's dtype with the native one."""
-    alone = AttentionChoice(backend="native", method="all_gather", qkv_format=args.qkv_format, layout="contiguous", cp_size=1)
+    alone = AttentionChoice(
+        backend="native", method="all_gather", qkv_format=args.qkv_format, layout="contiguous", cp_size=1
+    )
     attention = reference_attention if reference else build_attention(alone, head_dim=config.kv_channels)
     with torch.device("meta"):
         model = GPT(
@@ -176,9 +205,13 @@ def run_one_rank(
             dropout_seed=args.seed,
         )
     compute = train.COMPUTE_DTYPES[dtype]
-    shard_model(model, model.layers.values(), grid, device_type=device.type, compute_dtype=compute, reshard_after_forward=False)
+    shard_model(
+        model, model.layers.values(), grid, device_type=device.type, compute_dtype=compute, reshard_after_forward=False
+    )
     initialise(model, config, seed=args.seed, device=device)
-    batches = [build_batch([row], cp_size=1, cp_rank=0, qkv_format=args.qkv_format, layout="contiguous") for row in rows]
+    batches = [
+        build_batch([row], cp_size=1, cp_rank=0, qkv_format=args.qkv_format, layout="contiguous") for row in rows
+    ]
     return run_step(model, batches, grid, device, args)
 
 
@@ -220,7 +253,13 @@ def compare(got: Outcome, noisy: Outcome, exact: Outcome, args: argparse.Namespa
         lines.append(Line(what.replace("_", " "), error, max(floor, scalar_unit)))
     only_one_has = sorted((got.grads.keys() ^ exact.grads.keys()) | (got.weights.keys() ^ exact.weights.keys()))
     if only_one_has:
-        return (*lines, *(Line(what, float("inf"), unit, f"{only_one_has[0]} is missing on one side") for what in ("grads", "weights")))
+        return (
+            *lines,
+            *(
+                Line(what, float("inf"), unit, f"{only_one_has[0]} is missing on one side")
+                for what in ("grads", "weights")
+            ),
+        )
     grad_floors: dict[str, float] = {}
     for what in ("grads", "weights"):
         tensors, wanted = getattr(got, what), getattr(exact, what)
@@ -239,16 +278,25 @@ def compare(got: Outcome, noisy: Outcome, exact: Outcome, args: argparse.Namespa
 class Verifier:
     """Keeps what several layouts are compared with: rows, and one rank's outcomes, by what they depend on."""
 
-    def __init__(self, args: argparse.Namespace, grid: Grid, device: torch.device, *, layers: int, sequences: int | None) -> None:
+    def __init__(
+        self, args: argparse.Namespace, grid: Grid, device: torch.device, *, layers: int, sequences: int | None
+    ) -> None:
         self.grid, self.device = grid, device
-        stages, ends = args.pp_size * args.virtual_stages, [n for n in (args.first_stage_layers, args.last_stage_layers) if n is not None]
+        stages, ends = (
+            args.pp_size * args.virtual_stages,
+            [n for n in (args.first_stage_layers, args.last_stage_layers) if n is not None],
+        )
         self.layers = min(
             max(layers, sum(ends) + stages - len(ends)), args.num_layers
         )  # at least one a stage, and what flags give the ends
-        self.num_sequences = sequences or args.micro_batch_size * grid.size("batch") * grid.size("pp")  # a microbatch a stage
+        self.num_sequences = sequences or args.micro_batch_size * grid.size("batch") * grid.size(
+            "pp"
+        )  # a microbatch a stage
         unit = args.micro_batch_size * grid.size("batch")
         if self.num_sequences % unit:
-            raise ValueError(f"--verify-sequences {self.num_sequences} is not a multiple of micro batch * data ranks = {unit}")
+            raise UserError(
+                f"--verify-sequences {self.num_sequences} is not a multiple of micro batch * data ranks = {unit}"
+            )
         self.alone = one_rank_grid()
         self._rows: dict[tuple, tuple[GPTConfig, list[Sequence]]] = {}
         self._outcomes: dict[tuple, Outcome] = {}
@@ -268,7 +316,9 @@ class Verifier:
         key = (args.qkv_format, args.document_alignment, dtype, reference)
         if key not in self._outcomes:
             config, rows = self._data(args)
-            self._outcomes[key] = run_one_rank(args, config, rows, self.alone, self.device, dtype=dtype, reference=reference)
+            self._outcomes[key] = run_one_rank(
+                args, config, rows, self.alone, self.device, dtype=dtype, reference=reference
+            )
         return self._outcomes[key]
 
     def verify(self, args: argparse.Namespace) -> Report | None:
@@ -304,7 +354,9 @@ class Verifier:
             if dist.get_rank() == 0:
                 exact = self._one_rank(args, dtype="fp64", reference=True)
                 noisy = self._one_rank(args, dtype=args.dtype, reference=False)
-                title = f"{args.attention.backend} {args.attention.method} {args.qkv_format} {args.cp_layout} {args.dtype}"
+                title = (
+                    f"{args.attention.backend} {args.attention.method} {args.qkv_format} {args.cp_layout} {args.dtype}"
+                )
                 report = Report(title, compare(got, noisy, exact, args), got.seconds)
         finally:
             dist.barrier()  # also where the references fail: the other ranks wait here, and would meet rank 0's next layout out of step
@@ -323,8 +375,12 @@ def cells_of(args: argparse.Namespace) -> list[argparse.Namespace]:
     """
     runs = []
     libraries = CUDA_LIBRARIES if args.device == "cuda" else LIBRARIES
-    absent = {backend: [m for m in modules if importlib.util.find_spec(m) is None] for backend, modules in libraries.items()}
-    for choice, dtype in cells(device=args.device, cp_size=args.cp_size, heads=args.num_attention_heads, groups=args.num_query_groups):
+    absent = {
+        backend: [m for m in modules if importlib.util.find_spec(m) is None] for backend, modules in libraries.items()
+    }
+    for choice, dtype in cells(
+        device=args.device, cp_size=args.cp_size, heads=args.num_attention_heads, groups=args.num_query_groups
+    ):
         if absent.get(choice.backend):
             if dist.get_rank() == 0:
                 cell = f"{choice.backend} {choice.method} {choice.qkv_format} {dtype}"
@@ -340,7 +396,9 @@ def cells_of(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 def print_report(report: Report) -> None:
     """The table of one layout."""
-    print(f"\n{report.title}: {'agrees with' if report.passed else 'DIFFERS FROM'} one rank in float64 ({report.seconds:.2f} s a step)")
+    print(
+        f"\n{report.title}: {'agrees with' if report.passed else 'DIFFERS FROM'} one rank in float64 ({report.seconds:.2f} s a step)"
+    )
     print(f"  {'':12} {'error':>10} {'floor':>10} {'error/floor':>12}")
     for line in report.lines:
         mark = "ok" if line.passed else "TOO FAR"
@@ -368,7 +426,9 @@ def main(argv: list[str]) -> int:
         own.add_argument("--json")
         flags, rest = own.parse_known_args(argv)
         args = parse_arguments(rest)
-        resolve(args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count)
+        resolve(
+            args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count
+        )
         if args.fp8 != "none":  # whose noise is far above any floor, whatever the layout
             if launch.rank == 0:
                 print(f"--fp8 {args.fp8}: the layout is checked in bf16")
@@ -377,14 +437,22 @@ def main(argv: list[str]) -> int:
             return 0
     device, _ = initialise_distributed(launch, args.device, timeout=timedelta(minutes=args.distributed_timeout_minutes))
     grid = build_grid(
-        GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size),
+        GridSizes(
+            pp=args.pp_size,
+            dp_replicate=args.dp_replicate_size,
+            dp_shard=args.dp_shard_size,
+            cp=args.cp_size,
+            tp=args.tp_size,
+        ),
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
         backend=group_backend(device),
     )
     with train.one_line_refusals():
         verifier = Verifier(args, grid, device, layers=flags.verify_layers, sequences=flags.verify_sequences)
     if launch.rank == 0:
-        print(f"{grid.describe()}; {verifier.layers} layers, {verifier.num_sequences} sequences of {args.seq_length}; device {args.device}")
+        print(
+            f"{grid.describe()}; {verifier.layers} layers, {verifier.num_sequences} sequences of {args.seq_length}; device {args.device}"
+        )
     reports = []
     for run in cells_of(args) if flags.all else [args]:
         with train.one_line_refusals():

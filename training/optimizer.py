@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 
-def build_optimizer(model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW over this rank's shards, in PyTorch's fused kernel, which every device of ours has.
 
     Norm weights (vectors) are not decayed.

@@ -53,7 +53,9 @@ def generate(
         tokens = torch.from_numpy(row[owned])
         batch = Batch(tokens, tokens, packed_seq, loss_tokens=0, real_tokens=len(ids), cp_balance=1.0).to(device)
         draw = torch.zeros(1, dtype=torch.int64, device=device)
-        for logits in forward_only(model, [batch], grid, logits_rows=torch.from_numpy(last).to(device)):  # none before the last stage
+        for logits in forward_only(
+            model, [batch], grid, logits_rows=torch.from_numpy(last).to(device)
+        ):  # none before the last stage
             total = logits.float().sum(0)  # [V]; zeros where the token is another rank's
             dist.all_reduce(total, group=grid.group("cp"))
             total = total.cpu()

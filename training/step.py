@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.loader import Batch
+from metrics.timers import Timers
 from model.gpt import GPT, StageRows, Stages, chunks_of
 from model.layers import weights_stay
 from model.names import is_cut, sees_part
@@ -19,7 +20,6 @@ from parallel.fsdp import local_grads, reshard_model, set_last_microbatch
 from parallel.grid import Grid
 from parallel.pipeline import pipeline_forward
 from parallel.tensor import sum_gradients_
-from training.timers import Timers
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,13 @@ def forward_backward(
     total = torch.zeros((), dtype=torch.float64, device=device)
     chunks = chunks_of(model)
     if pipeline is not None:
-        rows = StageRows([b.tokens for b in batches], [b.labels for b in batches], [b.packed_seq for b in batches], loss_tokens, total)
+        rows = StageRows(
+            [b.tokens for b in batches],
+            [b.labels for b in batches],
+            [b.packed_seq for b in batches],
+            loss_tokens,
+            total,
+        )
         numbers = torch.arange(len(batches))
         for chunk in chunks:
             chunk.rows = rows
@@ -81,7 +87,9 @@ def forward_backward(
                 total += cross_entropy
     without = next((name for name, p in model.named_parameters() if p.grad is None), None)
     if without is not None:  # FSDP under a schedule can lose one, and the optimiser would pass over it without a word
-        raise RuntimeError(f"{without} has no gradient after the backward pass on rank {dist.get_rank()}: this must not happen")
+        raise RuntimeError(
+            f"{without} has no gradient after the backward pass on rank {dist.get_rank()}: this must not happen"
+        )
     with timers("gradient reduction") if timers is not None else nullcontext():
         tp = chunks[0].tp
         if tp.group is not None:
@@ -115,7 +123,9 @@ def forward_only(model: GPT | Stages, batches: Sequence[Batch], grid: Grid, logi
         def forward(number: int, hidden: Tensor | None) -> Any:
             batch = batches[number]
             labels = batch.labels if logits_rows is None else None
-            return chunk(batch.tokens if hidden is None else hidden, batch.packed_seq, labels=labels, logits_rows=logits_rows)
+            return chunk(
+                batch.tokens if hidden is None else hidden, batch.packed_seq, labels=labels, logits_rows=logits_rows
+            )
 
         return forward
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from training.arguments import ZERO_BUBBLE_TORCH, installed_torch
+from config.arguments import ZERO_BUBBLE_TORCH, installed_torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -12,4 +12,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if "zero_bubble" in item.nodeid or "zero bubble" in item.nodeid or "lost_gradient" in item.nodeid:
-            item.add_marker(pytest.mark.skip(reason="this PyTorch cannot split the backward pass of functions of our own"))
+            item.add_marker(
+                pytest.mark.skip(reason="this PyTorch cannot split the backward pass of functions of our own")
+            )

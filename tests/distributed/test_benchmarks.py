@@ -23,17 +23,23 @@ COMMANDS = {
 def test_the_gpu_benchmark_in_small(tmp_path: Path) -> None:
     """All of it that needs no Transformer Engine, on the CPU."""
     command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--rounds", "1", "--json", str(tmp_path / "out.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
-    assert {"step", "fp8", "packed", "ring", "length"} <= figures.keys() and figures["step"]["torch / bare PyTorch, bshd"] > 0
+    assert {"step", "fp8", "packed", "ring", "length"} <= figures.keys() and figures["step"][
+        "torch / bare PyTorch, bshd"
+    ] > 0
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", COMMANDS)
 def test_it_runs_and_writes_its_figures(tmp_path: Path, name: str) -> None:
     command = [sys.executable, *COMMANDS[name], "--json", str(tmp_path / "out.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
     assert figures and all(figure["ratio"] > 0 for figure in figures)

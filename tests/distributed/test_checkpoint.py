@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from checkpoint.files import DamagedCheckpoint, checkpoints, read_checksums
+from checkpoint.saver import Saver, load_checkpoint
 from model.layers import Precision
 from tests.distributed.test_model_parity import built, config_of, full, grid_of, rows_of, steps_of
 from tests.distributed.test_reshard import moments, optimizer_of
 from tests.launch import ROOT, environment
 from tests.world import World
 from tools import checkpoint as tool
-from training.checkpoint import Saver, load_checkpoint
-from training.checkpoint_files import DamagedCheckpoint, checkpoints, read_checksums
 
 LAYOUT = "tp 2 x dp_shard 2"
 
@@ -50,7 +50,9 @@ def saved_beside_training(rank: int, folder: str) -> dict:
     held, go_on = dcp.save, threading.Event()
     told: list[str] = []
     group = dist.new_group(backend="gloo")
-    saver = Saver(Path(folder), model, optimizer, grid, group=group, asynchronous=True, tell=lambda place: told.append(place.name))
+    saver = Saver(
+        Path(folder), model, optimizer, grid, group=group, asynchronous=True, tell=lambda place: told.append(place.name)
+    )
     before = full(model, grid) | moments(model, optimizer, grid)
 
     def late(*args, **kwargs):
@@ -104,7 +106,9 @@ def kept(rank: int, folder: str) -> list[str]:
 def written_uneven(rank: int, layout: str, folder: str) -> dict[str, torch.Tensor]:
     """A checkpoint of matrices whose rows divide by no number of ranks; every tensor, whole, by names as the files have them."""
     grid = grid_of(layout)
-    config = config_of(hidden_size=33, ffn_hidden_size=52, kv_channels=6, num_query_groups=4, num_layers=4, qk_norm=True)
+    config = config_of(
+        hidden_size=33, ffn_hidden_size=52, kv_channels=6, num_query_groups=4, num_layers=4, qk_norm=True
+    )
     model = built(grid, config, "fp64")
     optimizer = optimizer_of(model)
     steps_of(model, optimizer, grid, rows_of("thd"), 1)
@@ -117,10 +121,20 @@ def written_uneven(rank: int, layout: str, folder: str) -> dict[str, torch.Tenso
     return whole
 
 
-PLACED = ["tp 4", "tp 2 x dp_shard 2", "pp 2 x tp 2", "tp 2 x dp_replicate 2", "dp_shard 4", "pp 4", "pp 2 x dp_shard 2"]
+PLACED = [
+    "tp 4",
+    "tp 2 x dp_shard 2",
+    "pp 2 x tp 2",
+    "tp 2 x dp_replicate 2",
+    "dp_shard 4",
+    "pp 4",
+    "pp 2 x dp_shard 2",
+]
 
 
-@pytest.mark.parametrize("layout", [pytest.param(x, marks=[] if x in PLACED[:3] else [pytest.mark.full]) for x in PLACED])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=[] if x in PLACED[:3] else [pytest.mark.full]) for x in PLACED]
+)
 def test_every_shard_lies_at_its_place_in_the_whole(world: World, tmp_path: Path, layout: str) -> None:
     """Read by one process that knows no layout: each tensor of the file is the canonical one, whatever the ranks held of it."""
     wanted = world.run(written_uneven, layout, str(tmp_path))[0]
@@ -204,7 +218,9 @@ def test_damage_is_found_on_every_rank_and_names_the_file(world: World, tmp_path
     world.run(saved, str(tmp_path))
     place = tmp_path / "step_0000001"
     names = sorted(read_checksums(place))
-    assert [n for n in names if n.startswith("__")] == [f"__{rank}_0.distcp" for rank in range(4)] and ".metadata" in names
+    assert [n for n in names if n.startswith("__")] == [
+        f"__{rank}_0.distcp" for rank in range(4)
+    ] and ".metadata" in names
     for name in [*names, "checksums.json"]:
         content = (place / name).read_bytes()
         for do in (flip, Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-1])):
@@ -240,7 +256,9 @@ def full_disk(rank: int, folder: str, asynchronous: bool) -> tuple[str, list[str
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_what_cannot_be_written_names_the_file_and_leaves_the_previous_one(world: World, tmp_path: Path, asynchronous: bool) -> None:
+def test_what_cannot_be_written_names_the_file_and_leaves_the_previous_one(
+    world: World, tmp_path: Path, asynchronous: bool
+) -> None:
     for words, left, goes_on in world.run(full_disk, str(tmp_path), asynchronous):
         assert "cannot write" in words and "__1_" in words and "File too large" in words and "\n" not in words, words
         assert left == ["latest", "step_0000001"] and goes_on
@@ -250,8 +268,12 @@ def test_what_cannot_be_written_names_the_file_and_leaves_the_previous_one(world
 def small_disk(folder: Path) -> Iterator[None]:
     """A file system of 1 MiB there; skips where this user may not mount one."""
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
-        pytest.skip("this user may not mount a small disk; test_what_cannot_be_written covers the error path by a file size limit")
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip(
+            "this user may not mount a small disk; test_what_cannot_be_written covers the error path by a file size limit"
+        )
     try:
         yield
     finally:
@@ -314,7 +336,9 @@ def test_killed_at_any_moment_a_checkpoint_loads(tmp_path: Path, trials: int) ->
     """Two ranks that save without pause are killed, both or one, at random moments (tests/killed_writers.py)."""
     command = [sys.executable, "-m", "tests.killed_writers", str(tmp_path), str(trials)]
     start = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("killed ")]
     assert len(lines) == trials and all("loads" in line for line in lines), done.stdout
@@ -327,9 +351,12 @@ def test_the_systems_own_words_come_first() -> None:
     """On a full disk one rank gets the system's error, another only that of PyTorch's writer."""
     from torch.distributed.checkpoint import CheckpointException
 
-    from training.checkpoint import _first_cause
+    from checkpoint.saver import _first_cause
 
-    full, writer = OSError(28, "No space left on device"), RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0")
+    full, writer = (
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"),
+    )
     told: dict = {0: (writer, None), 1: (full, None)}
     assert _first_cause(CheckpointException("save", told)) == (1, full)
     rank, cause = _first_cause(CheckpointException("save", {0: (writer, None)}))  # type: ignore[dict-item]

@@ -1,4 +1,4 @@
-"""Every cell of cp/plan.py's table against dense attention on one rank: outputs and the gradients of q, k and v."""
+"""Every cell of cp/support.py's table against dense attention on one rank: outputs and the gradients of q, k and v."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from cp.attention import build_attention
 from cp.layout import document_unit, unshard_indices
 from cp.packed_seq import build_packed_seq
-from cp.plan import AttentionChoice, cells
+from cp.support import AttentionChoice, cells
 from parallel.grid import Grid, GridSizes, build_grid, split_group
 from tests.reference import dense_attention, random_documents, relative_error
 from tests.world import World
@@ -125,7 +125,11 @@ def errors_of(rank: int, choice: AttentionChoice, name: str, groups: int, dtype:
 
 def all_cells(cp_size: int) -> list:
     return [
-        pytest.param(choice, dtype, id=f"cp{cp_size}-{choice.backend}-{choice.method}-{choice.qkv_format}-{choice.layout}-{dtype}")
+        pytest.param(
+            choice,
+            dtype,
+            id=f"cp{cp_size}-{choice.backend}-{choice.method}-{choice.qkv_format}-{choice.layout}-{dtype}",
+        )
         for choice, dtype in cells(device="cpu", cp_size=cp_size, heads=HEADS, groups=2)
     ]
 
@@ -152,7 +156,9 @@ def bf16_errors(rank: int, choice: AttentionChoice, name: str) -> list[tuple[flo
     return [tuple(relative_error(x * real, w) for x in pair) for *pair, w in zip(*runs, want, strict=True)]
 
 
-@pytest.mark.parametrize(("choice", "dtype"), [c for c in ALL_CELLS if c.values[1] == "bf16" and c.values[0].cp_size > 1])
+@pytest.mark.parametrize(
+    ("choice", "dtype"), [c for c in ALL_CELLS if c.values[1] == "bf16" and c.values[0].cp_size > 1]
+)
 def test_bf16_is_as_close_as_one_rank(world: World, choice: AttentionChoice, dtype: str) -> None:
     for name in cases(choice):
         if name == "empty":
@@ -179,7 +185,9 @@ def check_isolation(rank: int, choice: AttentionChoice, dtype: str) -> bool:
     return changed and all(torch.equal(b[others], a[others]) for b, a in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize(("choice", "dtype"), [c for c in ALL_CELLS if c.values[0].qkv_format == "thd" and c.values[0].cp_size != 2])
+@pytest.mark.parametrize(
+    ("choice", "dtype"), [c for c in ALL_CELLS if c.values[0].qkv_format == "thd" and c.values[0].cp_size != 2]
+)
 def test_documents_do_not_see_each_other(world: World, choice: AttentionChoice, dtype: str) -> None:
     assert all(world.run(check_isolation, choice, dtype))
 
@@ -199,7 +207,9 @@ def check_padding_is_inert(rank: int, choice: AttentionChoice) -> bool:
     return same and (choice.backend == "ring" or all((b[~real] == 0).all().item() for b in before))
 
 
-@pytest.mark.parametrize("choice", [c.values[0] for c in ALL_CELLS if c.values[0].qkv_format == "thd" and c.values[1] == "bf16"], ids=str)
+@pytest.mark.parametrize(
+    "choice", [c.values[0] for c in ALL_CELLS if c.values[0].qkv_format == "thd" and c.values[1] == "bf16"], ids=str
+)
 def test_padding_is_inert(world: World, choice: AttentionChoice) -> None:
     assert all(world.run(check_padding_is_inert, choice))
 
@@ -214,7 +224,7 @@ def fp32_errors(rank: int, choice: AttentionChoice) -> list[float]:
 
 @pytest.mark.parametrize(("method", "layout"), [("zigzag", "zigzag"), ("ring", "doc_contiguous")])
 def test_the_librarys_fp32_gradients_are_still_wrong(world: World, method: str, layout: str) -> None:
-    """If this fails, a new release mended `.to(torch.float32)`: allow fp32 in cp/plan.py."""
+    """If this fails, a new release mended `.to(torch.float32)`: allow fp32 in cp/support.py."""
     choice = AttentionChoice(backend="ring", method=method, qkv_format="thd", layout=layout, cp_size=4)
     out, *grads = world.run(fp32_errors, choice)[0]
     assert out <= 1e-5 and max(grads) > 0.1
@@ -224,7 +234,11 @@ def import_leaves_nothing_behind(rank: int) -> list[str]:
     from cp.ring_flash import load_library
 
     load_library("cpu")
-    return [name for name in sys.modules if name == "flash_attn" or name.startswith(("flash_attn.", "ring_flash_attn.adapters"))]
+    return [
+        name
+        for name in sys.modules
+        if name == "flash_attn" or name.startswith(("flash_attn.", "ring_flash_attn.adapters"))
+    ]
 
 
 def test_stand_ins_are_gone_after_the_import(world: World) -> None:
@@ -236,7 +250,9 @@ def options_after(rank: int) -> list:
 
     options = torch_cp._cp_options
     before = (options.rotate_method, options.enable_load_balance, options.convert_to_f32)
-    choice = AttentionChoice(backend="pytorch", method="alltoall", qkv_format="bshd", layout="doc_contiguous", cp_size=4)
+    choice = AttentionChoice(
+        backend="pytorch", method="alltoall", qkv_format="bshd", layout="doc_contiguous", cp_size=4
+    )
     errors_of(rank, choice, "one", 2, "fp64")
     return [before, (options.rotate_method, options.enable_load_balance, options.convert_to_f32)]
 

@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from cp.attention import build_attention
 from cp.gather import gather_outputs
 from cp.packed_seq import build_packed_seq
-from cp.plan import AttentionChoice, cells
+from cp.support import AttentionChoice, cells
 from parallel.collectives import WaitClock
 from parallel.grid import Grid, GridSizes, build_grid, ends_group, split_group
+from runtime.consistency import check_agreement, verify_weights
+from runtime.distributed import check_ranks_agree
 from tests.world import RankError, World
-from training.initialize import check_ranks_agree
-from training.verify_step import check_agreement, verify_weights
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,9 @@ def tied_apart(rank: int, odd: int) -> None:
 
 def test_a_tied_copy_that_differs_is_found(world: World) -> None:
     world.run(tied_apart, 99)
-    with pytest.raises(RankError, match=r"embedding.weight differ along pp, between its ends,: ranks \[3\] from rank 1 .* not known"):
+    with pytest.raises(
+        RankError, match=r"embedding.weight differ along pp, between its ends,: ranks \[3\] from rank 1 .* not known"
+    ):
         world.run(tied_apart, 3)
 
 
@@ -127,7 +129,9 @@ def recomputed(rank: int, choice: AttentionChoice, dtype: torch.dtype) -> bool:
     for recompute in (False, True):
         grads = torch.zeros(12, 4, 8, dtype=dtype)
         for seed in (0, 1):
-            packed_seq, _ = build_packed_seq(lengths, padded, cp_size=4, cp_rank=rank, qkv_format=choice.qkv_format, layout=choice.layout)
+            packed_seq, _ = build_packed_seq(
+                lengths, padded, cp_size=4, cp_rank=rank, qkv_format=choice.qkv_format, layout=choice.layout
+            )
             generator = torch.Generator().manual_seed(10 * rank + seed)
             q, k, v = (torch.randn(12, h, 8, generator=generator).to(dtype).requires_grad_() for h in (4, 2, 2))
             call = functools.partial(attention, packed_seq=packed_seq, group=group)
@@ -176,7 +180,10 @@ def facts_of(rank: int, odd: int) -> None:
 
 def test_ranks_that_were_started_otherwise_are_named(world: World) -> None:
     world.run(facts_of, 99)
-    with pytest.raises(RankError, match=r"data differ between ranks: tokenizer, seed .* 'a' on rank 0 but 'b' on rank 2.* from rank 0: 2$"):
+    with pytest.raises(
+        RankError,
+        match=r"data differ between ranks: tokenizer, seed .* 'a' on rank 0 but 'b' on rank 2.* from rank 0: 2$",
+    ):
         world.run(facts_of, 2)
 
 

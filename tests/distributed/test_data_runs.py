@@ -32,7 +32,18 @@ def corpora(tmp_path_factory) -> list[Path]:
             out.write(json.dumps({"text": f"{number} " * (5 + 17 * number % 90)}) + "\n")
     for file in (first, second):
         assert (
-            prepare(["--input", str(file), "--output-prefix", str(file.with_suffix("")), "--tokenizer-type", "byte", "--append-eod"]) == 0
+            prepare(
+                [
+                    "--input",
+                    str(file),
+                    "--output-prefix",
+                    str(file.with_suffix("")),
+                    "--tokenizer-type",
+                    "byte",
+                    "--append-eod",
+                ]
+            )
+            == 0
         )
     return [first.with_suffix(""), second.with_suffix("")]
 
@@ -57,7 +68,9 @@ def close(a: dict, b: dict) -> None:
 
 
 def test_a_prepared_corpus_gives_the_run_of_its_text(base, corpora, tmp_path: Path) -> None:
-    text = train(0, tmp_path / "text", *base, "--data-path", str(corpora[0].with_suffix(".jsonl")), "--tokenizer-type", "byte")
+    text = train(
+        0, tmp_path / "text", *base, "--data-path", str(corpora[0].with_suffix(".jsonl")), "--tokenizer-type", "byte"
+    )
     assert losses(train(0, tmp_path / "tokens", *base, "--data-path", str(corpora[0]))) == losses(text)
 
 
@@ -76,11 +89,18 @@ def test_a_blend_resumes_anywhere_on_any_grid(base, corpora, tmp_path: Path) -> 
 def test_other_weights_are_another_run(base, corpora, tmp_path: Path) -> None:
     flags = [*base, "--train-iters", "2", "--save-interval", "2", "--run-dir", str(tmp_path)]
     assert run_train(0, *flags, *blend(corpora)).returncode == 0
-    result = run_train(0, *flags, "--train-iters", "4", "--resume", "--data-path", "0.6", str(corpora[0]), "0.4", str(corpora[1]))
+    result = run_train(
+        0, *flags, "--train-iters", "4", "--resume", "--data-path", "0.6", str(corpora[0]), "0.4", str(corpora[1])
+    )
     assert result.returncode == 2 and "training documents" in result.stderr
 
 
-PACKINGS = ["--packing greedy", "--packing best-fit --packing-window 8", "--packing concat", "--qkv-format bshd --packing greedy"]
+PACKINGS = [
+    "--packing greedy",
+    "--packing best-fit --packing-window 8",
+    "--packing concat",
+    "--qkv-format bshd --packing greedy",
+]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +114,17 @@ def test_every_packing_trains_the_same_on_cp_ranks(base, corpora, tmp_path: Path
 def test_validation_data_of_its_own(base, corpora, tmp_path: Path) -> None:
     file = tmp_path / "blend.yaml"
     file.write_text(f"sources:\n  - {{path: {corpora[0]}, weight: 2}}\n  - {{path: {corpora[1]}, weight: 1}}\n")
-    flags = [*base, "--data-path", str(file), "--valid-data-path", str(corpora[1]), "--train-iters", "2", "--eval-interval", "2"]
+    flags = [
+        *base,
+        "--data-path",
+        str(file),
+        "--valid-data-path",
+        str(corpora[1]),
+        "--train-iters",
+        "2",
+        "--eval-interval",
+        "2",
+    ]
     metrics = train(0, tmp_path, *flags)
     assert [r["step"] for r in metrics if "validation_loss" in r] == [2]
 
@@ -102,7 +132,10 @@ def test_validation_data_of_its_own(base, corpora, tmp_path: Path) -> None:
 def test_skipped_steps_are_not_read_and_the_others_are_as_they_were(base, corpora, tmp_path: Path) -> None:
     """With no learning, a step's loss depends on its sequences alone."""
     flags = [*base, *blend(corpora), "--lr", "0", "--min-lr", "0", "--weight-decay", "0"]
-    whole, skipped = losses(train(0, tmp_path / "a", *flags)), losses(train(0, tmp_path / "b", *flags, "--skip-steps", "3-5,8"))
+    whole, skipped = (
+        losses(train(0, tmp_path / "a", *flags)),
+        losses(train(0, tmp_path / "b", *flags, "--skip-steps", "3-5,8")),
+    )
     assert skipped == {step: whole[step] for step in (1, 2, 6, 7, 9, 10)}
 
 
@@ -117,12 +150,16 @@ def damaged(corpora, tmp_path: Path):
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.full), 1])
-def test_tokens_outside_the_vocabulary_end_the_run_with_their_file(base, damaged: Path, tmp_path: Path, workers: int) -> None:
+def test_tokens_outside_the_vocabulary_end_the_run_with_their_file(
+    base, damaged: Path, tmp_path: Path, workers: int
+) -> None:
     tokens = np.fromfile(token_file(damaged), np.uint16)
     tokens[: len(tokens)] = 5000
     tokens.tofile(token_file(damaged))
     started = time.monotonic()
-    result = run_train(0, *base, "--data-path", str(damaged), "--num-workers", str(workers), "--run-dir", str(tmp_path / "run"))
+    result = run_train(
+        0, *base, "--data-path", str(damaged), "--num-workers", str(workers), "--run-dir", str(tmp_path / "run")
+    )
     assert time.monotonic() - started < 20  # a data worker that is not ended lives for 25 s
     said = [line for line in result.stderr.splitlines() if line.startswith("train.py:")]
     assert result.returncode == 1 and len(said) == 1
@@ -130,7 +167,9 @@ def test_tokens_outside_the_vocabulary_end_the_run_with_their_file(base, damaged
 
 
 @pytest.mark.parametrize(("file", "words"), [(".idx", "promises"), (".bin", "past the end")])
-def test_cut_files_are_refused_before_anything_starts(base, damaged: Path, tmp_path: Path, file: str, words: str) -> None:
+def test_cut_files_are_refused_before_anything_starts(
+    base, damaged: Path, tmp_path: Path, file: str, words: str
+) -> None:
     path = Path(f"{damaged}{file}")
     path.write_bytes(path.read_bytes()[:-8])
     result = run_train(0, *base, "--data-path", str(damaged), "--run-dir", str(tmp_path / "run"))
@@ -156,7 +195,12 @@ def children(pid: int) -> list[int]:
 def test_a_dead_data_worker_ends_the_run_within_seconds(base, corpora, tmp_path: Path) -> None:
     flags = [*base, *blend(corpora), "--train-iters", "1000000", "--num-workers", "1", "--run-dir", str(tmp_path)]
     run = subprocess.Popen(
-        [sys.executable, "train.py", *flags], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "train.py", *flags],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 120
@@ -183,7 +227,17 @@ def test_a_read_only_cache_that_is_filled_is_used(base, corpora, tmp_path: Path)
     def run(folder: str, *more: str, around: str = "nullcontext()", place: Path = cache):
         code = "import sys, data.loader\nfrom contextlib import nullcontext\nfrom unittest import mock\n"
         code += f"with mock.patch('data.loader.STORED_FROM', 0), {around}:\n import train\n train.run(sys.argv[1:])"
-        command = [sys.executable, "-c", code, *flags, "--run-dir", str(tmp_path / folder), "--data-cache-path", str(place), *more]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            *flags,
+            "--run-dir",
+            str(tmp_path / folder),
+            "--data-cache-path",
+            str(place),
+            *more,
+        ]
         return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
     def ended_well(result) -> bool:  # gloo may abort after all is written (tests/launch.py)

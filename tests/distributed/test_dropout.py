@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cp.attention import build_attention
-from cp.plan import AttentionChoice
+from cp.support import AttentionChoice
 from model.dropout import HiddenDropout
 from model.gpt import chunks_of
 from parallel.grid import split_group
@@ -30,7 +30,9 @@ def world():
 @functools.cache
 def attention_of(layout: str, method: str):
     grid = grid_of(layout)
-    choice = AttentionChoice(backend="native", method=method, qkv_format="thd", layout="zigzag", cp_size=grid.size("cp"), **METHODS[method])
+    choice = AttentionChoice(
+        backend="native", method=method, qkv_format="thd", layout="zigzag", cp_size=grid.size("cp"), **METHODS[method]
+    )
     groups = split_group(grid, "cp", choice.a2a_size) if choice.a2a_size > 1 else None
     return build_attention(choice, head_dim=8, a2a_groups=groups)
 
@@ -48,7 +50,16 @@ def built_shapes(config) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in shape_model(config).items()}
 
 
-def run(rank: int, layout: str, method: str, micro_batch: int, sequence_parallel: bool, recompute: str, dtype: str, changes: dict) -> dict:
+def run(
+    rank: int,
+    layout: str,
+    method: str,
+    micro_batch: int,
+    sequence_parallel: bool,
+    recompute: str,
+    dtype: str,
+    changes: dict,
+) -> dict:
     grid = grid_of(layout)
     model = built(
         grid,
@@ -69,7 +80,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("layout", "method", "micro_batch", "sequence_parallel"), CASES)
-def test_every_layout_drops_what_one_rank_drops(world: World, layout: str, method: str, micro_batch: int, sequence_parallel: bool) -> None:
+def test_every_layout_drops_what_one_rank_drops(
+    world: World, layout: str, method: str, micro_batch: int, sequence_parallel: bool
+) -> None:
     want = wanted(2)
     got = world.run(run, layout, method, micro_batch, sequence_parallel, "none", "fp64", {})[0]
     assert abs(got["loss"] / want["loss"] - 1) <= 1e-10
@@ -94,7 +107,10 @@ def test_dropout_is_there_and_is_right_on_average() -> None:
 @pytest.mark.parametrize("layout", ["dp_shard 2 x cp 2", "tp 2 x cp 2", "pp 2 x cp 2"])
 @pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.full), "bf16"])
 def test_recomputed_masks_are_the_same(world: World, layout: str, dtype: str) -> None:
-    runs = [world.run(run, layout, "p2p", 1, True, recompute, dtype, {})[0]["grads"] for recompute in ("none", "selective", "full")]
+    runs = [
+        world.run(run, layout, "p2p", 1, True, recompute, dtype, {})[0]["grads"]
+        for recompute in ("none", "selective", "full")
+    ]
     assert all(torch.equal(other[name], grad) for other in runs[1:] for name, grad in runs[0].items())
 
 

@@ -37,7 +37,10 @@ EIGHT = {
     "cp 4 x tp 2": GridSizes(cp=4, tp=2),
     "pp 4 x cp 2": GridSizes(pp=4, cp=2),
 }
-SCHEDULES = {"pp 2 interleaved x cp 2 x tp 2": ("interleaved", 2), "pp 2 zero bubble x dp_shard 2 x tp 2": ("zero_bubble", 2)}
+SCHEDULES = {
+    "pp 2 interleaved x cp 2 x tp 2": ("interleaved", 2),
+    "pp 2 zero bubble x dp_shard 2 x tp 2": ("zero_bubble", 2),
+}
 # On every push: those that the issue names, one axis each, and the rest with `make test-full`.
 PUSH = [*list(EIGHT)[:6]]
 STEPS = 3
@@ -95,7 +98,9 @@ def run(rank: int, layout: str, dtype: str, labels: str, tied: bool) -> dict:
 def errors_of(got: dict, want: dict) -> dict[str, float]:
     """Relative, by what."""
     errors = {
-        f"{what} {n}": abs(a / b - 1) for what in ("losses", "norms") for n, (a, b) in enumerate(zip(got[what], want[what], strict=True))
+        f"{what} {n}": abs(a / b - 1)
+        for what in ("losses", "norms")
+        for n, (a, b) in enumerate(zip(got[what], want[what], strict=True))
     }
     for what in ("grads", "weights"):
         assert got[what].keys() == want[what].keys()
@@ -141,7 +146,8 @@ def test_one_axis(two: World, layout: str, tied: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "layout"), [("none on data rank 1", "dp_shard 2"), ("none on data rank 1", "dp_replicate 2"), ("none on cp rank 0", "cp 2")]
+    ("labels", "layout"),
+    [("none on data rank 1", "dp_shard 2"), ("none on data rank 1", "dp_replicate 2"), ("none on cp rank 0", "cp 2")],
 )
 def test_a_rank_without_any_label(two: World, labels: str, layout: str) -> None:
     check(two, layout, "fp64", labels, False)
@@ -154,7 +160,8 @@ def test_three_axes(eight: World, layout: str, tied: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "layout"), [("none on data rank 1", "pp 2 x dp_shard 2 x cp 2"), ("none on cp rank 0", "tp 2 x dp_shard 2 x cp 2")]
+    ("labels", "layout"),
+    [("none on data rank 1", "pp 2 x dp_shard 2 x cp 2"), ("none on cp rank 0", "tp 2 x dp_shard 2 x cp 2")],
 )
 def test_a_rank_without_any_label_among_eight(eight: World, labels: str, layout: str) -> None:
     check(eight, layout, "fp64", labels, True)
@@ -170,13 +177,17 @@ def check_first_step(world: World, layout: str) -> None:
     0 moves by its rounding alone: weights are held to what that can do, the losses after it to ten times the limit."""
     got = world.run(run, layout, "fp32", "all", False)[0]
     errors = errors_of(got, wanted(config_for(layout, False).num_layers, "all", False))
-    later = {name: error for name, error in errors.items() if name[:-1] in ("losses ", "norms ") and not name.endswith("0")}
+    later = {
+        name: error for name, error in errors.items() if name[:-1] in ("losses ", "norms ") and not name.endswith("0")
+    }
     assert worst(later) <= 10 * LIMITS["fp32"], later
     kept = {name: error for name, error in errors.items() if name.startswith(("losses 0", "norms 0", "grads"))}
     assert worst(kept) <= LIMITS["fp32"], kept
 
 
-@pytest.mark.parametrize("layout", [pytest.param(x, marks=[] if x == PUSH[0] else [pytest.mark.full]) for x in list(EIGHT)[:5]])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=[] if x == PUSH[0] else [pytest.mark.full]) for x in list(EIGHT)[:5]]
+)
 def test_bf16_is_at_most_four_times_as_noisy_as_one_rank(two: World, eight: World, layout: str) -> None:
     """`dp_shard 2` computes each row whole on one rank."""
     layers = config_for(layout, False).num_layers

@@ -14,12 +14,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import train
+from config.arguments import model_config, parse_arguments, resolve
 from data.loader import BatchPlan, Sequence, build_batch
 from parallel.fsdp import clip_grad_norm_
 from parallel.grid import GridSizes, build_grid
+from planner.memory import rank_memory
 from tests.world import World
-from training.arguments import model_config, parse_arguments, resolve
-from training.memory import rank_memory
 from training.optimizer import build_optimizer
 from training.step import counts_here, forward_backward
 
@@ -50,12 +50,28 @@ CONFIGURATIONS = {
     "pp 2 zero_bubble": (2, "--pp-size 2 --virtual-stages 3 --global-batch-size 6 --pp-schedule zero_bubble", 512),
     "cp 2 all_gather": (2, "--cp-size 2 --seq-length 2048 --cp-comm-type all_gather", 512),
     "cp 2 a2a": (2, "--cp-size 2 --seq-length 2048 --cp-comm-type a2a", 512),
-    "pp 4 interleaved": (4, "--pp-size 4 --virtual-stages 2 --num-layers 8 --global-batch-size 8 --pp-schedule interleaved", 512),
-    "pp 4 zero_bubble": (4, "--pp-size 4 --virtual-stages 2 --num-layers 8 --global-batch-size 8 --pp-schedule zero_bubble", 512),
+    "pp 4 interleaved": (
+        4,
+        "--pp-size 4 --virtual-stages 2 --num-layers 8 --global-batch-size 8 --pp-schedule interleaved",
+        512,
+    ),
+    "pp 4 zero_bubble": (
+        4,
+        "--pp-size 4 --virtual-stages 2 --num-layers 8 --global-batch-size 8 --pp-schedule zero_bubble",
+        512,
+    ),
     "pp 4": (4, "--pp-size 4 --num-layers 8 --global-batch-size 8", 512),
 }
 # On every push; the others with `make test-full`.
-PUSH = {"one rank", "recompute selective", "dp_shard 2, bf16, two microbatches", "cp 2", "tp 2", "pp 2", "pp 2 interleaved"}
+PUSH = {
+    "one rank",
+    "recompute selective",
+    "dp_shard 2, bf16, two microbatches",
+    "cp 2",
+    "tp 2",
+    "pp 2",
+    "pp 2 interleaved",
+}
 
 
 def peak_of_trace(traced: profile) -> int:
@@ -80,7 +96,13 @@ def measured(rank: int, words: str, vocab: int) -> tuple[int, int]:
     config = model_config(args, vocab_size=vocab - 1, padded_vocab_size=vocab)
     planned = rank_memory(args, config, stage=rank if args.pp_size > 1 else 0)
     device = torch.device("cpu")
-    sizes = GridSizes(pp=args.pp_size, dp_replicate=args.dp_replicate_size, dp_shard=args.dp_shard_size, cp=args.cp_size, tp=args.tp_size)
+    sizes = GridSizes(
+        pp=args.pp_size,
+        dp_replicate=args.dp_replicate_size,
+        dp_shard=args.dp_shard_size,
+        cp=args.cp_size,
+        tp=args.tp_size,
+    )
     grid = build_grid(sizes)
     plan = BatchPlan(
         global_batch_size=args.global_batch_size, micro_batch_size=args.micro_batch_size, batch_size=grid.size("batch"),
@@ -133,7 +155,9 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 def test_the_plan_is_within_ten_percent_of_the_measured_peak(world: World, name: str) -> None:
     _, words, vocab = CONFIGURATIONS[name]
     for rank, (got, planned) in enumerate(world.run(measured, words, vocab)):
-        print(f"{name:<42} rank {rank}: measured {got / 2**20:7.2f} MiB, planned {planned / 2**20:7.2f} MiB, ratio {planned / got:.3f}")
+        print(
+            f"{name:<42} rank {rank}: measured {got / 2**20:7.2f} MiB, planned {planned / 2**20:7.2f} MiB, ratio {planned / got:.3f}"
+        )
         assert 0.9 <= planned / got <= 1.1, (name, rank, got, planned)
 
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint.saver import whole_tensors
 from cp.attention import Attention, build_attention
 from cp.packed_seq import build_packed_seq
-from cp.plan import AttentionChoice
+from cp.support import AttentionChoice
 from data.loader import Batch, Sequence, build_batch
 from model.config import GPTConfig
 from model.gpt import GPT, Stages, chunks_of
@@ -30,7 +31,6 @@ from parallel.tensor import TensorParallel
 from tests.reference import random_documents, reference_loss, relative_error, worst
 from tests.world import World
 from train import build_pipeline
-from training.checkpoint import whole_tensors
 from training.optimizer import build_optimizer
 from training.step import Pipeline, counts_here, forward_backward
 
@@ -53,7 +53,10 @@ LAYOUTS = {
 }
 # What a layout needs of the model: a group for each tp rank, a layer for each stage.
 NEEDS: dict[str, dict] = {"tp 4": {"num_query_groups": 4}, "pp 4": {"num_layers": 5}}
-P2P = {f: AttentionChoice(backend="native", method="p2p", qkv_format=f, layout="zigzag", cp_size=1) for f in ("thd", "bshd")}
+P2P = {
+    f: AttentionChoice(backend="native", method="p2p", qkv_format=f, layout="zigzag", cp_size=1)
+    for f in ("thd", "bshd")
+}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -137,7 +140,9 @@ def built(
             )
         if compiled:
             chunk.compile_layers()
-        shard_model(chunk, chunk.layers.values(), grid, device_type=device, compute_dtype=compute, reshard_after_forward=reshard)
+        shard_model(
+            chunk, chunk.layers.values(), grid, device_type=device, compute_dtype=compute, reshard_after_forward=reshard
+        )
         chunks.append(chunk)
     model = chunks[0] if len(chunks) == 1 else Stages(chunks)
     initialise(model, config, seed=SEED, device=torch.device(device), tp=tp)
@@ -150,7 +155,13 @@ def device_of(model: GPT | Stages) -> torch.device:
 
 def pipeline_of(model: GPT | Stages, grid: Grid, batches: list[Batch], schedule: str = "1f1b") -> Pipeline | None:
     """As train.py builds it, for these rows."""
-    args = Namespace(pp_size=grid.size("pp"), cp_size=grid.size("cp"), tp_size=grid.size("tp"), micro_batch_size=1, pp_schedule=schedule)
+    args = Namespace(
+        pp_size=grid.size("pp"),
+        cp_size=grid.size("cp"),
+        tp_size=grid.size("tp"),
+        micro_batch_size=1,
+        pp_schedule=schedule,
+    )
     args.seq_length = len(batches[0].tokens) * grid.size("cp")
     args.distributed_timeout_minutes = args.distributed_startup_timeout_minutes = 5.0
     args.sequence_parallel = chunks_of(model)[0].tp.sequence_parallel
@@ -181,7 +192,9 @@ def run_steps(
     mine = groups[rank::size]
     place = dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), layout="zigzag")
     batches = [build_batch(g, qkv_format=qkv_format, **place) for g in mine]
-    tokens = sum_over(torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64), grid.group("batch"))
+    tokens = sum_over(
+        torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64), grid.group("batch")
+    )
     result: dict = {"losses": [], "norms": []}
     options = dict(loss_tokens=tokens, device=device_of(model), reshard_between=reshard)
     options["pipeline"] = pipeline_of(model, grid, batches, schedule)
@@ -189,11 +202,18 @@ def run_steps(
         total = forward_backward(model, batches, **options)
         loss = (sum_over(sum_over(total, grid.group("loss")), grid.group("pp")) / tokens).item()
         grads = full(model, grid, "grad") if step == 0 else None
-        norm = clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=1.0, counts=counts_here(model, grid)).item()
+        norm = clip_grad_norm_(
+            dict(model.named_parameters()), grid, max_norm=1.0, counts=counts_here(model, grid)
+        ).item()
         result["losses"].append(loss)
         result["norms"].append(norm)
         if grads is not None:
-            result |= {"loss": loss, "grads": grads, "norm": norm, "clipped": full(model, grid, "grad")["embedding.weight"]}
+            result |= {
+                "loss": loss,
+                "grads": grads,
+                "norm": norm,
+                "clipped": full(model, grid, "grad")["embedding.weight"],
+            }
         optimizer.step()
         optimizer.zero_grad()
     result["weights"] = full(model, grid)
@@ -205,9 +225,13 @@ def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[Se
     mine = rows[grid.rank("batch") :: grid.size("batch")]
     place = dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), layout="zigzag")
     batches = [build_batch([row], qkv_format="thd", **place) for row in mine]
-    tokens = sum_over(torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64), grid.group("batch"))
+    tokens = sum_over(
+        torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64), grid.group("batch")
+    )
     losses = []
-    options = dict(loss_tokens=tokens, device=device_of(model), reshard_between=False, pipeline=pipeline_of(model, grid, batches))
+    options = dict(
+        loss_tokens=tokens, device=device_of(model), reshard_between=False, pipeline=pipeline_of(model, grid, batches)
+    )
     for _ in range(steps):
         total = forward_backward(model, batches, **options)
         losses.append((sum_over(sum_over(total, grid.group("loss")), grid.group("pp")) / tokens).item())
@@ -227,7 +251,8 @@ def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes, steps: int
             weights[name] = initial_rows(SEED, name, 0, shape[0], shape[1], config.init_std / scale).double()
         weights[name].requires_grad_()
     groups = [
-        {"params": [w for w in weights.values() if (w.dim() > 1) == is_matrix], "weight_decay": 0.1 * is_matrix} for is_matrix in (1, 0)
+        {"params": [w for w in weights.values() if (w.dim() > 1) == is_matrix], "weight_decay": 0.1 * is_matrix}
+        for is_matrix in (1, 0)
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
     result: dict = {"losses": [], "norms": []}
@@ -236,7 +261,14 @@ def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes, steps: int
         for row in rows:
             labels = torch.from_numpy(row.labels)
             total = total + reference_loss(
-                weights, config, torch.from_numpy(row.tokens), labels, row.lengths, row.padded_lengths, first_id=row.first_id, seed=SEED
+                weights,
+                config,
+                torch.from_numpy(row.tokens),
+                labels,
+                row.lengths,
+                row.padded_lengths,
+                first_id=row.first_id,
+                seed=SEED,
             )
             count += int((labels >= 0).sum())
         loss = total / count
@@ -244,7 +276,11 @@ def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes, steps: int
         result["losses"].append(loss.item())
         result["norms"].append(torch.nn.utils.clip_grad_norm_(list(weights.values()), 1e30).item())
         if step == 0:
-            result |= {"loss": loss.item(), "grads": {n: w.grad.clone() for n, w in weights.items()}, "norm": result["norms"][0]}
+            result |= {
+                "loss": loss.item(),
+                "grads": {n: w.grad.clone() for n, w in weights.items()},
+                "norm": result["norms"][0],
+            }
         torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -280,16 +316,29 @@ def check_layout(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("qkv_format", "dtype", "limit"),
-    [("thd", "fp64", 1e-10), ("thd", "fp32", 1e-5), ("bshd", "fp64", 1e-10), pytest.param("bshd", "fp32", 1e-5, marks=pytest.mark.full)],
+    [
+        ("thd", "fp64", 1e-10),
+        ("thd", "fp32", 1e-5),
+        ("bshd", "fp64", 1e-10),
+        pytest.param("bshd", "fp32", 1e-5, marks=pytest.mark.full),
+    ],
 )
-def test_loss_and_gradients_equal_one_rank(world: World, layout: str, qkv_format: str, dtype: str, limit: float) -> None:
+def test_loss_and_gradients_equal_one_rank(
+    world: World, layout: str, qkv_format: str, dtype: str, limit: float
+) -> None:
     for errors in world.run(check_layout, layout, dtype, qkv_format, 1, {}, False):
         assert worst(errors) <= limit, errors
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"tie_embeddings": True}, {"qk_norm": True}, {"num_query_groups": 4}, {"num_query_groups": 1}, {"hidden_size": 33, "kv_channels": 6}],
+    [
+        {"tie_embeddings": True},
+        {"qk_norm": True},
+        {"num_query_groups": 4},
+        {"num_query_groups": 1},
+        {"hidden_size": 33, "kv_channels": 6},
+    ],
     ids=str,
 )
 def test_model_variants(world: World, changes: dict) -> None:
@@ -308,7 +357,8 @@ def test_tensor_parallel_variants(world: World, layout: str, changes: dict, sequ
 
 
 @pytest.mark.parametrize(
-    ("schedule", "virtual_stages"), [("1f1b", 1), pytest.param("gpipe", 1, marks=pytest.mark.full), ("interleaved", 2), ("zero_bubble", 2)]
+    ("schedule", "virtual_stages"),
+    [("1f1b", 1), pytest.param("gpipe", 1, marks=pytest.mark.full), ("interleaved", 2), ("zero_bubble", 2)],
 )
 @pytest.mark.parametrize("layout", ["pp 2 x cp 2", "pp 2 x tp 2", "pp 2 x dp_shard 2"])
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.full), True])
@@ -320,8 +370,12 @@ def test_pipeline_schedules(world: World, layout: str, schedule: str, virtual_st
 
 @pytest.mark.parametrize(("schedule", "virtual_stages"), [("1f1b", 1), ("gpipe", 1), ("interleaved", 2)])
 @pytest.mark.parametrize("layout", ["pp 2 x cp 2", pytest.param("pp 2 x dp_shard 2", marks=pytest.mark.full)])
-def test_pipeline_schedules_with_weights_freed_after_forward(world: World, layout: str, schedule: str, virtual_stages: int) -> None:
-    for errors in world.run(check_layout, layout, "fp64", "thd", 1, {"num_layers": 5}, True, True, schedule, virtual_stages):
+def test_pipeline_schedules_with_weights_freed_after_forward(
+    world: World, layout: str, schedule: str, virtual_stages: int
+) -> None:
+    for errors in world.run(
+        check_layout, layout, "fp64", "thd", 1, {"num_layers": 5}, True, True, schedule, virtual_stages
+    ):
         assert worst(errors) <= 1e-10, errors
 
 
@@ -334,7 +388,9 @@ def said_of_lost_gradients(rank: int, layout: str, reshard: bool) -> str:
     pipeline = pipeline_of(model, grid, batches, "zero_bubble")
     tokens = torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64)
     try:
-        forward_backward(model, batches, loss_tokens=tokens, device=device_of(model), reshard_between=reshard, pipeline=pipeline)
+        forward_backward(
+            model, batches, loss_tokens=tokens, device=device_of(model), reshard_between=reshard, pipeline=pipeline
+        )
     except RuntimeError as error:
         return str(error)
     return ""
@@ -373,7 +429,9 @@ def compiled_step(rank: int, layout: str, dtype: str, recompute: str) -> tuple[i
     got = run_steps(built(grid, config, dtype, recompute=recompute, compiled=True), grid, rows, 1, steps=1)
     want = oracle(config, rows, {n: w.shape for n, w in got["weights"].items()})
     errors = {name: relative_error(got["grads"][name], want["grads"][name]) for name in want["grads"]}
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"], errors | {"loss": abs(got["loss"] / want["loss"] - 1)}
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"], errors | {
+        "loss": abs(got["loss"] / want["loss"] - 1)
+    }
 
 
 @pytest.mark.parametrize(
@@ -402,7 +460,9 @@ RECOMPUTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("layout", "schedule"), [pytest.param(*x, marks=[pytest.mark.full] if x[0] == "cp 4" else []) for x in RECOMPUTED])
+@pytest.mark.parametrize(
+    ("layout", "schedule"), [pytest.param(*x, marks=[pytest.mark.full] if x[0] == "cp 4" else []) for x in RECOMPUTED]
+)
 @pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.full), "bf16"])
 def test_recomputed_gradients_are_the_same_bits(world: World, layout: str, schedule: str, dtype: str) -> None:
     wanted = world.run(gradients, layout, dtype, "none", schedule)[0]
@@ -417,8 +477,13 @@ def collectives(rank: int, layout: str, schedule: str, times: int) -> tuple[int,
     virtual_stages = 2 if schedule in VIRTUAL_SCHEDULES else 1
     model = built(grid, config_of(num_layers=4), "fp32", virtual_stages=virtual_stages)
     place = dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), layout="zigzag")
-    batches = [build_batch([row], qkv_format="thd", **place) for row in (rows_of("thd") * times)[grid.rank("batch") :: grid.size("batch")]]
-    options = dict(loss_tokens=torch.tensor(100.0, dtype=torch.float64), device=torch.device("cpu"), reshard_between=False)
+    batches = [
+        build_batch([row], qkv_format="thd", **place)
+        for row in (rows_of("thd") * times)[grid.rank("batch") :: grid.size("batch")]
+    ]
+    options = dict(
+        loss_tokens=torch.tensor(100.0, dtype=torch.float64), device=torch.device("cpu"), reshard_between=False
+    )
     options["pipeline"] = pipeline_of(model, grid, batches, schedule)
     forward_backward(model, batches, **options)
     for parameter in model.parameters():
@@ -430,7 +495,8 @@ def collectives(rank: int, layout: str, schedule: str, times: int) -> tuple[int,
 
 
 @pytest.mark.parametrize(
-    ("layout", "schedule"), [("dp_shard 2 x cp 2", "1f1b"), ("pp 2 x dp_shard 2", "1f1b"), ("pp 2 x dp_shard 2", "zero_bubble")]
+    ("layout", "schedule"),
+    [("dp_shard 2 x cp 2", "1f1b"), ("pp 2 x dp_shard 2", "1f1b"), ("pp 2 x dp_shard 2", "zero_bubble")],
 )
 def test_weights_are_gathered_and_gradients_reduced_once_a_step(world: World, layout: str, schedule: str) -> None:
     """However many microbatches: a unit of FSDP is each layer of the stage, and the rest of it."""
@@ -446,7 +512,10 @@ def check_replicas(rank: int, layout: str, dtype: str) -> tuple[tuple[int, ...],
     config = config_of()
     model = built(grid, config, dtype)
     run_steps(model, grid, rows_of("thd"), 1, steps=10)
-    shards = {n: local_tensor(p.detach()).contiguous().view(torch.uint8).numpy().tobytes() for n, p in model.named_parameters()}
+    shards = {
+        n: local_tensor(p.detach()).contiguous().view(torch.uint8).numpy().tobytes()
+        for n, p in model.named_parameters()
+    }
     return (grid.rank("fsdp"), grid.rank("tp"), grid.rank("pp")), shards
 
 
@@ -475,7 +544,14 @@ def weights_after_steps(rank: int, layout: str, reshard: bool) -> dict:
 @pytest.mark.full
 def test_weights_after_ten_steps_are_the_same_in_every_layout(world: World) -> None:
     wanted = world.run(weights_after_steps, "dp_shard 4", False)[0]
-    for layout in ("dp_shard 2 x cp 2", "dp_replicate 2 x cp 2", "cp 4", "tp 2 x cp 2", "tp 2 x dp_shard 2", "pp 2 x cp 2"):
+    for layout in (
+        "dp_shard 2 x cp 2",
+        "dp_replicate 2 x cp 2",
+        "cp 4",
+        "tp 2 x cp 2",
+        "tp 2 x dp_shard 2",
+        "pp 2 x cp 2",
+    ):
         for weights in world.run(weights_after_steps, layout, False):
             assert weights.keys() == wanted.keys()
             errors = {n: relative_error(weights[n], wanted[n]) for n in wanted}
@@ -483,7 +559,10 @@ def test_weights_after_ten_steps_are_the_same_in_every_layout(world: World) -> N
 
 
 def initial_weights(rank: int, layout: str) -> dict:
-    return full(built(grid_of(layout), config_of(vocab_size=600, padded_vocab_size=640, num_query_groups=4), "fp32"), grid_of(layout))
+    return full(
+        built(grid_of(layout), config_of(vocab_size=600, padded_vocab_size=640, num_query_groups=4), "fp32"),
+        grid_of(layout),
+    )
 
 
 def test_initial_weights_do_not_depend_on_the_layout(world: World) -> None:
@@ -507,7 +586,11 @@ def embedding_gradients(rank: int, layout: str, dtype: str, other: bool) -> tupl
     if other:
         tokens[:21] = (tokens[:21] + 7) % 61
     batch = build_batch(
-        [Sequence(tokens, labels, lengths, padded)], cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), qkv_format="thd", layout="zigzag"
+        [Sequence(tokens, labels, lengths, padded)],
+        cp_size=grid.size("cp"),
+        cp_rank=grid.rank("cp"),
+        qkv_format="thd",
+        layout="zigzag",
     )
     kept: list[torch.Tensor] = []
     handle = model.embedding.register_forward_hook(lambda module, args, out: kept.append(out) or out.retain_grad())
@@ -525,6 +608,8 @@ def embedding_gradients(rank: int, layout: str, dtype: str, other: bool) -> tupl
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 def test_another_document_beside_it_changes_no_bit(world: World, dtype: str) -> None:
     for before, after in zip(
-        world.run(embedding_gradients, "cp 4", dtype, False), world.run(embedding_gradients, "cp 4", dtype, True), strict=True
+        world.run(embedding_gradients, "cp 4", dtype, False),
+        world.run(embedding_gradients, "cp 4", dtype, True),
+        strict=True,
     ):
         assert all(len(b) and torch.equal(b, a) for b, a in zip(before, after, strict=True))

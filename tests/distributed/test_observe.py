@@ -28,7 +28,17 @@ def base(tmp_path_factory) -> list[str]:
     first, second = write_corpus(folder), write_corpus(folder / "other")
     lines = second.read_text().splitlines()
     (folder / "b.jsonl").write_text("\n".join(line.upper().replace('"TEXT"', '"text"') for line in lines) + "\n")
-    data = ["--data-path", "2", str(first), "1", str(folder / "b.jsonl"), "--data-split", "60,40,0", "--data-cache-path", str(folder / "c")]
+    data = [
+        "--data-path",
+        "2",
+        str(first),
+        "1",
+        str(folder / "b.jsonl"),
+        "--data-split",
+        "60,40,0",
+        "--data-cache-path",
+        str(folder / "c"),
+    ]
     return [*SMALL, *data]
 
 
@@ -53,7 +63,9 @@ def test_each_source_is_validated_and_other_layouts_say_the_same(base, observed,
     assert min(own.values()) < last["validation_loss"] < max(own.values()) and "perplexity" in said
     before = (place / "metrics.jsonl").read_text()
     (place / "stop").touch()  # asked of the run that the folder belongs to
-    alone = run_train(0, *base, *RUN[2:], "--run-dir", str(place), "--resume", "--eval-only", "--tensorboard-dir", "none")
+    alone = run_train(
+        0, *base, *RUN[2:], "--run-dir", str(place), "--resume", "--eval-only", "--tensorboard-dir", "none"
+    )
     assert alone.returncode == 0, alone.stdout + alone.stderr
     after = (place / "metrics.jsonl").read_text()
     assert after.startswith(before) and (place / "stop").exists()  # nothing of the run is dropped
@@ -77,7 +89,9 @@ def test_timers_tell_phases_and_the_slowest(observed) -> None:
     assert [r["step"] for r in timed] == [1, 2, 4, 6] and [r["timed_steps"] for r in timed] == [1, 1, 2, 2]
     for record in timed:
         phases = record["timers"]
-        assert {"data", "forward-backward", "cp wait", "optimizer", "gradient reduction", "gradient norm"} <= set(phases)
+        assert {"data", "forward-backward", "cp wait", "optimizer", "gradient reduction", "gradient norm"} <= set(
+            phases
+        )
         assert all(most > 0 and least <= most and rank in (0, 1) for least, most, rank in phases.values())
         assert phases["gradient reduction"][1] < phases["forward-backward"][1]
     assert "eval" in timed[-2]["timers"] and "ms a step, least..most over ranks: data" in said
@@ -107,7 +121,13 @@ def test_tensorboard_has_more_than_curves(observed) -> None:
 def test_the_configuration_and_the_end_are_written(observed) -> None:
     place, said = observed
     config = json.loads((place / "config.json").read_text())
-    assert config["flags"]["cp_size"] == 2 and config["layout"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 2, "tp": 1}
+    assert config["flags"]["cp_size"] == 2 and config["layout"] == {
+        "pp": 1,
+        "dp_replicate": 1,
+        "dp_shard": 1,
+        "cp": 2,
+        "tp": 1,
+    }
     assert config["world_size"] == 2 and config["parameters"] > 10_000 and "after step 4" in said
 
 
@@ -129,13 +149,21 @@ def test_a_run_that_diverges_is_replayed(base, tmp_path: Path) -> None:
     assert step["ranks"] and f"step {step['step']}:" in json.loads((tmp_path / "status.json").read_text())["reason"]
     (tmp_path / "preset.yaml").unlink()
     command = [sys.executable, "tools/replay.py", str(file), "--cp-size", "1"]
-    replay = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    replay = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
     assert replay.returncode == 1, replay.stdout + replay.stderr
-    assert "here:     loss nan" in replay.stdout or "gradient norm nan" in replay.stdout or "gradient norm inf" in replay.stdout
+    assert (
+        "here:     loss nan" in replay.stdout
+        or "gradient norm nan" in replay.stdout
+        or "gradient norm inf" in replay.stdout
+    )
     assert "layers.0" in replay.stdout and "updates before" not in replay.stdout
     assert f"weights: {tmp_path}/nonfinite/checkpoints/step_{step['step'] - 1:07d}" in replay.stdout
     assert f"here:     loss {step['loss']}" in replay.stdout or not math.isfinite(step["loss"])
-    fresh = subprocess.run([*command, "--fresh"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    fresh = subprocess.run(
+        [*command, "--fresh"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
     assert fresh.returncode == 0 and os.linesep in fresh.stdout  # with the initial weights the same rows are fine
 
 
@@ -151,5 +179,7 @@ def test_a_run_that_skips_goes_on(base, tmp_path: Path) -> None:
 @pytest.mark.full
 def test_curves_without_tensorboard_are_the_same_run(base, tmp_path: Path) -> None:
     plain = train(0, tmp_path / "plain", *base, "--device", "cpu")
-    timed = train(0, tmp_path / "timed", *base, "--device", "cpu", "--timing-log-level", "2", "--profile", "--profile-steps", "3")
+    timed = train(
+        0, tmp_path / "timed", *base, "--device", "cpu", "--timing-log-level", "2", "--profile", "--profile-steps", "3"
+    )
     assert [r["loss"] for r in plain] == [r["loss"] for r in timed if "loss" in r]

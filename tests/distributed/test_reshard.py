@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint.files import read_run_facts
+from checkpoint.resume import check_same_run
+from checkpoint.saver import Saver, load_checkpoint, whole_tensors
 from model.gpt import GPT, Stages
 from parallel.fsdp import sharded_parameters
 from parallel.grid import Grid
 from tests.distributed.test_model_parity import ROWS, built, config_of, full, grid_of, rows_of, steps_of
 from tests.world import World
-from training.checkpoint import Saver, load_checkpoint, whole_tensors
-from training.checkpoint_files import read_run_facts
 from training.optimizer import build_optimizer
-from training.resume import check_same_run
 
 LAYOUTS = ["cp 4", "dp_shard 4", "dp_replicate 2 x dp_shard 2", "tp 2 x cp 2", "tp 4", "pp 2 x dp_shard 2"]
 # Four groups, so that tp 4 can take part; heads of 8 make QKV and output matrices that are not square.
@@ -68,7 +68,10 @@ def read(rank: int, layout: str, folder: str) -> tuple[dict, list[float]]:
     "source",
     [
         pytest.param(
-            x, marks=[pytest.mark.full] if x in ("cp 4", "dp_shard 4", "tp 4", "dp_replicate 2 x dp_shard 2", "pp 2 x dp_shard 2") else []
+            x,
+            marks=[pytest.mark.full]
+            if x in ("cp 4", "dp_shard 4", "tp 4", "dp_replicate 2 x dp_shard 2", "pp 2 x dp_shard 2")
+            else [],
         )
         for x in LAYOUTS
     ],
@@ -88,7 +91,10 @@ def test_facts_say_what_may_change() -> None:
     facts = {"lr": 1.0, "seed": 3, "step": 2}
     assert check_same_run(facts, {"lr": 1.0, "seed": 3}, ("lr",), Path("c")) == []
     assert check_same_run(facts, {"lr": 2.0, "seed": 3}, ("lr",), Path("c")) == ["lr 2.0 (the checkpoint: 1.0)"]
-    for wanted, words in (({"seed": 4}, "seed 4: the checkpoint c was made with 3"), ({"new": 1}, "does not say with what")):
+    for wanted, words in (
+        ({"seed": 4}, "seed 4: the checkpoint c was made with 3"),
+        ({"new": 1}, "does not say with what"),
+    ):
         with pytest.raises(ValueError, match=words):
             check_same_run(facts, wanted, ("lr",), Path("c"))
 

@@ -41,7 +41,9 @@ def calls(rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     given = torch.cat([torch.full((to + 1, 2), 10 * rank + to).to(dtype) for to in range(4)])
     dist.all_to_all_single(found["uneven"], given, [rank + 1] * 4, [1, 2, 3, 4])
     found["ring"] = torch.empty_like(mine)
-    works = dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, (rank + 1) % 4), dist.P2POp(dist.irecv, found["ring"], (rank - 1) % 4)])
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, mine, (rank + 1) % 4), dist.P2POp(dist.irecv, found["ring"], (rank - 1) % 4)]
+    )
     for work in works:
         work.wait()
     dist.barrier()
@@ -80,7 +82,15 @@ def test_parts_of_an_axis_have_its_backend(world: World) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [2])
 def test_the_cells_of_the_table_over_it(tmp_path: Path, ranks: int) -> None:
-    flags = [*FLAGS, "--data-path", str(write_corpus(tmp_path)), "--data-cache-path", str(tmp_path / "cache"), "--device", "cpu"]
+    flags = [
+        *FLAGS,
+        "--data-path",
+        str(write_corpus(tmp_path)),
+        "--data-cache-path",
+        str(tmp_path / "cache"),
+        "--device",
+        "cpu",
+    ]
     with World(ranks, backend="staged") as world:
         results = world.run(all_cells, [*flags, "--dtype", "fp32"], ranks, "cpu", timeout=500.0)[0]
     assert len(results) >= 8

@@ -12,16 +12,24 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.files import checkpoints
 from tests.launch import ROOT, SMALL, read_metrics, run_train, train, write_corpus
 from tools.checkpoint import differences
-from training.checkpoint_files import checkpoints
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> list[str]:
     """Flags that every run of this module shares: one corpus, one cache."""
     folder = tmp_path_factory.mktemp("corpus")
-    return [*SMALL, "--device", "cpu", "--data-path", str(write_corpus(folder)), "--data-cache-path", str(folder / "cache")]
+    return [
+        *SMALL,
+        "--device",
+        "cpu",
+        "--data-path",
+        str(write_corpus(folder)),
+        "--data-cache-path",
+        str(folder / "cache"),
+    ]
 
 
 LAYOUTS = {
@@ -48,7 +56,10 @@ GOLDEN = json.loads((ROOT / "tests" / "assets" / "golden_losses.json").read_text
 def assert_golden(got: list[dict], layout: str) -> None:
     """The numbers of the day they were written down: a change of the code that moves one is no refactor (tests/golden.py)."""
     for record, (loss, grad_norm) in zip([r for r in got if "loss" in r], GOLDEN[layout], strict=True):
-        assert abs(record["loss"] / loss - 1) <= 1e-9 and abs(record["grad_norm"] / grad_norm - 1) <= 1e-9, (layout, record["step"])
+        assert abs(record["loss"] / loss - 1) <= 1e-9 and abs(record["grad_norm"] / grad_norm - 1) <= 1e-9, (
+            layout,
+            record["step"],
+        )
 
 
 def assert_same_run(got: list[dict], want: list[dict], limit: float) -> None:
@@ -68,7 +79,9 @@ def one_rank(base, tmp_path_factory) -> dict[str, list[dict]]:
 
 
 @pytest.mark.parametrize(("layout", "dtype", "micro"), RUNS)
-def test_every_layout_has_the_losses_of_one_rank(base, one_rank, tmp_path: Path, layout: str, dtype: str, micro: int) -> None:
+def test_every_layout_has_the_losses_of_one_rank(
+    base, one_rank, tmp_path: Path, layout: str, dtype: str, micro: int
+) -> None:
     ranks, flags = LAYOUTS[layout]
     metrics = train(ranks, tmp_path, *base, "--dtype", dtype, *flags.split(), "--micro-batch-size", str(micro))
     assert_same_run(metrics, one_rank[dtype], LIMITS[dtype])
@@ -87,14 +100,18 @@ def printed_losses(output: str) -> list[str]:
     return re.findall(r"\| loss +(\S+) \|", output)
 
 
-@pytest.mark.parametrize("flags", [pytest.param(f, marks=[] if f in PERMUTED[:1] else [pytest.mark.full]) for f in PERMUTED])
+@pytest.mark.parametrize(
+    "flags", [pytest.param(f, marks=[] if f in PERMUTED[:1] else [pytest.mark.full]) for f in PERMUTED]
+)
 def test_eight_ranks_however_permuted_print_the_losses_of_one(base, one_rank, tmp_path: Path, flags: str) -> None:
     """With validation, samples and the comparison of ranks on, at the first one."""
     more = "--sample-tokens 3 --eval-interval 10 --verify-steps 2" if flags == PERMUTED[0] else ""
     fixed = [*base, "--dtype", "fp64", "--log-interval", "1", "--run-dir", str(tmp_path)]
     result = run_train(8, *fixed, *flags.split(), *more.split())
     printed = printed_losses(result.stdout)
-    assert printed == [f"{r['loss']:.5f}" for r in one_rank["fp64"]] and len(printed) == 10, result.stdout + result.stderr
+    assert printed == [f"{r['loss']:.5f}" for r in one_rank["fp64"]] and len(printed) == 10, (
+        result.stdout + result.stderr
+    )
     metrics = read_metrics(tmp_path / "metrics.jsonl")
     assert_same_run(metrics, one_rank["fp64"], LIMITS["fp64"])
     if flags == PERMUTED[0]:
@@ -110,22 +127,37 @@ def test_micro_batch_size_changes_nothing(base, one_rank, tmp_path: Path) -> Non
 def test_the_same_command_twice_gives_the_same_bits(base, tmp_path: Path) -> None:
     flags = [*base, "--dtype", "fp32", "--cp-size", "2", "--micro-batch-size", "2", "--num-workers", "1"]
     runs = [train(2, tmp_path / name, *flags) for name in ("a", "b")]
-    kept = [[{k: v for k, v in r.items() if k in ("step", "loss", "grad_norm", "lr", "tokens", "cp_balance")} for r in run] for run in runs]
+    kept = [
+        [{k: v for k, v in r.items() if k in ("step", "loss", "grad_norm", "lr", "tokens", "cp_balance")} for r in run]
+        for run in runs
+    ]
     assert kept[0] == kept[1] and len(kept[0]) == 10
 
 
 def test_the_default_command_for_three_steps(tmp_path: Path) -> None:
     """`make train`'s own flags: the standard library, a SentencePiece model, a sample before and after, everything written."""
     cache = ["--data-cache-path", str(tmp_path / "cache")]
-    result = run_train(4, "--cp-size", "4", "--train-iters", "3", "--run-dir", str(tmp_path / "run"), *cache, timeout=300)
+    result = run_train(
+        4, "--cp-size", "4", "--train-iters", "3", "--run-dir", str(tmp_path / "run"), *cache, timeout=300
+    )
     output = result.stdout
     assert result.returncode == 0 or "metrics:  " in output, output + result.stderr
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     losses = [r["loss"] for r in records if "loss" in r]
     assert len(losses) == 3 and losses[0] == pytest.approx(8.34, abs=0.1)  # ln(4224) for a model that knows nothing
-    assert "validation_loss" in records[-1] and records[0]["packing_efficiency"] > 0.95 and records[0]["cp_balance"] < 1.1
-    assert output.index("sample before training") < output.index("step   1/3".replace("   ", " ")) < output.index("sample after training")
-    for line, place in (("checkpoint:", "checkpoints/step_0000003"), ("TensorBoard:", "tensorboard"), ("metrics:", "metrics.jsonl")):
+    assert (
+        "validation_loss" in records[-1] and records[0]["packing_efficiency"] > 0.95 and records[0]["cp_balance"] < 1.1
+    )
+    assert (
+        output.index("sample before training")
+        < output.index("step   1/3".replace("   ", " "))
+        < output.index("sample after training")
+    )
+    for line, place in (
+        ("checkpoint:", "checkpoints/step_0000003"),
+        ("TensorBoard:", "tensorboard"),
+        ("metrics:", "metrics.jsonl"),
+    ):
         assert (tmp_path / "run" / place).exists()
         assert any(text.startswith(line) and text.endswith(place) for text in output.splitlines())
 
@@ -136,7 +168,9 @@ def test_loss_falls_and_flops_do_not_depend_on_cp(base, one_rank, tmp_path: Path
     cp2 = train(2, tmp_path, *base, "--dtype", "fp32", "--cp-size", "2")
     for a, b in zip(metrics, cp2, strict=True):
         # per rank: two ranks share the same count
-        assert a["tflops_per_rank"] * a["step_time_s"] == pytest.approx(2 * b["tflops_per_rank"] * b["step_time_s"], rel=1e-12)
+        assert a["tflops_per_rank"] * a["step_time_s"] == pytest.approx(
+            2 * b["tflops_per_rank"] * b["step_time_s"], rel=1e-12
+        )
     wanted = {
         "step", "loss", "grad_norm", "lr", "tokens", "loss_tokens", "step_time_s", "tokens_per_s", "tflops_per_rank", "mfu",
         "packing_efficiency", "cp_balance", "max_memory_bytes",
@@ -154,7 +188,11 @@ BACKENDS = {
 
 
 @pytest.mark.parametrize(
-    "backend", [pytest.param(b, marks=[pytest.mark.full] if b in ("all_gather", "a2a+p2p", "ring llama3") else []) for b in BACKENDS]
+    "backend",
+    [
+        pytest.param(b, marks=[pytest.mark.full] if b in ("all_gather", "a2a+p2p", "ring llama3") else [])
+        for b in BACKENDS
+    ],
 )
 def test_every_backend_has_the_losses_of_one_rank(base, one_rank, tmp_path: Path, backend: str) -> None:
     flags = BACKENDS[backend].split()
@@ -170,7 +208,11 @@ def test_every_backend_has_the_losses_of_one_rank(base, one_rank, tmp_path: Path
 def test_pytorchs_backend_has_the_losses_of_one_rank(base, tmp_path: Path) -> None:
     flags = [*base, "--qkv-format", "bshd", "--dtype", "fp64"]
     want = train(0, tmp_path / "one", *flags)
-    assert_same_run(train(2, tmp_path / "cp", *flags, "--cp-size", "2", "--cp-backend", "pytorch", "--sample-tokens", "2"), want, 1e-9)
+    assert_same_run(
+        train(2, tmp_path / "cp", *flags, "--cp-size", "2", "--cp-backend", "pytorch", "--sample-tokens", "2"),
+        want,
+        1e-9,
+    )
 
 
 @pytest.mark.full
@@ -184,7 +226,19 @@ def test_bshd_has_the_same_losses_over_cp(base, tmp_path: Path) -> None:
 def test_resume_is_bit_identical(base, tmp_path: Path) -> None:
     """Ten steps in one go; the same ten, killed after seven and started again with the same command."""
     # A validation and a sample right before what is saved and compared: both leave weights gathered if they do not tidy up.
-    flags = [*base, "--dtype", "fp32", "--cp-size", "2", "--save-interval", "5", "--eval-interval", "5", "--eval-iters", "2"]
+    flags = [
+        *base,
+        "--dtype",
+        "fp32",
+        "--cp-size",
+        "2",
+        "--save-interval",
+        "5",
+        "--eval-interval",
+        "5",
+        "--eval-iters",
+        "2",
+    ]
     flags += ["--sample-tokens", "3", "--verify-steps", "2"]
     whole = train(2, tmp_path / "whole", *flags)
     # A run that stops at 7 of 10: its own last step saves, so remove that one to be left with step 5.
@@ -207,7 +261,18 @@ def test_resume_is_bit_identical(base, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_run_goes_on_under_another_layout(base, one_rank, tmp_path: Path) -> None:
-    flags = [*base, "--dtype", "fp64", "--save-interval", "5", "--run-dir", str(tmp_path), "--lr-decay-iters", "10", "--resume"]
+    flags = [
+        *base,
+        "--dtype",
+        "fp64",
+        "--save-interval",
+        "5",
+        "--run-dir",
+        str(tmp_path),
+        "--lr-decay-iters",
+        "10",
+        "--resume",
+    ]
     run = run_train(4, *flags, "--tp-size", "2", "--cp-size", "2", "--train-iters", "5")
     assert "saved" in run.stdout, run.stderr
     metrics = train(2, tmp_path, *flags, "--cp-size", "2")
@@ -221,18 +286,37 @@ def test_load_starts_from_a_named_checkpoint_and_refuses_another_model(base, tmp
     start = str(tmp_path / "whole" / "checkpoints" / "step_0000002")
     loaded = train(0, tmp_path / "loaded", *flags, "--load", start)
     assert [(r["step"], r["loss"]) for r in loaded] == [(r["step"], r["loss"]) for r in whole[2:]]
-    for flag, name in (("--hidden-size 64", "hidden_size"), ("--seed 5", "--seed"), ("--seq-length 512", "--seq-length")):
+    for flag, name in (
+        ("--hidden-size 64", "hidden_size"),
+        ("--seed 5", "--seed"),
+        ("--seq-length 512", "--seq-length"),
+    ):
         result = run_train(0, *flags, "--run-dir", str(tmp_path / "other"), "--load", start, *flag.split())
         assert result.returncode == 2 and name in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
 @pytest.mark.full
 def test_saving_beside_training_changes_nothing_and_keeps_two(base, one_rank, tmp_path: Path) -> None:
-    flags = [*base, "--dtype", "fp64", "--cp-size", "2", "--save-interval", "2", "--async-save", "--keep-checkpoints", "2"]
+    flags = [
+        *base,
+        "--dtype",
+        "fp64",
+        "--cp-size",
+        "2",
+        "--save-interval",
+        "2",
+        "--async-save",
+        "--keep-checkpoints",
+        "2",
+    ]
     assert_same_run(train(2, tmp_path, *flags), one_rank["fp64"], 1e-9)
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step_0000008", "step_0000010"]
     start = str(tmp_path / "checkpoints" / "step_0000008")
-    assert_same_run([*one_rank["fp64"][:8], *train(0, tmp_path / "on", *base, "--dtype", "fp64", "--load", start)], one_rank["fp64"], 1e-9)
+    assert_same_run(
+        [*one_rank["fp64"][:8], *train(0, tmp_path / "on", *base, "--dtype", "fp64", "--load", start)],
+        one_rank["fp64"],
+        1e-9,
+    )
 
 
 @pytest.mark.full
@@ -248,15 +332,21 @@ def test_a_damaged_checkpoint_is_refused_and_passed_over_on_demand(base, tmp_pat
     load = [*base, "--dtype", "fp64", "--train-iters", "4", "--load", str(folder)]
     result = run_train(0, *load, "--run-dir", str(tmp_path / "a"))
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert all(w in result.stderr for w in ("step_0000003/__1_0.distcp", "checksum", "--load-fallback", "step_0000002")), result.stderr
+    assert all(
+        w in result.stderr for w in ("step_0000003/__1_0.distcp", "checksum", "--load-fallback", "step_0000002")
+    ), result.stderr
     (folder / "step_0000002" / "run.json").unlink()
     result = run_train(0, *load, "--run-dir", str(tmp_path / "b"), "--load-fallback")
     assert result.returncode == 0, result.stderr
-    assert "step 1, from" in result.stdout and result.stdout.count("passed over a damaged checkpoint") == 2, result.stdout
+    assert "step 1, from" in result.stdout and result.stdout.count("passed over a damaged checkpoint") == 2, (
+        result.stdout
+    )
     losses = [r["loss"] for r in read_metrics(tmp_path / "b" / "metrics.jsonl")]
     assert losses[:2] == pytest.approx([r["loss"] for r in whole[1:]], rel=1e-9)
     result = run_train(0, *load, "--run-dir", str(tmp_path / "c"), "--load", str(folder / "step_0000002"))
-    assert result.returncode == 2 and "step_0000002/run.json" in result.stderr and "step_0000001" in result.stderr, result.stderr
+    assert result.returncode == 2 and "step_0000002/run.json" in result.stderr and "step_0000001" in result.stderr, (
+        result.stderr
+    )
     # The run itself goes on where it can, and what it saves is neither hidden nor thrown out by the damaged ones above it.
     result = run_train(
         0,
@@ -273,7 +363,9 @@ def test_a_damaged_checkpoint_is_refused_and_passed_over_on_demand(base, tmp_pat
     assert result.returncode == 0 and "step 1, from" in result.stdout and "step_0000003.damaged" in result.stdout, (
         result.stdout + result.stderr
     )
-    assert [p.name for p in checkpoints(folder)] == ["step_0000004"] and (folder / "latest").read_text() == "step_0000004\n"
+    assert [p.name for p in checkpoints(folder)] == ["step_0000004"] and (
+        folder / "latest"
+    ).read_text() == "step_0000004\n"
 
 
 @pytest.mark.full
@@ -281,14 +373,17 @@ def test_weights_alone_start_a_longer_context(base, tmp_path: Path) -> None:
     """Twice the length, another base, linear scaling; the optimiser is fresh, and the run can be requeued as it stands."""
     train(0, tmp_path / "short", *base, "--dtype", "fp64", "--save-interval", "10")
     start = str(tmp_path / "short" / "checkpoints")
-    longer = shlex.split("--dtype fp64 --seq-length 512 --rotary-base 40000 --rope-scaling linear --rope-scaling-factor 2 --train-iters 3")
+    longer = shlex.split(
+        "--dtype fp64 --seq-length 512 --rotary-base 40000 --rope-scaling linear --rope-scaling-factor 2 --train-iters 3"
+    )
     flags = [*base, *longer, "--load", start, "--load-weights-only", "--resume", "--save-interval", "2", "--lr", "0"]
     flags += ["--min-lr", "0", "--verify-steps", "0"]
     first = train(0, tmp_path / "long", *flags)
     assert [r["step"] for r in first] == [1, 2, 3] and first[0]["lr"] == 0
     # Without an update the weights are the checkpoint's, bit for bit, and AdamW has counted three steps of its own.
     differing = [
-        line.split(":")[0] for line in differences(tmp_path / "short/checkpoints/step_0000010", tmp_path / "long/checkpoints/step_0000003")
+        line.split(":")[0]
+        for line in differences(tmp_path / "short/checkpoints/step_0000010", tmp_path / "long/checkpoints/step_0000003")
     ]
     assert not [name for name in differing if name.startswith("model.")], differing
     assert {"--seq-length", "model rotary_base", "model rope_scaling", "step"} <= set(differing)
@@ -298,7 +393,17 @@ def test_weights_alone_start_a_longer_context(base, tmp_path: Path) -> None:
     again = run_train(0, *flags, "--run-dir", str(tmp_path / "long"), "--train-iters", "4")
     assert again.returncode == 0 and "step 3, from" in again.stdout, again.stdout + again.stderr
     # Other heads are another model, with or without the optimiser.
-    result = run_train(0, *base, "--num-query-groups", "4", "--load", start, "--load-weights-only", "--run-dir", str(tmp_path / "other"))
+    result = run_train(
+        0,
+        *base,
+        "--num-query-groups",
+        "4",
+        "--load",
+        start,
+        "--load-weights-only",
+        "--run-dir",
+        str(tmp_path / "other"),
+    )
     assert result.returncode == 2 and "model num_query_groups 4" in result.stderr, result.stderr
 
 
@@ -311,18 +416,25 @@ def test_data_order_is_the_checkpoints(base, tmp_path: Path) -> None:
     first = train(2, tmp_path / "two", *plain, "--cp-size", "2")
     start = str(tmp_path / "two" / "checkpoints" / "step_0000001")
     result = run_train(0, *plain, "--load", start, "--run-dir", str(tmp_path / "one"))
-    assert result.returncode == 0 and "--document-alignment 4 (the checkpoint's)" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "--document-alignment 4 (the checkpoint's)" in result.stdout, (
+        result.stdout + result.stderr
+    )
     (one,) = read_metrics(tmp_path / "one" / "metrics.jsonl")
     assert one["loss"] == pytest.approx(first[1]["loss"], rel=1e-9)
     result = run_train(4, *plain, "--cp-size", "4", "--load", start, "--run-dir", str(tmp_path / "four"))
-    assert result.returncode != 0 and "--document-alignment 4" in result.stderr and "--load-weights-only" in result.stderr, result.stderr
+    assert (
+        result.returncode != 0 and "--document-alignment 4" in result.stderr and "--load-weights-only" in result.stderr
+    ), result.stderr
 
 
 @pytest.mark.full
 def test_validation_loss_does_not_depend_on_the_layout(base, tmp_path: Path) -> None:
     """Fewer held-out sequences than a batch: the rest is empty and counts nothing."""
     flags = [*base, "--dtype", "fp64", "--train-iters", "1", "--eval-interval", "1", "--data-split", "80,20,0"]
-    runs = [train(0, tmp_path / "one", *flags), train(4, tmp_path / "grid", *flags, "--cp-size", "2", "--dp-replicate-size", "2")]
+    runs = [
+        train(0, tmp_path / "one", *flags),
+        train(4, tmp_path / "grid", *flags, "--cp-size", "2", "--dp-replicate-size", "2"),
+    ]
     runs.append(train(4, tmp_path / "stages", *flags, "--pp-size", "2", "--tp-size", "2"))
     (_, one), *others = runs
     for _, grid in others:
@@ -349,7 +461,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(base, tmp_path: Path, as
     assert result.returncode != 0 and result.stderr.count("train.py: step") == 1, result.stderr
     assert 'File "train.py"' not in result.stderr
     records = read_metrics(tmp_path / "metrics.jsonl")
-    bad = int(re.search(r"train.py: step (\d+): loss", result.stderr).group(1))  # it is kept by itself, before its update
+    bad = int(
+        re.search(r"train.py: step (\d+): loss", result.stderr).group(1)
+    )  # it is kept by itself, before its update
     assert [r["step"] for r in records] == list(range(1, bad)) and all(math.isfinite(r["loss"]) for r in records)
     assert json.loads((tmp_path / "nonfinite" / f"step_{bad:07d}.json").read_text())["step"] == bad
     status = json.loads((tmp_path / "status.json").read_text())
@@ -363,7 +477,9 @@ def test_what_may_change_on_the_way_is_told(base, tmp_path: Path) -> None:
     flags = [*base, "--train-iters", "2", "--save-interval", "2"]
     train(0, tmp_path / "a", *flags)
     start = str(tmp_path / "a" / "checkpoints")
-    result = run_train(0, *base, "--train-iters", "3", "--load", start, "--lr", "0.02", "--run-dir", str(tmp_path / "b"))
+    result = run_train(
+        0, *base, "--train-iters", "3", "--load", start, "--lr", "0.02", "--run-dir", str(tmp_path / "b")
+    )
     assert result.returncode == 0 and "--lr 0.02 (the checkpoint: 0.01)" in result.stdout, result.stdout + result.stderr
     for more, words in (
         (["--dtype", "fp64"], "weights' dtype fp64"),
@@ -409,7 +525,10 @@ def test_refusals_are_one_line_and_exit_code_2(base, tmp_path: Path, name: str) 
 def test_refusal_under_torchrun_is_printed_once(base, tmp_path: Path) -> None:
     result = run_train(2, *base, "--run-dir", str(tmp_path), "--cp-size", "3")
     assert result.returncode != 0
-    assert result.stderr.count("train.py: ") == 1 and 'Traceback (most recent call last):\n  File "train.py' not in result.stderr
+    assert (
+        result.stderr.count("train.py: ") == 1
+        and 'Traceback (most recent call last):\n  File "train.py' not in result.stderr
+    )
 
 
 def test_fresh_start_over_old_checkpoints_is_refused(base, tmp_path: Path) -> None:
@@ -422,7 +541,9 @@ def test_fresh_start_over_old_checkpoints_is_refused(base, tmp_path: Path) -> No
 def test_broken_data_is_refused_on_every_rank(base, tmp_path: Path) -> None:
     """The fault is found by rank 0 while the others wait for it."""
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 5}\n')
-    result = run_train(2, *base, "--run-dir", str(tmp_path / "run"), "--data-path", str(tmp_path / "bad.jsonl"), "--cp-size", "2")
+    result = run_train(
+        2, *base, "--run-dir", str(tmp_path / "run"), "--data-path", str(tmp_path / "bad.jsonl"), "--cp-size", "2"
+    )
     assert result.returncode != 0 and "bad.jsonl:2" in result.stderr
 
 
@@ -437,7 +558,9 @@ def test_what_a_start_that_has_nothing_to_do_says(base: list[str], tmp_path: Pat
     refused = run_train(0, *flags, "--eval-only", "--eval-interval", "5")
     assert refused.returncode == 2 and f"--eval-only: no checkpoint under {run}/checkpoints" in refused.stderr
     assert run_train(0, *flags, "--train-iters", "2").returncode == 0
-    assert (run / "metrics.jsonl").read_text().count("\n") == 2 and (run / "metrics.jsonl.before-1").read_text().count("\n") == 6
+    assert (run / "metrics.jsonl").read_text().count("\n") == 2 and (run / "metrics.jsonl.before-1").read_text().count(
+        "\n"
+    ) == 6
 
 
 def test_two_starts_on_one_folder(base: list[str], tmp_path: Path) -> None:
@@ -452,5 +575,7 @@ def test_two_starts_on_one_folder(base: list[str], tmp_path: Path) -> None:
 
 def test_a_stop_saves_before_it_validates(base: list[str], tmp_path: Path) -> None:
     done = run_train(0, *base, "--run-dir", str(tmp_path / "run"), "--eval-interval", "4", "--exit-interval", "4")
-    assert done.returncode == 0 and 0 < done.stdout.index("saved ") < done.stdout.index("validation after step 4"), done.stdout
+    assert done.returncode == 0 and 0 < done.stdout.index("saved ") < done.stdout.index("validation after step 4"), (
+        done.stdout
+    )
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "requeue"

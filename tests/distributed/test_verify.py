@@ -18,12 +18,12 @@ import cp.native_a2a
 import cp.native_all_gather
 import cp.native_p2p
 import data.loader
+from config.arguments import parse_arguments, resolve
 from parallel.collectives import Gather, RingShift
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.launch import ROOT, SMALL, environment, write_corpus
 from tests.world import World
 from tools.verify import Verifier, cells_of
-from training.arguments import parse_arguments, resolve
 
 # Its rows are ragged: documents of one corpus, aligned to 2 * cp.
 FLAGS = [*SMALL, "--device", "cpu", "--dtype", "fp64", "--cp-size", "4", "--global-batch-size", "1"]
@@ -56,7 +56,9 @@ def stale_kv():
     """K and V of the first hop are used for every hop."""
     with (
         mock.patch.object(RingShift, "wait", lambda self, clock=None: ([w.wait() for w in self.works], self.sent)[1]),
-        mock.patch.object(Gather, "wait", lambda self, clock=None: (self.work and self.work.wait(), self.gathered.zero_())[1]),
+        mock.patch.object(
+            Gather, "wait", lambda self, clock=None: (self.work and self.work.wait(), self.gathered.zero_())[1]
+        ),
     ):
         yield
 
@@ -232,9 +234,26 @@ def test_every_cell_of_the_table_agrees(world: World, flags: list[str], dp_shard
 
 
 def test_the_command_ends_with_0_and_writes_json(flags: list[str], tmp_path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "tools/verify.py", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+        "tools/verify.py",
+        *flags,
+    ]
     out = tmp_path / "v.json"
     result = subprocess.run(
-        [*command, "--json", str(out)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False
+        [*command, "--json", str(out)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
-    assert result.returncode == 0 and "agrees with one rank" in result.stdout and out.exists(), result.stdout + result.stderr
+    assert result.returncode == 0 and "agrees with one rank" in result.stdout and out.exists(), (
+        result.stdout + result.stderr
+    )

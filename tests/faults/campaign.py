@@ -68,7 +68,15 @@ class Run:
     def __init__(self, flags: list[str], *, faults: list[str] | None = None, restarts: int = 0) -> None:
         self.mark = f"{os.getpid()}-{random.getrandbits(48):x}"
         script = ["tests/faults/injected.py", *faults, "--"] if faults else ["train.py"]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            str(restarts),
+        ]
         self.process = subprocess.Popen(
             [sys.executable, *torchrun, *script, *flags],
             cwd=ROOT,
@@ -187,7 +195,9 @@ class Bench:
 
     def expect_status(self, status: str, words: str = "") -> None:
         told = self.status()
-        check(told["status"] == status and words in told["reason"], f"status.json says {told}, wanted {status} {words!r}")
+        check(
+            told["status"] == status and words in told["reason"], f"status.json says {told}, wanted {status} {words!r}"
+        )
 
     def failed(self, run: Run, *words: str) -> None:
         """It ended with an error that says each of the words."""
@@ -548,7 +558,9 @@ def _(bench: Bench) -> None:
 
 
 def _nan(bench: Bench, layout_rank: int) -> None:
-    bench.failed(bench.start(faults=[f"nan:12:{layout_rank}"]), "step 12", f"gradients not finite on rank {layout_rank}")
+    bench.failed(
+        bench.start(faults=[f"nan:12:{layout_rank}"]), "step 12", f"gradients not finite on rank {layout_rank}"
+    )
     bench.expect_status("failed", "step 12")
     check(max(numbers_of(bench.run_dir)["steps"]) == 11, "the steps before were not written")
     check((bench.run_dir / "nonfinite" / "step_0000012.npz").exists(), "the step's rows were not kept")
@@ -569,7 +581,9 @@ def _(bench: Bench) -> None:
 @case("NaN in a gradient, --on-nonfinite skip", "tp 2")
 def _(bench: Bench) -> None:
     """The step is passed over; the same run again from a checkpoint before it, without the fault, is the undisturbed one."""
-    run = bench.start("--on-nonfinite", "skip", "--train-iters", "19", "--lr-decay-iters", str(STEPS), faults=["nan:17:1"])
+    run = bench.start(
+        "--on-nonfinite", "skip", "--train-iters", "19", "--lr-decay-iters", str(STEPS), faults=["nan:17:1"]
+    )
     check(run.end() == 0 and "step 17: skipped" in run.output, f"not skipped:\n{run.output[-2000:]}")
     skipped = [r["skipped_steps"] for r in read_metrics(bench.run_dir / "metrics.jsonl") if "skipped_steps" in r]
     check(skipped == [0] * 16 + [1] * 3, f"skipped_steps {skipped}")
@@ -583,7 +597,10 @@ def _(bench: Bench) -> None:
 def _(bench: Bench) -> None:
     run = bench.start("--check-weights-interval", "1", faults=["flip:12:1:2"])
     code = run.end()
-    check(code != 0 and re.search(r"weights or moments of \S+ differ along dp_replicate: ranks \[1\]", run.output), run.output[-2000:])
+    check(
+        code != 0 and re.search(r"weights or moments of \S+ differ along dp_replicate: ranks \[1\]", run.output),
+        run.output[-2000:],
+    )
     bench.expect_status("failed", "differ along dp_replicate")
     bench.finish("--check-weights-interval", "1")
 
@@ -621,7 +638,9 @@ def _(bench: Bench) -> None:
     os.kill(pid, signal.SIGSTOP)
     run.wait_for_line("train.py: rank 0: nothing moved")
     os.kill(pid, signal.SIGKILL)  # torchrun would, after 30 s
-    bench.failed(run, "nothing moved for 0.15 minutes (--distributed-timeout-minutes)", f"lost rank 1 on {platform.node()}")
+    bench.failed(
+        run, "nothing moved for 0.15 minutes (--distributed-timeout-minutes)", f"lost rank 1 on {platform.node()}"
+    )
     bench.expect_status("failed", "lost rank 1")
     bench.finish()
 
@@ -652,7 +671,15 @@ def _(bench: Bench) -> None:
 def prepare_data(folder: Path) -> Path:
     """A JSONL corpus and the same prepared as `prepared.*`."""
     corpus = write_corpus(folder)
-    command = [sys.executable, "-m", "data.prepare", "--input", str(corpus), "--output-prefix", str(folder / "prepared")]
+    command = [
+        sys.executable,
+        "-m",
+        "data.prepare",
+        "--input",
+        str(corpus),
+        "--output-prefix",
+        str(folder / "prepared"),
+    ]
     command += ["--tokenizer-type", "byte", "--append-eod"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     check(done.returncode == 0, done.stderr)
@@ -668,7 +695,11 @@ def run_case(folder: Path, one: Case, undisturbed: dict, data: Path, flags: list
     try:
         one[2](bench)
         bench.expect_the_same()
-        damaged = {"step_0000015"} if any(word in one[0] for word in ("flipped byte in a checkpoint", "a shard of")) else set()
+        damaged = (
+            {"step_0000015"}
+            if any(word in one[0] for word in ("flipped byte in a checkpoint", "a shard of"))
+            else set()
+        )
         bench.check_saved(damaged)
     except Faulty as error:
         wrong = str(error)
@@ -684,7 +715,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name or layout holds this word")
     parser.add_argument("--seed", default="0", help="of the random ranks and moments")
-    parser.add_argument("--minutes", type=float, default=30.0, help="no case is begun after so long; those left out count as failed")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="no case is begun after so long; those left out count as failed"
+    )
     parser.add_argument("--json", type=Path, help="results, one object a case")
     flags = parser.parse_args(argv)
     cases = [one for one in CASES if flags.only in f"{one[0]} | {one[1]}"]
@@ -699,26 +732,39 @@ def main(argv: list[str] | None = None) -> int:
             run = Run([*common, *LAYOUTS[layout], "--run-dir", str(root / layout.replace(" ", "_"))])
             check(run.end() == 0, run.output)
             undisturbed[layout] = numbers_of(root / layout.replace(" ", "_"))
-            check(sorted(undisturbed[layout]["steps"]) == list(range(1, STEPS + 1)), "the undisturbed run has not all steps")
+            check(
+                sorted(undisturbed[layout]["steps"]) == list(range(1, STEPS + 1)),
+                "the undisturbed run has not all steps",
+            )
         print(f"{'':<4} {'case':<70} {'layout':<15} {'seconds':>8}")
         for number, one in enumerate(cases, 1):
             wrong, seconds = "not begun: the time was up (--minutes)", 0.0
             if time.monotonic() - began < 60 * flags.minutes:
                 layout = one[1]
                 wrong, seconds = run_case(
-                    root / str(number), one, undisturbed[layout], data, [*common, *LAYOUTS[layout]], f"{flags.seed} {number}"
+                    root / str(number),
+                    one,
+                    undisturbed[layout],
+                    data,
+                    [*common, *LAYOUTS[layout]],
+                    f"{flags.seed} {number}",
                 )
-            results.append({"case": one[0], "layout": one[1], "seconds": round(seconds, 1), "passed": not wrong, "wrong": wrong})
+            results.append(
+                {"case": one[0], "layout": one[1], "seconds": round(seconds, 1), "passed": not wrong, "wrong": wrong}
+            )
             print(f"{'FAIL' if wrong else 'ok':<4} {one[0]:<70} {one[1]:<15} {seconds:>8.1f}", flush=True)
             if wrong:
                 print("     " + wrong.replace("\n", "\n     "), flush=True)
     failed = sum(not r["passed"] for r in results)
     print(f"{len(results) - failed} passed, {failed} failed")
     if flags.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
         seconds = time.monotonic() - began
         flags.json.write_text(
-            json.dumps({"commit": commit, "seed": flags.seed, "seconds": round(seconds), "cases": results}, indent=1) + "\n"
+            json.dumps({"commit": commit, "seed": flags.seed, "seconds": round(seconds), "cases": results}, indent=1)
+            + "\n"
         )
     return 1 if failed else 0
 

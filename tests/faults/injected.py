@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 
 import train
+from checkpoint import saver
 from parallel.fsdp import local_tensor
-from training import checkpoint
 
 forward_backward, evaluate, read_batches, publish, real_time = (
-    train.forward_backward, train.evaluate, train.read_batches, checkpoint.publish, time.time
+    train.forward_backward, train.evaluate, train.read_batches, saver.publish, time.time
 )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def slow_save(seconds: float) -> None:
         time.sleep(seconds)
         return publish(*args, **kwargs)
 
-    checkpoint.publish = slowly
+    saver.publish = slowly
 
 
 def clock(seconds: float) -> None:
@@ -107,7 +107,15 @@ def clock(seconds: float) -> None:
     time.time = lambda: real_time() + seconds * (next(looks) % 3 - 1)
 
 
-FAULTS = {"nan": nan, "flip": flip, "hang": hang, "slow": slow, "slow-eval": slow_eval, "slow-save": slow_save, "clock": clock}
+FAULTS = {
+    "nan": nan,
+    "flip": flip,
+    "hang": hang,
+    "slow": slow,
+    "slow-eval": slow_eval,
+    "slow-save": slow_save,
+    "clock": clock,
+}
 
 
 if __name__ == "__main__":

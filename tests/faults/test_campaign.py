@@ -42,7 +42,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbe
     [
         # A case that comes several times is broken at other moments: the first of them on every push.
         pytest.param(
-            c, marks=[] if c[:2] in PUSH and c[:2] not in [d[:2] for d in CASES[: n - 1]] else [pytest.mark.full], id=f"{n} {c[0]}, {c[1]}"
+            c,
+            marks=[] if c[:2] in PUSH and c[:2] not in [d[:2] for d in CASES[: n - 1]] else [pytest.mark.full],
+            id=f"{n} {c[0]}, {c[1]}",
         )
         for n, c in enumerate(CASES, 1)
     ],
@@ -50,7 +52,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbe
 def test_nothing_is_lost(undisturbed: Undisturbed, tmp_path: Path, one: Case, request: pytest.FixtureRequest) -> None:
     numbers = undisturbed.numbers(one[1])
     wrong, _ = run_case(
-        tmp_path / "case", one, numbers, undisturbed.data, [*undisturbed.flags, *LAYOUTS[one[1]]], f"pytest {request.node.name}"
+        tmp_path / "case",
+        one,
+        numbers,
+        undisturbed.data,
+        [*undisturbed.flags, *LAYOUTS[one[1]]],
+        f"pytest {request.node.name}",
     )
     assert not wrong, wrong
 

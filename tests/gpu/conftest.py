@@ -35,7 +35,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if not FIGURES:
         return
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
     facts = {
         "command": "make test-gpu",
         "commit": commit or "unknown",
@@ -47,5 +49,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     (folder / "gpu_tests.json").write_text(json.dumps(facts | {"figures": FIGURES}, indent=1))
     lines = [f"{name}: {value}" for name, value in facts.items()]
     lines += ["", "| test | figures |", "|---|---|"]
-    lines += [f"| {test} | {', '.join(f'{k} {v:.3g}' for k, v in figures.items())} |" for test, figures in FIGURES.items()]
+    lines += [
+        f"| {test} | {', '.join(f'{k} {v:.3g}' for k, v in figures.items())} |" for test, figures in FIGURES.items()
+    ]
     (folder / "gpu_tests.md").write_text("\n".join(lines) + "\n")

@@ -33,7 +33,9 @@ def _as_bytes(host: Tensor) -> Tensor:
 class StagedWork(dist.Work):
     """Waits for gloo, then for each (tensor, what arrived for it) copies one into the other."""
 
-    def __init__(self, works: Iterable[Any] = (), arrived: Iterable[tuple[Tensor, Tensor]] = (), sent: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, works: Iterable[Any] = (), arrived: Iterable[tuple[Tensor, Tensor]] = (), sent: Sequence[Tensor] = ()
+    ) -> None:
         super().__init__()
         self.works, self.sent, self.finished = list(works), sent, False
         self.arrived = [(x, host, self._here(x)) for x, host in arrived]
@@ -119,7 +121,9 @@ class StagedGroup(dist.ProcessGroup):
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> StagedWork:
         hosts = [torch.empty(x.shape, dtype=x.dtype) for x in tensors]
-        return StagedWork([self.gloo.recv([_as_bytes(host)], peer, tag) for host in hosts], zip(tensors, hosts, strict=True))
+        return StagedWork(
+            [self.gloo.recv([_as_bytes(host)], peer, tag) for host in hosts], zip(tensors, hosts, strict=True)
+        )
 
     # Collectives
     def _reduced(self, x: Tensor, operation: Any) -> Tensor:
@@ -165,17 +169,25 @@ class StagedGroup(dist.ProcessGroup):
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> StagedWork:
         hosts = [_to_host(x) for x in tensors]
         opts = opts or dist.BroadcastOptions()
-        return StagedWork([self.gloo.broadcast([_as_bytes(host)], opts) for host in hosts], zip(tensors, hosts, strict=True))
+        return StagedWork(
+            [self.gloo.broadcast([_as_bytes(host)], opts) for host in hosts], zip(tensors, hosts, strict=True)
+        )
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> StagedWork:
         return StagedWork(
-            arrived=[pair for out, x in zip(outputs, inputs, strict=True) for pair in zip(out, self._gathered(x), strict=True)]
+            arrived=[
+                pair
+                for out, x in zip(outputs, inputs, strict=True)
+                for pair in zip(out, self._gathered(x), strict=True)
+            ]
         )
 
     def _allgather_base(self, output: Tensor, x: Tensor, opts: Any = None) -> StagedWork:
         return StagedWork(arrived=[(output, torch.cat([part.reshape(-1) for part in self._gathered(x)]))])
 
-    def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> StagedWork:
+    def allgather_into_tensor_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> StagedWork:
         return _all([self._allgather_base(out, x) for out, x in zip(outputs, inputs, strict=True)])
 
     def _reduce_scatter_base(self, output: Tensor, x: Tensor, opts: Any = None) -> StagedWork:
@@ -186,14 +198,20 @@ class StagedGroup(dist.ProcessGroup):
         flat = [torch.cat([x.reshape(-1) for x in parts]) for parts in inputs]
         return _all([self._reduce_scatter_base(out, x, opts) for out, x in zip(outputs, flat, strict=True)])
 
-    def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> StagedWork:
+    def reduce_scatter_tensor_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> StagedWork:
         return _all([self._reduce_scatter_base(out, x, opts) for out, x in zip(outputs, inputs, strict=True)])
 
-    def alltoall_base(self, output: Tensor, x: Tensor, out_splits: list[int], in_splits: list[int], opts: Any = None) -> StagedWork:
+    def alltoall_base(
+        self, output: Tensor, x: Tensor, out_splits: list[int], in_splits: list[int], opts: Any = None
+    ) -> StagedWork:
         size = self.size()
         takes, gives = (list(s) or [len(t) // size] * size for s, t in ((out_splits, output), (in_splits, x)))
         shapes = [torch.Size((n, *output.shape[1:])) for n in takes]
-        return StagedWork(arrived=[(output, torch.cat(self._exchanged(_to_host(x).split(gives), shapes, output.dtype)))])
+        return StagedWork(
+            arrived=[(output, torch.cat(self._exchanged(_to_host(x).split(gives), shapes, output.dtype)))]
+        )
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> StagedWork:
         got = self._exchanged([_to_host(x) for x in inputs], [out.shape for out in outputs], inputs[0].dtype)
@@ -205,7 +223,9 @@ class StagedGroup(dist.ProcessGroup):
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> StagedWork:
         host = _to_host(outputs[0])
-        work = self.gloo.scatter([host], [[_to_host(x) for x in inputs[0]]] if inputs else [], opts or dist.ScatterOptions())
+        work = self.gloo.scatter(
+            [host], [[_to_host(x) for x in inputs[0]]] if inputs else [], opts or dist.ScatterOptions()
+        )
         return StagedWork([work], [(outputs[0], host)])
 
     def barrier(self, opts: Any = None) -> StagedWork:
@@ -215,7 +235,10 @@ class StagedGroup(dist.ProcessGroup):
 
     # The names of PyTorch 2.13; those above are 2.11's.
     all_gather_single, reduce_scatter_single, all_to_all_single = _allgather_base, _reduce_scatter_base, alltoall_base
-    all_gather_single_coalesced, reduce_scatter_single_coalesced = allgather_into_tensor_coalesced, reduce_scatter_tensor_coalesced
+    all_gather_single_coalesced, reduce_scatter_single_coalesced = (
+        allgather_into_tensor_coalesced,
+        reduce_scatter_tensor_coalesced,
+    )
 
 
 def _all(works: Sequence[StagedWork]) -> StagedWork:

@@ -13,17 +13,38 @@ import pytest
 import torch
 
 import tools.verify
+from config.arguments import parse_arguments, resolve
 from cp.layout import shard_indices
 from cp.ring_flash import load_library
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.launch import SMALL, write_corpus
 from tests.world import World
 from tools.verify import Verifier, cells_of
-from training.arguments import parse_arguments, resolve
 
 # Heads of 64 channels: what every CUDA kernel takes.
-FLAGS = [*SMALL, "--hidden-size", "256", "--ffn-hidden-size", "512", "--num-attention-heads", "8", "--num-query-groups", "4"]
-FLAGS += ["--kv-channels", "64", "--device", "cuda", "--dtype", "bf16", "--transformer-impl", "torch", "--cp-backend", "native"]
+FLAGS = [
+    *SMALL,
+    "--hidden-size",
+    "256",
+    "--ffn-hidden-size",
+    "512",
+    "--num-attention-heads",
+    "8",
+    "--num-query-groups",
+    "4",
+]
+FLAGS += [
+    "--kv-channels",
+    "64",
+    "--device",
+    "cuda",
+    "--dtype",
+    "bf16",
+    "--transformer-impl",
+    "torch",
+    "--cp-backend",
+    "native",
+]
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
@@ -46,7 +67,9 @@ def grid_of(cp_size: int) -> Grid:
 
 def resolved(flags: list[str], cp_size: int) -> Namespace:
     args = parse_arguments([*flags, "--cp-size", str(cp_size), "--global-batch-size", "1"])
-    resolve(args, world_size=cp_size, local_world_size=cp_size, cuda_devices=lambda: cp_size)  # the one card, told as so many
+    resolve(
+        args, world_size=cp_size, local_world_size=cp_size, cuda_devices=lambda: cp_size
+    )  # the one card, told as so many
     return args
 
 

@@ -14,17 +14,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint.saver import Saver, load_checkpoint
 from cp.attention import build_attention
-from cp.plan import AttentionChoice
+from cp.support import AttentionChoice
 from model.config import FP8_RECIPES
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of, oracle, rows_of, run_steps
 from tests.reference import relative_error, worst
 from tests.world import World
-from training.checkpoint import Saver, load_checkpoint
 from training.optimizer import build_optimizer
 
-SHAPE = dict(num_layers=3, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2, kv_channels=64, init_std=0.05)
+SHAPE = dict(
+    num_layers=3,
+    hidden_size=256,
+    ffn_hidden_size=512,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=64,
+    init_std=0.05,
+)
 NATIVE = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
 TE = AttentionChoice(backend="te", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
 # Largest relative error of a gradient and of the first loss in 8 bits; largest error of a loss within twenty steps, in bf16 and in 8 bits.
@@ -51,7 +59,9 @@ def model_on(device: str, implementation: str, backend: str, fp8: str = "none"):
     return built(grid(), config, "bf16", attention=attention, device=device, implementation=implementation, fp8=fp8)
 
 
-def errors_of_steps(rank: int, device: str, implementation: str, backend: str, fp8: str, steps: int) -> tuple[dict, list[float]]:
+def errors_of_steps(
+    rank: int, device: str, implementation: str, backend: str, fp8: str, steps: int
+) -> tuple[dict, list[float]]:
     """Relative errors of the first step's loss, norm and gradients, and each step's loss less the oracle's."""
     torch.manual_seed(0)
     rows = rows_of("thd")
@@ -68,12 +78,19 @@ def floor(world: World) -> dict[str, float]:
     return world.run(errors_of_steps, "cuda", "torch", "native", "none", 1, timeout=400.0)[0][0]
 
 
-@pytest.mark.parametrize(("implementation", "backend"), [("torch", "native"), ("te", "native"), ("torch", "te"), ("te", "te")])
+@pytest.mark.parametrize(
+    ("implementation", "backend"), [("torch", "native"), ("te", "native"), ("torch", "te"), ("te", "te")]
+)
 def test_a_step_in_bf16(one: World, record: Callable, implementation: str, backend: str) -> None:
     errors, _ = one.run(errors_of_steps, "cuda", implementation, backend, "none", 1, timeout=400.0)[0]
     least = floor(one)
     gradients = {name: error for name, error in errors.items() if name not in ("loss", "norm")}
-    record(loss=errors["loss"], norm=errors["norm"], worst_gradient=worst(gradients), ours=worst({n: least[n] for n in gradients}))
+    record(
+        loss=errors["loss"],
+        norm=errors["norm"],
+        worst_gradient=worst(gradients),
+        ours=worst({n: least[n] for n in gradients}),
+    )
     assert errors["loss"] < 1e-2 and errors["norm"] < 5e-2
     mean = sum(least[n] for n in gradients) / len(gradients)
     far = {n: (error, least[n]) for n, error in gradients.items() if not error <= 4 * max(least[n], mean)}
@@ -120,7 +137,12 @@ def steps_with(model, optimizer, rows, steps: int) -> list[float]:
 
 @pytest.mark.parametrize(
     ("first", "second", "fp8", "limit"),
-    [("te", "torch", "none", 2e-2), ("torch", "te", "none", 2e-2), ("te", "te", "delayed", 1e-3), ("te", "te", "none", 1e-3)],
+    [
+        ("te", "torch", "none", 2e-2),
+        ("torch", "te", "none", 2e-2),
+        ("te", "te", "delayed", 1e-3),
+        ("te", "te", "none", 1e-3),
+    ],
 )
 def test_a_checkpoint_moves_between_them(
     one: World, record: Callable, tmp_path: Path, first: str, second: str, fp8: str, limit: float
@@ -139,7 +161,9 @@ def rotary_errors(rank: int) -> tuple[float, float]:
     for start in (0, 1_000_000):
         positions = start + torch.arange(512, device="cuda")
         frequencies = rope.rotary_frequencies(head_dim=64, base=5e5, device=positions.device)
-        x = torch.randn(512, 2, 4, 64, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(1))
+        x = torch.randn(
+            512, 2, 4, 64, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(1)
+        )
         wide = x.double().requires_grad_()
         exact = rope.apply_rotary(wide, *rope.rotary_tables(positions, frequencies, dtype=torch.float64))
         own = x[:, :, :3].clone().requires_grad_()  # a view of a wider tensor, as queries are

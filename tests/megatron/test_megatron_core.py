@@ -9,7 +9,9 @@ import pytest
 
 from data.indexed_dataset import IndexedDataset, index_file, token_file, write_indexed_dataset
 
-theirs = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed: make test-megatron")
+theirs = pytest.importorskip(
+    "megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed: make test-megatron"
+)
 
 
 @pytest.fixture(params=[100, 100_000], ids=["uint16", "int32"])

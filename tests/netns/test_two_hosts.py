@@ -83,7 +83,18 @@ def flags(folder: Path, steps: int) -> list[str]:
     corpus = write_corpus(folder)
     cache = ["--data-cache-path", str(folder / "cache")]
     limits = ["--distributed-timeout-minutes", str(TIMEOUT_MINUTES), "--distributed-startup-timeout-minutes", "2"]
-    given = ["--cp-size", "2", "--data-path", str(corpus), "--train-iters", str(steps), "--save-interval", "20", "--log-interval", "1"]
+    given = [
+        "--cp-size",
+        "2",
+        "--data-path",
+        str(corpus),
+        "--train-iters",
+        str(steps),
+        "--save-interval",
+        "20",
+        "--log-interval",
+        "1",
+    ]
     return [*SMALL, *cache, *limits, *given, "--resume"]
 
 
@@ -147,12 +158,14 @@ def test_a_cut_cable_ends_both_and_the_same_command_goes_on(hosts: Hosts, tmp_pa
     assert [hosts.processes(node) for node in (0, 1)] == [[], []]
     first, second = (re.findall(r"train\.py: .*", log.read_text()) for log in logs)
     print("\n".join(["node 0:", *first, "node 1:", *second]))
-    assert any(re.search(r"nothing moved for 0\.25 minutes .*lost rank 1 on .*: dead, stopped or cut off", line) for line in first), told(
-        logs
-    )
-    assert any(re.search(r"nothing moved for 0\.25 minutes .*lost the store of the run, on the first node", line) for line in second), told(
-        logs
-    )
+    assert any(
+        re.search(r"nothing moved for 0\.25 minutes .*lost rank 1 on .*: dead, stopped or cut off", line)
+        for line in first
+    ), told(logs)
+    assert any(
+        re.search(r"nothing moved for 0\.25 minutes .*lost the store of the run, on the first node", line)
+        for line in second
+    ), told(logs)
     assert '"status": "failed"' in (run_dir / "status.json").read_text()
     done = steps_of(run_dir)
     assert done < steps
@@ -161,6 +174,8 @@ def test_a_cut_cable_ends_both_and_the_same_command_goes_on(hosts: Hosts, tmp_pa
     again = [tmp_path / "node0_again.log", tmp_path / "node1_again.log"]
     started = [hosts.start(node, again[node], *given, "--run-dir", str(run_dir)) for node in (0, 1)]
     assert finish(started, again, seconds=300) == [0, 0], told(again)
-    assert re.search(rf"step_{20 * (done // 20):07d}|step_{20 * (done // 20 - 1):07d}", again[0].read_text()), told(again)
+    assert re.search(rf"step_{20 * (done // 20):07d}|step_{20 * (done // 20 - 1):07d}", again[0].read_text()), told(
+        again
+    )
     train(2, tmp_path / "one", *given)
     assert losses(run_dir) == losses(tmp_path / "one") and len(losses(run_dir)) == steps

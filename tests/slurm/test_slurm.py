@@ -82,7 +82,9 @@ class Slurm:
     environment: dict[str, str]
 
     def call(self, *command: str) -> str:
-        result = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=60, check=False
+        )
         assert result.returncode == 0, f"{' '.join(command)}: {result.stdout}{result.stderr}"
         return result.stdout
 
@@ -100,7 +102,9 @@ class Slurm:
         return path.read_text() if path.exists() else "no output yet"
 
     def told(self, number: str) -> Callable[[], str]:
-        return lambda: f"{self.job(number)}\n{self.output(number)}\n{(self.folder / 'slurmctld.log').read_text()[-3000:]}"
+        return lambda: (
+            f"{self.job(number)}\n{self.output(number)}\n{(self.folder / 'slurmctld.log').read_text()[-3000:]}"
+        )
 
     def wait_for(self, number: str, state: str, *, seconds: float) -> dict[str, str]:
         eventually(lambda: self.job(number)["JobState"] == state, seconds=seconds, told=self.told(number))
@@ -192,7 +196,18 @@ def steps_of(run_dir: Path) -> int:
 def flags(slurm: Slurm, *, steps: int) -> list[str]:
     corpus = write_corpus(slurm.folder)
     cache = ["--data-cache-path", str(slurm.folder / "cache")]
-    return [*SMALL, "--cp-size", str(RANKS), "--data-path", str(corpus), *cache, "--train-iters", str(steps), "--log-interval", "1"]
+    return [
+        *SMALL,
+        "--cp-size",
+        str(RANKS),
+        "--data-path",
+        str(corpus),
+        *cache,
+        "--train-iters",
+        str(steps),
+        "--log-interval",
+        "1",
+    ]
 
 
 def test_a_job_outlives_its_time_limit(slurm: Slurm) -> None:
@@ -218,7 +233,9 @@ def test_a_job_outlives_its_time_limit(slurm: Slurm) -> None:
     assert len(saves) == 2 and saves[0] < saves[1] < STEPS
     assert [f"restart {n}," in out for n in range(4)] == [True, True, True, False]
     for save in saves:
-        assert f"step_{save:07d}" in out.partition(f"saved step {save}")[2], "the next start does not name the checkpoint"
+        assert f"step_{save:07d}" in out.partition(f"saved step {save}")[2], (
+            "the next start does not name the checkpoint"
+        )
     assert len(list((run_dir / "logs").glob(f"{job}.*/node0/*/attempt_0/*/stdout.log"))) == 3 * RANKS
     undisturbed = slurm.submit("launch/slurm.sbatch", *given, "--run-dir", str(slurm.folder / "undisturbed"))
     assert slurm.wait_for(undisturbed, "COMPLETED", seconds=900)["Restarts"] == "0"
@@ -244,17 +261,27 @@ def test_a_job_that_loses_a_rank_goes_on_while_it_gets_on(slurm: Slurm) -> None:
     alone = train(RANKS, slurm.folder / "undisturbed 300", *given)
     assert losses(run_dir) == [(line["step"], line["loss"]) for line in alone if "loss" in line]
 
-    job = slurm.submit("--time=10", "launch/slurm.sbatch", *flags(slurm, steps=100_000), "--run-dir", str(slurm.folder / "killed early"))
+    job = slurm.submit(
+        "--time=10",
+        "launch/slurm.sbatch",
+        *flags(slurm, steps=100_000),
+        "--run-dir",
+        str(slurm.folder / "killed early"),
+    )
     eventually(lambda: steps_of(slurm.folder / "killed early") >= 3, seconds=120, told=slurm.told(job))
     kill_a_rank(slurm.folder / "killed early")
     ended = slurm.wait_for(job, "FAILED", seconds=120)
-    assert ended["Restarts"] == "0" and "No checkpoint was written since the job's start" in slurm.output(job), slurm.output(job)
+    assert ended["Restarts"] == "0" and "No checkpoint was written since the job's start" in slurm.output(job), (
+        slurm.output(job)
+    )
     print(out)
 
 
 def test_a_wrong_flag_fails_the_job_once(slurm: Slurm) -> None:
     run_dir = slurm.folder / "wrong"
-    job = slurm.submit("--time=5", "launch/slurm.sbatch", *flags(slurm, steps=10), "--run-dir", str(run_dir), "--hidden-size", "30")
+    job = slurm.submit(
+        "--time=5", "launch/slurm.sbatch", *flags(slurm, steps=10), "--run-dir", str(run_dir), "--hidden-size", "30"
+    )
     ended = slurm.wait_for(job, "FAILED", seconds=90)
     out = slurm.output(job)
     assert ended["Restarts"] == "0" and re.search(r"train\.py: --hidden-size 30", out), out
@@ -264,7 +291,9 @@ def test_a_wrong_flag_fails_the_job_once(slurm: Slurm) -> None:
 
 def test_a_failure_while_training_gives_its_reason(slurm: Slurm) -> None:
     run_dir = slurm.folder / "diverged"
-    job = slurm.submit("--time=5", "launch/slurm.sbatch", *flags(slurm, steps=50), "--run-dir", str(run_dir), "--lr", "1e30")
+    job = slurm.submit(
+        "--time=5", "launch/slurm.sbatch", *flags(slurm, steps=50), "--run-dir", str(run_dir), "--lr", "1e30"
+    )
     ended = slurm.wait_for(job, "FAILED", seconds=90)
     out = slurm.output(job)
     assert ended["Restarts"] == "0" and re.search(r"slurm\.sbatch: failed at step \d+: .*(nan|inf)", out), out
@@ -289,7 +318,9 @@ def test_a_cancelled_job_saves_and_stays_away(slurm: Slurm) -> None:
     eventually(lambda: steps_of(run_dir) >= 3, seconds=90, told=slurm.told(job))
     slurm.call("scancel", job)
     ended = slurm.wait_for(job, "CANCELLED", seconds=60)
-    eventually(lambda: not [pid for pid in processes_under(run_dir) if pid != os.getpid()], seconds=60, told=slurm.told(job))
+    eventually(
+        lambda: not [pid for pid in processes_under(run_dir) if pid != os.getpid()], seconds=60, told=slurm.told(job)
+    )
     out = slurm.output(job)
     assert ended["Restarts"] == "0" and list((run_dir / "checkpoints").glob("step_*")), out
     print(out)

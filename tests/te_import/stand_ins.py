@@ -81,7 +81,9 @@ def quantize(x: Tensor, quantizer, out=None, noop=None):
     largest = x.abs().amax().float().reshape(1)
     if isinstance(quantizer, Float8CurrentScalingQuantizer):
         if quantizer.with_amax_reduction:
-            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+            torch.distributed.all_reduce(
+                largest, op=torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group
+            )
         scale = torch.where(largest > 0, torch.finfo(kind).max / largest.clamp(min=quantizer.amax_epsilon), 1.0)
         if quantizer.force_pow_2_scales:
             scale = scale.log2().floor().exp2()
@@ -175,7 +177,23 @@ def rmsnorm_bwd(dz: Tensor, x: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin,
 
 
 def generic_gemm(
-    a, transa, b, transb, out, quantizer, out_dtype, bias, bias_type, gelu, gelu_in, grad, workspace, size, accumulate, split, **_
+    a,
+    transa,
+    b,
+    transb,
+    out,
+    quantizer,
+    out_dtype,
+    bias,
+    bias_type,
+    gelu,
+    gelu_in,
+    grad,
+    workspace,
+    size,
+    accumulate,
+    split,
+    **_,
 ):
     """op(b) @ op(a), as cuBLAS's column-major order makes it."""
     assert bias is None and quantizer is None and not gelu and not accumulate
@@ -209,7 +227,12 @@ def _rotated(x: Tensor, angles: Tensor, sign: int) -> Tensor:
 
 
 def fused_rope_forward(t, freqs, start_positions, tensor_format, interleaved, cu_seqlens, cp_size, cp_rank):
-    assert start_positions is None and cu_seqlens is None and not interleaved and freqs.shape == (len(t), 1, 1, t.shape[-1])
+    assert (
+        start_positions is None
+        and cu_seqlens is None
+        and not interleaved
+        and freqs.shape == (len(t), 1, 1, t.shape[-1])
+    )
     return _rotated(t, freqs, 1)
 
 
@@ -408,13 +431,19 @@ def on_the_cpu() -> Iterator[None]:
         stream=lambda *_: nullcontext(),
     )
     with ExitStack() as stack:
-        for module in [m for name, m in sys.modules.items() if name.startswith("transformer_engine.") and hasattr(m, "_empty_tensor")]:
+        for module in [
+            m
+            for name, m in sys.modules.items()
+            if name.startswith("transformer_engine.") and hasattr(m, "_empty_tensor")
+        ]:
             stack.enter_context(mock.patch.object(module, "_empty_tensor", torch.Tensor))
         for module in (tex, cpp_extensions, rmsnorm):  # which import some by name
             here = {name: kernel for name, kernel in named.items() if hasattr(module, name)}
             stack.enter_context(mock.patch.multiple(module, **here))
         stack.enter_context(mock.patch.multiple(torch.cuda, **card))
-        stack.enter_context(mock.patch.dict(os.environ, {"NVTE_UNFUSED_FP8_UPDATE": "1"}))  # scales of delayed scaling, in its plain code
+        stack.enter_context(
+            mock.patch.dict(os.environ, {"NVTE_UNFUSED_FP8_UPDATE": "1"})
+        )  # scales of delayed scaling, in its plain code
         make = quantization.DelayedScalingRecipeState.__init__
         at_home = lambda self, *a, **k: make(self, *a, **(k | {"device": torch.device("cpu")}))  # noqa: E731
         stack.enter_context(mock.patch.object(quantization.DelayedScalingRecipeState, "__init__", at_home))
@@ -424,5 +453,7 @@ def on_the_cpu() -> Iterator[None]:
         ask = utils.get_attention_backend
         as_bf16 = lambda asked: ask(replace(asked, qkv_dtype=torch.bfloat16))  # noqa: E731
         stack.enter_context(mock.patch.object(utils, "get_attention_backend", as_bf16))
-        stack.enter_context(mock.patch.object(gemm, "get_cublas_workspace", lambda *_: torch.empty(1, dtype=torch.uint8)))
+        stack.enter_context(
+            mock.patch.object(gemm, "get_cublas_workspace", lambda *_: torch.empty(1, dtype=torch.uint8))
+        )
         yield

@@ -21,7 +21,7 @@ te = pytest.importorskip("transformer_engine.pytorch", exc_type=(ImportError, Ru
 from cp.attention import build_attention  # noqa: E402
 from cp.layout import shard_indices  # noqa: E402
 from cp.packed_seq import build_packed_seq  # noqa: E402
-from cp.plan import SUPPORT, choose  # noqa: E402
+from cp.support import SUPPORT, choose  # noqa: E402
 from cp.te_attention import TEAttention, thd_arguments  # noqa: E402
 from model.config import FP8_RECIPES, GPTConfig  # noqa: E402
 from model.gpt import GPT  # noqa: E402
@@ -72,7 +72,9 @@ def model_of(implementation: str, config: GPTConfig, grid: Grid, sequence_parall
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "tie_embeddings": True}], ids=str)
 @pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize("sizes", [dict(dp_shard=8), dict(tp=2, cp=4), dict(tp=4, dp_shard=2), dict(pp=2, tp=2, cp=2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(dp_shard=8), dict(tp=2, cp=4), dict(tp=4, dp_shard=2), dict(pp=2, tp=2, cp=2)], ids=str
+)
 def test_parameters_have_the_same_names_and_shapes(world, sizes: dict, sequence_parallel: bool, changes: dict) -> None:
     grid, config = build_grid(GridSizes(**sizes)), config_of(**changes)
     for layers in [range(4)] if "pp" not in sizes else [range(2), range(2, 4)]:
@@ -86,7 +88,9 @@ def test_parameters_have_the_same_names_and_shapes(world, sizes: dict, sequence_
 def test_the_fused_tensor_of_the_mlp_is_gate_above_up(world) -> None:
     grid = build_grid(GridSizes(tp=2, dp_shard=4))
     with torch.device("meta"):
-        mlp = layers_of("te").LayerNormMLP(256, 704, eps=1e-5, dtype=torch.float32, tp=TensorParallel(grid.group("tp"), True))
+        mlp = layers_of("te").LayerNormMLP(
+            256, 704, eps=1e-5, dtype=torch.float32, tp=TensorParallel(grid.group("tp"), True)
+        )
     inner = dict(mlp.hidden[0].named_parameters())
     assert {n: tuple(p.shape) for n, p in inner.items()} == {
         "layer_norm_weight": (256,), "fc1_weight": (704, 256), "fc2_weight": (256, 352),
@@ -96,12 +100,17 @@ def test_the_fused_tensor_of_the_mlp_is_gate_above_up(world) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "size"), [*((row.method, 2 if row.method == "a2a+p2p" else None) for row in SUPPORT if row.backend == "te"), ("a2a+p2p", 1)]
+    ("method", "size"),
+    [*((row.method, 2 if row.method == "a2a+p2p" else None) for row in SUPPORT if row.backend == "te"), ("a2a+p2p", 1)],
 )
-def test_attention_is_built_with_its_group(world, monkeypatch: pytest.MonkeyPatch, method: str, size: int | None) -> None:
+def test_attention_is_built_with_its_group(
+    world, monkeypatch: pytest.MonkeyPatch, method: str, size: int | None
+) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream")
     grid = build_grid(GridSizes(cp=4, dp_shard=2))
-    options = dict(qkv_format="thd", layout="auto", dtype="bf16", device="cuda", cp_size=4, a2a_size=size, heads_k_stride=None)
+    options = dict(
+        qkv_format="thd", layout="auto", dtype="bf16", device="cuda", cp_size=4, a2a_size=size, heads_k_stride=None
+    )
     choice = choose(backend="te", method=method, head_dim=64, heads=8, groups=4, **options)
     groups = split_group(grid, "cp", choice.a2a_size) if choice.a2a_size > 1 else None
     attention = build_attention(choice, head_dim=64, a2a_groups=groups)
@@ -119,7 +128,9 @@ def fp8(monkeypatch: pytest.MonkeyPatch, name: str, group, bf16_layers=()):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=9, minor=0))
     make = quantization.DelayedScalingRecipeState.__init__
     monkeypatch.setattr(
-        quantization.DelayedScalingRecipeState, "__init__", lambda self, *a, **k: make(self, *a, **(k | {"device": torch.device("cpu")}))
+        quantization.DelayedScalingRecipeState,
+        "__init__",
+        lambda self, *a, **k: make(self, *a, **(k | {"device": torch.device("cpu")})),
     )
     return precision_of(name, group=group, bf16_layers=bf16_layers)
 
@@ -132,7 +143,9 @@ def test_fp8_regions(world, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     grid = build_grid(GridSizes(dp_shard=8))
     precision = fp8(monkeypatch, name, grid.group("stage"), bf16_layers=(0, 3))
     reduced = []
-    monkeypatch.setattr(FP8GlobalStateManager, "reduce_and_update_fp8_tensors", lambda forward=True: reduced.append(forward))
+    monkeypatch.setattr(
+        FP8GlobalStateManager, "reduce_and_update_fp8_tensors", lambda forward=True: reduced.append(forward)
+    )
     seen = []
     with precision.of_model():
         for number in range(4):
@@ -182,7 +195,9 @@ def test_rotary_angles_are_those_of_our_tables() -> None:
     # Its own plain code with the same arguments turns as ours does.
     x = torch.randn(3, 2, 5, 8)
     theirs = te_layers.te_rope.apply_rotary_pos_emb(x, angles, tensor_format="sbhd", fused=False)
-    assert (theirs - rope.apply_rotary(x, *rope.rotary_tables(positions, frequencies, dtype=torch.float32))).abs().max() < 1e-5
+    assert (
+        theirs - rope.apply_rotary(x, *rope.rotary_tables(positions, frequencies, dtype=torch.float32))
+    ).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
@@ -215,20 +230,34 @@ def test_a_packed_row_is_told_both_lengths() -> None:
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 @pytest.mark.parametrize("qkv_format", ["thd", "bshd"])
 @pytest.mark.parametrize("method", [row.method for row in SUPPORT if row.backend == "te"])
-def test_its_own_filter_lets_our_table_pass(monkeypatch: pytest.MonkeyPatch, method: str, qkv_format: str, cp_size: int) -> None:
+def test_its_own_filter_lets_our_table_pass(
+    monkeypatch: pytest.MonkeyPatch, method: str, qkv_format: str, cp_size: int
+) -> None:
     """What our table offers, its Python filter leaves to the fused kernels; what cuDNN itself says needs a driver, and is taken for yes."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     if method == "a2a+p2p" and cp_size < 4:
         pytest.skip("two levels need four ranks")
     size = 2 if method == "a2a+p2p" else None
-    options = dict(qkv_format=qkv_format, layout="auto", dtype="bf16", device="cuda", cp_size=cp_size, a2a_size=size, heads_k_stride=None)
+    options = dict(
+        qkv_format=qkv_format,
+        layout="auto",
+        dtype="bf16",
+        device="cuda",
+        cp_size=cp_size,
+        a2a_size=size,
+        heads_k_stride=None,
+    )
     choose(backend="te", method=method, head_dim=64, heads=8, groups=4, **options)
     yes = int(utils.FusedAttnBackend["F16_arbitrary_seqlen"])
     monkeypatch.setattr(utils, "_get_fused_attn_backend", lambda **_: (yes, ""))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=9, minor=0))
     packed_seq, _ = build_packed_seq(np.array([30, 64, 0]), np.array([32, 64, 32]), cp_size=cp_size, cp_rank=0)
-    told = thd_arguments(packed_seq) if qkv_format == "thd" else {"max_seqlen_q": 128, "max_seqlen_kv": 128, "pad_between_seqs": False}
+    told = (
+        thd_arguments(packed_seq)
+        if qkv_format == "thd"
+        else {"max_seqlen_q": 128, "max_seqlen_kv": 128, "pad_between_seqs": False}
+    )
     asked = utils.AttentionParams(
         qkv_layout="_".join([qkv_format] * 3),
         num_heads=8,

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("transformer_engine.pytorch", exc_type=(ImportError, RuntimeError, OSError))
 
 from cp.attention import build_attention
-from cp.plan import AttentionChoice, cells
+from cp.support import AttentionChoice, cells
 from model.gpt import chunks_of
 from parallel.tensor import TensorParallel
 from tests.distributed.test_cp_attention import HEADS, cases, errors_of
@@ -63,7 +63,7 @@ def test_attention_equals_one_rank(world: World, choice: AttentionChoice) -> Non
 
 
 def what_it_says_without_a_kernel(rank: int) -> str:
-    """Of a shape that cuDNN refuses, as training/initialize.py has it."""
+    """Of a shape that cuDNN refuses, as runtime/distributed.py has it."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     from tests.te_import.stand_ins import on_the_cpu
@@ -71,7 +71,9 @@ def what_it_says_without_a_kernel(rank: int) -> str:
     choice = AttentionChoice(backend="te", method="p2p", qkv_format="bshd", layout="zigzag", cp_size=1)
     with on_the_cpu(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("NVTE_UNFUSED_ATTN", "0")
-        patch.setattr(utils, "_get_fused_attn_backend", lambda **_: (int(utils.FusedAttnBackend["No_Backend"]), "too wide"))
+        patch.setattr(
+            utils, "_get_fused_attn_backend", lambda **_: (int(utils.FusedAttnBackend["No_Backend"]), "too wide")
+        )
         try:
             errors_of(rank, choice, "one", 2, "bf16")
         except ValueError as error:
@@ -80,7 +82,9 @@ def what_it_says_without_a_kernel(rank: int) -> str:
 
 
 def test_it_says_so_where_no_fused_kernel_can(world: World) -> None:
-    assert all("No dot product attention backend is available" in said for said in world.run(what_it_says_without_a_kernel))
+    assert all(
+        "No dot product attention backend is available" in said for said in world.run(what_it_says_without_a_kernel)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -100,7 +104,9 @@ def model_errors(rank: int, layout: str, dtype: str, implementation: str, change
     attention = plain_attention if grid.size("cp") == 1 and dtype == "fp32" else None
     with on_the_cpu() if implementation == "te" else nullcontext():
         if attention is None and implementation == "te":
-            choice = AttentionChoice(backend="te", method="p2p", qkv_format="thd", layout="zigzag", cp_size=grid.size("cp"))
+            choice = AttentionChoice(
+                backend="te", method="p2p", qkv_format="thd", layout="zigzag", cp_size=grid.size("cp")
+            )
             attention = build_attention(choice, head_dim=config.kv_channels)
         model = built(grid, config, dtype, attention=attention, implementation=implementation, **options)
         got = run_steps(model, grid, rows, 1, steps=1)
@@ -183,13 +189,16 @@ def id_of(x: torch.Tensor) -> int:
 
 def bytes_kept(rank: int, planned: bool) -> int:
     from model import te_layers, torch_layers
+    from planner.memory import Ledger, PlannedTEMLP
     from tests.te_import.stand_ins import on_the_cpu
-    from training.memory import Ledger, PlannedTEMLP
 
     size = dict(eps=1e-5, dtype=torch.bfloat16, tp=TensorParallel())
     if planned:
         with torch.device("meta"):
-            layer, x = torch_layers.LayerNormMLP(64, 176, **size), torch.empty(40, 64, dtype=torch.bfloat16, requires_grad=True)
+            layer, x = (
+                torch_layers.LayerNormMLP(64, 176, **size),
+                torch.empty(40, 64, dtype=torch.bfloat16, requires_grad=True),
+            )
         layer.__class__, layer.ledger = PlannedTEMLP, Ledger()
         return saved_for_backward(layer, x)
     with on_the_cpu():
@@ -198,17 +207,31 @@ def bytes_kept(rank: int, planned: bool) -> int:
 
 
 def test_the_plan_counts_what_its_mlp_keeps(world: World) -> None:
-    assert world.run(bytes_kept, False)[0] == world.run(bytes_kept, True)[0] == 2 * (40 * (64 + 3 * 176) + 2 * 176 * 64) + 4 * 40
+    assert (
+        world.run(bytes_kept, False)[0]
+        == world.run(bytes_kept, True)[0]
+        == 2 * (40 * (64 + 3 * 176) + 2 * 176 * 64) + 4 * 40
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
 # 8 bits
 
-WIDE = dict(num_layers=3, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2, kv_channels=64, init_std=0.05)
+WIDE = dict(
+    num_layers=3,
+    hidden_size=256,
+    ffn_hidden_size=512,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=64,
+    init_std=0.05,
+)
 GRADIENT, LOSS = 0.25, 0.02  # E4M3 keeps four bits of a number; as in tests/gpu/test_layers.py
 
 
-def errors_in_8_bits(rank: int, layout: str, fp8: str, recompute: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def errors_in_8_bits(
+    rank: int, layout: str, fp8: str, recompute: str
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Relative errors of a step, and the scales after it."""
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
@@ -229,7 +252,8 @@ def errors_in_8_bits(rank: int, layout: str, fp8: str, recompute: str) -> tuple[
 
 
 @pytest.mark.parametrize(
-    ("fp8", "recompute"), [("delayed", "none"), ("current", "none"), ("current", "full"), ("block", "none"), ("block", "selective")]
+    ("fp8", "recompute"),
+    [("delayed", "none"), ("current", "none"), ("current", "full"), ("block", "none"), ("block", "selective")],
 )
 @pytest.mark.parametrize("layout", ["dp_shard 4", "tp 2 x cp 2", "pp 2 x tp 2"])
 def test_8_bits_equal_one_rank_within_their_noise(world: World, layout: str, fp8: str, recompute: str) -> None:
@@ -238,8 +262,12 @@ def test_8_bits_equal_one_rank_within_their_noise(world: World, layout: str, fp8
         assert errors["loss"] < LOSS and worst(errors) < GRADIENT, errors
         assert worst(errors) > 0.02, "nothing was in 8 bits"
         assert bool(scales) == (fp8 == "delayed")
-    for name, scale in results[0][1].items():  # of delayed scaling: moved, and the same on every rank that holds the layer
+    for name, scale in results[0][
+        1
+    ].items():  # of delayed scaling: moved, and the same on every rank that holds the layer
         holders = [scales[name] for _, scales in results if name in scales]
-        assert len(holders) == (2 if layout.startswith("pp") else 4) and all(torch.equal(scale, other) for other in holders), name
+        assert len(holders) == (2 if layout.startswith("pp") else 4) and all(
+            torch.equal(scale, other) for other in holders
+        ), name
     if fp8 == "delayed":
         assert any((x != 1).any() for n, x in results[0][1].items() if n.endswith("scaling_fwd.scale"))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from training.arguments import build_parser, model_config, parse_arguments, resolve
-from training.initialize import Launch, read_launch
+from config.arguments import build_parser, model_config, parse_arguments, resolve
+from runtime.distributed import Launch, read_launch
 
 
 def resolved(*flags: str, world: int = 1, local: int | None = None, cuda: int = 0) -> argparse.Namespace:
@@ -21,8 +21,10 @@ def resolved(*flags: str, world: int = 1, local: int | None = None, cuda: int = 
 
 
 def test_an_older_torch_has_no_zero_bubble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.arguments.installed_torch", lambda: (2, 11))
-    with pytest.raises(ValueError, match=r"zero_bubble needs PyTorch 2\.13, here is 2\.11: use --pp-schedule interleaved"):
+    monkeypatch.setattr("config.arguments.installed_torch", lambda: (2, 11))
+    with pytest.raises(
+        ValueError, match=r"zero_bubble needs PyTorch 2\.13, here is 2\.11: use --pp-schedule interleaved"
+    ):
         resolved("--pp-size", "2", "--pp-schedule", "zero_bubble", "--virtual-stages", "2", world=2)
 
 
@@ -38,14 +40,22 @@ REFUSALS = [
     (["--dp-shard-size", "0"], 1, ["--dp-shard-size 0"]),
     (["--tp-size", "4"], 4, ["--tp-size 4", "--num-query-groups 2", "1, 2"]),
     (["--tp-size", "2", "--ffn-hidden-size", "49"], 2, ["--ffn-hidden-size 49", "--tp-size 2", "48"]),
-    (["--tp-size", "2", "--make-vocab-size-divisible-by", "7"], 2, ["--make-vocab-size-divisible-by 7", "--tp-size 2", "8"]),
+    (
+        ["--tp-size", "2", "--make-vocab-size-divisible-by", "7"],
+        2,
+        ["--make-vocab-size-divisible-by 7", "--tp-size 2", "8"],
+    ),
     (["--tp-size", "2", "--cp-size", "4", "--cp-comm-type", "a2a"], 8, ["--cp-size 4", "2 query heads", "1, 2"]),
     (["--pp-size", "2", "--global-batch-size", "1"], 2, ["1 microbatches", "--pp-size 2"]),
     (["--pp-size", "2", "--global-batch-size", "2", "--pad-rows", "dynamic"], 2, ["--pad-rows dynamic", "--pp-size"]),
     (["--pp-size", "4", "--num-layers", "3", "--global-batch-size", "4"], 4, ["--num-layers 3", "4 stages"]),
     (["--pp-size", "2", "--first-stage-layers", "6", "--global-batch-size", "2"], 2, ["--num-layers 6", "2 stages"]),
     (["--first-stage-layers", "2"], 1, ["--first-stage-layers 2", "--pp-size"]),
-    (["--pp-size", "2", "--virtual-stages", "2", "--global-batch-size", "2"], 2, ["--pp-schedule 1f1b", "--virtual-stages 2"]),
+    (
+        ["--pp-size", "2", "--virtual-stages", "2", "--global-batch-size", "2"],
+        2,
+        ["--pp-schedule 1f1b", "--virtual-stages 2"],
+    ),
     (["--virtual-stages", "2"], 1, ["--virtual-stages 2", "--pp-size"]),
     (
         ["--pp-size", "2", "--pp-schedule", "interleaved", "--virtual-stages", "2", "--global-batch-size", "5"],
@@ -67,8 +77,16 @@ REFUSALS = [
     (["--seq-length", "2050", "--cp-size", "4"], 4, ["--seq-length 2050", "8", "2048"]),
     (["--document-alignment", "12", "--cp-size", "4"], 4, ["--document-alignment 12", "8"]),
     (["--document-alignment", "24", "--seq-length", "2048"], 1, ["--seq-length 2048", "24", "2040"]),
-    (["--num-attention-heads", "6", "--num-query-groups", "4"], 1, ["--num-attention-heads 6", "--num-query-groups 4", "3"]),
-    (["--hidden-size", "250", "--num-attention-heads", "8", "--num-query-groups", "8"], 1, ["--hidden-size 250", "8", "256"]),
+    (
+        ["--num-attention-heads", "6", "--num-query-groups", "4"],
+        1,
+        ["--num-attention-heads 6", "--num-query-groups 4", "3"],
+    ),
+    (
+        ["--hidden-size", "250", "--num-attention-heads", "8", "--num-query-groups", "8"],
+        1,
+        ["--hidden-size 250", "8", "256"],
+    ),
     (["--kv-channels", "31"], 1, ["--kv-channels 31", "even", "32"]),
     (["--global-batch-size", "6", "--micro-batch-size", "4"], 1, ["--global-batch-size 6", "4", "8"]),
     (["--global-batch-size", "3"], 2, ["--global-batch-size 3", "2"]),
@@ -115,13 +133,25 @@ REFUSALS = [
     (["--cp-backend", "ring"], 1, ["--dtype fp32", "ring", "bf16"]),
     (["--cp-backend", "ring", "--dtype", "bf16"], 1, ["--cp-size 2 or more", "not 1"]),
     (["--cp-backend", "ring", "--ring-attn-func", "stripe"], 1, ["--qkv-format thd", "stripe", "bshd"]),
-    (["--cp-backend", "ring", "--ring-attn-func", "llama3", "--qkv-format", "bshd"], 1, ["--qkv-format bshd", "llama3", "thd"]),
+    (
+        ["--cp-backend", "ring", "--ring-attn-func", "llama3", "--qkv-format", "bshd"],
+        1,
+        ["--qkv-format bshd", "llama3", "thd"],
+    ),
     (["--ring-attn-func", "zigzag"], 1, ["--ring-attn-func zigzag", "ring", "native"]),
     (["--cp-backend", "ring", "--cp-comm-type", "a2a"], 1, ["--cp-comm-type a2a", "native", "ring"]),
     (["--cp-layout", "striped"], 1, ["--cp-layout striped", "zigzag"]),
-    (["--cp-comm-type", "a2a", "--cp-size", "3", "--seq-length", "1536"], 3, ["--cp-size 3", "4 query heads", "1, 2, 4"]),
+    (
+        ["--cp-comm-type", "a2a", "--cp-size", "3", "--seq-length", "1536"],
+        3,
+        ["--cp-size 3", "4 query heads", "1, 2, 4"],
+    ),
     (["--cp-comm-type", "a2a+p2p", "--cp-size", "4"], 4, ["--cp-a2a-size", "4"]),
-    (["--cp-comm-type", "a2a+p2p", "--cp-size", "4", "--cp-a2a-size", "3"], 4, ["--cp-a2a-size 3", "--cp-size 4", "1, 2, 4"]),
+    (
+        ["--cp-comm-type", "a2a+p2p", "--cp-size", "4", "--cp-a2a-size", "3"],
+        4,
+        ["--cp-a2a-size 3", "--cp-size 4", "1, 2, 4"],
+    ),
     (["--cp-a2a-size", "2"], 1, ["--cp-a2a-size 2", "a2a+p2p"]),
     (["--heads-k-stride", "2"], 1, ["--heads-k-stride 2", "p2p"]),
     (["--cp-comm-type", "all_gather", "--heads-k-stride", "3"], 1, ["--heads-k-stride 3", "2 key/value heads", "1, 2"]),
@@ -134,7 +164,9 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "world", "words"), REFUSALS, ids=lambda x: " ".join(x) if isinstance(x, list) else str(x))
+@pytest.mark.parametrize(
+    ("flags", "world", "words"), REFUSALS, ids=lambda x: " ".join(x) if isinstance(x, list) else str(x)
+)
 def test_refusals(flags: list[str], world: int, words: list[str]) -> None:
     with pytest.raises(ValueError) as refused:
         resolved(*flags, world=world)
@@ -171,7 +203,14 @@ def test_a_missing_package_is_said_with_a_way_out(monkeypatch) -> None:
         resolved(*byte, "--cp-backend", "ring", "--dtype", "bf16", "--cp-size", "2", world=2)
 
 
-TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node", "MASTER_PORT": "1"}
+TORCHRUN = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node",
+    "MASTER_PORT": "1",
+}
 
 
 def test_what_the_environment_says(monkeypatch) -> None:
@@ -203,7 +242,13 @@ def test_presets(tmp_path: Path) -> None:
     preset = tmp_path / "p.yaml"
     preset.write_text("hidden-size: 128\nqk_norm: true\ntie-embeddings: false\nlr: 1.0e-3\nseq-length: 512\n")
     args = parse_arguments(["--seq-length", "1024", "--config", str(preset)])
-    assert (args.hidden_size, args.qk_norm, args.tie_embeddings, args.lr, args.seq_length) == (128, True, False, 1e-3, 1024)
+    assert (args.hidden_size, args.qk_norm, args.tie_embeddings, args.lr, args.seq_length) == (
+        128,
+        True,
+        False,
+        1e-3,
+        1024,
+    )
     for text, words in (
         ("hiden-size: 3", "unknown key 'hiden-size'; did you mean --hidden-size?"),
         ("qk-norm: 3", "qk-norm must be true or false"),
@@ -249,15 +294,31 @@ def test_a_run_that_goes_on_keeps_the_checkpoints_alignment() -> None:
 
     facts = {"--document-alignment": 8}
     assert on(facts, "--cp-size", "2", world=2) == on(facts, "--cp-size", "4", world=4) == on(facts, world=1) == 8
-    assert on(facts, "--document-alignment", "4", "--cp-size", "2", world=2) == 4  # asked for: refused when facts are compared
+    assert (
+        on(facts, "--document-alignment", "4", "--cp-size", "2", world=2) == 4
+    )  # asked for: refused when facts are compared
     with pytest.raises(ValueError) as refused:
         on(facts, "--cp-size", "8", world=8)
-    assert all(w in str(refused.value) for w in ("--cp-size 8", "16", "--document-alignment 8", "--load-weights-only", "contiguous"))
-    assert on(facts, *shlex.split("--cp-size 8 --num-query-groups 4 --cp-comm-type all_gather --cp-layout contiguous"), world=8) == 8
+    assert all(
+        w in str(refused.value)
+        for w in ("--cp-size 8", "16", "--document-alignment 8", "--load-weights-only", "contiguous")
+    )
+    assert (
+        on(
+            facts,
+            *shlex.split("--cp-size 8 --num-query-groups 4 --cp-comm-type all_gather --cp-layout contiguous"),
+            world=8,
+        )
+        == 8
+    )
 
 
 def test_a_final_checkpoint_is_the_default_unless_there_are_none() -> None:
-    for flags, wanted in (([], True), (["--save-interval", "0"], False), (["--save-interval", "0", "--save-final"], True)):
+    for flags, wanted in (
+        ([], True),
+        (["--save-interval", "0"], False),
+        (["--save-interval", "0", "--save-final"], True),
+    ):
         assert resolved(*flags).save_final is wanted
     assert resolved("--no-save-final").save_final is False
 
@@ -266,7 +327,10 @@ def test_a_scaling_that_is_off_leaves_no_trace_in_the_model() -> None:
     sizes = dict(vocab_size=10, padded_vocab_size=16)
     plain = model_config(resolved(), **sizes)
     assert model_config(resolved("--rope-scaling-factor", "3"), **sizes) == plain
-    assert model_config(resolved("--rope-scaling", "linear", "--rope-scaling-factor", "3"), **sizes).rope_scaling_factor == 3
+    assert (
+        model_config(resolved("--rope-scaling", "linear", "--rope-scaling-factor", "3"), **sizes).rope_scaling_factor
+        == 3
+    )
     assert model_config(resolved("--rope-scaling", "llama3"), **sizes).rope_original_seq_length == 8192
 
 
@@ -288,14 +352,21 @@ def test_transformer_engine_is_the_default_where_it_can_be(monkeypatch: pytest.M
 
     def resolve_on(installed: bool, *flags: str) -> argparse.Namespace:
         monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name: (object() if installed else None) if "transformer" in name else real(name)
+            importlib.util,
+            "find_spec",
+            lambda name: (object() if installed else None) if "transformer" in name else real(name),
         )
         args = parse_arguments(flags)
         resolve(args, world_size=1, local_world_size=1, cuda_devices=lambda: 1)
         return args
 
     args = resolve_on(True)
-    assert (args.transformer_impl, args.cp_backend, args.attention.backend, args.cp_comm_type) == ("te", "te", "te", "p2p")
+    assert (args.transformer_impl, args.cp_backend, args.attention.backend, args.cp_comm_type) == (
+        "te",
+        "te",
+        "te",
+        "p2p",
+    )
     args = resolve_on(False)
     assert (args.transformer_impl, args.cp_backend) == ("torch", "native")
     assert resolve_on(True, "--transformer-impl", "torch").cp_backend == "native"
@@ -322,7 +393,9 @@ def test_transformer_engine_is_the_default_where_it_can_be(monkeypatch: pytest.M
 )
 def test_what_8_bits_need(monkeypatch: pytest.MonkeyPatch, flags: str, words: list[str]) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "transformer_engine" else real(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if name == "transformer_engine" else real(name)
+    )
     if not words:
         assert resolved("--fp8", "delayed", *shlex.split(flags), cuda=1).fp8 == "delayed"
         return

@@ -69,7 +69,10 @@ def test_weights_become_whole_numbers() -> None:
 
 def test_what_a_flag_may_say(tmp_path: Path) -> None:
     assert [p.weight for p in parse_blend(["a"])] == [None]
-    assert [(p.path, p.weight) for p in parse_blend(["0.7", "a", "0.3", "b"])] == [("a", Fraction(7, 10)), ("b", Fraction(3, 10))]
+    assert [(p.path, p.weight) for p in parse_blend(["0.7", "a", "0.3", "b"])] == [
+        ("a", Fraction(7, 10)),
+        ("b", Fraction(3, 10)),
+    ]
     assert [p.weight for p in parse_blend(["a", "b", "c"])] == [None] * 3
     for words in (["0", "a", "1", "b"], ["-1", "a", "2", "b"], ["nan", "a", "1", "b"], ["inf", "a", "1", "b"]):
         with pytest.raises(ValueError, match="must be a number above 0"):
@@ -109,7 +112,9 @@ def test_a_yaml_lists_sources_beside_it(tmp_path: Path) -> None:
 
 def blended(weights: list[int]) -> BlendedDataset:
     rng = np.random.default_rng(0)
-    return BlendedDataset([dataset(rng.integers(1, 40, 20).tolist(), seq_length=32, alignment=4) for _ in weights], weights)
+    return BlendedDataset(
+        [dataset(rng.integers(1, 40, 20).tolist(), seq_length=32, alignment=4) for _ in weights], weights
+    )
 
 
 def test_sequences_come_from_their_sources_in_their_order() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data.cache import checksum
-from training import checkpoint_files as files
-from training.checkpoint_files import DamagedCheckpoint, checkpoints, checksums, damage, find_checkpoint, prune, publish
+from checkpoint import files as files
+from checkpoint.files import DamagedCheckpoint, checkpoints, checksums, damage, find_checkpoint, prune, publish
+from utils.files import checksum
 
 
 def made(save: Path, step: int, content: bytes = b"weights") -> Path:
@@ -73,7 +73,9 @@ def test_a_writer_that_died_between_two_renames_leaves_the_old_one_to_be_found(t
     older = made(tmp_path, 3)
     place.rename(tmp_path / ".step_0000005.old")
     assert [p.name for p in checkpoints(tmp_path)] == ["step_0000003", ".step_0000005.old"]
-    assert find_checkpoint(tmp_path).name == ".step_0000005.old" and files.older_than(find_checkpoint(tmp_path)) == [older]
+    assert find_checkpoint(tmp_path).name == ".step_0000005.old" and files.older_than(find_checkpoint(tmp_path)) == [
+        older
+    ]
     files.clear_left_overs(tmp_path)
     assert find_checkpoint(tmp_path).name == ".step_0000005.old"
     made(tmp_path, 5)

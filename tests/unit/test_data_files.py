@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from data.build import build_tokens, cached_split, split_documents, train_tokenizer
-from data.cache import build_once
 from data.corpus import Source, open_source, stdlib_source
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+from utils.files import build_once
 
 
 def test_index_bytes_are_megatrons(tmp_path: Path) -> None:
@@ -39,7 +39,11 @@ def test_documents_come_back(tmp_path: Path, vocab_size: int) -> None:
 def test_broken_files_are_refused(tmp_path: Path) -> None:
     write_indexed_dataset(tmp_path / "t", [np.arange(10)], vocab_size=100)
     index, tokens = (tmp_path / "t.idx").read_bytes(), (tmp_path / "t.bin").read_bytes()
-    for broken, words in ((index[:20], "less than a header"), (index[:-8], "promises"), (b"X" + index[1:], "not a Megatron")):
+    for broken, words in (
+        (index[:20], "less than a header"),
+        (index[:-8], "promises"),
+        (b"X" + index[1:], "not a Megatron"),
+    ):
         (tmp_path / "t.idx").write_bytes(broken)
         with pytest.raises(ValueError, match=words):
             IndexedDataset(tmp_path / "t")

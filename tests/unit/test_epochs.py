@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cp.packed_seq import IGNORE_LABEL
-from data.cache import CacheNotWritable
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.loader import BatchPlan, SequenceDataset, build_loader
 from data.packing import best_fit_decreasing, concat_epoch, cut_documents, pack_epoch
 from tests.unit.test_packed_rows import Tokens, dataset
+from utils.files import CacheNotWritable
 
 
 def naive_best_fit(sizes: list[int], capacity: int) -> list[int]:
@@ -64,7 +64,9 @@ def test_padding_is_nearly_nothing_on_a_long_tailed_corpus() -> None:
     epoch=st.integers(0, 3),
 )
 @settings(max_examples=150, deadline=None)
-def test_an_epoch_reads_every_token_and_labels_every_token_but_the_ends(lengths, units: int, alignment: int, epoch: int) -> None:
+def test_an_epoch_reads_every_token_and_labels_every_token_but_the_ends(
+    lengths, units: int, alignment: int, epoch: int
+) -> None:
     data = dataset(lengths, seq_length=units * alignment, alignment=alignment)
     count = data.sequences_per_epoch
     tokens: Counter = Counter()
@@ -134,7 +136,9 @@ def on_disk(tokens: IndexedDataset, cache: Path | None = None, **changes) -> Seq
     return SequenceDataset(tokens, np.arange(len(LENGTHS)), cache_path=cache, **options)
 
 
-def step_contents(data: SequenceDataset, step: int, *, batch_size: int, micro: int, cp_size: int, workers: int = 0) -> Counter:
+def step_contents(
+    data: SequenceDataset, step: int, *, batch_size: int, micro: int, cp_size: int, workers: int = 0
+) -> Counter:
     """(position, token, target) of everything that the grid reads in a step."""
     held: Counter = Counter()
     for batch_rank in range(batch_size):
@@ -147,7 +151,9 @@ def step_contents(data: SequenceDataset, step: int, *, batch_size: int, micro: i
             batches = list(loader)
             assert len(batches) == len(loader) == GLOBAL_BATCH // (micro * batch_size)
             for batch in batches:
-                held.update(zip(batch.packed_seq.positions.tolist(), batch.tokens.tolist(), batch.labels.tolist(), strict=True))
+                held.update(
+                    zip(batch.packed_seq.positions.tolist(), batch.tokens.tolist(), batch.labels.tolist(), strict=True)
+                )
     return held
 
 
@@ -176,10 +182,14 @@ def test_a_worker_reads_the_same(tokens: IndexedDataset, tmp_path: Path) -> None
     for n in (0, data.sequences_per_epoch + 1):
         assert (copy.sequence(n).tokens == data.sequence(n).tokens).all()
     assert len(pickle.dumps(data)) < 10_000
-    assert step_contents(data, 1, batch_size=1, micro=1, cp_size=1, workers=1) == step_contents(data, 1, batch_size=1, micro=1, cp_size=1)
+    assert step_contents(data, 1, batch_size=1, micro=1, cp_size=1, workers=1) == step_contents(
+        data, 1, batch_size=1, micro=1, cp_size=1
+    )
 
 
-def test_epochs_of_different_data_or_shape_never_share_a_cache(tokens: IndexedDataset, tmp_path: Path, monkeypatch) -> None:
+def test_epochs_of_different_data_or_shape_never_share_a_cache(
+    tokens: IndexedDataset, tmp_path: Path, monkeypatch
+) -> None:
     """Each of these packs otherwise; a key that left one out would hand back another's index."""
     monkeypatch.setattr("data.loader.STORED_FROM", 0)
     built = {}
@@ -192,7 +202,14 @@ def test_epochs_of_different_data_or_shape_never_share_a_cache(tokens: IndexedDa
             built[(str(changes), number)] = index.pieces.tobytes()
     assert len(set(built.values())) == len(built) == len(list((tmp_path / "packing").iterdir()))
     other = SequenceDataset(
-        tokens, np.array([1, 4]), seq_length=16, packing="best-fit", alignment=4, seed=1, pad_token=0, cache_path=tmp_path
+        tokens,
+        np.array([1, 4]),
+        seq_length=16,
+        packing="best-fit",
+        alignment=4,
+        seed=1,
+        pad_token=0,
+        cache_path=tmp_path,
     )
     assert set(other.epoch(0).pieces[:, 0].tolist()) == {0, 1}
 
@@ -219,7 +236,9 @@ def test_small_epochs_are_not_stored(tokens: IndexedDataset, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("packing", "pieces"), [("best-fit", 27), ("greedy", 13), ("concat", 13)])
-def test_epochs_are_stored_from_so_many_pieces(tokens: IndexedDataset, tmp_path: Path, monkeypatch, packing: str, pieces: int) -> None:
+def test_epochs_are_stored_from_so_many_pieces(
+    tokens: IndexedDataset, tmp_path: Path, monkeypatch, packing: str, pieces: int
+) -> None:
     for least, stored in ((pieces + 1, False), (pieces, True)):
         monkeypatch.setattr("data.loader.STORED_FROM", least)
         data = on_disk(tokens, tmp_path / str(least), packing=packing)
@@ -237,7 +256,7 @@ def test_a_cache_that_cannot_be_written_does_not_end_a_run_at_an_epochs_border(
     count = on_disk(tokens, tmp_path, packing=packing).sequences_per_epoch  # fills it with the first epoch
     if why == "read-only":
         refuse = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
-        monkeypatch.setattr("data.cache.tempfile", SimpleNamespace(mkdtemp=refuse))
+        monkeypatch.setattr("utils.files.tempfile", SimpleNamespace(mkdtemp=refuse))
     else:
         monkeypatch.setattr(np, "save", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     data, free = on_disk(tokens, tmp_path, packing=packing), on_disk(tokens, None, packing=packing)
@@ -252,7 +271,9 @@ def test_a_cache_that_cannot_be_written_does_not_end_a_run_at_an_epochs_border(
 
 @pytest.mark.parametrize("packing", ["best-fit", "greedy", "concat", "windows"])
 @pytest.mark.parametrize("how", ["missing", "empty", "cut", "zeroed", "other"])
-def test_a_broken_index_is_named_and_what_to_remove(tokens: IndexedDataset, tmp_path: Path, monkeypatch, packing: str, how: str) -> None:
+def test_a_broken_index_is_named_and_what_to_remove(
+    tokens: IndexedDataset, tmp_path: Path, monkeypatch, packing: str, how: str
+) -> None:
     monkeypatch.setattr("data.loader.STORED_FROM", 0)
     changes = {"window": 4} if packing == "windows" else {"packing": packing}
     on_disk(tokens, tmp_path, **changes)
@@ -297,7 +318,14 @@ def test_fingerprints_tell_contents_and_documents_apart(tmp_path: Path) -> None:
 def test_a_split_reads_its_own_documents(tokens: IndexedDataset) -> None:
     """Pieces count documents within the split; the file counts them over all."""
     data = SequenceDataset(
-        tokens, np.array([2, 6]), seq_length=16, packing="best-fit", alignment=4, seed=1, pad_token=1999, cache_path=None
+        tokens,
+        np.array([2, 6]),
+        seq_length=16,
+        packing="best-fit",
+        alignment=4,
+        seed=1,
+        pad_token=1999,
+        cache_path=None,
     )
     read = {int(t) for n in range(data.sequences_per_epoch) for t in data.sequence(n).tokens} - {1999}
     first = np.cumsum(LENGTHS) - LENGTHS
@@ -318,5 +346,7 @@ def test_rows_are_hashed_before_a_step_and_not_after(tokens: IndexedDataset) -> 
     )  # fmt: skip
     batches = list(build_loader(on_disk(tokens), plan, steps=range(3), num_workers=0, pin_memory=False))
     assert [b.row_hash is not None for b in batches] == [True, True, True, True, False, False]
-    hashes = torch.tensor([b.row_hash for b in batches[:4]], dtype=torch.int64)  # signed 64 bits: ranks exchange them as such
+    hashes = torch.tensor(
+        [b.row_hash for b in batches[:4]], dtype=torch.int64
+    )  # signed 64 bits: ranks exchange them as such
     assert len(set(hashes.tolist())) == 4

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from config.arguments import build_parser, parse_arguments, parse_split, resolve
 from cp.layout import LAYOUTS
-from training.arguments import build_parser, parse_arguments, parse_split, resolve
 
 ACTIONS = [action for action in build_parser()._actions if action.dest not in ("help", "config")]
 NUMBERS = [action.option_strings[0] for action in ACTIONS if action.type in (int, float)]
@@ -73,12 +73,26 @@ def advice(message: str) -> int:
 
 
 @given(
-    seq_length=st.integers(1, 300), cp_size=st.integers(1, 8), multiple=st.integers(1, 5), layout=st.sampled_from(["zigzag", "contiguous"])
+    seq_length=st.integers(1, 300),
+    cp_size=st.integers(1, 8),
+    multiple=st.integers(1, 5),
+    layout=st.sampled_from(["zigzag", "contiguous"]),
 )
 @settings(max_examples=200, deadline=None)
-def test_the_sequence_length_that_is_advised_is_legal_and_near(seq_length: int, cp_size: int, multiple: int, layout: str) -> None:
+def test_the_sequence_length_that_is_advised_is_legal_and_near(
+    seq_length: int, cp_size: int, multiple: int, layout: str
+) -> None:
     alignment = multiple * (2 * cp_size if layout == "zigzag" else 1)
-    flags = ["--cp-comm-type", "all_gather", "--cp-layout", layout, "--cp-size", str(cp_size), "--document-alignment", str(alignment)]
+    flags = [
+        "--cp-comm-type",
+        "all_gather",
+        "--cp-layout",
+        layout,
+        "--cp-size",
+        str(cp_size),
+        "--document-alignment",
+        str(alignment),
+    ]
     message = refusal(*flags, "--seq-length", str(seq_length), world=cp_size)
     legal = [n for n in range(1, 700) if n % alignment == 0 and n % cp_size == 0]
     if seq_length in legal:
@@ -98,7 +112,9 @@ def test_the_alignment_that_is_advised_is_legal_and_near(alignment: int, cp_size
         assert message is None or "--seq-length" in message
         return
     assert message is not None and f"--document-alignment {alignment}" in message
-    assert advice(message) % (2 * cp_size) == 0 and abs(advice(message) - alignment) <= max(cp_size, 2 * cp_size - alignment)
+    assert advice(message) % (2 * cp_size) == 0 and abs(advice(message) - alignment) <= max(
+        cp_size, 2 * cp_size - alignment
+    )
 
 
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
@@ -123,7 +139,11 @@ def test_the_query_groups_that_are_advised_are_legal_and_near(heads: int, groups
     if heads % groups == 0:
         assert message is None
         return
-    assert message is not None and f"--num-attention-heads {heads}" in message and f"--num-query-groups {groups}" in message
+    assert (
+        message is not None
+        and f"--num-attention-heads {heads}" in message
+        and f"--num-query-groups {groups}" in message
+    )
     assert abs(advice(message) - groups) == min(abs(g - groups) for g in range(1, heads + 1) if heads % g == 0)
     assert refusal(*flags, "--num-query-groups", str(advice(message))) is None
 
@@ -196,14 +216,21 @@ def test_more_ranks_than_devices_says_how_many_there_are() -> None:
 
 
 def test_open_defaults() -> None:
-    args = resolved("--hidden-size", "768", "--num-attention-heads", "12", "--num-query-groups", "4", "--train-iters", "350")
+    args = resolved(
+        "--hidden-size", "768", "--num-attention-heads", "12", "--num-query-groups", "4", "--train-iters", "350"
+    )
     assert (args.kv_channels, args.ffn_hidden_size) == (64, 2048)
     assert resolved("--hidden-size", "104").ffn_hidden_size == 288  # 277.3 up to a multiple of 16
     assert (args.lr_decay_iters, args.lr_wsd_decay_iters) == (350, 35)
     assert resolved("--train-iters", "5").lr_wsd_decay_iters == 1
     assert (args.num_workers, resolved(cuda=1).num_workers) == (0, 2)
     assert resolved("--num-workers", "3").num_workers == 3 and resolved("--ffn-hidden-size", "40").ffn_hidden_size == 40
-    assert (args.cp_comm_type, args.cp_layout, args.packing, args.document_alignment) == ("p2p", "zigzag", "best-fit", 2)
+    assert (args.cp_comm_type, args.cp_layout, args.packing, args.document_alignment) == (
+        "p2p",
+        "zigzag",
+        "best-fit",
+        2,
+    )
     assert resolved("--qkv-format", "bshd").packing == "concat"
     assert resolved("--cp-size", "2", "--global-batch-size", "4", world=8).dp_shard_size == 4
 

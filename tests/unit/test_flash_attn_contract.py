@@ -40,9 +40,18 @@ def passed_by_the_library() -> dict[str, set[str]]:
             for node in (n for s in function.body for n in ast.walk(s)):
                 if not isinstance(node, ast.Call):
                     continue
-                if isinstance(node.func, ast.Name) and node.func.id == "get_default_args" and isinstance(node.args[0], ast.Name):
+                if (
+                    isinstance(node.func, ast.Name)
+                    and node.func.id == "get_default_args"
+                    and isinstance(node.args[0], ast.Name)
+                ):
                     current = node.args[0].id
-                elif isinstance(node.func, ast.Attribute) and node.func.attr == "update" and current and isinstance(node.args[0], ast.Dict):
+                elif (
+                    isinstance(node.func, ast.Attribute)
+                    and node.func.attr == "update"
+                    and current
+                    and isinstance(node.args[0], ast.Dict)
+                ):
                     keys = {key.value for key in node.args[0].keys if isinstance(key, ast.Constant)}
                     found.setdefault(current, set()).update(str(key) for key in keys)
     return found

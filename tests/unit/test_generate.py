@@ -23,7 +23,7 @@ from parallel.grid import Grid, GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of
 from tests.launch import ROOT, SMALL, environment, train, write_corpus
 from tools.generate import find_in
-from training.kv_cache import CachedAttention, choose, continue_text
+from tools.kv_cache import CachedAttention, choose, continue_text
 
 MODELS = {
     "plain": {},
@@ -46,7 +46,12 @@ def pair(grid: Grid, dtype: str, **changes) -> tuple[GPT, GPT]:
     config = config_of(**changes)
     trained = built(grid, config, dtype).eval()
     attention = CachedAttention(config.num_layers, config.kv_channels**-0.5)
-    kept = GPT(config, attention=attention, cp_group=grid.group("cp"), dtype=torch.float64 if dtype == "fp64" else torch.float32)
+    kept = GPT(
+        config,
+        attention=attention,
+        cp_group=grid.group("cp"),
+        dtype=torch.float64 if dtype == "fp64" else torch.float32,
+    )
     kept.load_state_dict(trained.state_dict())
     return trained, kept.eval()  # type: ignore[return-value]
 
@@ -63,7 +68,9 @@ def training_logits(model: GPT, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "close"), [("fp64", 1e-10), ("fp32", 1e-4)])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("prompt", [[5], [7, 3, 60, 1, 1, 22, 9]])
-def test_greedy_is_the_argmax_of_the_training_forward(grid: Grid, dtype: str, close: float, name: str, prompt: list[int]) -> None:
+def test_greedy_is_the_argmax_of_the_training_forward(
+    grid: Grid, dtype: str, close: float, name: str, prompt: list[int]
+) -> None:
     trained, kept = pair(grid, dtype, **MODELS[name])
     seen: list[torch.Tensor] = []
 
@@ -71,7 +78,7 @@ def test_greedy_is_the_argmax_of_the_training_forward(grid: Grid, dtype: str, cl
         seen.append(logits)
         return choose(logits, **options)
 
-    with mock.patch("training.kv_cache.choose", spy):
+    with mock.patch("tools.kv_cache.choose", spy):
         added = list(continue_text(kept, prompt, tokens=12, eod=None))
     wanted = training_logits(trained, prompt + added)[len(prompt) - 1 : -1]
     assert added == wanted.argmax(-1).tolist() and len(added) == 12
@@ -103,7 +110,9 @@ def test_the_end_of_a_document_ends_the_text(grid: Grid) -> None:
 def drawn(probabilities: list[float], **options) -> list[float]:
     generator = torch.Generator().manual_seed(3)
     logits = torch.tensor(probabilities).log()
-    counts = np.bincount([choose(logits, generator=generator, **options) for _ in range(4000)], minlength=len(probabilities))
+    counts = np.bincount(
+        [choose(logits, generator=generator, **options) for _ in range(4000)], minlength=len(probabilities)
+    )
     return (counts / 4000).tolist()
 
 
@@ -132,11 +141,17 @@ def test_the_seed_decides(grid: Grid) -> None:
 
 def test_the_cache_is_attention(grid: Grid) -> None:
     """Against plain attention over all that was read, one query at a time."""
-    q, k, v = (torch.randn(6, heads, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    q, k, v = (
+        torch.randn(6, heads, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(heads))
+        for heads in (4, 2, 2)
+    )
     cache = CachedAttention(1, 0.3)
     cache.clear(6)
     row = SimpleNamespace()
-    got = [cache(q[:3], k[:3], v[:3], row, None), *(cache(q[i : i + 1], k[i : i + 1], v[i : i + 1], row, None) for i in range(3, 6))]  # type: ignore[arg-type]
+    got = [
+        cache(q[:3], k[:3], v[:3], row, None),
+        *(cache(q[i : i + 1], k[i : i + 1], v[i : i + 1], row, None) for i in range(3, 6)),
+    ]  # type: ignore[arg-type]
     wide = [x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v)]
     wanted = F.scaled_dot_product_attention(q.transpose(0, 1), *wide, is_causal=True, scale=0.3).transpose(0, 1)
     torch.testing.assert_close(torch.cat(got), wanted)
@@ -156,11 +171,15 @@ def run_dir(tmp_path_factory) -> Path:
 
 def said(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "tools/generate.py", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_a_run_gives_text(run_dir: Path) -> None:
-    result = said("--load", str(run_dir), "--prompt", "the ", "--prompt", "a ", "--tokens", "5", "--greedy", "--device", "cpu")
+    result = said(
+        "--load", str(run_dir), "--prompt", "the ", "--prompt", "a ", "--tokens", "5", "--greedy", "--device", "cpu"
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("the ") and "\na " in result.stdout
 
@@ -215,7 +234,11 @@ def trained_tokenizer(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kind", ["auto", "sentencepiece"])
 def test_paths_of_a_strangers_run_make_nothing(run_dir: Path, tmp_path: Path, kind: str) -> None:
     (tmp_path / "mine").mkdir()
-    changes = dict(data_path=[str(write_corpus(tmp_path / "mine"))], data_cache_path=str(tmp_path / "mine" / "there"), tokenizer_type=kind)
+    changes = dict(
+        data_path=[str(write_corpus(tmp_path / "mine"))],
+        data_cache_path=str(tmp_path / "mine" / "there"),
+        tokenizer_type=kind,
+    )
     edited = with_flags(run_dir, tmp_path / "edited", **changes, tokenizer_vocab_size=320)
     before = under(tmp_path)
     result = said("--load", str(edited), "--prompt", "a", "--tokens", "2", "--device", "cpu")
@@ -225,11 +248,19 @@ def test_paths_of_a_strangers_run_make_nothing(run_dir: Path, tmp_path: Path, ki
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(tokenizer_type=None), dict(data_path=[3]), dict(data_cache_path={}), dict(data_path=3), dict(tokenizer_model="/dev/zero")],
+    [
+        dict(tokenizer_type=None),
+        dict(data_path=[3]),
+        dict(data_cache_path={}),
+        dict(data_path=3),
+        dict(tokenizer_model="/dev/zero"),
+    ],
     ids=str,
 )
 def test_paths_that_are_none_are_refused_in_one_line(run_dir: Path, tmp_path: Path, changes: dict) -> None:
-    result = said("--load", str(with_flags(run_dir, tmp_path / "edited", **changes)), "--prompt", "a", "--device", "cpu")
+    result = said(
+        "--load", str(with_flags(run_dir, tmp_path / "edited", **changes)), "--prompt", "a", "--device", "cpu"
+    )
     assert result.returncode == 2 and "config.json" in result.stderr and result.stderr.count("\n") == 1
 
 
@@ -253,15 +284,30 @@ def test_a_cached_tokenizer_that_is_another_is_not_taken(trained_tokenizer: Path
     result = said("--load", str(edited), "--prompt", "a", "--device", "cpu")
     assert result.returncode == 2 and "--tokenizer-model" in result.stderr
     (own,) = (trained_tokenizer / "cache" / "tokenizer").glob("*/tokenizer.model")
-    given = said("--load", str(edited), "--prompt", "a", "--tokens", "2", "--device", "cpu", "--tokenizer-model", str(own))
+    given = said(
+        "--load", str(edited), "--prompt", "a", "--tokens", "2", "--device", "cpu", "--tokenizer-model", str(own)
+    )
     assert given.returncode == 0, given.stderr
 
 
 def test_a_prepared_corpus_has_its_tokenizer(trained_tokenizer: Path, tmp_path: Path) -> None:
     (own,) = (trained_tokenizer / "cache" / "tokenizer").glob("*/tokenizer.model")
     prefix = tmp_path / "web"
-    command = [sys.executable, "-m", "data.prepare", "--input", str(trained_tokenizer / "corpus.jsonl"), "--output-prefix", str(prefix)]
-    subprocess.run([*command, "--tokenizer-model", str(own), "--append-eod", "--workers", "1"], cwd=ROOT, check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "-m",
+        "data.prepare",
+        "--input",
+        str(trained_tokenizer / "corpus.jsonl"),
+        "--output-prefix",
+        str(prefix),
+    ]
+    subprocess.run(
+        [*command, "--tokenizer-model", str(own), "--append-eod", "--workers", "1"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     changes = dict(data_path=[str(prefix)], data_cache_path=str(tmp_path / "nowhere"))
     edited = with_flags(trained_tokenizer / "run", tmp_path / "edited", **changes)
     result = said("--load", str(edited), "--prompt", "the ", "--tokens", "2", "--device", "cpu")

@@ -12,7 +12,18 @@ from types import SimpleNamespace
 import pytest
 
 import parallel.grid as grid_module
-from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes, build_grid, coordinates_of, device_mesh, ends_group, rank_of, split_group
+from parallel.grid import (
+    AXES,
+    DERIVED_AXES,
+    Grid,
+    GridSizes,
+    build_grid,
+    coordinates_of,
+    device_mesh,
+    ends_group,
+    rank_of,
+    split_group,
+)
 from tests.unit.test_grid import factorisations
 
 LARGER = [(1, 2, 2, 4, 2), (2, 1, 3, 4, 2), (1, 4, 1, 8, 1), (2, 2, 2, 2, 2)]
@@ -122,7 +133,9 @@ def test_the_ends_of_an_axis_meet(shape: tuple[int, ...], monkeypatch) -> None:
     assert len(orders) == 1
 
 
-@pytest.mark.parametrize("axes", [("fsdp",), ("dp_replicate", "fsdp"), ("dp_replicate", "dp_shard", "cp"), ("pp", "loss", "tp")])
+@pytest.mark.parametrize(
+    "axes", [("fsdp",), ("dp_replicate", "fsdp"), ("dp_replicate", "dp_shard", "cp"), ("pp", "loss", "tp")]
+)
 @pytest.mark.parametrize("shape", [(1, 2, 2, 3, 1), (2, 3, 1, 2, 2), (1, 1, 1, 4, 1)], ids=str)
 def test_a_mesh_is_the_grids_own_groups(shape: tuple[int, ...], axes: tuple[str, ...], monkeypatch) -> None:
     seen = {}

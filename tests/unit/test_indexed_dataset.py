@@ -14,29 +14,50 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.indexed_dataset import HEADER, MAGIC, IndexedDataset, index_file, token_file, write_index, write_indexed_dataset
+from data.indexed_dataset import (
+    HEADER,
+    MAGIC,
+    IndexedDataset,
+    index_file,
+    token_file,
+    write_index,
+    write_indexed_dataset,
+)
 from data.loader import SequenceDataset
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def write_raw(
-    prefix: Path, tokens: np.ndarray, lengths: list[int], offsets: list[int], firsts: list[int], code: int = 8, modes: bytes = b""
+    prefix: Path,
+    tokens: np.ndarray,
+    lengths: list[int],
+    offsets: list[int],
+    firsts: list[int],
+    code: int = 8,
+    modes: bytes = b"",
 ) -> None:
     """Files to the documented bytes, as Megatron-LM's builder lays them out."""
     token_file(prefix).write_bytes(tokens.tobytes())
-    parts = [struct.pack(f"<{len(values)}{kind}", *values) for kind, values in (("i", lengths), ("q", offsets), ("q", firsts))]
+    parts = [
+        struct.pack(f"<{len(values)}{kind}", *values)
+        for kind, values in (("i", lengths), ("q", offsets), ("q", firsts))
+    ]
     index_file(prefix).write_bytes(HEADER.pack(MAGIC, 1, code, len(lengths), len(firsts)) + b"".join(parts) + modes)
 
 
 def test_documents_of_several_sequences_are_read_whole(tmp_path: Path) -> None:
     """What `tools/preprocess_data.py --split-sentences` writes: 4 sequences in 3 documents, one of them empty."""
-    write_raw(tmp_path / "t", np.arange(20, dtype=np.uint16), [5, 7, 3, 5], [0, 10, 24, 30], [0, 2, 2, 4], modes=bytes(4))
+    write_raw(
+        tmp_path / "t", np.arange(20, dtype=np.uint16), [5, 7, 3, 5], [0, 10, 24, 30], [0, 2, 2, 4], modes=bytes(4)
+    )
     data = IndexedDataset(tmp_path / "t")
     assert data.lengths.tolist() == [12, 0, 8] and len(data) == 3
     assert data.read(0, 3, 9).tolist() == list(range(3, 12)) and data.read(2, 0, 8).tolist() == list(range(12, 20))
     assert data.read(1, 0, 0).tolist() == []
-    packed = SequenceDataset(data, np.arange(3), seq_length=8, packing="best-fit", alignment=1, seed=1, pad_token=0, cache_path=None)
+    packed = SequenceDataset(
+        data, np.arange(3), seq_length=8, packing="best-fit", alignment=1, seed=1, pad_token=0, cache_path=None
+    )
     read = np.concatenate([packed.sequence(n).tokens for n in range(packed.sequences_per_epoch)])
     assert {*range(20)} <= set(read.tolist())
 
@@ -84,7 +105,9 @@ def test_no_broken_byte_makes_it_read_past_the_files(tmp_path_factory, data) -> 
         for _ in range(data.draw(st.integers(0, 2))):
             at = data.draw(st.integers(0, len(content) - 1))
             content[at] = data.draw(st.sampled_from([0, 1, 2, 4, 10, 127, 128, 255]) | st.integers(0, 255))
-        content = content[: data.draw(st.sampled_from([len(content)] * 9 + [len(content) - 1, len(content) - 8, len(content) // 2]))]
+        content = content[
+            : data.draw(st.sampled_from([len(content)] * 9 + [len(content) - 1, len(content) - 8, len(content) // 2]))
+        ]
         file.write_bytes(content + bytes(data.draw(st.sampled_from([0] * 9 + [1, 8]))))
     read: Counter = Counter()
     try:
@@ -123,7 +146,12 @@ def documents_by_the_format(index: bytes, tokens: bytes) -> list[list[int]]:
     found = []
     for first, last in itertools.pairwise(firsts):
         found.append(
-            [token for s in range(first, last) if lengths[s] for token in struct.unpack_from(f"<{lengths[s]}{kind}", tokens, offsets[s])]
+            [
+                token
+                for s in range(first, last)
+                if lengths[s]
+                for token in struct.unpack_from(f"<{lengths[s]}{kind}", tokens, offsets[s])
+            ]
         )
     return found
 

@@ -21,7 +21,9 @@ def model() -> GPT:
         return GPT(CONFIG, attention=None, cp_group=None, dtype=torch.float32)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 10), (250, 260), (0, 700), (BLOCK_ROWS, 2 * BLOCK_ROWS), (300, 300), (511, 513)])
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 10), (250, 260), (0, 700), (BLOCK_ROWS, 2 * BLOCK_ROWS), (300, 300), (511, 513)]
+)
 def test_any_rows_are_a_slice_of_the_whole(start: int, stop: int) -> None:
     whole = initial_rows(5, "w", 0, 700, 8, 0.02)
     assert torch.equal(initial_rows(5, "w", start, stop, 8, 0.02), whole[start:stop])

@@ -76,7 +76,9 @@ class StandInMesh:
 class StandInDTensor:
     """A DTensor as `local_rows` sees it; the shard comes from torch.chunk, which FSDP2 cuts with."""
 
-    def __init__(self, whole: torch.Tensor, sizes: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple) -> None:
+    def __init__(
+        self, whole: torch.Tensor, sizes: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple
+    ) -> None:
         self.shape, self.placements, self.device_mesh = whole.shape, placements, StandInMesh(sizes, coordinate)
         for size, index, placement in zip(sizes, coordinate, placements, strict=True):
             if isinstance(placement, Shard):
@@ -91,7 +93,13 @@ class StandInDTensor:
 @pytest.mark.parametrize("rows", [1, 2, 5, 7, 8, 96, 600])
 @pytest.mark.parametrize(
     ("sizes", "placements"),
-    [((4,), (Shard(0),)), ((3,), (Shard(0),)), ((2, 4), (Replicate(), Shard(0))), ((3, 2), (Shard(0), Shard(0))), ((2,), (Replicate(),))],
+    [
+        ((4,), (Shard(0),)),
+        ((3,), (Shard(0),)),
+        ((2, 4), (Replicate(), Shard(0))),
+        ((3, 2), (Shard(0), Shard(0))),
+        ((2,), (Replicate(),)),
+    ],
     ids=str,
 )
 def test_every_rank_knows_the_rows_it_holds(rows: int, sizes: tuple[int, ...], placements: tuple, monkeypatch) -> None:

@@ -35,7 +35,9 @@ touch "$PLAY/started"
 . "$PLAY/outcome"
 """
 
-WAIT_FOR_STOP = 'for i in {1..100}; do [ -e "$run_dir/stop" ] && break; sleep 0.1; done\n[ -e "$run_dir/stop" ] || exit 9\n'
+WAIT_FOR_STOP = (
+    'for i in {1..100}; do [ -e "$run_dir/stop" ] && break; sleep 0.1; done\n[ -e "$run_dir/stop" ] || exit 9\n'
+)
 
 
 @pytest.fixture
@@ -54,8 +56,16 @@ def play(tmp_path: Path) -> Path:
 def submit(play: Path, outcome: str, *flags: str, **variables: str) -> subprocess.Popen[str]:
     (play / "outcome").write_text(outcome)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PENTAGRID_"))}
-    slurm = dict(SLURM_SUBMIT_DIR=str(play), SLURM_JOB_ID="70012", SLURM_JOB_NAME="pg", SLURM_NNODES="2", SLURM_JOB_NODELIST="node[0-1]")
-    mine = dict(PATH=f"{play / 'bin'}:{clean['PATH']}", PLAY=str(play), PENTAGRID_BIN=str(play / "bin"), PENTAGRID_RANKS="4")
+    slurm = dict(
+        SLURM_SUBMIT_DIR=str(play),
+        SLURM_JOB_ID="70012",
+        SLURM_JOB_NAME="pg",
+        SLURM_NNODES="2",
+        SLURM_JOB_NODELIST="node[0-1]",
+    )
+    mine = dict(
+        PATH=f"{play / 'bin'}:{clean['PATH']}", PLAY=str(play), PENTAGRID_BIN=str(play / "bin"), PENTAGRID_RANKS="4"
+    )
     command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *flags]
     environment = clean | slurm | mine | variables
     environment = {k: v for k, v in environment.items() if v}
@@ -105,12 +115,23 @@ def test_the_call_of_torchrun(play: Path) -> None:
     assert code == 0, out
     args = srun_args(play)
     assert args[args.index("--cpus-per-task") + 1] == "16" and args[args.index("--nodes") + 1] == "2"
-    assert args[args.index("node") + 1 :] == ["2", "node0:20012", "4", "--lr", "0.1", "--run-dir", "runs/pg-70012", "--resume"]
+    assert args[args.index("node") + 1 :] == [
+        "2",
+        "node0:20012",
+        "4",
+        "--lr",
+        "0.1",
+        "--run-dir",
+        "runs/pg-70012",
+        "--resume",
+    ]
     assert (play / "runs" / "pg-70012").is_dir()
 
 
 def test_usr1_stops_the_run_and_queues_the_job_again(play: Path) -> None:
-    code, out = once_started(play, submit(play, WAIT_FOR_STOP + "say requeue 4 'the stop file' a", "--run-dir", "r"), signal.SIGUSR1)
+    code, out = once_started(
+        play, submit(play, WAIT_FOR_STOP + "say requeue 4 'the stop file' a", "--run-dir", "r"), signal.SIGUSR1
+    )
     assert (code, requeued(play)) == (0, ["70012"]), out
     assert "saved step 4 (the stop file); queued again" in out
     assert not (play / "r" / "stop").exists()
@@ -128,16 +149,26 @@ def test_usr1_just_before_the_end_is_not_in_the_way(play: Path) -> None:
 
 
 def test_restarts_have_a_limit(play: Path) -> None:
-    code, out = run(play, "say requeue 4 'the stop file' a", "--run-dir", "r", SLURM_RESTART_COUNT="3", PENTAGRID_MAX_RESTARTS="3")
-    assert (code, requeued(play)) == (1, []) and "3 restarts are PENTAGRID_MAX_RESTARTS; sbatch with --run-dir r goes on" in out
-    code, out = run(play, "say requeue 5 'the stop file' b", "--run-dir", "r", SLURM_RESTART_COUNT="2", PENTAGRID_MAX_RESTARTS="3")
+    code, out = run(
+        play, "say requeue 4 'the stop file' a", "--run-dir", "r", SLURM_RESTART_COUNT="3", PENTAGRID_MAX_RESTARTS="3"
+    )
+    assert (code, requeued(play)) == (
+        1,
+        [],
+    ) and "3 restarts are PENTAGRID_MAX_RESTARTS; sbatch with --run-dir r goes on" in out
+    code, out = run(
+        play, "say requeue 5 'the stop file' b", "--run-dir", "r", SLURM_RESTART_COUNT="2", PENTAGRID_MAX_RESTARTS="3"
+    )
     assert (code, requeued(play)) == (0, ["70012"]), out
 
 
 def test_what_nothing_asked_to_stop_is_not_queued_again(play: Path) -> None:
     """A run that was resumed beyond its --train-iters would end at once, again and again."""
     code, out = run(play, "say requeue 10 '' a", "--run-dir", "r")
-    assert (code, requeued(play)) == (1, []) and "ended at step 10, and status.json does not say why; not queued again" in out
+    assert (code, requeued(play)) == (
+        1,
+        [],
+    ) and "ended at step 10, and status.json does not say why; not queued again" in out
 
 
 def test_a_scontrol_that_refuses_is_told(play: Path) -> None:
@@ -165,7 +196,11 @@ def test_killed_or_lost_is_queued_again_while_it_gets_on(play: Path, end: str, w
     code, out = run(play, SAVED + end, "--run-dir", "r")
     assert (code, requeued(play)) == (0, ["70012"]) and words in out and "; queued again" in out
     code, out = run(play, SAVED + end.replace(" a", " b"), "--run-dir", "r")
-    assert (code, requeued(play)) == (1, ["70012"]) and words in out and "No checkpoint was written since the job's start" in out
+    assert (
+        (code, requeued(play)) == (1, ["70012"])
+        and words in out
+        and "No checkpoint was written since the job's start" in out
+    )
     unfinished = 'mkdir -p "$run_dir/checkpoints/step_0000009.damaged"\n' + end.replace(" a", " c")
     assert run(play, SAVED + unfinished, "--run-dir", "r")[0] == 1
     newer = 'mkdir "$run_dir/checkpoints/step_0000010"\n' + end.replace(" a", " d")
@@ -221,7 +256,9 @@ ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7"}
         ("tensorboard_dir: x\nseed: 7\n", ("--tensorboard-dir", "none"), ARRAY, None),
     ],
 )
-def test_places_in_a_preset(play: Path, preset: str, flags: tuple[str, ...], variables: dict[str, str], words: str | None) -> None:
+def test_places_in_a_preset(
+    play: Path, preset: str, flags: tuple[str, ...], variables: dict[str, str], words: str | None
+) -> None:
     (play / "p.yaml").write_text(preset)
     code, out = run(play, "say done 10 '' a", "--config", "p.yaml", *flags, **variables)
     assert (code == 0) if words is None else (code == 2 and words in out), out
@@ -245,7 +282,8 @@ def test_term_leaves_the_queue_to_slurm(play: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "folder"), [((), "runs/pg-70000/seed-3"), (("--run-dir", "r"), "r/seed-3"), (("--run-dir=x", "--run-dir=r"), "r/seed-3")]
+    ("flags", "folder"),
+    [((), "runs/pg-70000/seed-3"), (("--run-dir", "r"), "r/seed-3"), (("--run-dir=x", "--run-dir=r"), "r/seed-3")],
 )
 def test_an_arrays_tasks_are_seeds(play: Path, flags: tuple[str, ...], folder: str) -> None:
     code, out = run(play, "say done 10 '' a", *flags, SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_JOB_ID="70000")
@@ -256,7 +294,11 @@ def test_an_arrays_tasks_are_seeds(play: Path, flags: tuple[str, ...], folder: s
 @pytest.mark.parametrize(
     ("flags", "variables", "words"),
     [
-        ((), {"PENTAGRID_RANKS": ""}, "was given no GPUs: sbatch --gpus-per-node N, or for ranks on CPUs PENTAGRID_RANKS=N"),
+        (
+            (),
+            {"PENTAGRID_RANKS": ""},
+            "was given no GPUs: sbatch --gpus-per-node N, or for ranks on CPUs PENTAGRID_RANKS=N",
+        ),
         ((), {"PENTAGRID_BIN": "/nowhere"}, "no /nowhere/torchrun on "),
         ((), {"SLURM_SUBMIT_DIR": "/"}, "/ is not the repository's root: submit from there"),
         (("--seed", "1"), {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7"}, "--seed: the tasks of an array"),
@@ -280,14 +322,27 @@ def test_gpus_are_the_ranks(play: Path) -> None:
 
 def start(script: str, play: Path, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
     (play / "bin" / "torchrun").write_text('#!/bin/sh\necho "$PWD: $*"; env\n')
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PENTAGRID_BIN": str(play / "bin")} | variables
+    environment = (
+        {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        | {"PENTAGRID_BIN": str(play / "bin")}
+        | variables
+    )
     command = ["bash", str(ROOT / "launch" / script), *args]
     return subprocess.run(command, cwd=play, env=environment, capture_output=True, text=True, timeout=30, check=False)
 
 
 def test_multi_node_calls_torchrun(play: Path) -> None:
     result = start(
-        "multi_node.sh", play, "1", "2", "head.example:29400", "1000", "--lr", "0 1", PENTAGRID_INTERFACE="lo", PENTAGRID_LOG_DIR="/l"
+        "multi_node.sh",
+        play,
+        "1",
+        "2",
+        "head.example:29400",
+        "1000",
+        "--lr",
+        "0 1",
+        PENTAGRID_INTERFACE="lo",
+        PENTAGRID_LOG_DIR="/l",
     )
     first, *environment = result.stdout.splitlines()
     assert first == (
@@ -299,7 +354,10 @@ def test_multi_node_calls_torchrun(play: Path) -> None:
 
 def test_local_calls_torchrun(play: Path) -> None:
     result = start("local.sh", play, "2", "--cp-size", "2", OMP_NUM_THREADS="3")
-    assert result.stdout.splitlines()[0] == f"{ROOT}: --standalone --nproc-per-node 2 --max-restarts 0 train.py --cp-size 2"
+    assert (
+        result.stdout.splitlines()[0]
+        == f"{ROOT}: --standalone --nproc-per-node 2 --max-restarts 0 train.py --cp-size 2"
+    )
     assert "OMP_NUM_THREADS=3" in result.stdout.splitlines()
     again = start("local.sh", play, "2", "--resume", PENTAGRID_TORCHRUN_RESTARTS="3")
     assert again.stdout.splitlines()[0] == f"{ROOT}: --standalone --nproc-per-node 2 --max-restarts 3 train.py --resume"
@@ -325,7 +383,9 @@ def test_local_calls_torchrun(play: Path) -> None:
 )
 def test_multi_node_refuses(play: Path, args: tuple[str, ...], words: str) -> None:
     result = start("multi_node.sh", play, *args)
-    assert result.returncode == 2 and words in result.stderr and "usage: launch/multi_node.sh NODE_RANK" in result.stderr
+    assert (
+        result.returncode == 2 and words in result.stderr and "usage: launch/multi_node.sh NODE_RANK" in result.stderr
+    )
 
 
 def test_an_interface_that_is_not_there_is_named(play: Path) -> None:

@@ -92,7 +92,9 @@ def test_positions_and_targets_are_those_of_one_rank(case) -> None:
         count: Counter = Counter()
         for rank in range(size):
             batch = build_batch([row], cp_size=size, cp_rank=rank, qkv_format="thd", layout="zigzag")
-            count.update(zip(batch.packed_seq.positions.tolist(), batch.tokens.tolist(), batch.labels.tolist(), strict=True))
+            count.update(
+                zip(batch.packed_seq.positions.tolist(), batch.tokens.tolist(), batch.labels.tolist(), strict=True)
+            )
         return count
 
     assert pairs(cp_size) == pairs(1)

@@ -25,9 +25,18 @@ def tokens(tmp_path_factory) -> IndexedDataset:
     return IndexedDataset(prefix)
 
 
-def dataset(tokens: IndexedDataset, packing: str = "best-fit", cache: Path | None = None, seed: int = 1) -> SequenceDataset:
+def dataset(
+    tokens: IndexedDataset, packing: str = "best-fit", cache: Path | None = None, seed: int = 1
+) -> SequenceDataset:
     return SequenceDataset(
-        tokens, np.arange(len(LENGTHS)), seq_length=SEQ, packing=packing, alignment=ALIGNMENT, seed=seed, pad_token=PAD, cache_path=cache
+        tokens,
+        np.arange(len(LENGTHS)),
+        seq_length=SEQ,
+        packing=packing,
+        alignment=ALIGNMENT,
+        seed=seed,
+        pad_token=PAD,
+        cache_path=cache,
     )
 
 
@@ -91,11 +100,15 @@ def test_every_plan_reads_the_steps_sequences_once(batch_size: int, micro: int) 
 
 def same(a, b) -> bool:
     pairs = [(a.tokens, b.tokens), (a.labels, b.labels), (a.packed_seq.positions, b.packed_seq.positions)]
-    return all(torch.equal(x, y) for x, y in pairs) and a.loss_tokens == b.loss_tokens and a.real_tokens == b.real_tokens
+    return (
+        all(torch.equal(x, y) for x, y in pairs) and a.loss_tokens == b.loss_tokens and a.real_tokens == b.real_tokens
+    )
 
 
 def batches(data: SequenceDataset, workers: int, first: int = 0, last: int = 5, **options) -> list:
-    loader = build_loader(data, plan(1, 0, 1, 2, cp=2), steps=range(first, last), num_workers=workers, pin_memory=False, **options)
+    loader = build_loader(
+        data, plan(1, 0, 1, 2, cp=2), steps=range(first, last), num_workers=workers, pin_memory=False, **options
+    )
     return list(loader)
 
 
@@ -114,7 +127,9 @@ def test_an_epochs_index_is_cached_once(tokens: IndexedDataset, tmp_path: Path, 
     again = dataset(tokens, cache=tmp_path).sequence(0)
     assert (first.tokens == again.tokens).all()
     monkeypatch.undo()
-    assert not (dataset(tokens, cache=tmp_path, seed=2).epoch(0).pieces == dataset(tokens, cache=tmp_path).epoch(0).pieces).all()
+    assert not (
+        dataset(tokens, cache=tmp_path, seed=2).epoch(0).pieces == dataset(tokens, cache=tmp_path).epoch(0).pieces
+    ).all()
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "greedy", "concat"])
@@ -134,7 +149,9 @@ def test_ids_outside_the_vocabulary_are_named_wherever_they_are_read(tmp_path: P
             held = [(int(data.documents[d]), s, length) for d, s, length in data.epoch(0).sequence(n).tolist()]
             ahead = 0 if packing == "concat" else 1
             if any(d == document and s <= at < min(s + length + ahead, LENGTHS[d]) for d, s, length in held):
-                with pytest.raises(ValueError, match=rf"t\.bin: token {id_} in document {document}, but the tokenizer's are 0 to 499"):
+                with pytest.raises(
+                    ValueError, match=rf"t\.bin: token {id_} in document {document}, but the tokenizer's are 0 to 499"
+                ):
                     data.sequence(n)
                 faults.append(n)
             else:
@@ -199,7 +216,14 @@ def test_row_hashes_tell_rows_apart(tokens: IndexedDataset) -> None:
 def test_a_worker_that_dies_while_the_rank_computes_is_told_the_same(tokens: IndexedDataset) -> None:
     """PyTorch raises from its handler of SIGCHLD, so in the middle of whatever the rank does, not where it asks for a batch."""
     plan = BatchPlan(
-        global_batch_size=2, micro_batch_size=1, batch_size=1, batch_rank=0, cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag"
+        global_batch_size=2,
+        micro_batch_size=1,
+        batch_size=1,
+        batch_rank=0,
+        cp_size=1,
+        cp_rank=0,
+        qkv_format="thd",
+        layout="zigzag",
     )
     before = set(multiprocessing.active_children())
     with pytest.raises(DataFault, match=r"a data worker died.*--num-workers 0"), data_faults():

@@ -27,7 +27,9 @@ def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_loss_and_gradients_equal_torch(dtype: torch.dtype, limit: float, chunk_size: int, z_loss: float) -> None:
     hidden, weight, labels = problem(dtype)
-    loss, cross_entropy = chunked_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, chunk_size=chunk_size, z_loss=z_loss)
+    loss, cross_entropy = chunked_cross_entropy(
+        hidden, weight, labels, vocab_size=VOCAB, chunk_size=chunk_size, z_loss=z_loss
+    )
     (3.0 * loss).backward()
 
     wanted_hidden, wanted_weight, _ = (x.detach().double().requires_grad_() for x in problem(dtype))
@@ -50,7 +52,9 @@ def test_bf16_weight_gradient_is_accumulated_in_fp32() -> None:
     loss, _ = chunked_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, chunk_size=1)
     loss.backward()
     wanted_hidden, wanted_weight, _ = (x.detach().double().requires_grad_() for x in problem(torch.bfloat16))
-    F.cross_entropy(wanted_hidden @ wanted_weight[:VOCAB].T, labels, ignore_index=IGNORE_LABEL, reduction="sum").backward()
+    F.cross_entropy(
+        wanted_hidden @ wanted_weight[:VOCAB].T, labels, ignore_index=IGNORE_LABEL, reduction="sum"
+    ).backward()
     assert relative_error(weight.grad, wanted_weight.grad) < 0.01
 
 
@@ -66,7 +70,9 @@ def test_the_divisor_is_not_rounded_to_bf16() -> None:
     loss, _ = chunked_cross_entropy(hidden, weight, labels, vocab_size=VOCAB, chunk_size=64)
     (whole,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (scaled,) = torch.autograd.grad(loss / 2040, hidden)
-    assert relative_error(scaled.double() * 2040, whole.double()) < 2.5e-3  # rounded as a bf16 number, 1/2040 is off by 3.9e-3
+    assert (
+        relative_error(scaled.double() * 2040, whole.double()) < 2.5e-3
+    )  # rounded as a bf16 number, 1/2040 is off by 3.9e-3
 
 
 def test_what_is_reported_does_not_depend_on_how_a_long_row_is_cut() -> None:

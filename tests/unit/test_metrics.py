@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from metrics.log import ROW_FACTS, MetricsLog, open_metrics_file
 from model.config import GPTConfig
-from training.metrics import ROW_FACTS, MetricsLog, open_metrics_file
 
 
 def test_records_after_the_loaded_step_are_dropped(tmp_path: Path) -> None:
@@ -52,7 +52,9 @@ def log(path: Path) -> MetricsLog:
 def step(metrics: MetricsLog, number: int, loss: float) -> None:
     facts = torch.tensor([90.0, 95.0, 95.0**2, 100.0, 1.5, 1.0], dtype=torch.float64)
     assert len(facts) == len(ROW_FACTS)
-    metrics.step(number, loss=torch.tensor(loss), grad_norm=torch.tensor(1.0), lr=0.1, facts=facts, data_time=0.0, memory=5)
+    metrics.step(
+        number, loss=torch.tensor(loss), grad_norm=torch.tensor(1.0), lr=0.1, facts=facts, data_time=0.0, memory=5
+    )
 
 
 def test_a_record_a_step_with_real_tokens(tmp_path: Path) -> None:

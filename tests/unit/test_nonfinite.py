@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from config.arguments import parse_arguments
+from metrics.log import NonFinite
 from parallel.grid import Grid, GridSizes, build_grid
+from runtime.nonfinite import NonFiniteGuard, StoredSequences, bad_gradients, save_step
 from tests.unit.test_packed_rows import dataset
 from tools.replay import LEFT_OUT, newest_before, read_step, without_places
-from training.arguments import parse_arguments
-from training.metrics import NonFinite
-from training.nonfinite import NonFiniteGuard, StoredSequences, bad_gradients, save_step
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,15 @@ def model_with(gradient: float) -> nn.Module:
 
 
 def guard(grid: Grid, folder: Path, kept: list, gradient: float = math.nan, **changes) -> NonFiniteGuard:
-    options = dict(skip=False, most=2, looks=True, model=model_with(gradient), grid=grid, folder=folder, control_group=grid.group("batch"))
+    options = dict(
+        skip=False,
+        most=2,
+        looks=True,
+        model=model_with(gradient),
+        grid=grid,
+        folder=folder,
+        control_group=grid.group("batch"),
+    )
     return NonFiniteGuard(**(options | changes), save=lambda *told: kept.append(told))  # type: ignore[arg-type]
 
 
@@ -54,17 +62,27 @@ def test_a_finite_step_passes(grid: Grid, tmp_path: Path) -> None:
 @pytest.mark.parametrize("values", [(math.nan, 1.0, 1.0), (1.0, math.inf, 1.0)])
 def test_the_first_one_ends_the_run_with_its_place(grid: Grid, tmp_path: Path, values: tuple) -> None:
     kept: list = []
-    with pytest.raises(NonFinite, match=r"step 3: .*gradients not finite on rank 0 \(.*: weight\); its rows are in .*step_0000003.json"):
+    with pytest.raises(
+        NonFinite, match=r"step 3: .*gradients not finite on rank 0 \(.*: weight\); its rows are in .*step_0000003.json"
+    ):
         guard(grid, tmp_path, kept).passes(3, *scalars(*values))
     ((place, step, facts),) = kept
-    assert (place, step) == (tmp_path / "step_0000003.json", 3) and facts["ranks"][0]["first_bad_gradients"] == ["weight"]
+    assert (place, step) == (tmp_path / "step_0000003.json", 3) and facts["ranks"][0]["first_bad_gradients"] == [
+        "weight"
+    ]
 
 
 def test_skipping_has_an_end(grid: Grid, tmp_path: Path) -> None:
     kept: list = []
     own = guard(grid, tmp_path, kept, skip=True)
     bad, good = scalars(math.nan, 1.0, 1.0), scalars(1.0, 1.0, 1.0)
-    assert [own.passes(s, *x) for s, x in ((1, bad), (2, bad), (3, good), (4, bad), (5, bad))] == [False, False, True, False, False]
+    assert [own.passes(s, *x) for s, x in ((1, bad), (2, bad), (3, good), (4, bad), (5, bad))] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert own.skipped == 4
     with pytest.raises(NonFinite, match=r"3 such steps in a row \(--max-skipped-in-a-row 2\)"):
         own.passes(6, *bad)
@@ -151,4 +169,8 @@ def test_rows_that_cannot_be_kept_do_not_hide_the_step(grid: Grid, tmp_path: Pat
     made = guard(grid, tmp_path, [], skip=True)
     monkeypatch.setattr(made, "save", full)
     assert not made.passes(3, *scalars(math.nan, 1.0, 1.0))
-    assert "step 3: skipped" in (said := capsys.readouterr().out) and "could not be kept in" in said and "No space left" in said
+    assert (
+        "step 3: skipped" in (said := capsys.readouterr().out)
+        and "could not be kept in" in said
+        and "No space left" in said
+    )

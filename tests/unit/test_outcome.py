@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from data.loader import DataFault
-from training import outcome as outcome_module
-from training.metrics import NonFinite
-from training.outcome import Outcome, StatusFile, lost_a_peer
+from metrics.log import NonFinite
+from runtime import status as outcome_module
+from runtime.status import Outcome, StatusFile, lost_a_peer
 
 
 def outcome_in(folder: Path, rank: int = 1, attempt: str = "a") -> Outcome:
@@ -28,7 +28,10 @@ def test_a_status_is_whole_or_the_one_before(tmp_path: Path) -> None:
     status = StatusFile(tmp_path / "status.json", attempt="a", rank=0)
     assert status.read() == {} and status.failure() is None
     status.write("requeue", step=7, reason="SIGTERM")
-    assert status.read().items() >= {"status": "requeue", "step": 7, "reason": "SIGTERM", "rank": 0, "attempt": "a"}.items()
+    assert (
+        status.read().items()
+        >= {"status": "requeue", "step": 7, "reason": "SIGTERM", "rank": 0, "attempt": "a"}.items()
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
 
 
@@ -85,7 +88,9 @@ def test_the_first_cause_stays(tmp_path: Path, capsys, monkeypatch) -> None:
     assert "stopped, because rank 1 on" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="gloo"), outcome_in(tmp_path, rank=0, attempt="the next one"):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
-    assert told(tmp_path)["reason"].startswith("lost another rank")  # the failure of an attempt before is not this one's
+    assert told(tmp_path)["reason"].startswith(
+        "lost another rank"
+    )  # the failure of an attempt before is not this one's
 
 
 @pytest.mark.parametrize("ended", ["done", "requeue"])
@@ -116,7 +121,9 @@ def test_a_rank_that_is_stuck_ends_though_nobody_listens(tmp_path: Path, monkeyp
     monkeypatch.setattr(outcome_module.sys, "stderr", Gone())
     monkeypatch.setattr(outcome_module.sys, "stdout", Gone())
     outcome_in(tmp_path).stuck("torchrun, process 7, is gone")
-    assert codes == [1] and told(tmp_path)["reason"] == "torchrun, process 7, is gone" and told(tmp_path)["lost"] is True
+    assert (
+        codes == [1] and told(tmp_path)["reason"] == "torchrun, process 7, is gone" and told(tmp_path)["lost"] is True
+    )
 
 
 def test_a_rank_that_is_stuck_ends_whatever_else_fails(tmp_path: Path, monkeypatch) -> None:
@@ -139,7 +146,9 @@ def test_only_lost_peers_are_lost_peers() -> None:
     ):
         assert lost_a_peer(RuntimeError(words)), words
     assert not lost_a_peer(RuntimeError("shape mismatch")) and not lost_a_peer(OSError("Broken pipe"))
-    assert not lost_a_peer(RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error (run with NCCL_DEBUG=INFO for details)"))
+    assert not lost_a_peer(
+        RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error (run with NCCL_DEBUG=INFO for details)")
+    )
 
 
 def test_a_full_disk_does_not_hide_the_error(tmp_path: Path, capsys) -> None:

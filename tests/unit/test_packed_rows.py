@@ -35,7 +35,9 @@ class Tokens:
         return self.tokens[self.first[document] + start :][:length]
 
 
-def dataset(lengths: list[int], *, seq_length: int, alignment: int, packing: str = "best-fit", **more) -> SequenceDataset:
+def dataset(
+    lengths: list[int], *, seq_length: int, alignment: int, packing: str = "best-fit", **more
+) -> SequenceDataset:
     return SequenceDataset(
         Tokens(lengths), np.arange(len(lengths)), seq_length=seq_length, packing=packing, alignment=alignment, seed=3, pad_token=10**6,
         cache_path=None, **more,
@@ -129,7 +131,9 @@ def test_balance_is_the_slowest_rank_over_the_mean() -> None:
 def test_zigzag_balances_full_documents_exactly_and_the_others_do_not(cp_size: int) -> None:
     padded = np.array([1, 3, 7]) * 2 * cp_size
     measured = {
-        layout: balance(attention_pairs(padded, padded, cp_size=cp_size, layout=layout)) for layout in LAYOUTS if layout != "contiguous"
+        layout: balance(attention_pairs(padded, padded, cp_size=cp_size, layout=layout))
+        for layout in LAYOUTS
+        if layout != "contiguous"
     }
     assert measured["zigzag"] == 1.0 < measured["striped"] < measured["doc_contiguous"]
 
@@ -152,7 +156,9 @@ def test_lengths_that_make_no_row_are_refused(lengths: list, padded: list, words
 def test_a_row_of_padding_alone() -> None:
     packed_seq, owned = build_packed_seq(np.array([0, 0]), np.array([4, 8]), cp_size=2, cp_rank=0)
     assert packed_seq.max_seqlen == 0 and packed_seq.cu_seqlens.tolist() == [0, 0, 0] and len(owned) == 6
-    one_rank, everything = build_packed_seq(np.array([3]), np.array([5]), layout="contiguous")  # cp 1, rank 0 unless told
+    one_rank, everything = build_packed_seq(
+        np.array([3]), np.array([5]), layout="contiguous"
+    )  # cp 1, rank 0 unless told
     assert everything.tolist() == one_rank.positions.tolist() == list(range(5))
 
 
@@ -161,7 +167,9 @@ def test_dynamic_rows_are_the_shortest_that_can_be_cut(real: int) -> None:
     """With contiguous cuts documents have any length: only the row's end is padded, to 2 * cp."""
     data = dataset([real], seq_length=16, alignment=1)
     batches = [
-        build_batch([data.sequence(0)], cp_size=2, cp_rank=rank, qkv_format="thd", layout="contiguous", pad_rows="dynamic")
+        build_batch(
+            [data.sequence(0)], cp_size=2, cp_rank=rank, qkv_format="thd", layout="contiguous", pad_rows="dynamic"
+        )
         for rank in range(2)
     ]
     assert batches[0].packed_seq.row_length == -(-real // 4) * 4

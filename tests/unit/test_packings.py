@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cp.packed_seq import IGNORE_LABEL
-from data.packing import Windows, best_fit_decreasing, concat_epoch, greedy_epoch, mixed_order, pack_epoch, windowed_epoch
+from data.packing import (
+    Windows,
+    best_fit_decreasing,
+    concat_epoch,
+    greedy_epoch,
+    mixed_order,
+    pack_epoch,
+    windowed_epoch,
+)
 from tests.unit.test_packed_rows import dataset
 from tests.unit.test_packing import covered, log_normal
 
@@ -21,7 +29,9 @@ def all_pieces(epoch) -> np.ndarray:
 
 @given(lengths_lists, st.sampled_from([1, 2, 8]), st.integers(1, 4), st.integers(0, 3))
 @settings(max_examples=150, deadline=None)
-def test_greedy_keeps_order_and_leaves_room_in_the_last_sequence_only(lengths: list[int], alignment: int, units: int, epoch: int) -> None:
+def test_greedy_keeps_order_and_leaves_room_in_the_last_sequence_only(
+    lengths: list[int], alignment: int, units: int, epoch: int
+) -> None:
     seq_length = 8 * units
     index = greedy_epoch(np.array(lengths), seed=5, epoch=epoch, seq_length=seq_length, alignment=alignment)
     pieces = all_pieces(index)
@@ -145,7 +155,9 @@ def test_every_token_and_every_label_once_an_epoch(lengths: list[int], packing: 
         real = np.concatenate([np.arange(p) < r for r, p in zip(s.lengths, s.padded_lengths, strict=True)])
         tokens += s.tokens[real].tolist()
         labels += s.labels[s.labels != IGNORE_LABEL].tolist()
-        assert ((s.labels == s.tokens + 1) | (s.labels == IGNORE_LABEL)).all()  # Tokens counts up within and over documents
+        assert (
+            (s.labels == s.tokens + 1) | (s.labels == IGNORE_LABEL)
+        ).all()  # Tokens counts up within and over documents
     assert sorted(tokens) == list(range(sum(lengths)))
     assert sorted(labels) == sorted(set(range(sum(lengths))) - set(first.tolist()))
 

@@ -17,7 +17,9 @@ class Group:
         self.name, self.rank, self.size = name, lambda: rank, lambda: size
 
 
-def exchanges(monkeypatch, size: int, virtual_stages: int, microbatches: int, *, one_group: bool) -> list[list[tuple[str, int, str]]]:
+def exchanges(
+    monkeypatch, size: int, virtual_stages: int, microbatches: int, *, one_group: bool
+) -> list[list[tuple[str, int, str]]]:
     """(send or recv, peer, group's name) of each rank, in order."""
     said: list[list[tuple[str, int, str]]] = []
     for rank in range(size):
@@ -25,12 +27,16 @@ def exchanges(monkeypatch, size: int, virtual_stages: int, microbatches: int, *,
         fake = SimpleNamespace(
             get_global_rank=lambda group, peer: peer,
             recv=lambda x, peer, group, own=own: own.append(("recv", peer, group.name)),
-            isend=lambda x, peer, group, own=own: own.append(("send", peer, group.name)) or SimpleNamespace(wait=lambda: None),
+            isend=lambda x, peer, group, own=own: (
+                own.append(("send", peer, group.name)) or SimpleNamespace(wait=lambda: None)
+            ),
         )
         monkeypatch.setattr(pipeline, "dist", fake)
         groups = [Group(name, rank, size) for name in ("pp", "pp" if one_group else "world")]
         forwards = [lambda number, hidden: torch.zeros(1)] * virtual_stages
-        results = pipeline.pipeline_forward(forwards, *groups, microbatches=microbatches, hidden=lambda n: torch.empty(1))
+        results = pipeline.pipeline_forward(
+            forwards, *groups, microbatches=microbatches, hidden=lambda n: torch.empty(1)
+        )
         assert len(results) == (microbatches if rank == size - 1 else 0)
         said.append(own)
     return said
@@ -56,7 +62,9 @@ def ends(said: list[list[tuple[str, int, str]]]) -> bool:
                     receiver = rank if queue[0] == "recv" else peer
                     waits[receiver], moved = False, True
                     queue.pop(0), other.pop(0)
-    return all(place == len(own) for place, own in zip(at, said, strict=True)) and not any(q for queues in asked for q in queues.values())
+    return all(place == len(own) for place, own in zip(at, said, strict=True)) and not any(
+        q for queues in asked for q in queues.values()
+    )
 
 
 @pytest.mark.parametrize(("size", "virtual_stages"), [(2, 1), (4, 1), (2, 2), (2, 3), (4, 2)])

@@ -8,7 +8,7 @@ import pytest
 
 from cp.attention import build_attention
 from cp.layout import LAYOUTS
-from cp.plan import BACKENDS, DTYPES, METHOD_FLAGS, QKV_FORMATS, SUPPORT, cells, choose, methods
+from cp.support import BACKENDS, DTYPES, METHOD_FLAGS, QKV_FORMATS, SUPPORT, cells, choose, methods
 
 
 def ask(**changes):
@@ -26,7 +26,9 @@ def test_every_backend_has_a_method_flag() -> None:
 
 def test_every_cell_is_served() -> None:
     found = list(cells(device="cpu", cp_size=4, heads=8, groups=4))
-    assert {(c.backend, c.method) for c, _ in found} == {(row.backend, row.method) for row in SUPPORT if "cpu" in row.dtypes}
+    assert {(c.backend, c.method) for c, _ in found} == {
+        (row.backend, row.method) for row in SUPPORT if "cpu" in row.dtypes
+    }
     for choice, _ in found:
         assert callable(build_attention(choice, head_dim=8, a2a_groups=(None, None)))  # type: ignore[arg-type]
 
@@ -36,10 +38,18 @@ def test_every_cell_is_served() -> None:
     [(row, *rest) for row in SUPPORT for rest in itertools.product(QKV_FORMATS, LAYOUTS, DTYPES, ("cpu", "cuda"))],
     ids=lambda x: getattr(x, "method", x),
 )
-def test_cells_outside_the_table_are_refused_by_flag(row, qkv_format: str, layout: str, dtype: str, device: str) -> None:
+def test_cells_outside_the_table_are_refused_by_flag(
+    row, qkv_format: str, layout: str, dtype: str, device: str
+) -> None:
     a2a_size = 2 if row.method == "a2a+p2p" else None
     asked = dict(
-        backend=row.backend, method=row.method, qkv_format=qkv_format, layout=layout, dtype=dtype, device=device, a2a_size=a2a_size
+        backend=row.backend,
+        method=row.method,
+        qkv_format=qkv_format,
+        layout=layout,
+        dtype=dtype,
+        device=device,
+        a2a_size=a2a_size,
     )
     wrong = {
         "--qkv-format": qkv_format not in row.layouts,

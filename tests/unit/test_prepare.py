@@ -105,7 +105,9 @@ def test_every_format_gives_its_documents_in_order(tmp_path: Path, workers: int)
 
 def test_without_eod_documents_are_the_text_alone(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines_of(["one", "", "two"]))
-    progress = run("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", "--tokenizer-type", "byte", "--workers", 0)
+    progress = run(
+        "--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", "--tokenizer-type", "byte", "--workers", 0
+    )
     assert texts_in(tmp_path / "p", end=None) == ["one", "two"] and progress.empty == 1
     assert IndexedDataset(tmp_path / "p").lengths.tolist() == [3, 3]
 
@@ -154,12 +156,17 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch, af
 
 
 @pytest.mark.parametrize("place", ["add", "prepare"])
-def test_interrupted_between_any_two_lines_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch, place: str) -> None:
+def test_interrupted_between_any_two_lines_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch, place: str
+) -> None:
     """Ctrl-C comes at any line: of writing and counting a task, and of the loop around it."""
     file = tmp_path / "a.jsonl"
     file.write_bytes(lines_of(TEXTS[:5]) + b"broken\n" + lines_of(["", *TEXTS[5:8]]))
     flags = ("--input", file, *BYTE, "--workers", 0, "--on-error", "skip")
-    whole, code = run(*flags, "--output-prefix", tmp_path / "whole"), {"add": Corpus.add, "prepare": prepare}[place].__code__
+    whole, code = (
+        run(*flags, "--output-prefix", tmp_path / "whole"),
+        {"add": Corpus.add, "prepare": prepare}[place].__code__,
+    )
     left = 0
 
     def in_the_loop(frame) -> bool:
@@ -206,7 +213,9 @@ def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path: Path) -> None:
         p.Corpus.add = add
         p.main({flags!r})
     """)
-    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    killed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
     assert killed.returncode == -signal.SIGKILL
     workers = [int(pid) for pid in killed.stdout.split()]
     assert len(workers) == 2 and not (tmp_path / "p.idx").exists()
@@ -250,7 +259,10 @@ BAD = [
 @pytest.mark.parametrize(("line", "why"), BAD)
 def test_a_bad_record_stops_the_run_with_file_and_line(tmp_path: Path, capsys, line: bytes, why: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines_of(["one"]) + b"\n" + line + b"\n" + lines_of(["two"]))
-    assert main(["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "1"]) == 2
+    assert (
+        main(["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "1"])
+        == 2
+    )
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("data.prepare: ") and "a.jsonl:3 " in said and why in said
     assert not (tmp_path / "p.idx").exists()
@@ -280,12 +292,16 @@ def test_bad_records_are_counted_and_the_first_shown(tmp_path: Path, capsys) -> 
     assert texts_in(tmp_path / "out" / "p") == [*"012345", "p0", "p2"]
 
 
-@pytest.mark.parametrize(("name", "why"), [("b.parquet", ":2 has no text"), ("e.parquet", "no column 'text', but body")])
+@pytest.mark.parametrize(
+    ("name", "why"), [("b.parquet", ":2 has no text"), ("e.parquet", "no column 'text', but body")]
+)
 def test_bad_parquet_is_named(tmp_path: Path, capsys, name: str, why: str) -> None:
     column = "text" if name == "b.parquet" else "body"
     pq.write_table(pa.table({column: ["p0", None]}), tmp_path / name)
     assert main(["--input", str(tmp_path / name), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "0"]) == 2
-    assert f"{name}{why}" in capsys.readouterr().err.replace(f"{name} has", f"{name}has").replace("has no column", "no column")
+    assert f"{name}{why}" in capsys.readouterr().err.replace(f"{name} has", f"{name}has").replace(
+        "has no column", "no column"
+    )
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
@@ -332,7 +348,9 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("at", range(6))
-def test_killed_between_any_two_renames_it_is_finished_by_the_same_command(tmp_path: Path, monkeypatch, at: int, overwrite: bool) -> None:
+def test_killed_between_any_two_renames_it_is_finished_by_the_same_command(
+    tmp_path: Path, monkeypatch, at: int, overwrite: bool
+) -> None:
     corpus, model = corpus_in(tmp_path / "in"), tmp_path / "spm.model"
     model.write_bytes(train_sentencepiece(TEXTS, vocab_size=400))
     flags = ["--input", str(corpus), "--tokenizer-model", str(model), "--workers", "0", "--output-prefix"]
@@ -402,7 +420,9 @@ def hugging_face(path: Path, special: list[str]) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.enable_truncation(8)  # what files made for short texts say
     tokenizer.enable_padding(length=8)
@@ -502,7 +522,15 @@ def test_a_corpus_of_one_long_line_trains(tmp_path: Path, between: str) -> None:
     """SentencePiece leaves out, without a word, what is longer than a MiB."""
     words = np.random.default_rng(0).choice(["ring", "of", "ranks", "turns", "once", "世界"], 400_000).tolist()
     (tmp_path / "a.jsonl").write_bytes(lines_of([between.join(words)]))
-    flags = ["train-tokenizer", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "m.model"), "--vocab-size", "290"]
+    flags = [
+        "train-tokenizer",
+        "--input",
+        str(tmp_path / "a.jsonl"),
+        "--output",
+        str(tmp_path / "m.model"),
+        "--vocab-size",
+        "290",
+    ]
     assert main(flags) == 0
     sign = "\u2581" if between else ""
     assert SentencePieceTokenizer(tmp_path / "m.model").processor.piece_to_id(f"{sign}ranks"[:6]) != 0
@@ -521,7 +549,10 @@ def test_a_line_is_cut_before_its_spaces() -> None:
 
 def test_a_sample_bounds_what_is_trained_on(tmp_path: Path) -> None:
     texts = [f"document {n} of {n * 7919 % 997}, " * 40 for n in range(300)]
-    few = [train_sentencepiece(texts, vocab_size=300, input_sentence_size=150, num_threads=threads) for threads in (1, 1, 4)]
+    few = [
+        train_sentencepiece(texts, vocab_size=300, input_sentence_size=150, num_threads=threads)
+        for threads in (1, 1, 4)
+    ]
     assert few[0] == few[1]
 
     def pieces(model: bytes) -> list[str]:
@@ -540,7 +571,9 @@ def test_a_sample_bounds_what_is_trained_on(tmp_path: Path) -> None:
 
 
 def test_stats_count_what_is_there(tmp_path: Path, capsys) -> None:
-    (tmp_path / "a.jsonl").write_bytes(lines_of(["abc", "abcd" * 10, "abc", "x" * 300, "abc"]))  # and none that is only as long as another
+    (tmp_path / "a.jsonl").write_bytes(
+        lines_of(["abc", "abcd" * 10, "abc", "x" * 300, "abc"])
+    )  # and none that is only as long as another
     run("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", *BYTE)
     assert main(["stats", str(tmp_path / "p"), "--seq-length", "64", "--json", str(tmp_path / "s.json")]) == 0
     out = capsys.readouterr().out
@@ -553,7 +586,9 @@ def test_stats_count_what_is_there(tmp_path: Path, capsys) -> None:
 
 
 def test_only_what_is_the_same_token_for_token_is_a_duplicate(tmp_path: Path) -> None:
-    write_indexed_dataset(tmp_path / "p", [np.array(ids) for ids in ([1, 2, 3], [1, 2, 4], [1, 2, 3], [], [], [3, 2, 1])], vocab_size=9)
+    write_indexed_dataset(
+        tmp_path / "p", [np.array(ids) for ids in ([1, 2, 3], [1, 2, 4], [1, 2, 3], [], [], [3, 2, 1])], vocab_size=9
+    )
     assert count_duplicates(IndexedDataset(tmp_path / "p")) == 2
 
 

@@ -35,18 +35,26 @@ def refused(capsys, *flags: object) -> str:
 # What is there
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("web.json", "web"), ("doc.bin", "doc"), ("doc.idx", "doc"), ("p.part/a.jsonl", "p")])
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("web.json", "web"), ("doc.bin", "doc"), ("doc.idx", "doc"), ("p.part/a.jsonl", "p")]
+)
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-def test_an_input_is_never_written_over(tmp_path: Path, capsys, monkeypatch, name: str, prefix: str, overwrite: list[str]) -> None:
+def test_an_input_is_never_written_over(
+    tmp_path: Path, capsys, monkeypatch, name: str, prefix: str, overwrite: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(lines_of(["one", "two"]))
     before = contents(tmp_path)
     # Another spelling of the same place.
-    said = refused(capsys, "--input", tmp_path / name, "--output-prefix", f"../{tmp_path.name}/{prefix}", *BYTE, *overwrite)
+    said = refused(
+        capsys, "--input", tmp_path / name, "--output-prefix", f"../{tmp_path.name}/{prefix}", *BYTE, *overwrite
+    )
     assert "would write over --input" in said and name in said and contents(tmp_path) == before
     if "/" not in name:
-        assert "would write over" in refused(capsys, "--input", "./*.*", "--output-prefix", prefix, "--format", "text", *BYTE, *overwrite)
+        assert "would write over" in refused(
+            capsys, "--input", "./*.*", "--output-prefix", prefix, "--format", "text", *BYTE, *overwrite
+        )
     assert contents(tmp_path) == before
 
 
@@ -58,7 +66,9 @@ def test_the_tokenizer_is_not_written_over(tmp_path: Path, capsys, linked: bool)
     if linked:
         (tmp_path / "link.model").symlink_to(model)
     flags = ("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", "--tokenizer-model")
-    assert "would write over --tokenizer-model" in refused(capsys, *flags, tmp_path / "link.model" if linked else model, "--overwrite")
+    assert "would write over --tokenizer-model" in refused(
+        capsys, *flags, tmp_path / "link.model" if linked else model, "--overwrite"
+    )
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.bin", "p.idx", "p.tokenizer.model"])
@@ -175,7 +185,16 @@ def test_what_it_writes_into_a_folder_of_inputs_is_no_input(tmp_path: Path, monk
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "p.jsonl").write_bytes(lines_of(TEXTS))  # a name that only begins as the output's do
-    flags = ("--input", folder / pattern, "--output-prefix", folder / "p", "--tokenizer-model", tmp_path / "spm.model", "--workers", 0)
+    flags = (
+        "--input",
+        folder / pattern,
+        "--output-prefix",
+        folder / "p",
+        "--tokenizer-model",
+        tmp_path / "spm.model",
+        "--workers",
+        0,
+    )
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main([str(f) for f in flags]) == 130
@@ -199,7 +218,16 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
     (folder / "again").symlink_to(real)
     (real / "deep" / "up").symlink_to(folder)  # a loop
     (folder / "gone.md").symlink_to(tmp_path / "nowhere")
-    run("--input", folder, tmp_path / "in" / ".." / "in" / "*.txt", "--output-prefix", tmp_path / "p", *BYTE, "--workers", 0)
+    run(
+        "--input",
+        folder,
+        tmp_path / "in" / ".." / "in" / "*.txt",
+        "--output-prefix",
+        tmp_path / "p",
+        *BYTE,
+        "--workers",
+        0,
+    )
     assert sorted(texts_in(tmp_path / "p")) == ["a", "b", "c"]
     assert sorted(open_source(str(folder), "text").texts()) == ["a", "b", "c"]
 
@@ -221,7 +249,15 @@ def test_documents_without_a_token_are_said_in_one_line(tmp_path: Path, capsys) 
     tokenizer.save(str(tmp_path / "t.json"))
     (tmp_path / "a.jsonl").write_bytes(lines_of([" ", "\n"]))
     said = refused(
-        capsys, "--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", "--tokenizer-model", tmp_path / "t.json", "--workers", 0
+        capsys,
+        "--input",
+        tmp_path / "a.jsonl",
+        "--output-prefix",
+        tmp_path / "p",
+        "--tokenizer-model",
+        tmp_path / "t.json",
+        "--workers",
+        0,
     )
     assert "no token in its 2 documents" in said and not (tmp_path / "p.part").exists()
 

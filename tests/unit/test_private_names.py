@@ -16,7 +16,9 @@ def test_this_pytorch_has_what_is_used() -> None:
 
 @pytest.mark.parametrize("gone", [*backend.PRIVATE_FUNCTIONS, "_cp_options"])
 def test_a_name_that_moved_is_named(gone: str, monkeypatch) -> None:
-    there = {name: getattr(backend.torch_cp, name) for name in (*backend.PRIVATE_FUNCTIONS, "_cp_options") if name != gone}
+    there = {
+        name: getattr(backend.torch_cp, name) for name in (*backend.PRIVATE_FUNCTIONS, "_cp_options") if name != gone
+    }
     monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(**there))
     wanted = "enable_load_balance" if gone == "_cp_options" else f"{gone} is gone"
     with pytest.raises(ValueError, match=rf"--cp-backend pytorch: .*{wanted}.*--cp-backend native"):

@@ -46,15 +46,31 @@ class Failing:
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt"])
-def test_a_disk_that_fails_ends_the_run_also_with_skip(tmp_path: Path, monkeypatch, capsys, name: str, code: int) -> None:
+def test_a_disk_that_fails_ends_the_run_also_with_skip(
+    tmp_path: Path, monkeypatch, capsys, name: str, code: int
+) -> None:
     """Counted as bad records, the rest of a corpus would be missing without a word."""
     data = lines_of(TEXTS * 50)
     (tmp_path / name).write_bytes({".gz": gzip.compress, ".zst": zstd}.get(Path(name).suffix, bytes)(data))
     real = Path.open
     monkeypatch.setattr(
-        Path, "open", lambda self, *mode, **more: real(self, *mode, **more) if self.name != name else Failing(real(self, "rb"), code, 100)
+        Path,
+        "open",
+        lambda self, *mode, **more: (
+            real(self, *mode, **more) if self.name != name else Failing(real(self, "rb"), code, 100)
+        ),
     )
-    flags = ["--input", str(tmp_path / name), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "0", "--on-error", "skip"]
+    flags = [
+        "--input",
+        str(tmp_path / name),
+        "--output-prefix",
+        str(tmp_path / "p"),
+        *BYTE,
+        "--workers",
+        "0",
+        "--on-error",
+        "skip",
+    ]
     assert main([*flags, "--format", "text" if name.endswith("txt") else "jsonl"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert name in said and f"[Errno {code}]" in said and not (tmp_path / "p.idx").exists()
@@ -78,7 +94,9 @@ def test_broken_content_leaves_out_the_rest_of_the_file_and_says_so(tmp_path: Pa
         data = lines_of(texts)
         packed = gzip.compress(data) if name.endswith("gz") else bytes(pa.compress(data, codec="zstd", asbytes=True))
         (tmp_path / name).write_bytes(packed[: len(packed) // 2])
-    progress = run("--input", tmp_path / name, "--output-prefix", tmp_path / "p", *BYTE, "--workers", 0, "--on-error", "skip")
+    progress = run(
+        "--input", tmp_path / name, "--output-prefix", tmp_path / "p", *BYTE, "--workers", 0, "--on-error", "skip"
+    )
     assert 0 < progress.documents < 4000 and progress.bad == 1
     assert texts_in(tmp_path / "p") == texts[: progress.documents]
     assert f"{name}:{progress.documents + 1} the rest of the file cannot be read on" in progress.shown[0]

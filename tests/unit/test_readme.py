@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from config.arguments import build_parser, parse_arguments, resolve
 from data.prepare import build_parser as prepare_parser
-from training.arguments import build_parser, parse_arguments, resolve
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -18,7 +18,10 @@ README = (ROOT / "README.md").read_text()
 
 def known_flags() -> set[str]:
     """Without the `--no-` that every switch has."""
-    return {action.option_strings[-1] if action.nargs != 0 else action.option_strings[0] for action in build_parser()._actions} - {"-h"}
+    return {
+        action.option_strings[-1] if action.nargs != 0 else action.option_strings[0]
+        for action in build_parser()._actions
+    } - {"-h"}
 
 
 # Of other commands, which have flags of their own.

@@ -70,17 +70,28 @@ class Page(HTMLParser):
         return dict(zip(titles, facts["charts"], strict=True))
 
 
-def write_run(folder: Path, *, steps: int = 6, extra: str = "", config: dict | None = None, status: dict | None = None, **fields) -> Path:
+def write_run(
+    folder: Path, *, steps: int = 6, extra: str = "", config: dict | None = None, status: dict | None = None, **fields
+) -> Path:
     folder.mkdir(parents=True)
     lines = []
     for step in range(1, steps + 1):
-        record = {"step": step, "loss": 5.0 - step / 10, "grad_norm": 1.0, "lr": 0.01, "tokens": 1000, "step_time_s": 2.0}
+        record = {
+            "step": step,
+            "loss": 5.0 - step / 10,
+            "grad_norm": 1.0,
+            "lr": 0.01,
+            "tokens": 1000,
+            "step_time_s": 2.0,
+        }
         record |= {"tokens_per_s": 100.0 if step == 1 else 500.0 + step, "mfu": None, "max_memory_bytes": step * 2**30}
         lines.append(json.dumps(record | {key: value(step) for key, value in fields.items()}))
         if step % 3 == 0:
             sources = {"web": {"loss": 1.0, "tokens": 5}, "code": {"loss": 2.0, "tokens": 5}}
             loss = 4.0 + step / 10
-            lines.append(json.dumps({"step": step, "validation_loss": loss, "validation_tokens": 10, "validation": sources}))
+            lines.append(
+                json.dumps({"step": step, "validation_loss": loss, "validation_tokens": 10, "validation": sources})
+            )
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n" + extra)
     for name, facts in (("config.json", config), ("status.json", status)):
         if facts is not None:
@@ -94,8 +105,20 @@ def page_of(*folders: Path, out: Path) -> Page:
 
 
 def test_the_summary_of_a_run(tmp_path: Path) -> None:
-    config = {"flags": {"lr": 0.01, "train_iters": 9}, "layout": {"pp": 1, "cp": 2}, "parameters": 12345, "world_size": 2}
-    status = {"status": "failed", "step": 6, "reason": "rank 1 is gone", "time": "2026-01-02T03:04:05", "rank": 0, "host": "node7"}
+    config = {
+        "flags": {"lr": 0.01, "train_iters": 9},
+        "layout": {"pp": 1, "cp": 2},
+        "parameters": 12345,
+        "world_size": 2,
+    }
+    status = {
+        "status": "failed",
+        "step": 6,
+        "reason": "rank 1 is gone",
+        "time": "2026-01-02T03:04:05",
+        "rank": 0,
+        "host": "node7",
+    }
     page = page_of(write_run(tmp_path / "a", config=config, status=status), out=tmp_path / "report.html")
     assert page.row("Final training loss") == ["4.40000 mean of the last 6: 4.65000"]
     assert page.row("Best validation loss") == ["4.30000 after step 3"]
@@ -135,16 +158,28 @@ def test_two_runs_and_what_differs(tmp_path: Path) -> None:
     assert page.row("lr") == ["0.01", "0.02", "–"] and page.row("cp_size") == ["1", "–", "–"]
     assert "seed" not in [row[0] for row in page.rows]
     assert "The same in all of them (1)seed7" in page.text
-    assert "no config.json, so its flags are not known" in page.text and "not known: no status.json" in page.row("Status")[2]
+    assert (
+        "no config.json, so its flags are not known" in page.text
+        and "not known: no status.json" in page.row("Status")[2]
+    )
     assert {curve["run"] for curve in page.charts()["Learning rate"]["curves"]} == {0, 1, 2}
 
 
 def test_texts_of_a_run_do_not_run(tmp_path: Path) -> None:
-    config = {"flags": {EVIL: EVIL, "other": "a"}, "layout": EVIL, "versions": {EVIL: [EVIL]}, "world_size": EVIL, "parameters": EVIL}
+    config = {
+        "flags": {EVIL: EVIL, "other": "a"},
+        "layout": EVIL,
+        "versions": {EVIL: [EVIL]},
+        "world_size": EVIL,
+        "parameters": EVIL,
+    }
     status = dict.fromkeys(("status", "reason", "time", "host", "rank", "step"), EVIL)
     evil = json.dumps({"step": 7, "timers": {EVIL: [1, 2, 3]}}) + "\n"
     evil += json.dumps({"step": 7, "validation_loss": 1.0, "validation": {EVIL: {"loss": 1.0}}}) + "\n"
-    folders = [write_run(tmp_path / name, extra=evil, config=config, status=status) for name in ("<script>alert(3)<", "{data} {title}")]
+    folders = [
+        write_run(tmp_path / name, extra=evil, config=config, status=status)
+        for name in ("<script>alert(3)<", "{data} {title}")
+    ]
     (folders[1] / "config.json").write_text(json.dumps(config | {"flags": {EVIL: "b" + EVIL}}))
     page = page_of(*folders, out=tmp_path / "report.html")
     assert [attrs for attrs, _ in page.scripts] == [{"type": "application/json", "id": "data"}, {}]
@@ -207,7 +242,11 @@ def test_token_sums_stay_below_what_a_float_tells_apart(tmp_path: Path) -> None:
 
 
 def test_large_losses_that_a_run_can_have_stay(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a", loss=lambda step: 3.4e38 if step == 3 else 2.0, grad_norm=lambda step: 1e300 if step == 4 else 1.0)
+    folder = write_run(
+        tmp_path / "a",
+        loss=lambda step: 3.4e38 if step == 3 else 2.0,
+        grad_norm=lambda step: 1e300 if step == 4 else 1.0,
+    )
     page = page_of(folder, out=tmp_path / "report.html")
     assert page.row("Remarks") == ["–"] and max(page.charts()["Loss by step"]["curves"][0]["y"]) == 3.4e38
 
@@ -215,7 +254,9 @@ def test_large_losses_that_a_run_can_have_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "status.json"])
 @pytest.mark.parametrize("depth", [985, 990, 100_000])
 def test_facts_nested_deeply_do_not_end_in_a_traceback(name: str, depth: int, tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a", config={"flags": {"train_iters": int(HUGE)}, "parameters": int(HUGE)}, status={"status": "done"})
+    folder = write_run(
+        tmp_path / "a", config={"flags": {"train_iters": int(HUGE)}, "parameters": int(HUGE)}, status={"status": "done"}
+    )
     assert main([str(folder)]) == 0
     (folder / name).write_text('{"status": ' + "[" * depth + "]" * depth + "}")
     assert main([str(folder)]) in (0, 2)
@@ -268,7 +309,9 @@ def test_a_long_run_stays_small_and_keeps_its_spike(tmp_path: Path) -> None:
 
 
 def test_smoothing() -> None:
-    assert smooth([(x, 0.97) for x in range(500)], 50) == [(x, 0.97) for x in range(500)]  # no start value pulls, nothing rounds
+    assert smooth([(x, 0.97) for x in range(500)], 50) == [
+        (x, 0.97) for x in range(500)
+    ]  # no start value pulls, nothing rounds
     broken = smooth([(0, 1.0), (1, math.nan), (2, 1.0)], 3)
     assert broken[0] == (0, 1.0) and math.isnan(broken[1][1]) and broken[2] == (2, 1.0)
     jump = smooth([(x, float(x >= 60)) for x in range(120)], 10)
@@ -283,14 +326,21 @@ def test_a_flat_curve_is_not_blown_up() -> None:
 
 
 def test_ticks_are_round() -> None:
-    assert ticks(0, 10, 5) == [0, 2, 4, 6, 8, 10] and ticks(-0.3, 0.9, 6) == pytest.approx([-0.2, 0, 0.2, 0.4, 0.6, 0.8])
+    assert ticks(0, 10, 5) == [0, 2, 4, 6, 8, 10] and ticks(-0.3, 0.9, 6) == pytest.approx(
+        [-0.2, 0, 0.2, 0.4, 0.6, 0.8]
+    )
     assert log_ticks(0.5, 2000) == [1, 10, 100, 1000] and log_ticks(1, 6) == [1, 2, 5]
-    labels = [tick_label(*case) for case in ((0, 1), (1500, 500), (20_000, 5000), (2.5e6, 5e5), (0.25, 0.25), (3e-4, 1e-4), (1.0, 0.05))]
+    labels = [
+        tick_label(*case)
+        for case in ((0, 1), (1500, 500), (20_000, 5000), (2.5e6, 5e5), (0.25, 0.25), (3e-4, 1e-4), (1.0, 0.05))
+    ]
     assert labels == ["0", "1,500", "20k", "2.5M", "0.25", "3e-4", "1.00"]
 
 
 @pytest.mark.parametrize(
-    "points", [[(1, 0.0)], [(1, math.nan)], [(5, 2.0), (6, 2.0)], [(0, -1e-30), (1, 1e30)]], ids=["one", "nan", "flat", "far apart"]
+    "points",
+    [[(1, 0.0)], [(1, math.nan)], [(5, 2.0), (6, 2.0)], [(0, -1e-30), (1, 1e30)]],
+    ids=["one", "nan", "flat", "far apart"],
 )
 @pytest.mark.parametrize("may_log", [True, False])
 def test_odd_curves_are_drawn(points: list, may_log: bool) -> None:

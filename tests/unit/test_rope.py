@@ -10,7 +10,9 @@ from model.rope import apply_rotary, rotary_frequencies, rotary_tables
 from tests.reference import relative_error
 
 
-def tables(positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def tables(
+    positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     return rotary_tables(positions, rotary_frequencies(head_dim=head_dim, base=base), dtype=dtype)
 
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from data.loader import Sequence, build_batch
+from metrics import log as metrics_module
+from metrics.banner import describe_sequences
+from metrics.log import EVERYTHING, ROW_FACTS, MetricsLog, open_metrics_file, row_facts
+from metrics.tensorboard import TensorBoardWriter
 from model.config import GPTConfig
 from tests.unit.test_packed_rows import dataset
-from training import metrics as metrics_module
-from training.banner import describe_sequences
 from training.flops import PEAK_TFLOPS, known_peak_tflops, training_flops
-from training.metrics import EVERYTHING, ROW_FACTS, MetricsLog, open_metrics_file, row_facts
-from training.writers import TensorBoardWriter
 
 CONFIG = GPTConfig(
     num_layers=2, hidden_size=8, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, kv_channels=4, vocab_size=50,
@@ -60,7 +60,15 @@ FACTS = dict(loss_tokens=90.0, real_tokens=95.0, squared_lengths=1000.0, row_tok
 
 def step(log: MetricsLog, number: int, *, loss: float = 2.0, data_time: float = 0.0) -> None:
     facts = torch.tensor([FACTS[name] for name in ROW_FACTS], dtype=torch.float64)
-    log.step(number, loss=torch.tensor(loss), grad_norm=torch.tensor(0.5), lr=0.25, facts=facts, data_time=data_time, memory=3 * 2**30)
+    log.step(
+        number,
+        loss=torch.tensor(loss),
+        grad_norm=torch.tensor(0.5),
+        lr=0.25,
+        facts=facts,
+        data_time=data_time,
+        memory=3 * 2**30,
+    )
 
 
 def read(path: Path) -> list[dict]:
@@ -76,7 +84,9 @@ def test_facts_of_rows() -> None:
         return build_batch([row], cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag")
 
     got = row_facts([replace(batch([3, 5, 0], [4, 6, 2]), cp_balance=1.25), batch([8], [8])])
-    wanted = dict(loss_tokens=2 + 7, real_tokens=8 + 8, squared_lengths=9 + 25 + 64, row_tokens=12 + 8, cp_balance=2.25, rows=2)
+    wanted = dict(
+        loss_tokens=2 + 7, real_tokens=8 + 8, squared_lengths=9 + 25 + 64, row_tokens=12 + 8, cp_balance=2.25, rows=2
+    )
     assert dict(zip(ROW_FACTS, got.tolist(), strict=True)) == wanted and got.dtype == torch.float64
 
 
@@ -166,7 +176,9 @@ def test_validation_is_printed_and_written(tmp_path: Path, clock: Clock, capsys)
     out = log(tmp_path / "m.jsonl")
     out.validation(4, 1 / 3, 12345)
     assert "after step 4: loss 0.33333, perplexity 1.40, over 12,345" in capsys.readouterr().out
-    assert read(tmp_path / "m.jsonl") == [{"step": 4, "validation_loss": 1 / 3, "validation_tokens": 12345}]  # at once, in full
+    assert read(tmp_path / "m.jsonl") == [
+        {"step": 4, "validation_loss": 1 / 3, "validation_tokens": 12345}
+    ]  # at once, in full
     out.close()
     assert out.file is not None and out.file.closed
 
@@ -183,7 +195,16 @@ def test_steps_that_are_passed_over_do_not_end_a_run_that_takes_them(clock: Cloc
     out = log(None, takes_nonfinite=True, log_interval=1)
     clock.now += 1.0
     facts = torch.tensor([FACTS[name] for name in ROW_FACTS], dtype=torch.float64)
-    out.step(1, loss=torch.tensor(math.nan), grad_norm=torch.tensor(0.5), lr=0.25, facts=facts, data_time=0.0, memory=1, skipped_steps=1)
+    out.step(
+        1,
+        loss=torch.tensor(math.nan),
+        grad_norm=torch.tensor(0.5),
+        lr=0.25,
+        facts=facts,
+        data_time=0.0,
+        memory=1,
+        skipped_steps=1,
+    )
     assert "skipped 1" in capsys.readouterr().out
 
 
@@ -217,7 +238,18 @@ def test_tensorboard_gets_every_number(tmp_path: Path, clock: Clock, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "half", [b"", b'{"step": 6, "lo', b'{"step": 6, "loss": 1.5}', b"{", b"\0\0", b'\xff\xfe{"st', b"7", b'{"loss": 1}', b'{"step": "x"}']
+    "half",
+    [
+        b"",
+        b'{"step": 6, "lo',
+        b'{"step": 6, "loss": 1.5}',
+        b"{",
+        b"\0\0",
+        b'\xff\xfe{"st',
+        b"7",
+        b'{"loss": 1}',
+        b'{"step": "x"}',
+    ],
 )
 def test_a_run_that_goes_on_keeps_what_it_does_not_repeat(tmp_path: Path, half: bytes) -> None:
     path = tmp_path / "m.jsonl"
@@ -256,7 +288,10 @@ def test_a_file_that_another_run_writes_is_only_added_to(tmp_path: Path) -> None
         its.write('p": 2}\n')
         its.flush()
         out.write('{"step": 2, "validation_loss": 1.5}\n')
-    assert path.stat().st_ino == before and path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1.5}\n'
+    assert (
+        path.stat().st_ino == before
+        and path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1.5}\n'
+    )
 
 
 def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:

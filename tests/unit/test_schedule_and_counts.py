@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from metrics.banner import count_parameters
 from model.config import GPTConfig, padded_vocab_size
 from model.gpt import GPT
-from training.banner import count_parameters
 from training.flops import known_peak_tflops, training_flops
 from training.lr_schedule import LRSchedule
 
@@ -63,6 +63,8 @@ def test_padded_vocabulary() -> None:
     assert [padded_vocab_size(n, 128) for n in (1, 128, 129)] == [128, 128, 256]
 
 
-@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 989.0), ("NVIDIA H20", 148.0), ("NVIDIA H100 PCIe", 756.0), ("Some CPU", None)])
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA H200", 989.0), ("NVIDIA H20", 148.0), ("NVIDIA H100 PCIe", 756.0), ("Some CPU", None)]
+)
 def test_peaks(name: str, peak: float | None) -> None:
     assert known_peak_tflops(name) == peak

@@ -16,6 +16,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from checkpoint.files import checksums
+from checkpoint.reader import SafeReader, UnsafeCheckpoint
+from checkpoint.saver import Saver, load_checkpoint
+from config.arguments import parse_arguments
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.sources import open_parts
 from data.tokenizer import load_tokenizer
@@ -23,10 +27,6 @@ from parallel.grid import GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of
 from tests.distributed.test_reshard import optimizer_of
 from tools import checkpoint as checkpoint_tool
-from training.arguments import parse_arguments
-from training.checkpoint import Saver, load_checkpoint
-from training.checkpoint_files import checksums
-from training.safe_reader import SafeReader, UnsafeCheckpoint
 
 
 class Mark:
@@ -168,7 +168,9 @@ def test_yaml_presets(tmp_path: Path) -> None:
 
 
 def test_yaml_blends(tmp_path: Path) -> None:
-    (tmp_path / "blend.yaml").write_text(f"- path: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n  weight: 1\n")
+    (tmp_path / "blend.yaml").write_text(
+        f"- path: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n  weight: 1\n"
+    )
     with pytest.raises(ValueError, match="--data-path"):
         open_parts([str(tmp_path / "blend.yaml")], "text")
     assert not (tmp_path / "ran").exists()
@@ -201,7 +203,13 @@ def test_a_corpus_names_no_tokenizer_elsewhere(tmp_path: Path) -> None:
     facts = {
         "documents": 1,
         "tokens": 5,
-        "tokenizer": {"type": "sentencepiece", "model": "../secret.model", "eod": None, "fingerprint": "x", "vocab_size": 10},
+        "tokenizer": {
+            "type": "sentencepiece",
+            "model": "../secret.model",
+            "eod": None,
+            "fingerprint": "x",
+            "vocab_size": 10,
+        },
     }
     (tmp_path / "in" / "c.json").write_text(json.dumps(facts))
     (part,) = open_parts([str(tmp_path / "in" / "c")], "text")

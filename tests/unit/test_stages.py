@@ -18,7 +18,12 @@ CONFIG = GPTConfig(
 )  # fmt: skip
 
 
-@given(st.integers(1, 40), st.integers(1, 8), st.one_of(st.none(), st.integers(1, 5)), st.one_of(st.none(), st.integers(1, 5)))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 8),
+    st.one_of(st.none(), st.integers(1, 5)),
+    st.one_of(st.none(), st.integers(1, 5)),
+)
 @settings(max_examples=300, deadline=None)
 def test_every_layer_has_one_stage(layers: int, stages: int, first: int | None, last: int | None) -> None:
     try:
@@ -34,7 +39,11 @@ def test_every_layer_has_one_stage(layers: int, stages: int, first: int | None, 
         assert len(cut[0]) == first
     if last is not None:
         assert len(cut[-1]) == last
-    free = [len(s) for i, s in enumerate(cut) if not (i == 0 and first is not None) and not (i == stages - 1 and last is not None)]
+    free = [
+        len(s)
+        for i, s in enumerate(cut)
+        if not (i == 0 and first is not None) and not (i == stages - 1 and last is not None)
+    ]
     assert not free or max(free) - min(free) <= 1
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from runtime import early, signals
+from runtime.signals import StopRequests
 from tests.launch import ROOT
-from training import early, signals
-from training.signals import StopRequests
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,9 @@ def group() -> Iterator[dist.ProcessGroup]:
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)}
+    kept = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+    }
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell script's background
     yield
     for number, handler in kept.items():
@@ -52,7 +54,9 @@ def test_nothing_asked_goes_on(group) -> None:
     assert asked(requests(group)) == ""
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1"), (signal.SIGHUP, "SIGHUP")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1"), (signal.SIGHUP, "SIGHUP")]
+)
 def test_signals(group, number: signal.Signals, name: str) -> None:
     stops = requests(group)
     os.kill(os.getpid(), number)
@@ -107,14 +111,16 @@ def test_a_stop_file_that_cannot_be_looked_at_asks_for_nothing(group, tmp_path: 
 @pytest.mark.parametrize("number", early.HELD_BACK)
 def test_what_comes_while_torch_is_imported_is_heard(number: signal.Signals) -> None:
     code = f"""
-        from training.early import hold_back
+        from runtime.early import hold_back
         hold_back()
         import os
         os.kill(os.getpid(), {int(number)})  # would end the process
-        from training.signals import REASONS, StopRequests
+        from runtime.signals import REASONS, StopRequests
         print(REASONS[StopRequests(interval=None, duration_minutes=None, started=0.0).asked])
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout.strip()) == (0, number.name), done.stderr
 
 

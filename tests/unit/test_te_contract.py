@@ -43,7 +43,13 @@ def dict_keys(tree: ast.AST) -> dict[str, tuple[str, ...]]:
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            keys = [k.value for d in ast.walk(node) if isinstance(d, ast.Dict) for k in d.keys if isinstance(k, ast.Constant)]
+            keys = [
+                k.value
+                for d in ast.walk(node)
+                if isinstance(d, ast.Dict)
+                for k in d.keys
+                if isinstance(k, ast.Constant)
+            ]
             found[node.name] = tuple(dict.fromkeys(keys))
     return found
 
@@ -68,8 +74,18 @@ def uses_in(path: Path) -> list[Use]:
         if isinstance(node, ast.ClassDef):
             bases = [base.attr for base in node.bases if is_te(base)]  # type: ignore[attr-defined]
             for call in (c for c in ast.walk(node) if bases and isinstance(c, ast.Call)):
-                if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Call):  # super().__init__(...)
-                    found.append(Use(bases[0], call.func.attr, len(call.args), keywords_of(call, returning), f"{path.name}:{call.lineno}"))
+                if isinstance(call.func, ast.Attribute) and isinstance(
+                    call.func.value, ast.Call
+                ):  # super().__init__(...)
+                    found.append(
+                        Use(
+                            bases[0],
+                            call.func.attr,
+                            len(call.args),
+                            keywords_of(call, returning),
+                            f"{path.name}:{call.lineno}",
+                        )
+                    )
         if not isinstance(node, ast.Call):
             continue
         where = f"{path.name}:{node.lineno}"
@@ -77,8 +93,14 @@ def uses_in(path: Path) -> list[Use]:
             found.append(Use(node.func.attr, "__init__", len(node.args), keywords_of(node, returning), where))  # type: ignore[attr-defined]
         elif isinstance(node.func, ast.Name) and node.func.id == "dpa":
             found.append(Use("DotProductAttention", "forward", len(node.args), keywords_of(node, returning), where))
-        elif isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) and node.func.value.id in variables:
-            found.append(Use(variables[node.func.value.id], node.func.attr, len(node.args), keywords_of(node, returning), where))
+        elif (
+            isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+            and node.func.value.id in variables
+        ):
+            found.append(
+                Use(variables[node.func.value.id], node.func.attr, len(node.args), keywords_of(node, returning), where)
+            )
     return found
 
 
@@ -146,7 +168,9 @@ USES = [use for path in OURS for use in uses_in(path)]
 
 def test_the_release_is_the_pinned_one() -> None:
     assert PINNED is not None
-    assert [p.name for p in sources().glob("transformer_engine-*.dist-info")] == [f"transformer_engine-{PINNED[1]}.dist-info"]
+    assert [p.name for p in sources().glob("transformer_engine-*.dist-info")] == [
+        f"transformer_engine-{PINNED[1]}.dist-info"
+    ]
 
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: path.name)
@@ -201,7 +225,9 @@ def test_the_uses_were_found() -> None:
         ("LayerNormMLP", "init_fp8_meta_tensors"), ("autocast", "__init__"), ("apply_rotary_pos_emb", "__init__"),
     }  # fmt: skip
     mlp = next(use for use in USES if use.name == "LayerNormMLP")
-    assert {"activation", "normalization", "set_parallel_mode", "tp_group", "sequence_parallel", "device"} <= set(mlp.keywords)
+    assert {"activation", "normalization", "set_parallel_mode", "tp_group", "sequence_parallel", "device"} <= set(
+        mlp.keywords
+    )
     thd = [use for use in USES if use.method == "forward"]
     assert any("pad_between_seqs" in use.keywords and "cu_seqlens_q_padded" in use.keywords for use in thd)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from training.timers import PHASES, Timers, in_words
+from metrics.timers import PHASES, Timers, in_words
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,6 @@ def test_the_slowest_is_who_works_most_and_waits_least(monkeypatch: pytest.Monke
     timers.add("cp wait", 0.25)
     other = torch.zeros(len(timers.seconds), dtype=torch.float64)
     other[list(timers.seconds).index("data")], other[list(timers.seconds).index("cp wait")] = 0.5, 3.0
-    monkeypatch.setattr("training.timers.dist.all_reduce", lambda everyone, group: everyone[0].copy_(other))
+    monkeypatch.setattr("metrics.timers.dist.all_reduce", lambda everyone, group: everyone[0].copy_(other))
     found = timers.read(SimpleNamespace(size=lambda: 2, rank=lambda: 1))  # type: ignore[arg-type]
     assert found == {"data": (0.5, 1.0, 1), "cp wait": (0.25, 3.0, 1)}

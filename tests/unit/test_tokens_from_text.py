@@ -17,15 +17,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import data.cache as cache_module
 import data.sources as sources_module
+import utils.files as cache_module
 from data.build import build_tokens, split_documents, train_tokenizer
-from data.cache import build_once, cache_key
 from data.corpus import Source, open_source
 from data.indexed_dataset import HEADER, IndexedDataset, write_indexed_dataset
 from data.loader import SequenceDataset
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from tests.launch import ROOT
+from utils.files import build_once, cache_key
 
 WORDS = "a ring of ranks turns once and every token knows its place in the row; padding is silent, five axes make one loss. "
 
@@ -169,7 +169,9 @@ def test_tokenizer_and_tokens_are_built_once_and_again_when_the_data_changes(tmp
     for _ in range(2):
         tokenizer = tokenizer_of(source, cache)
         tokens = build_tokens(source, tokenizer, cache_path=cache)
-        assert [tokenizer.decode(tokens.read(d, 0, int(n) - 1).tolist()) for d, n in enumerate(tokens.lengths)] == list(source.texts())
+        assert [tokenizer.decode(tokens.read(d, 0, int(n) - 1).tolist()) for d, n in enumerate(tokens.lengths)] == list(
+            source.texts()
+        )
         assert all(tokens.read(d, int(n) - 1, 1).tolist() == [tokenizer.eod] for d, n in enumerate(tokens.lengths))
     assert len(trainings) == 1
     tokenizer_of(source, cache, vocab_size=310)
@@ -214,7 +216,7 @@ def test_where_locks_are_missing_builders_leave_one_whole_folder(tmp_path: Path,
 
 def test_a_builder_that_is_killed_is_followed_by_the_next(tmp_path: Path) -> None:
     place = tmp_path / "thing"
-    code = f"import time; from pathlib import Path; from data.cache import build_once\nplace = Path({str(place)!r})\n"
+    code = f"import time; from pathlib import Path; from utils.files import build_once\nplace = Path({str(place)!r})\n"
     code += "build_once(place, lambda folder: print('in', flush=True) or time.sleep(60))"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None and first.stdout.readline() == "in\n"
@@ -285,7 +287,15 @@ OFFSETS_AT = HEADER.size + 4 * 3
         (9, struct.pack("<Q", 2)),  # version
         (17, b"\x63"),  # token type
     ],
-    ids=["length beyond", "negative length", "negative offset", "offset beyond", "last offset beyond", "version", "token type"],
+    ids=[
+        "length beyond",
+        "negative length",
+        "negative offset",
+        "offset beyond",
+        "last offset beyond",
+        "version",
+        "token type",
+    ],
 )
 def test_an_index_that_lies_is_refused(tmp_path: Path, at: int, value: bytes) -> None:
     """When it is opened, or where opening would have to read it all, when the document is."""
@@ -298,7 +308,9 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, at: int, value: bytes) ->
         for document, length in enumerate(data.lengths):
             if length >= 0:
                 data.read(document, 0, int(length))
-        SequenceDataset(data, np.arange(3), seq_length=8, packing="best-fit", alignment=1, seed=1, pad_token=0, cache_path=None)
+        SequenceDataset(
+            data, np.arange(3), seq_length=8, packing="best-fit", alignment=1, seed=1, pad_token=0, cache_path=None
+        )
 
 
 @pytest.mark.parametrize("missing", ["t.idx", "t.bin"])
@@ -320,5 +332,10 @@ def test_an_index_of_nothing(tmp_path: Path) -> None:
 def test_a_prefix_may_hold_dots(tmp_path: Path) -> None:
     write_indexed_dataset(tmp_path / "corpus.v1", [np.arange(5)], vocab_size=100)
     write_indexed_dataset(tmp_path / "corpus.v2", [np.arange(7)], vocab_size=100)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.v1.bin", "corpus.v1.idx", "corpus.v2.bin", "corpus.v2.idx"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "corpus.v1.bin",
+        "corpus.v1.idx",
+        "corpus.v2.bin",
+        "corpus.v2.idx",
+    ]
     assert IndexedDataset(tmp_path / "corpus.v1").lengths.tolist() == [5]

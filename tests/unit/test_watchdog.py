@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
-from training import watchdog
-from training.watchdog import Watchdog, place_of
+from runtime import watchdog
+from runtime.watchdog import Watchdog, place_of
 
 
 class Peer:
@@ -20,7 +20,9 @@ class Peer:
 
     def __init__(self, store: dist.Store, rank: int, **facts) -> None:
         self.store, self.rank, self.ended = store, rank, threading.Event()
-        self.facts = dict(told=0, step=5, doing="training", place="all_reduce, x.py:1", waits=True, host="node7") | facts
+        self.facts = (
+            dict(told=0, step=5, doing="training", place="all_reduce, x.py:1", waits=True, host="node7") | facts
+        )
         self.thread = threading.Thread(target=self.run)
         self.tell()
         self.thread.start()
@@ -90,7 +92,10 @@ def test_a_silent_rank_is_named(peers: list[Peer]) -> None:
         dog, said = watch(store, 3)
         in_a_collective(dog, call)
         text = wait_for(said)
-    assert "nothing moved for 0.003 minutes (--distributed-startup-timeout-minutes): training, step 5, in all_reduce" in text
+    assert (
+        "nothing moved for 0.003 minutes (--distributed-startup-timeout-minutes): training, step 5, in all_reduce"
+        in text
+    )
     assert "lost rank 2 on node9 (at step 5, in read, data/loader.py:3)" in text and "rank 1" not in text
 
 
@@ -104,7 +109,10 @@ def test_a_rank_that_is_elsewhere_is_named(peers: list[Peer]) -> None:
         in_a_collective(dog, call)
         text = wait_for(said)
     assert "(--distributed-timeout-minutes)" in text
-    assert "it waits for rank 1 on node7 (validation, step 5, in place, data/indexed_dataset.py:9)" in text and "rank 2" not in text
+    assert (
+        "it waits for rank 1 on node7 (validation, step 5, in place, data/indexed_dataset.py:9)" in text
+        and "rank 2" not in text
+    )
 
 
 def test_a_rank_that_is_behind_is_named(peers: list[Peer]) -> None:
@@ -152,7 +160,10 @@ def test_a_store_that_does_not_answer_is_told(monkeypatch) -> None:
     finally:
         store.end.set()
         dog.stop()
-    assert "nothing moved for 0.003 minutes" in text and "lost the store of the run, on the first node (no answer for 0.1 s" in text
+    assert (
+        "nothing moved for 0.003 minutes" in text
+        and "lost the store of the run, on the first node (no answer for 0.1 s" in text
+    )
 
 
 def test_a_store_that_goes_during_the_diagnosis_is_told(peers: list[Peer], monkeypatch) -> None:
@@ -170,7 +181,9 @@ def test_a_store_that_goes_during_the_diagnosis_is_told(peers: list[Peer], monke
         dog, said = watch(store, 2)
         in_a_collective(dog, call)
         text = wait_for(said)
-    assert text.startswith("nothing moved for 0.003 minutes") and text.endswith("lost the store of the run, on the first node (gone)")
+    assert text.startswith("nothing moved for 0.003 minutes") and text.endswith(
+        "lost the store of the run, on the first node (gone)"
+    )
 
 
 def test_a_diagnosis_that_fails_ends_the_run_all_the_same(monkeypatch) -> None:
@@ -191,7 +204,8 @@ def test_patience_ends_where_rank_0_is_gone(peers: list[Peer]) -> None:
         peers[0].silence()
         text = wait_for(said)
     assert (
-        "nothing heard of rank 0 for 0.003 minutes (--distributed-startup-timeout-minutes): data preparation; lost rank 0 on node7" in text
+        "nothing heard of rank 0 for 0.003 minutes (--distributed-startup-timeout-minutes): data preparation; lost rank 0 on node7"
+        in text
     )
 
 

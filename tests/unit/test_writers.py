@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training.writers import TensorBoardWriter, WandbWriter, as_floats, balance_picture, flags_as_text, length_bins
+from metrics.tensorboard import TensorBoardWriter, WandbWriter, as_floats, balance_picture, flags_as_text, length_bins
 
 
 def test_bins_double_beyond_the_longest() -> None:
@@ -52,8 +52,12 @@ def test_the_picture_shows_each_rank_against_the_mean() -> None:
 def test_weights_and_biases_get_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a stand-in with the library's names: the package itself needs an account."""
     calls: list = []
-    run = SimpleNamespace(log=lambda values, step=None: calls.append((values, step)), summary={}, finish=lambda: calls.append("finish"))
-    fake = SimpleNamespace(init=lambda **options: calls.append(options) or run, Histogram=lambda np_histogram: np_histogram, Image=str)
+    run = SimpleNamespace(
+        log=lambda values, step=None: calls.append((values, step)), summary={}, finish=lambda: calls.append("finish")
+    )
+    fake = SimpleNamespace(
+        init=lambda **options: calls.append(options) or run, Histogram=lambda np_histogram: np_histogram, Image=str
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     writer = WandbWriter("project", folder=tmp_path / "one", configuration={"lr": 1})
     WandbWriter("project", folder=tmp_path / "other" / "one", configuration={})

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TextIO
 
-from data.cache import replace_synced
 from data.loader import DataFault
-from training.watchdog import Watchdog
+from runtime.watchdog import Watchdog
+from utils.files import replace_synced
 
 # What gloo and NCCL say when the rank at the other end is gone. Other errors, also NCCL's, are the rank's own.
 LOST_PEER = (
@@ -157,7 +157,9 @@ class Outcome:
     def __enter__(self) -> Outcome:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.watchdog is not None and error is None:
             self.watchdog.stop()
         if error is None:
@@ -200,7 +202,10 @@ class Outcome:
                 found = self.watchdog.find_lost()
             failure = self.status.failure() if self.status is not None else None
             if failure:
-                tell(f"stopped, because rank {failure['rank']} on {failure['host']} failed: {failure['reason']}", rank=self.rank)
+                tell(
+                    f"stopped, because rank {failure['rank']} on {failure['host']} failed: {failure['reason']}",
+                    rank=self.rank,
+                )
             else:
                 text = f"{found or 'lost another rank, which died or was cut off'} ({one_line(error)[:200]})"
                 tell(text, rank=self.rank)

@@ -10,12 +10,13 @@ import numpy as np
 from cp.layout import attention_pairs, balance
 from data.packing import pack_epoch
 from data.sources import Prepared, find_tokenizer, open_parts
+from metrics.banner import count_parameters
 from model.config import GPTConfig
 from parallel.stages import split_layers
-from training.banner import count_parameters
-from training.communication import step_bytes
+from planner.communication import step_bytes
+from planner.memory import Memory, rank_memory, stage_parameters
 from training.flops import training_flops
-from training.memory import Memory, rank_memory, stage_parameters
+from utils.errors import UserError
 
 ROWS_LOOKED_AT = 50  # of a packing, for its balance
 
@@ -50,9 +51,11 @@ def parse_lengths(text: str, rng: np.random.Generator) -> np.ndarray:
             with open(text, encoding="utf-8") as file:
                 lengths = np.array([int(line) for line in file if line.strip()])
     except (OSError, ValueError) as error:
-        raise ValueError(f"--lengths {text}: must be fixed:N, lognormal:MEAN,SIGMA or a file of lengths ({error})") from error
+        raise UserError(
+            f"--lengths {text}: must be fixed:N, lognormal:MEAN,SIGMA or a file of lengths ({error})"
+        ) from error
     if not len(lengths) or lengths.min() < 1:
-        raise ValueError(f"--lengths {text}: needs lengths of at least 1")
+        raise UserError(f"--lengths {text}: needs lengths of at least 1")
     return lengths.astype(np.int64)
 
 
@@ -62,8 +65,12 @@ def data_of(args: Namespace) -> tuple[int, np.ndarray | None]:
     Nothing is tokenized or trained: a tokenizer that would be trained counts as --tokenizer-vocab-size.
     """
     parts = open_parts(args.data_path, args.json_key)
-    found = find_tokenizer(parts, [], tokenizer_type=args.tokenizer_type, model=args.tokenizer_model, eod=args.tokenizer_eod)
-    prepared = [np.asarray(p.content.tokens.lengths[:1_000_000], np.int64) for p in parts if isinstance(p.content, Prepared)]
+    found = find_tokenizer(
+        parts, [], tokenizer_type=args.tokenizer_type, model=args.tokenizer_model, eod=args.tokenizer_eod
+    )
+    prepared = [
+        np.asarray(p.content.tokens.lengths[:1_000_000], np.int64) for p in parts if isinstance(p.content, Prepared)
+    ]
     return found.vocab_size if found else args.tokenizer_vocab_size, np.concatenate(prepared) if prepared else None
 
 
@@ -71,7 +78,11 @@ def describe_rows(args: Namespace, lengths: np.ndarray | None) -> Rows:
     """Packing and balance for documents of these lengths; None: each sequence one document."""
     if lengths is None or args.packing == "concat":
         whole = np.array([args.seq_length])
-        pairs = attention_pairs(whole, whole, cp_size=args.cp_size, layout=args.cp_layout) if args.cp_size > 1 else np.ones(1)
+        pairs = (
+            attention_pairs(whole, whole, cp_size=args.cp_size, layout=args.cp_layout)
+            if args.cp_size > 1
+            else np.ones(1)
+        )
         return Rows(1.0, balance(pairs), float(args.seq_length) ** 2, 0 if lengths is None else len(lengths))
     epoch = pack_epoch(lengths, seed=args.seed, epoch=0, seq_length=args.seq_length, alignment=args.document_alignment)
     balances, squares = [], []
@@ -92,7 +103,9 @@ def describe_rows(args: Namespace, lengths: np.ndarray | None) -> Rows:
 def worst_memory(args: Namespace, config: GPTConfig) -> Memory:
     """Of the pipeline stage that needs most: the first, which has the most microbatches under way, or the last, which has the loss; all are
     looked at where the stages' sizes are given by hand."""
-    uneven = args.first_stage_layers or args.last_stage_layers or config.num_layers % (args.pp_size * args.virtual_stages)
+    uneven = (
+        args.first_stage_layers or args.last_stage_layers or config.num_layers % (args.pp_size * args.virtual_stages)
+    )
     stages = range(args.pp_size) if uneven else sorted({0, args.pp_size - 1})
     return max((rank_memory(args, config, stage) for stage in stages), key=lambda m: m.peak)
 
@@ -110,12 +123,21 @@ class Plan:
 
 
 def make_plan(
-    args: Namespace, config: GPTConfig, lengths: np.ndarray | None, memory: Memory | None = None, rows: Rows | None = None
+    args: Namespace,
+    config: GPTConfig,
+    lengths: np.ndarray | None,
+    memory: Memory | None = None,
+    rows: Rows | None = None,
 ) -> Plan:
     """Args: args: resolved flags; memory, rows: from `worst_memory` and `describe_rows`, where they are known."""
     rows = rows or describe_rows(args, lengths)
     tokens = args.global_batch_size * args.seq_length * rows.packing_efficiency
-    layers = split_layers(config.num_layers, args.pp_size * args.virtual_stages, first=args.first_stage_layers, last=args.last_stage_layers)
+    layers = split_layers(
+        config.num_layers,
+        args.pp_size * args.virtual_stages,
+        first=args.first_stage_layers,
+        last=args.last_stage_layers,
+    )
     own = sum(len(part) for part in layers[:: args.pp_size])
     microbatches = args.global_batch_size // (args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size)
     idle = (args.pp_size - 1) / args.virtual_stages if args.pp_schedule == "interleaved" else args.pp_size - 1
@@ -144,7 +166,11 @@ def plan_text(args: Namespace, config: GPTConfig, lengths: np.ndarray | None = N
         f"{'rows':<14} packing {plan.rows.packing_efficiency:.2%}, cp balance (most / mean work) {plan.rows.cp_balance:.3f}"
         + (f", from {plan.rows.documents:,} documents" if plan.rows.documents else ", each sequence one document"),
         f"{'memory':<14} {plan.memory.peak / gib:.2f} GiB at the fullest moment of a rank of stage {plan.memory.stage}",
-        *(f"{'':<14} {amount / gib:10.3f} GiB  {part}" for part, amount in sorted(plan.memory.parts.items(), key=lambda p: -p[1])),
-        f"{'sends a step':<14} " + (", ".join(f"{axis} {amount / gib:.3g} GiB" for axis, amount in plan.sent.items()) or "nothing"),
+        *(
+            f"{'':<14} {amount / gib:10.3f} GiB  {part}"
+            for part, amount in sorted(plan.memory.parts.items(), key=lambda p: -p[1])
+        ),
+        f"{'sends a step':<14} "
+        + (", ".join(f"{axis} {amount / gib:.3g} GiB" for axis, amount in plan.sent.items()) or "nothing"),
     ]
     return "\n".join(lines)

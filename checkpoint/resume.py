@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from checkpoint.files import DamagedCheckpoint, checkpoints, find_checkpoint, older_than, read_run_facts, set_aside
+from checkpoint.saver import load_checkpoint
 from data.loader import Sequences
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig
 from parallel.grid import Grid
-from training.checkpoint import load_checkpoint
-from training.checkpoint_files import DamagedCheckpoint, checkpoints, find_checkpoint, older_than, read_run_facts, set_aside
+from utils.errors import UserError
 
 # Facts of a run that may change when it goes on from a checkpoint; what changed is printed.
 FREE_FACTS = (
@@ -26,7 +27,12 @@ FREE_FACTS = (
     "--adam-beta1", "--adam-beta2", "--adam-eps", "--clip-grad", "--z-loss", "--hidden-dropout", "--attention-dropout",
 )  # fmt: skip
 # What a new run that takes only the weights may change of the model: how positions turn.
-FREE_OF_WEIGHTS = ("model rotary_base", "model rope_scaling", "model rope_scaling_factor", "model rope_original_seq_length")
+FREE_OF_WEIGHTS = (
+    "model rotary_base",
+    "model rope_scaling",
+    "model rope_scaling_factor",
+    "model rope_original_seq_length",
+)
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,21 @@ def find_start(args: Namespace) -> Start | None:
         return _newest_readable(found[-1], weights_only=False, fallback=args.load_fallback)
     start = None
     if args.load:
-        start = _newest_readable(find_checkpoint(Path(args.load)), weights_only=args.load_weights_only, fallback=args.load_fallback)
+        start = _newest_readable(
+            find_checkpoint(Path(args.load)), weights_only=args.load_weights_only, fallback=args.load_fallback
+        )
     goes_on = start is not None and not start.weights_only
     if found and not (goes_on and start is not None and start.checkpoint.resolve() == found[-1].resolve()):
-        raise ValueError(f"--save {save} already holds {found[-1].name}: go on from it with --resume, or choose another folder")
-    named = None if args.metrics_file == "none" else args.metrics_file or (args.run_dir and f"{args.run_dir}/metrics.jsonl")
+        raise UserError(
+            f"--save {save} already holds {found[-1].name}: go on from it with --resume, or choose another folder"
+        )
+    named = (
+        None if args.metrics_file == "none" else args.metrics_file or (args.run_dir and f"{args.run_dir}/metrics.jsonl")
+    )
     if not goes_on and not args.resume and named and Path(named).exists() and Path(named).stat().st_size:
-        raise ValueError(f"--metrics-file {named} is another run's: go on with --resume, or choose another file or --run-dir")
+        raise UserError(
+            f"--metrics-file {named} is another run's: go on with --resume, or choose another file or --run-dir"
+        )
     return start
 
 
@@ -78,7 +92,7 @@ def _newest_readable(checkpoint: Path, *, weights_only: bool, fallback: bool) ->
             facts = read_run_facts(candidate)
         except DamagedCheckpoint as error:
             if not fallback or number == len(older):
-                raise ValueError(f"{error}{_way_out(older)}") from error
+                raise UserError(f"{error}{_way_out(older)}") from error
             damaged += ((candidate, str(error)),)
             continue
         return Start(candidate, facts, weights_only, tuple(older[number:]) if fallback else (), damaged)
@@ -86,12 +100,25 @@ def _newest_readable(checkpoint: Path, *, weights_only: bool, fallback: bool) ->
 
 
 def _way_out(older: Collection[Path]) -> str:
-    return f"; --load-fallback takes an older one, such as {next(iter(older)).name}" if older else "; there is no older one beside it"
+    return (
+        f"; --load-fallback takes an older one, such as {next(iter(older)).name}"
+        if older
+        else "; there is no older one beside it"
+    )
 
 
 def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequences: Sequences) -> dict[str, Any]:
     """What a run that goes on from a checkpoint must share with the one that wrote it."""
-    data_flags = ("seq_length", "global_batch_size", "document_alignment", "packing", "packing_window", "qkv_format", "data_split", "seed")
+    data_flags = (
+        "seq_length",
+        "global_batch_size",
+        "document_alignment",
+        "packing",
+        "packing_window",
+        "qkv_format",
+        "data_split",
+        "seed",
+    )
     facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in data_flags}
     facts |= {name: getattr(args, name.removeprefix("--").replace("-", "_")) for name in FREE_FACTS}
     facts |= {f"model {name}": value for name, value in asdict(config).items() if not name.endswith("_dropout")}
@@ -119,9 +146,9 @@ def check_same_run(facts: dict[str, Any], wanted: dict[str, Any], free: Collecti
         if name in free:
             changed.append(f"{name} {value} (the checkpoint: {facts.get(name, 'unknown')})")
         elif name in facts:
-            raise ValueError(f"{name} {value}: the checkpoint {checkpoint} was made with {facts[name]}")
+            raise UserError(f"{name} {value}: the checkpoint {checkpoint} was made with {facts[name]}")
         else:
-            raise ValueError(f"{name} {value}: the checkpoint {checkpoint} does not say with what it was made")
+            raise UserError(f"{name} {value}: the checkpoint {checkpoint} does not say with what it was made")
     return changed
 
 
@@ -161,7 +188,9 @@ def load_start(
     """
     free: Collection[str] = FREE_FACTS
     if start.weights_only:
-        free = [name for name in wanted if name in FREE_OF_WEIGHTS or not (name.startswith("model ") or name == "tokenizer")]
+        free = [
+            name for name in wanted if name in FREE_OF_WEIGHTS or not (name.startswith("model ") or name == "tokenizer")
+        ]
     damaged = list(start.damaged)
     candidates = (start.checkpoint, *start.older)
     for number, checkpoint in enumerate(candidates, 1):
@@ -171,13 +200,18 @@ def load_start(
             step = load_checkpoint(checkpoint, model, None if start.weights_only else optimizer, grid, group=group)
         except DamagedCheckpoint as error:
             if number == len(candidates):
-                raise ValueError(f"{error}{'' if start.older else _way_out(older_than(checkpoint))}") from error
+                raise UserError(f"{error}{'' if start.older else _way_out(older_than(checkpoint))}") from error
             damaged.append((checkpoint, str(error)))
             continue
         notes = [f"passed over a damaged checkpoint: {why}" for _, why in damaged]
         if dist.get_rank() == 0 and not start.weights_only:
-            notes += [f"set aside as {set_aside(path).name}" for path, _ in damaged if path.parent.resolve() == save.resolve()]
+            notes += [
+                f"set aside as {set_aside(path).name}" for path, _ in damaged if path.parent.resolve() == save.resolve()
+            ]
         return Started(
-            checkpoint, 0 if start.weights_only else step, notes + [f"changed: {line}" for line in changed], facts.get("data", {})
+            checkpoint,
+            0 if start.weights_only else step,
+            notes + [f"changed: {line}" for line in changed],
+            facts.get("data", {}),
         )
     raise AssertionError("the last candidate returns or raises")

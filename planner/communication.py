@@ -5,13 +5,15 @@ from __future__ import annotations
 from argparse import Namespace
 
 from cp.native_a2a import kv_copies
-from cp.plan import AttentionChoice
+from cp.support import AttentionChoice
 from model.config import GPTConfig
 
 ITEM = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
-def cp_bytes(choice: AttentionChoice, *, tokens: int, heads: int, groups: int, head_dim: int, item: int) -> tuple[int, int]:
+def cp_bytes(
+    choice: AttentionChoice, *, tokens: int, heads: int, groups: int, head_dim: int, item: int
+) -> tuple[int, int]:
     """Of one layer and microbatch, forward and backward.
 
     K and V of a rank, kv = 2 * t * hkv * d elements, reach cp-1 other ranks in either pass, in the inputs' dtype;

@@ -11,12 +11,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cp.layout import document_unit
+from utils.errors import UserError
 
 QKV_FORMATS = ("thd", "bshd")
 DTYPES = ("bf16", "fp32", "fp64")
 
 # The flag that chooses among a backend's methods.
-METHOD_FLAGS = {"native": "--cp-comm-type", "te": "--cp-comm-type", "ring": "--ring-attn-func", "pytorch": "--cp-rotate-method"}
+METHOD_FLAGS = {
+    "native": "--cp-comm-type",
+    "te": "--cp-comm-type",
+    "ring": "--ring-attn-func",
+    "pytorch": "--cp-rotate-method",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +142,13 @@ SUPPORT: tuple[Support, ...] = (
         note="not run on a GPU yet",
     ),
     Support(
-        backend="ring", method="zigzag", layouts=_ZIGZAG, dtypes=_BF16, min_cp=2, library=_RING, note=f"padding is computed; {_RING_FP32}"
+        backend="ring",
+        method="zigzag",
+        layouts=_ZIGZAG,
+        dtypes=_BF16,
+        min_cp=2,
+        library=_RING,
+        note=f"padding is computed; {_RING_FP32}",
     ),
     Support(
         backend="ring",
@@ -157,7 +169,15 @@ SUPPORT: tuple[Support, ...] = (
         library=_RING,
         note=f"padding is computed; not balanced; {_RING_FP32}",
     ),
-    Support(backend="ring", method="stripe", layouts={"bshd": ("striped",)}, dtypes=_BF16, min_cp=2, library=_RING, note=_RING_FP32),
+    Support(
+        backend="ring",
+        method="stripe",
+        layouts={"bshd": ("striped",)},
+        dtypes=_BF16,
+        min_cp=2,
+        library=_RING,
+        note=_RING_FP32,
+    ),
     Support(
         backend="pytorch",
         method="allgather",
@@ -217,7 +237,7 @@ def smallest_alignment(layout: str, cp_size: int) -> int:
 def _row(backend: str, method: str) -> Support:
     row = next((row for row in SUPPORT if (row.backend, row.method) == (backend, method)), None)
     if row is None:
-        raise ValueError(
+        raise UserError(
             f"{METHOD_FLAGS[backend]} {method} is not offered by --cp-backend {backend}; choose from {', '.join(methods(backend))}"
         )
     return row
@@ -250,25 +270,33 @@ def choose(
     row = _row(backend, method)
     asked = f"--cp-backend {backend} {METHOD_FLAGS[backend]} {method}"
     if qkv_format not in row.layouts:
-        raise ValueError(f"--qkv-format {qkv_format} is not offered by {asked}; choose {' or '.join(row.layouts)}")
+        raise UserError(f"--qkv-format {qkv_format} is not offered by {asked}; choose {' or '.join(row.layouts)}")
     layouts = row.layouts[qkv_format]
     layout = layouts[0] if layout == "auto" else layout
     if layout not in layouts:
-        raise ValueError(f"--cp-layout {layout} is not offered by {asked} with --qkv-format {qkv_format}; choose {' or '.join(layouts)}")
+        raise UserError(
+            f"--cp-layout {layout} is not offered by {asked} with --qkv-format {qkv_format}; choose {' or '.join(layouts)}"
+        )
     if device not in row.dtypes:
-        raise ValueError(f"{asked} does not run on --device {device}; it runs on {', '.join(row.dtypes)}")
+        raise UserError(f"{asked} does not run on --device {device}; it runs on {', '.join(row.dtypes)}")
     if dtype not in row.dtypes[device]:
-        raise ValueError(f"--dtype {dtype} is not offered by {asked} on {device}; choose {' or '.join(row.dtypes[device])}")
+        raise UserError(
+            f"--dtype {dtype} is not offered by {asked} on {device}; choose {' or '.join(row.dtypes[device])}"
+        )
     if cp_size < row.min_cp:
-        raise ValueError(f"{asked} needs --cp-size {row.min_cp} or more, not {cp_size}; use --cp-backend native for one rank")
+        raise UserError(
+            f"{asked} needs --cp-size {row.min_cp} or more, not {cp_size}; use --cp-backend native for one rank"
+        )
     if groups != heads and not row.gqa:
-        raise ValueError(f"--num-query-groups {groups} with --num-attention-heads {heads}: {asked} needs them equal")
+        raise UserError(f"--num-query-groups {groups} with --num-attention-heads {heads}: {asked} needs them equal")
     if dropout and device not in row.dropout:
         able = sorted({r.backend for r in SUPPORT if device in r.dropout})
         others = f"--cp-backend {' or '.join(able)} can" if able else f"none can on {device}"
-        raise ValueError(f"--attention-dropout {dropout}: {asked} cannot drop attention on {device}; {others}, or use 0")
+        raise UserError(f"--attention-dropout {dropout}: {asked} cannot drop attention on {device}; {others}, or use 0")
     if device == "cuda" and (head_dim % row.head_dim_multiple or head_dim > row.head_dim_max):
-        raise ValueError(f"--kv-channels {head_dim}: {asked} on CUDA takes multiples of {row.head_dim_multiple} up to {row.head_dim_max}")
+        raise UserError(
+            f"--kv-channels {head_dim}: {asked} on CUDA takes multiples of {row.head_dim_multiple} up to {row.head_dim_max}"
+        )
     return AttentionChoice(
         backend=backend,
         method=method,
@@ -283,19 +311,21 @@ def choose(
 def _a2a_size(row: Support, asked: str, cp_size: int, a2a_size: int | None, heads: int, groups: int) -> int:
     if row.method != "a2a+p2p":
         if a2a_size is not None:
-            raise ValueError(f"--cp-a2a-size {a2a_size} belongs to --cp-comm-type a2a+p2p, not to {asked}")
+            raise UserError(f"--cp-a2a-size {a2a_size} belongs to --cp-comm-type a2a+p2p, not to {asked}")
         a2a_size = cp_size if row.splits_heads else 1
     elif a2a_size is None:
-        raise ValueError(f"{asked} needs --cp-a2a-size, a divisor of --cp-size {cp_size}")
+        raise UserError(f"{asked} needs --cp-a2a-size, a divisor of --cp-size {cp_size}")
     if cp_size % a2a_size:
         legal = [a for a in range(1, cp_size + 1) if cp_size % a == 0]
-        raise ValueError(f"--cp-a2a-size {a2a_size} does not divide --cp-size {cp_size}; choose from {', '.join(map(str, legal))}")
+        raise UserError(
+            f"--cp-a2a-size {a2a_size} does not divide --cp-size {cp_size}; choose from {', '.join(map(str, legal))}"
+        )
     traded = {"query heads": heads, **({"key/value heads": groups} if row.splits_kv_heads else {})}
     for what, count in traded.items():
         if count % a2a_size:
             legal = [a for a in range(1, count + 1) if count % a == 0]
             flag = "--cp-a2a-size" if row.method == "a2a+p2p" else "--cp-size"
-            raise ValueError(
+            raise UserError(
                 f"{flag} {a2a_size} does not divide the {count} {what} that {asked} trades; choose from {', '.join(map(str, legal))}"
             )
     return a2a_size
@@ -305,10 +335,10 @@ def _heads_k_stride(row: Support, asked: str, stride: int | None, groups: int) -
     if stride is None:
         return 1
     if not row.stride:
-        raise ValueError(f"--heads-k-stride {stride} is not taken by {asked}")
+        raise UserError(f"--heads-k-stride {stride} is not taken by {asked}")
     if groups % stride:
         legal = [s for s in range(1, groups + 1) if groups % s == 0]
-        raise ValueError(
+        raise UserError(
             f"--heads-k-stride {stride} does not divide the {groups} key/value heads; choose from {', '.join(map(str, legal))}"
         )
     return stride
@@ -320,7 +350,11 @@ def cells(*, device: str, cp_size: int, heads: int, groups: int) -> Iterator[tup
         for qkv_format, layouts in row.layouts.items():
             for layout in layouts:
                 for dtype in row.dtypes.get(device, ()):
-                    sizes = [a for a in range(2, cp_size) if cp_size % a == 0] or [cp_size] if row.method == "a2a+p2p" else [None]
+                    sizes = (
+                        [a for a in range(2, cp_size) if cp_size % a == 0] or [cp_size]
+                        if row.method == "a2a+p2p"
+                        else [None]
+                    )
                     for a2a_size in sizes:
                         try:
                             choice = choose(

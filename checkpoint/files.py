@@ -21,7 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from data.cache import checksum, sync, write_synced
+from utils.errors import UserError
+from utils.files import checksum, sync, write_synced
 
 RUN_FILE = "run.json"
 SUMS_FILE = "checksums.json"
@@ -31,7 +32,7 @@ OLD_FOLDER = re.compile(r"\.(step_\d{7,})\.old")
 LEFT_OVER = re.compile(r"\.step_\d{7,}\.(part|gone)")
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(UserError):
     """A checkpoint's files are missing or not as they were written. An older one may serve."""
 
 
@@ -67,11 +68,11 @@ def find_checkpoint(load: Path) -> Path:
     """
     if (load / RUN_FILE).is_file() or STEP_FOLDER.fullmatch(load.name):
         if not load.is_dir():
-            raise ValueError(f"--load {load}: no such folder")
+            raise UserError(f"--load {load}: no such folder")
         return load
     found = checkpoints(load)
     if not found:
-        raise ValueError(f"--load {load}: no checkpoint there (neither {RUN_FILE} nor a step_* folder)")
+        raise UserError(f"--load {load}: no checkpoint there (neither {RUN_FILE} nor a step_* folder)")
     return found[-1]
 
 
@@ -122,7 +123,11 @@ def read_checksums(checkpoint: Path) -> dict[str, list]:
         DamagedCheckpoint: `checksums.json` is missing or damaged.
     """
     sums = read_json(checkpoint / SUMS_FILE)
-    if not isinstance(sums, dict) or RUN_FILE not in sums or not all(isinstance(v, list) and len(v) == 2 for v in sums.values()):
+    if (
+        not isinstance(sums, dict)
+        or RUN_FILE not in sums
+        or not all(isinstance(v, list) and len(v) == 2 for v in sums.values())
+    ):
         raise DamagedCheckpoint(f"{checkpoint / SUMS_FILE}: damaged")
     outside = [name for name in sums if name in ("", ".", "..") or "/" in name or "\0" in name]
     if outside:
@@ -150,7 +155,11 @@ def damage(checkpoint: Path, names: Iterable[str], sums: dict[str, list]) -> lis
 
 def unlisted(checkpoint: Path, sums: dict[str, list]) -> list[str]:
     """One line for each file in the folder that has no checksum."""
-    return [f"{checkpoint / name}: {SUMS_FILE} does not list it" for name in _names(checkpoint) if name not in {*sums, SUMS_FILE}]
+    return [
+        f"{checkpoint / name}: {SUMS_FILE} does not list it"
+        for name in _names(checkpoint)
+        if name not in {*sums, SUMS_FILE}
+    ]
 
 
 def _names(folder: Path) -> list[str]:
@@ -187,7 +196,9 @@ def hold(save: Path) -> IO[str] | None:
         except BlockingIOError as error:
             if time.monotonic() > until:
                 file.close()
-                raise ValueError(f"--save {save}: another run is writing checkpoints there; end it, or choose another --run-dir") from error
+                raise UserError(
+                    f"--save {save}: another run is writing checkpoints there; end it, or choose another --run-dir"
+                ) from error
             time.sleep(0.2)
         except OSError:
             file.close()
@@ -221,7 +232,9 @@ def publish(scratch: Path, place: Path, *, facts: dict[str, Any], sums: dict[str
     for name, (size, _) in sums.items():
         there = (scratch / name).stat().st_size
         if there != size:
-            raise OSError(f"{scratch / name}: {there} bytes on rank 0, its writer saw {size}; is the folder shared by all nodes?")
+            raise OSError(
+                f"{scratch / name}: {there} bytes on rank 0, its writer saw {size}; is the folder shared by all nodes?"
+            )
     unknown = [name for name in _names(scratch) if name not in sums]
     if unknown:
         raise OSError(f"{scratch / unknown[0]}: no rank says that it wrote this file")

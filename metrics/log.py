@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.cache import replace_synced
 from data.loader import Batch
+from metrics import timers as timers_module
+from metrics.tensorboard import Writer, as_floats
+from metrics.timers import Timers
 from model.config import GPTConfig
 from parallel.collectives import WaitClock
-from training import timers as timers_module
 from training.flops import training_flops
-from training.timers import Timers
-from training.writers import Writer, as_floats
+from utils.files import replace_synced
 
 EVERYTHING = sys.maxsize  # of a metrics file: another run may be writing it
 
@@ -40,7 +40,14 @@ def row_facts(batches: list[Batch]) -> Tensor:
     sums = [0.0] * len(ROW_FACTS)
     for batch in batches:
         lengths = batch.packed_seq.lengths
-        facts = (batch.loss_tokens, batch.real_tokens, (lengths**2).sum(), batch.packed_seq.row_length, batch.cp_balance, 1)
+        facts = (
+            batch.loss_tokens,
+            batch.real_tokens,
+            (lengths**2).sum(),
+            batch.packed_seq.row_length,
+            batch.cp_balance,
+            1,
+        )
         sums = [a + float(b) for a, b in zip(sums, facts, strict=True)]
     return torch.tensor(sums, dtype=torch.float64)
 
@@ -99,11 +106,21 @@ class MetricsLog:
         takes_nonfinite: bool = False,
     ) -> None:
         self.config, self.world_size, self.is_writer = config, world_size, is_writer
-        self.train_iters, self.log_interval, self.peak_tflops, self.cp_clock = train_iters, log_interval, peak_tflops, cp_clock
+        self.train_iters, self.log_interval, self.peak_tflops, self.cp_clock = (
+            train_iters,
+            log_interval,
+            peak_tflops,
+            cp_clock,
+        )
         self.pending: list[_Pending] = []
         self.last_time, self.memory = time.perf_counter(), 0
         self.file: TextIO | None = None
-        self.writers, self.timers, self.control_group, self.takes_nonfinite = writers, timers, control_group, takes_nonfinite
+        self.writers, self.timers, self.control_group, self.takes_nonfinite = (
+            writers,
+            timers,
+            control_group,
+            takes_nonfinite,
+        )
         self.show_bar = is_writer and sys.stdout.isatty()
         if is_writer and metrics_file is not None:
             self.file = open_metrics_file(metrics_file, keep_before)
@@ -146,7 +163,9 @@ class MetricsLog:
         cp_wait = self.cp_clock.read() if self.cp_clock is not None and (due or not loss.is_cuda) else None
         if self.timers is not None:
             self.timers.add("cp wait", cp_wait or 0.0)
-        self.pending.append(_Pending(step, loss, grad_norm, lr, facts, now - self.last_time, data_time, cp_wait, skipped_steps))
+        self.pending.append(
+            _Pending(step, loss, grad_norm, lr, facts, now - self.last_time, data_time, cp_wait, skipped_steps)
+        )
         self.last_time, self.memory = now, memory
         if due:
             self._write(memory)
@@ -245,9 +264,14 @@ class MetricsLog:
             self.file.write(json.dumps({"step": step, "timed_steps": steps, "timers": found}) + "\n")
             self.file.flush()
         for writer in self.writers:
-            writer.scalars({f"timers/{phase.replace(' ', '_')}_ms": 1000 * most / steps for phase, (_, most, _) in found.items()}, step)
+            writer.scalars(
+                {f"timers/{phase.replace(' ', '_')}_ms": 1000 * most / steps for phase, (_, most, _) in found.items()},
+                step,
+            )
 
-    def validation(self, step: int, loss: float, tokens: int, sources: Mapping[str, tuple[float, int]] | None = None) -> None:
+    def validation(
+        self, step: int, loss: float, tokens: int, sources: Mapping[str, tuple[float, int]] | None = None
+    ) -> None:
         """Report a validation after `step` steps.
 
         Args:
@@ -258,8 +282,13 @@ class MetricsLog:
             return
         sources = sources or {}
         start = "\r\033[K" if self.show_bar else ""
-        lines = [f"validation after step {step}: loss {loss:.5f}, perplexity {perplexity(loss):,.2f}, over {tokens:,} held-out tokens"]
-        lines += [f"  {name}: loss {own:.5f}, perplexity {perplexity(own):,.2f}, over {count:,}" for name, (own, count) in sources.items()]
+        lines = [
+            f"validation after step {step}: loss {loss:.5f}, perplexity {perplexity(loss):,.2f}, over {tokens:,} held-out tokens"
+        ]
+        lines += [
+            f"  {name}: loss {own:.5f}, perplexity {perplexity(own):,.2f}, over {count:,}"
+            for name, (own, count) in sources.items()
+        ]
         print(start + "\n".join(lines), flush=True)
         if self.file is not None:
             record: dict[str, Any] = {"step": step, "validation_loss": loss, "validation_tokens": tokens}
@@ -298,7 +327,9 @@ def open_metrics_file(path: Path, keep_before: int | None) -> TextIO:
         if before:
             place = put_by(path)
             path.rename(place)
-            print(f"there was no checkpoint to go on from: the records of an earlier start are now in {place}", flush=True)
+            print(
+                f"there was no checkpoint to go on from: the records of an earlier start are now in {place}", flush=True
+            )
         return path.open("a")
     kept: list[str] = []
     for line in before.splitlines():

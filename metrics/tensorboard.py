@@ -16,9 +16,9 @@ import torch
 
 from cp.layout import attention_pairs
 from data.loader import BlendedDataset, SequenceDataset, Sequences
+from metrics.banner import count_parameters
 from model.config import GPTConfig
 from parallel.grid import AXES
-from training.banner import count_parameters
 
 MOST_LENGTHS = 1_000_000  # in a histogram
 
@@ -90,8 +90,12 @@ class WandbWriter:
 
         self.wandb = wandb
         name = folder.resolve().name
-        number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]  # runs/a/seed-1 and runs/b/seed-1 are two
-        self.run = wandb.init(project=project, dir=str(folder), name=name, id=f"{name}-{number}", resume="allow", config=configuration)
+        number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[
+            :8
+        ]  # runs/a/seed-1 and runs/b/seed-1 are two
+        self.run = wandb.init(
+            project=project, dir=str(folder), name=name, id=f"{name}-{number}", resume="allow", config=configuration
+        )
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
@@ -114,7 +118,10 @@ class WandbWriter:
 
 def flags_as_text(flags: dict[str, Any]) -> str:
     """A Markdown table of the configuration."""
-    rows = [f"| --{name.replace('_', '-')} | {str(value).replace('|', chr(92) + '|')} |" for name, value in sorted(flags.items())]
+    rows = [
+        f"| --{name.replace('_', '-')} | {str(value).replace('|', chr(92) + '|')} |"
+        for name, value in sorted(flags.items())
+    ]
     return "\n".join(["| flag | value |", "|---|---|", *rows])
 
 
@@ -140,18 +147,24 @@ def balance_picture(pairs: np.ndarray, lengths: Sequence[int], layout: str) -> A
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(2, 1), layout="constrained")
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    left.barh([0] * len(lengths), lengths, left=starts, color=["#0072B2", "#56B4E9"] * (len(lengths) // 2 + 1), height=0.5)
+    left.barh(
+        [0] * len(lengths), lengths, left=starts, color=["#0072B2", "#56B4E9"] * (len(lengths) // 2 + 1), height=0.5
+    )
     left.set(title=f"documents of the first row ({len(lengths)})", xlabel="token", yticks=[])
     mean = pairs.mean()
     right.bar(np.arange(len(pairs)), pairs / mean, color="#E69F00")
     right.axhline(1.0, color="black", linewidth=0.8)
-    right.set(title=f"{layout}: most / mean work {pairs.max() / mean:.3f}", xlabel="cp rank", ylabel="attention work / mean")
+    right.set(
+        title=f"{layout}: most / mean work {pairs.max() / mean:.3f}", xlabel="cp rank", ylabel="attention work / mean"
+    )
     return figure
 
 
 def as_floats(values: dict[str, Any]) -> dict[str, float]:
     """What of a record is a number."""
-    return {k: float(v) for k, v in values.items() if isinstance(v, (int, float, torch.Tensor)) and not isinstance(v, bool)}
+    return {
+        k: float(v) for k, v in values.items() if isinstance(v, (int, float, torch.Tensor)) and not isinstance(v, bool)
+    }
 
 
 def configuration(args: Namespace, argv: Sequence[str], config: GPTConfig, *, world_size: int) -> dict[str, Any]:
@@ -170,7 +183,12 @@ def configuration(args: Namespace, argv: Sequence[str], config: GPTConfig, *, wo
 
 
 def open_writers(
-    tensorboard_dir: Path | None, wandb_project: str | None, *, run_dir: Path, settings: dict[str, Any], keep_before: int | None
+    tensorboard_dir: Path | None,
+    wandb_project: str | None,
+    *,
+    run_dir: Path,
+    settings: dict[str, Any],
+    keep_before: int | None,
 ) -> list[Writer]:
     """Those that the flags ask for, with the configuration written.
 

@@ -16,19 +16,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.cache import replace_synced
 from data.loader import Sequence, Sequences
+from metrics.log import NonFinite
 from parallel.fsdp import local_tensor
 from parallel.grid import Grid, coordinates_of
-from training.metrics import NonFinite
+from utils.errors import UserError
+from utils.files import replace_synced
 
 
 def bad_gradients(model: nn.Module) -> list[str]:
     """Parameters whose gradient on this rank holds something that is not finite."""
-    return [n for n, p in model.named_parameters() if p.grad is not None and not bool(local_tensor(p.grad).isfinite().all())]
+    return [
+        n for n, p in model.named_parameters() if p.grad is not None and not bool(local_tensor(p.grad).isfinite().all())
+    ]
 
 
-def save_step(place: Path, *, step: int, told: dict[str, Any], sequences: Sequences, numbers: range, facts: dict[str, Any]) -> None:
+def save_step(
+    place: Path, *, step: int, told: dict[str, Any], sequences: Sequences, numbers: range, facts: dict[str, Any]
+) -> None:
     """Write the sequences of a step and what is known of it; to be called on one rank.
 
     Args:
@@ -51,7 +56,9 @@ def save_step(place: Path, *, step: int, told: dict[str, Any], sequences: Sequen
         first_ids=np.array([r.first_id for r in rows]),
     )
     scratch.replace(place.with_suffix(".npz"))
-    replace_synced(place, json.dumps({"step": step, "sequences": [numbers.start, numbers.stop], **facts, **told}, indent=1) + "\n")
+    replace_synced(
+        place, json.dumps({"step": step, "sequences": [numbers.start, numbers.stop], **facts, **told}, indent=1) + "\n"
+    )
 
 
 def tell_ranks(model: nn.Module, cross_entropy: Tensor, grid: Grid) -> list[dict[str, Any]]:
@@ -80,14 +87,22 @@ class StoredSequences:
     def __init__(self, path: Path) -> None:
         try:
             with np.load(path, allow_pickle=False) as found:
-                arrays = {name: found[name] for name in ("tokens", "labels", "documents", "lengths", "padded_lengths", "first_ids")}
+                arrays = {
+                    name: found[name]
+                    for name in ("tokens", "labels", "documents", "lengths", "padded_lengths", "first_ids")
+                }
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: not the rows of a step ({' '.join(str(error).split())})") from error
+            raise UserError(f"{path}: not the rows of a step ({' '.join(str(error).split())})") from error
         ends = np.cumsum(arrays["documents"])
         self.rows = []
         for number, end in enumerate(ends):
             piece = slice(int(end - arrays["documents"][number]), int(end))
-            row = Sequence(arrays["tokens"][number], arrays["labels"][number], arrays["lengths"][piece], arrays["padded_lengths"][piece])
+            row = Sequence(
+                arrays["tokens"][number],
+                arrays["labels"][number],
+                arrays["lengths"][piece],
+                arrays["padded_lengths"][piece],
+            )
             row.first_id = int(arrays["first_ids"][number])
             self.rows.append(row)
         self.seq_length, self.sequences_per_epoch = arrays["tokens"].shape[1], len(self.rows)
@@ -135,7 +150,15 @@ class NonFiniteGuard:
         save_weights: Callable[[int], str] = lambda step: "",
         flush: Callable[[], None] = lambda: None,
     ) -> None:
-        self.skip, self.most, self.looks, self.model, self.grid, self.folder, self.save = skip, most, looks, model, grid, folder, save
+        self.skip, self.most, self.looks, self.model, self.grid, self.folder, self.save = (
+            skip,
+            most,
+            looks,
+            model,
+            grid,
+            folder,
+            save,
+        )
         self.control_group = control_group
         self.save_weights, self.flush, self.skipped, self.in_a_row = save_weights, flush, 0, 0
 
@@ -191,4 +214,6 @@ def in_words(ranks: ListLike[dict[str, Any]]) -> str:
     bad = [r for r in ranks if r["bad_gradients"]]
     if not bad:
         return "no single rank's part is"
-    return "gradients not finite on rank " + ", ".join(f"{r['rank']} ({r['host']}: {r['first_bad_gradients'][0]})" for r in bad[:8])
+    return "gradients not finite on rank " + ", ".join(
+        f"{r['rank']} ({r['host']}: {r['first_bad_gradients'][0]})" for r in bad[:8]
+    )

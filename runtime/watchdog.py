@@ -44,7 +44,12 @@ def place_of(frame: FrameType | None) -> tuple[str, bool]:
             communicates = True
             if not place and not code.co_name.startswith("_") and code.co_name not in ("wrapper", "decorate_context"):
                 call = code.co_name
-        elif not place and path.is_relative_to(ROOT) and "site-packages" not in path.parts and "threading" not in path.name:
+        elif (
+            not place
+            and path.is_relative_to(ROOT)
+            and "site-packages" not in path.parts
+            and "threading" not in path.name
+        ):
             place = f"{code.co_name}, {path.relative_to(ROOT)}:{frame.f_lineno}"
             communicates = communicates or path == COLLECTIVES
         frame = frame.f_back
@@ -154,14 +159,23 @@ class Watchdog:
         if isinstance(everyone, str):  # the store went with a rank that was faster
             return f"{text}; {everyone}"
         elsewhere = [r for r in range(self.world_size) if everyone[r] and not everyone[r]["waits"]]
-        behind = [r for r in range(self.world_size) if everyone[r] and everyone[r]["step"] < max(e.get("step", 0) for e in everyone)]
+        behind = [
+            r
+            for r in range(self.world_size)
+            if everyone[r] and everyone[r]["step"] < max(e.get("step", 0) for e in everyone)
+        ]
         if elsewhere or behind:
-            return f"{text}; it waits for {self._name(elsewhere or behind, everyone, '{doing}, step {step}, in {place}')}"
+            return (
+                f"{text}; it waits for {self._name(elsewhere or behind, everyone, '{doing}, step {step}, in {place}')}"
+            )
         others = [r for r in range(self.world_size) if r != self.rank]
         return f"{text}; all ranks wait: {self._name(others, everyone, 'in {place}')}"
 
     def _name(self, ranks: list[int], records: list[dict[str, Any]], words: str, limit: int = 8) -> str:
-        named = [f"rank {r} on {records[r]['host']} ({words.format(**records[r])})" if records[r] else f"rank {r}" for r in ranks[:limit]]
+        named = [
+            f"rank {r} on {records[r]['host']} ({words.format(**records[r])})" if records[r] else f"rank {r}"
+            for r in ranks[:limit]
+        ]
         return ", ".join(named) + (f" and {len(ranks) - limit} more" if len(ranks) > limit else "")
 
     def _quiet_first_rank(self) -> str:
@@ -172,8 +186,14 @@ class Watchdog:
             self._first = answer[0].get("told"), now
         if now - self._first[1] <= 60 * self.limit:
             return ""
-        what = answer if isinstance(answer, str) else f"lost {self._name([0], answer, 'in {place}')}: dead, stopped or cut off"
-        return f"nothing heard of rank 0 for {self.limit:g} minutes ({self.flags[self.is_settled]}): {self.doing}; {what}"
+        what = (
+            answer
+            if isinstance(answer, str)
+            else f"lost {self._name([0], answer, 'in {place}')}: dead, stopped or cut off"
+        )
+        return (
+            f"nothing heard of rank 0 for {self.limit:g} minutes ({self.flags[self.is_settled]}): {self.doing}; {what}"
+        )
 
     def _everyone(self, ranks: range | None = None) -> list[dict[str, Any]] | str:
         """What each rank (of `ranks`) last told; {} of one that never did. Or what is wrong with the store."""
@@ -182,7 +202,9 @@ class Watchdog:
 
         def ask() -> None:
             try:
-                answers.append([json.loads(self.store.get(str(r))) if self.store.check([str(r)]) else {} for r in ranks])
+                answers.append(
+                    [json.loads(self.store.get(str(r))) if self.store.check([str(r)]) else {} for r in ranks]
+                )
             except RuntimeError as error:
                 answers.append(f"lost the store of the run, on the first node ({' '.join(str(error).split())[:120]})")
 
@@ -190,13 +212,22 @@ class Watchdog:
         asking.start()
         asking.join(ANSWER_SECONDS)
         return (
-            answers[0] if answers else f"lost the store of the run, on the first node (no answer for {ANSWER_SECONDS:g} s: down or cut off)"
+            answers[0]
+            if answers
+            else f"lost the store of the run, on the first node (no answer for {ANSWER_SECONDS:g} s: down or cut off)"
         )
 
     def _publish(self) -> None:
         place, waits = place_of(sys._current_frames().get(self.main))
         self.told += 1
-        facts = {"told": self.told, "step": self.step, "doing": self.doing, "place": place, "waits": waits, "host": platform.node()}
+        facts = {
+            "told": self.told,
+            "step": self.step,
+            "doing": self.doing,
+            "place": place,
+            "waits": waits,
+            "host": platform.node(),
+        }
         self.store.set(str(self.rank), json.dumps(facts))
 
     def _tell(self) -> None:

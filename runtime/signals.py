@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from training.early import HELD_BACK
+from runtime.early import HELD_BACK
 
 # In order of precedence. What is asked of any rank is asked of all.
 REASONS = ("", "--exit-interval", "--exit-duration-in-mins", "the stop file", "SIGUSR1", "SIGHUP", "SIGTERM", "Ctrl-C")

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from utils.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -43,11 +45,13 @@ def read_launch() -> Launch:
     if "RANK" not in os.environ:
         copies = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
         if copies > 1 and "SLURM_PROCID" in os.environ:
-            raise ValueError(f"srun started {copies} copies without torchrun, each alone: start torchrun, as launch/slurm.sbatch does")
+            raise UserError(
+                f"srun started {copies} copies without torchrun, each alone: start torchrun, as launch/slurm.sbatch does"
+            )
         return Launch()
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise ValueError(f"the environment has RANK but not {', '.join(missing)}: start with torchrun, or unset RANK")
+        raise UserError(f"the environment has RANK but not {', '.join(missing)}: start with torchrun, or unset RANK")
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     return Launch(**{name.lower(): int(os.environ[name]) for name in names[:4]}, under_torchrun=True, restarts=restarts)
 
@@ -103,7 +107,7 @@ def initialise_distributed(launch: Launch, device_type: str, *, timeout: timedel
 
 
 def collective_timeout(args: Namespace) -> timedelta:
-    """Of the process groups themselves: later than the watchdog, which can say more (training/watchdog.py)."""
+    """Of the process groups themselves: later than the watchdog, which can say more (runtime/watchdog.py)."""
     return timedelta(minutes=1 + 1.5 * max(args.distributed_timeout_minutes, args.distributed_startup_timeout_minutes))
 
 
@@ -118,7 +122,9 @@ def on_rank_zero_first(build: Callable[[], T]) -> T:
     Raises:
         ValueError: on every rank, with rank 0's words, if it raised one there.
     """
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))  # tokenizing a corpus is no collective that hangs
+    patient = dist.new_group(
+        backend="gloo", timeout=timedelta(days=365)
+    )  # tokenizing a corpus is no collective that hangs
     failure: list[str | None] = [None]
     result = None
     if dist.get_rank() == 0:
@@ -129,7 +135,7 @@ def on_rank_zero_first(build: Callable[[], T]) -> T:
     dist.broadcast_object_list(failure, src=0, group=patient)
     dist.destroy_process_group(patient)
     if failure[0] is not None:
-        raise ValueError(failure[0])
+        raise UserError(failure[0])
     return result if result is not None else build()
 
 
@@ -155,7 +161,7 @@ def check_ranks_agree(facts: dict[str, Any], what: str) -> None:
     first, other = everyones[0], everyones[ranks[0]]
     differing = [name for name in {**first, **other} if first.get(name) != other.get(name)]
     name = differing[0]
-    raise ValueError(
+    raise UserError(
         f"{what} differ between ranks: {', '.join(differing)} ({name} is {first.get(name)} on rank 0 but {other.get(name)} on rank "
         f"{ranks[0]}); ranks that differ from rank 0: {', '.join(map(str, ranks[:16]))}{' ...' if len(ranks) > 16 else ''}"
     )
@@ -176,7 +182,7 @@ def on_one_rank(action: Callable[[], T]) -> T | None:
             failure = [str(error)]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
-        raise ValueError(failure[0])
+        raise UserError(failure[0])
     return result
 
 

@@ -27,6 +27,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from utils.errors import UserError
+
 T = TypeVar("T")
 
 METADATA = "torch.distributed.checkpoint.metadata"
@@ -34,16 +36,25 @@ RECORDS = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     *(
         (METADATA, n)
-        for n in ("ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata")
+        for n in (
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+        )
     ),
 }
 DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 LAYOUTS = {str(value): value for value in (torch.strided, torch.sparse_coo)}
-PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")}  # _local: Python 3.13
+PATHS = {
+    (module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")
+}  # _local: Python 3.13
 DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
 
 
-class UnsafeCheckpoint(ValueError):
+class UnsafeCheckpoint(UserError):
     """A checkpoint that asks for what no checkpoint of ours needs."""
 
 
@@ -74,7 +85,9 @@ class _IndexUnpickler(pickle.Unpickler):
             return lambda layout: LAYOUTS[layout]
         if (module, name) == (METADATA, "_MEM_FORMAT_ENCODING"):
             return lambda number: _MEM_FORMAT_ENCODING(number)
-        raise UnsafeCheckpoint(f"its index asks for {module}.{name}, which no checkpoint needs: it may run code, so it is not loaded")
+        raise UnsafeCheckpoint(
+            f"its index asks for {module}.{name}, which no checkpoint needs: it may run code, so it is not loaded"
+        )
 
 
 def _fields(record: Any, kind: type) -> dict[str, Any]:
@@ -96,14 +109,22 @@ def _properties(record: Any) -> TensorProperties:
     made = TensorProperties.__new__(TensorProperties)
     encoding = _checked(memory_format, _MEM_FORMAT_ENCODING)
     made.__setstate__(
-        (_checked(dtype, torch.dtype), _checked(layout, torch.layout), _checked(requires_grad, bool), encoding, _checked(pin_memory, bool))
+        (
+            _checked(dtype, torch.dtype),
+            _checked(layout, torch.layout),
+            _checked(requires_grad, bool),
+            encoding,
+            _checked(pin_memory, bool),
+        )
     )
     return made
 
 
 def _chunk(record: Any) -> ChunkStorageMetadata:
     fields = _fields(record, ChunkStorageMetadata)
-    return ChunkStorageMetadata(offsets=_checked(fields["offsets"], torch.Size), sizes=_checked(fields["sizes"], torch.Size))
+    return ChunkStorageMetadata(
+        offsets=_checked(fields["offsets"], torch.Size), sizes=_checked(fields["sizes"], torch.Size)
+    )
 
 
 def _tensor(name: str, record: Any) -> TensorStorageMetadata:
@@ -171,7 +192,16 @@ def read_index(place: Path) -> Metadata:
         return metadata
     except UnsafeCheckpoint as error:
         raise UnsafeCheckpoint(f"{place}: {error}") from error
-    except (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UnsafeCheckpoint(f"{place}: not the index of a checkpoint ({type(error).__name__})") from error
 
 

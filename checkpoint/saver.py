@@ -1,6 +1,6 @@
 """A run's weights and optimiser state in checkpoints of torch.distributed.checkpoint, by canonical parameter name.
 
-Saved under any layout, loaded under any other. `training/checkpoint_files.py` says what lies in the folder.
+Saved under any layout, loaded under any other. `checkpoint/files.py` says what lies in the folder.
 """
 
 from __future__ import annotations
@@ -21,13 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from model.gpt import GPT
-from model.init import local_rows
-from model.names import tp_dim
-from parallel.collectives import sum_over
-from parallel.fsdp import local_tensor, sharded_parameters
-from parallel.grid import Grid, device_mesh
-from training.checkpoint_files import (
+from checkpoint.files import (
     DamagedCheckpoint,
     checksums,
     clear_left_overs,
@@ -41,7 +35,14 @@ from training.checkpoint_files import (
     sync,
     unlisted,
 )
-from training.safe_reader import SafeReader
+from checkpoint.reader import SafeReader
+from model.gpt import GPT
+from model.init import local_rows
+from model.names import tp_dim
+from parallel.collectives import sum_over
+from parallel.fsdp import local_tensor, sharded_parameters
+from parallel.grid import Grid, device_mesh
+from utils.errors import UserError
 
 
 def _ensure_optimizer_state(optimizer: torch.optim.AdamW) -> None:
@@ -94,7 +95,10 @@ def whole_tensors(parts: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
         if dim is not None:
             shape[dim] *= grid.size("tp")
             offset = grid.rank("tp") * x.shape[dim]
-            place[dim] = slice((place[dim].start or 0) + offset, (x.shape[dim] if place[dim].stop is None else place[dim].stop) + offset)
+            place[dim] = slice(
+                (place[dim].start or 0) + offset,
+                (x.shape[dim] if place[dim].stop is None else place[dim].stop) + offset,
+            )
         full = local.new_zeros(shape)
         full[tuple(place)] = local
         if isinstance(x, DTensor):
@@ -128,14 +132,18 @@ def _parts(model: nn.Module, optimizer: torch.optim.AdamW | None) -> dict[str, d
     if optimizer is not None:
         scales = {n: x for m in model.modules() if isinstance(m, GPT) for n, x in m.precision.state(m).items()}
         if scales:
-            parts["fp8"] = {name: _Part(name, x, ()) for name, x in scales.items()}  # the same on every rank that has them
+            parts["fp8"] = {
+                name: _Part(name, x, ()) for name, x in scales.items()
+            }  # the same on every rank that has them
     return parts
 
 
 def _state(parts: Mapping[str, Mapping[str, _Part]], grid: Grid, mesh: DeviceMesh) -> dict[str, Any]:
     """Everything that is saved, or loaded in place, by canonical name. A tied weight's copies are equal, so either may be written."""
     whole = {
-        key: {name: whole_tensor(name, p.local, p.shape, grid, mesh) if p.shape else p.local for name, p in named.items()}
+        key: {
+            name: whole_tensor(name, p.local, p.shape, grid, mesh) if p.shape else p.local for name, p in named.items()
+        }
         for key, named in parts.items()
     }
     state: dict[str, Any] = {"model": whole.pop("weight")}
@@ -194,7 +202,9 @@ class Saver:
     ) -> None:
         self.save_dir, self.model, self.optimizer, self.grid, self.group = save, model, optimizer, grid, group
         self.keep, self.asynchronous, self.tell = keep, asynchronous, tell
-        self._copies: dict[tuple[str, str], Tensor] = {}  # kept: new (pinned) memory at every save would cost more than the copy
+        self._copies: dict[
+            tuple[str, str], Tensor
+        ] = {}  # kept: new (pinned) memory at every save would cost more than the copy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -325,11 +335,18 @@ def _own_damage(checkpoint: Path) -> list[str]:
     except ValueError as error:
         return [str(error)]
     rank = dist.get_rank()
-    return damage(checkpoint, sorted(sums)[rank :: dist.get_world_size()], sums) + (unlisted(checkpoint, sums) if rank == 0 else [])
+    return damage(checkpoint, sorted(sums)[rank :: dist.get_world_size()], sums) + (
+        unlisted(checkpoint, sums) if rank == 0 else []
+    )
 
 
 def load_checkpoint(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.AdamW | None, grid: Grid, *, group: dist.ProcessGroup | None = None
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW | None,
+    grid: Grid,
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> int:
     """Load weights and optimiser state in place, each rank its shard, from any layout. Collective. Returns the step.
 
@@ -344,7 +361,9 @@ def load_checkpoint(
         ValueError: it lacks a tensor of this model, or holds it in another shape.
     """
     state = trained_state(model, optimizer, grid)
-    if "fp8" in state:  # layers that the writer had in bf16 start with fresh scales; the banner says that the flag changed
+    if (
+        "fp8" in state
+    ):  # layers that the writer had in bf16 start with fresh scales; the banner says that the flag changed
         stored = stored_names(checkpoint)
         state["fp8"] = {name: scale for name, scale in state["fp8"].items() if f"fp8.{name}" in stored}
         if not state["fp8"]:
@@ -364,7 +383,7 @@ def load_checkpoint(
         raise DamagedCheckpoint(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from failure
     if failure is not None:
         rank, cause = _first_cause(failure)
-        raise ValueError(f"cannot load {checkpoint}: rank {rank}: {reader.refused or cause}") from failure
+        raise UserError(f"cannot load {checkpoint}: rank {rank}: {reader.refused or cause}") from failure
     if optimizer is not None:
         # What has a parameter's shape was filled in place; scalars come back as new objects.
         for name, parameter in sharded_parameters(model).items():

@@ -249,9 +249,13 @@ class _PlannedTEMLP(torch.autograd.Function):
     """What Transformer Engine's LayerNormMLP saves, and holds at the same time (2.20.2, module/layernorm_mlp.py)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Tensor, joined: Tensor, gate: Tensor, up: Tensor, fc2: Tensor, spread: int) -> Tensor:  # type: ignore[override]
+    def forward(
+        ctx: Any, x: Tensor, norm: Tensor, joined: Tensor, gate: Tensor, up: Tensor, fc2: Tensor, spread: int
+    ) -> Tensor:  # type: ignore[override]
         ln_out, rsigma = x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)
-        whole = x.new_empty(len(x) * spread, x.shape[1]) if spread > 1 else ln_out  # sequence parallelism gathers the tokens
+        whole = (
+            x.new_empty(len(x) * spread, x.shape[1]) if spread > 1 else ln_out
+        )  # sequence parallelism gathers the tokens
         fc1_out = x.new_empty(len(whole), len(joined))
         act_out = x.new_empty(len(whole), len(joined) // 2)
         out = x.new_empty(len(whole), x.shape[1])
@@ -323,7 +327,9 @@ class _Unit:
         if not sim.sharded or self.gathered:
             return
         with sim.ledger.for_("gathered weights"):
-            sim.last_gather = torch.empty(self.numel, dtype=sim.compute, device=META)  # the message, kept until the next one
+            sim.last_gather = torch.empty(
+                self.numel, dtype=sim.compute, device=META
+            )  # the message, kept until the next one
             self.gathered = [torch.empty(p.shape, dtype=sim.compute, device=META) for p in self.parameters]
 
     def free(self) -> None:
@@ -363,7 +369,9 @@ class _Unit:
 class _Simulation:
     """One step of one pipeline rank on the meta device."""
 
-    def __init__(self, args: Namespace, config: GPTConfig, layers: list[range], stage: int, in_flight: list[int]) -> None:
+    def __init__(
+        self, args: Namespace, config: GPTConfig, layers: list[range], stage: int, in_flight: list[int]
+    ) -> None:
         self.args, self.config, self.in_flight = args, config, in_flight
         self.ledger, self.fsdp = Ledger(), args.dp_shard_size * args.cp_size
         self.compute, self.stored = DTYPES[args.dtype], torch.float64 if args.dtype == "fp64" else torch.float32
@@ -373,11 +381,16 @@ class _Simulation:
         self.last_gather: Tensor | None = None
         self.last_message: Tensor | None = None
         self.is_last = True
-        self.microbatches = args.global_batch_size // (args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size)
+        self.microbatches = args.global_batch_size // (
+            args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size
+        )
         self.sent: list[Tensor] = []
         self.arrived: dict[GPT, Tensor] = {}
         self.grads: dict[GPT, Tensor] = {}
-        self.is_split, self.lag = args.pp_size > 1 and args.pp_schedule == "zero_bubble", stage  # how many weights' passes lie behind
+        self.is_split, self.lag = (
+            args.pp_size > 1 and args.pp_schedule == "zero_bubble",
+            stage,
+        )  # how many weights' passes lie behind
         self.later: deque[tuple[GPT, Tensor, list[Any] | None]] = deque()
         attention = PlannedAttention(self.ledger, args.cp_size, _gathered_shards(args))
         self.tokens = args.micro_batch_size * args.seq_length // args.cp_size
@@ -434,7 +447,9 @@ class _Simulation:
                     self.arrived[chunk] = torch.empty(microbatches, *hidden, dtype=self.compute, device=META)
                 if not chunk.is_last:
                     self.grads[chunk] = torch.empty(microbatches, *hidden, dtype=self.compute, device=META)
-            if len(self.chunks) > 1:  # and what these schedules sent they keep until the step's end, of microbatches long finished too
+            if (
+                len(self.chunks) > 1
+            ):  # and what these schedules sent they keep until the step's end, of microbatches long finished too
                 finished = [self._turn(k) for k in range(microbatches * len(self.chunks) - sum(self.in_flight))]
                 outputs = sum(not self.chunks[-1 - n].is_last for n in finished)
                 grads = sum(not self.chunks[-1 - n].is_first for n in finished)
@@ -444,7 +459,11 @@ class _Simulation:
             for last in (False, True) if microbatches > max(self.in_flight) else (True,):
                 self.is_last = last
                 self.sent.clear()
-                started = [self._forward(chunk, rows[0]) for n, chunk in zip(self.in_flight, self.chunks, strict=True) for _ in range(n)]
+                started = [
+                    self._forward(chunk, rows[0])
+                    for n, chunk in zip(self.in_flight, self.chunks, strict=True)
+                    for _ in range(n)
+                ]
                 while started:
                     self._backward(*started.pop(0))
                 while self.later:
@@ -458,7 +477,9 @@ class _Simulation:
 
     def _row(self) -> tuple[Tensor, Tensor, PackedSeq]:
         length = self.args.micro_batch_size * self.args.seq_length
-        packed_seq, _ = build_packed_seq(np.array([length]), np.array([length]), cp_size=self.args.cp_size, layout="zigzag")
+        packed_seq, _ = build_packed_seq(
+            np.array([length]), np.array([length]), cp_size=self.args.cp_size, layout="zigzag"
+        )
         tokens = torch.empty(self.tokens, dtype=torch.int64, device=META)
         return tokens, tokens, packed_seq.move(lambda x: x.to(META))
 
@@ -524,7 +545,9 @@ class _Simulation:
             if node not in only_weights:
                 below = [visit(n) for n, _ in node.next_functions if n is not None]
                 variable = getattr(node, "variable", None)
-                only_weights[node] = bool(below) and all(below) if variable is None else isinstance(variable, nn.Parameter)
+                only_weights[node] = (
+                    bool(below) and all(below) if variable is None else isinstance(variable, nn.Parameter)
+                )
                 if any(below) and not only_weights[node]:
                     node.register_prehook(kept.append)
             return only_weights[node]
@@ -552,7 +575,9 @@ def _in_flight(args: Namespace, stage: int, microbatches: int) -> list[int]:
     return [sum(number // row % chunks == chunk for number in range(held)) for chunk in range(chunks)]
 
 
-def _simulated(args: Namespace, config: GPTConfig, stage: int, layers: list[int], in_flight: list[int]) -> tuple[dict[str, int], int]:
+def _simulated(
+    args: Namespace, config: GPTConfig, stage: int, layers: list[int], in_flight: list[int]
+) -> tuple[dict[str, int], int]:
     """Parts of the peak and the parameters of a rank whose chunks have so many layers."""
     v = len(layers)
     total = args.pp_size * v
@@ -576,7 +601,12 @@ def _simulated(args: Namespace, config: GPTConfig, stage: int, layers: list[int]
 
 def stage_parameters(args: Namespace, config: GPTConfig, stage: int) -> int:
     """Parameters of a rank's chunks and tp part, before FSDP cuts them."""
-    stages = split_layers(config.num_layers, args.pp_size * args.virtual_stages, first=args.first_stage_layers, last=args.last_stage_layers)
+    stages = split_layers(
+        config.num_layers,
+        args.pp_size * args.virtual_stages,
+        first=args.first_stage_layers,
+        last=args.last_stage_layers,
+    )
     own = stages[stage :: args.pp_size]
     h, d, tp = config.hidden_size, config.kv_channels if config.qk_norm else 0, args.tp_size
     layer = h * (config.qkv_size + config.query_size + 3 * config.ffn_hidden_size) // tp + 2 * h + 2 * d
@@ -599,7 +629,9 @@ def rank_memory(args: Namespace, config: GPTConfig, stage: int = 0) -> Memory:
         stage: pp rank.
     """
     chunks = args.virtual_stages
-    stages = split_layers(config.num_layers, args.pp_size * chunks, first=args.first_stage_layers, last=args.last_stage_layers)
+    stages = split_layers(
+        config.num_layers, args.pp_size * chunks, first=args.first_stage_layers, last=args.last_stage_layers
+    )
     counts = [len(part) for part in stages[stage :: args.pp_size]]
     microbatches = args.global_batch_size // (args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size)
     in_flight = _in_flight(args, stage, microbatches)

@@ -34,7 +34,9 @@ class CachedAttention:
         """Begin a document of at most so many tokens."""
         self.length, self.most, self._calls, self._kept = 0, most, 0, []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup, **options: Any) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup, **options: Any
+    ) -> Tensor:
         """q [t, hq, d]; k, v [t, g, d] of the next t tokens -> [t, hq, d]."""
         layer = self._calls % self.num_layers
         if layer == len(self._kept):

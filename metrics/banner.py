@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.resume import Started
 from data.loader import BlendedDataset, SequenceDataset, Sequences
 from data.packing import ConcatEpoch
 from model.config import GPTConfig
 from parallel.grid import Grid
-from training.resume import Started
 
 
 def count_parameters(config: GPTConfig) -> int:
@@ -53,13 +53,19 @@ def describe_epochs(sequences: Sequences, n: int) -> str:
     each = [f"{count / s.sequences_per_epoch:.4g}" for s, count in zip(sources, counts, strict=True)]
     if len(each) == 1:
         return f"{each[0]} epochs"
-    return ", ".join(f"{part} epochs of {place['name']}" for part, place in zip(each, sequences.state(n)["sources"], strict=True))
+    return ", ".join(
+        f"{part} epochs of {place['name']}" for part, place in zip(each, sequences.state(n)["sources"], strict=True)
+    )
 
 
 def _describe_start(started: Started) -> str:
     if started.checkpoint is None:
         return "fresh"
-    return f"step {started.first_step}, from {started.checkpoint}" if started.goes_on else f"step 0, weights from {started.checkpoint}"
+    return (
+        f"step {started.first_step}, from {started.checkpoint}"
+        if started.goes_on
+        else f"step 0, weights from {started.checkpoint}"
+    )
 
 
 def _numbered(name: str, lines: list[str]) -> dict[str, str]:
@@ -80,12 +86,18 @@ def print_banner(
     paths: dict[str, Path | None],
 ) -> None:
     """Versions, grid, what every `auto` became, model, data, and where things are written."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads a rank"
+    )
     microbatches = args.global_batch_size // (args.micro_batch_size * grid.size("batch"))
     step_tokens = args.global_batch_size * args.seq_length
     lines = {
         "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
-        "device": f"{name}; peak {peak_tflops} TFLOP/s" if peak_tflops else f"{name}; no known peak, so no MFU (--peak-tflops)",
+        "device": f"{name}; peak {peak_tflops} TFLOP/s"
+        if peak_tflops
+        else f"{name}; no known peak, so no MFU (--peak-tflops)",
         "grid": f"{grid.describe()} = {grid.sizes.world_size} ranks",
         "chosen": "; ".join(chosen) or "nothing was left to choose",
         "attention": f"{args.attention.backend} {args.attention.method}, {args.qkv_format}, layout {args.cp_layout}, "

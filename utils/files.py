@@ -18,8 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from utils.errors import UserError
+
 WORDS_PER_PAGE = 512  # of 8 bytes
-WAIT_SECONDS = 900.0  # for another process that builds the same; then it is built here too, which costs time and memory only
+WAIT_SECONDS = (
+    900.0  # for another process that builds the same; then it is built here too, which costs time and memory only
+)
 LEFT_AFTER = 86400.0  # seconds in which nothing was written to an unfinished folder, whose builder is then dead
 
 
@@ -99,7 +103,7 @@ def _first_in_line(path: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-class CacheNotWritable(ValueError):
+class CacheNotWritable(UserError):
     """What a cache lacks cannot be put there."""
 
 
@@ -114,7 +118,9 @@ def cache_entry(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, EOFError) as error:
         why = " ".join(str(error).split())
-        raise ValueError(f"--data-cache-path: {folder} is broken ({why}); remove that folder, and it is built anew") from error
+        raise UserError(
+            f"--data-cache-path: {folder} is broken ({why}); remove that folder, and it is built anew"
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

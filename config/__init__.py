@@ -1,0 +1,1 @@
+"""Flags: their groups, how they are parsed, what is refused."""

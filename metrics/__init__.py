@@ -1,0 +1,1 @@
+"""What a run reports: log, TensorBoard, timers, banner, profiler."""

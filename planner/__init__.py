@@ -1,0 +1,1 @@
+"""Memory, FLOPs and bytes of a step, before a run starts."""

@@ -1,0 +1,1 @@
+"""Files and errors, for every room."""
