@@ -33,8 +33,10 @@ from checkpoint.saver import Saver
 from config.arguments import model_config, parse_arguments, parse_profile_steps, parse_skips, parse_split, resolve
 from cp.attention import build_attention
 from cp.support import smallest_alignment
-from data.build import build_sequences, train_tokenizer
-from data.loader import BatchPlan, BlendedDataset, Sequences, build_loader, data_faults, read_batches
+from data.batch import BatchPlan
+from data.build import build_dataset, train_tokenizer
+from data.dataset import BlendedDataset, PackingOptions, SampleDataset
+from data.loader import build_loader, read_batches, translate_worker_death
 from data.sources import Part, find_tokenizer, open_parts
 from data.tokenizer import Tokenizer
 from metrics.banner import describe_epochs, print_banner
@@ -93,28 +95,33 @@ def build_tokenizer(args: Namespace) -> tuple[Tokenizer, list[Part], list[Part]]
     return tokenizer, parts, others
 
 
-def build_data(args: Namespace) -> tuple[Tokenizer, Sequences, Sequences | None]:
+def build_data(args: Namespace) -> tuple[Tokenizer, SampleDataset, SampleDataset | None]:
     """Tokenizer, training and validation sequences; run on rank 0 first, which fills the cache."""
-    cache, split = Path(args.data_cache_path), parse_split(args.data_split)
+    split = parse_split(args.data_split)
     tokenizer, parts, others = build_tokenizer(args)
     if args.check_data and dist.get_rank() == 0:
         for part in (*parts, *others):
             part.check()
-    options = dict(
+    packing = PackingOptions(
         seq_length=args.seq_length,
-        packing=args.packing,
-        window=args.packing_window,
-        alignment=args.document_alignment if args.qkv_format == "thd" else 1,
-        one_document=args.qkv_format == "bshd",
+        method=args.packing,
         seed=args.seed,
-        cache_path=cache,
+        alignment=args.document_alignment if args.qkv_format == "thd" else 1,
+        window=args.packing_window,
+        one_document=args.qkv_format == "bshd",
     )
-    train = build_sequences(parts, tokenizer, split=split, which=0, flag="--data-path", **options)
+
+    def build(sources: list[Part], weights: tuple[float, ...], which: int, flag: str) -> SampleDataset:
+        return build_dataset(
+            sources, tokenizer, packing, split=weights, which=which, flag=flag, cache_path=Path(args.data_cache_path)
+        )
+
+    train = build(parts, split, 0, "--data-path")
     valid = None
     if args.eval_interval and others:
-        valid = build_sequences(others, tokenizer, split=(1.0, 0.0, 0.0), which=0, flag="--valid-data-path", **options)
+        valid = build(others, (1.0, 0.0, 0.0), 0, "--valid-data-path")
     elif args.eval_interval:
-        valid = build_sequences(parts, tokenizer, split=split, which=1, flag="--data-path", **options)
+        valid = build(parts, split, 1, "--data-path")
     return tokenizer, train, valid
 
 
@@ -269,17 +276,13 @@ def main(argv: list[str], outcome: Outcome) -> None:
         data_facts: dict = {"tokenizer": tokenizer.fingerprint, "training documents": train_sequences.fingerprint()}
         data_facts["validation documents"] = valid_sequences.fingerprint() if valid_sequences else None
         check_ranks_agree(data_facts, "data")
-    batch_plan = BatchPlan(
+    batch_plan = BatchPlan.from_grid(
+        grid,
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,
-        batch_size=grid.size("batch"),
-        batch_rank=grid.rank("batch"),
-        cp_size=grid.size("cp"),
-        cp_rank=grid.rank("cp"),
         qkv_format=args.qkv_format,
         layout=args.cp_layout,
         pad_rows=args.pad_rows,
-        row_unit=math.lcm(2 * args.cp_size, args.cp_size * args.tp_size),
     )
 
     # ------------------------------------------------------------------------------------------------
@@ -313,7 +316,7 @@ def main(argv: list[str], outcome: Outcome) -> None:
         with one_line_refusals():
             started = load_start(start, facts, model, optimizer, grid, save=save_dir, group=checkpoint_group)
             if started.goes_on:
-                train_sequences.go_on(started.data)
+                train_sequences.load_state_dict(started.data)
     first_step = outcome.step = started.first_step
     saver = Saver(
         save_dir,
@@ -429,14 +432,14 @@ def main(argv: list[str], outcome: Outcome) -> None:
         if valid_sequences is None:
             return
 
-        def loss_over(sequences: Sequences) -> tuple[float, int]:
+        def loss_over(sequences: SampleDataset) -> tuple[float, int]:
             batches = build_loader(
                 sequences,
                 batch_plan,
-                steps=range(min(args.eval_iters, -(-sequences.sequences_per_epoch // args.global_batch_size))),
+                steps=range(min(args.eval_iters, -(-sequences.samples_per_epoch // args.global_batch_size))),
                 num_workers=0,
                 pin_memory=False,
-                limit=sequences.sequences_per_epoch,
+                limit=sequences.samples_per_epoch,
             )
             return evaluate(model, watchdog.each(batches, "validation"), grid, device)
 
@@ -473,7 +476,7 @@ def main(argv: list[str], outcome: Outcome) -> None:
     def save(step: int) -> None:
         watchdog.moved("a checkpoint", step)
         with one_line_refusals(OSError, exit_code=1), timers("save"):
-            saver.save(step, facts | {"data": train_sequences.state(step * args.global_batch_size)})
+            saver.save(step, facts | {"data": train_sequences.state_dict(step * args.global_batch_size)})
 
     # ------------------------------------------------------------------------------------------------
     # The loop
@@ -637,7 +640,7 @@ def one_line_refusals(kind: type[Exception] = UserError, *, exit_code: int = 2) 
 def run(argv: list[str]) -> None:
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     sys.stdout = OutlivesItsReader(sys.stdout)  # type: ignore[assignment]
-    with Outcome(rank=rank, local_rank=local_rank) as outcome, data_faults():
+    with Outcome(rank=rank, local_rank=local_rank) as outcome, translate_worker_death():
         main(argv, outcome)
 
 

@@ -29,9 +29,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data.batch import BatchPlan  # noqa: E402
 from data.corpus import Source  # noqa: E402
+from data.dataset import PackedDataset, PackingOptions  # noqa: E402
 from data.indexed_dataset import IndexedDataset, index_file, write_indexed_dataset  # noqa: E402
-from data.loader import BatchPlan, RowDataset, SequenceDataset  # noqa: E402
+from data.loader import MicrobatchDataset  # noqa: E402
 from data.packing import cut_documents, pack_epoch  # noqa: E402
 from data.sources import train_on  # noqa: E402
 
@@ -107,12 +109,9 @@ def loader(args: argparse.Namespace) -> dict[str, Any]:
 def loading(args: argparse.Namespace, prefix: Path, tokens: IndexedDataset, seq_length: int) -> dict[str, Any]:
     """`loader` at one length."""
     count = min(len(tokens.tokens), args.tokens) // seq_length
-    sequences = SequenceDataset(
-        tokens, np.arange(len(tokens)), seq_length=seq_length, packing="best-fit", alignment=2, seed=1, pad_token=0,
-        cache_path=Path(args.work) / "cache", vocab_size=VOCAB_SIZE,
-    )  # fmt: skip
+    sequences = PackedDataset(tokens, np.arange(len(tokens)), PackingOptions(seq_length=seq_length, method='best-fit', seed=1, alignment=2), pad_token=0, cache_path=Path(args.work) / 'cache', vocab_size=VOCAB_SIZE)  # fmt: skip
     place = dict(micro_batch_size=1, batch_size=1, batch_rank=0, cp_size=1, cp_rank=0)
-    rows = RowDataset(sequences, BatchPlan(global_batch_size=1, qkv_format="thd", layout="zigzag", **place))
+    rows = MicrobatchDataset(sequences, BatchPlan(global_batch_size=1, qkv_format="thd", layout="zigzag", **place))
     order = (np.random.default_rng(1).permutation(count) * seq_length).tolist()
 
     def timed(read: Callable[[int], Any]) -> float:
@@ -257,7 +256,7 @@ MEMORY = """
 import json, sys, time, numpy as np
 from pathlib import Path
 from data.indexed_dataset import IndexedDataset
-from data.loader import SequenceDataset
+from data.dataset import PackedDataset, PackingOptions
 def anonymous():
     return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) / 1024
 before = anonymous()
@@ -266,9 +265,9 @@ tokens = IndexedDataset(Path({prefix!r}))
 opened = time.perf_counter() - start
 after_open = anonymous()
 documents = np.load({documents!r}, mmap_mode='r').view(np.ndarray)
-data = SequenceDataset(tokens, documents, seq_length=8192, packing='best-fit', alignment=2, seed=1, pad_token=0, cache_path=Path({cache!r}))
+data = PackedDataset(tokens, documents, PackingOptions(seq_length=8192, method='best-fit', seed=1, alignment=2), pad_token=0, cache_path=Path({cache!r}))
 for n in range(200):
-    data.sequence(n)
+    data.sample(n)
 print(json.dumps(dict(opening_us=opened * 1e6, opening_MB=after_open - before, reading_MB=anonymous() - before)))
 """
 

@@ -49,7 +49,8 @@ from benchmarks.train_step import BareGPT
 from config.arguments import model_config, parse_arguments, resolve
 from cp.native_p2p import plan_ring, ring_attention_blocks
 from cp.packed_seq import build_packed_seq
-from data.loader import Sequence, build_batch
+from data.batch import build_batch
+from data.dataset import PackedSample
 from model.config import GPTConfig, padded_vocab_size
 from parallel.fsdp import clip_grad_norm_
 from parallel.grid import GridSizes, build_grid
@@ -144,7 +145,7 @@ def document_lengths(seq_length: int, rows: int) -> list[np.ndarray]:
     return found
 
 
-def row_of(lengths: np.ndarray, alignment: int, seq_length: int) -> Sequence:
+def row_of(lengths: np.ndarray, alignment: int, seq_length: int) -> PackedSample:
     """Random tokens in documents of these lengths, each padded to the alignment; the row's unused end is a document of length 0."""
     padded = -(-lengths // alignment) * alignment
     while padded.sum() > seq_length:  # alignment made the row too long: the longest document gives way
@@ -155,13 +156,13 @@ def row_of(lengths: np.ndarray, alignment: int, seq_length: int) -> Sequence:
         lengths, padded = np.append(lengths, 0), np.append(padded, seq_length - padded.sum())
     tokens, labels = np.random.default_rng(SEED).integers(0, VOCAB, (2, seq_length))
     real = np.concatenate([np.arange(p) < n for n, p in zip(lengths, padded, strict=True)])
-    return Sequence(tokens, np.where(real, labels, -100), lengths, padded)
+    return PackedSample(tokens, np.where(real, labels, -100), lengths, padded)
 
 
 class OurStep:
     """train.py's step over one row."""
 
-    def __init__(self, machine: Machine, shape: str, flags: str, row: Sequence | None = None) -> None:
+    def __init__(self, machine: Machine, shape: str, flags: str, row: PackedSample | None = None) -> None:
         common = f"--device {machine.device.type} --dtype {'fp32' if machine.tiny else 'bf16'} --make-vocab-size-divisible-by 128 --lr 1e-4"
         self.args = parse_arguments(
             [*shlex.split(shape), *shlex.split(common), "--global-batch-size", "1", *shlex.split(flags)]
@@ -173,7 +174,7 @@ class OurStep:
         self.optimizer = build_optimizer(self.model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         self.read(row)
 
-    def read(self, row: Sequence | None = None) -> None:
+    def read(self, row: PackedSample | None = None) -> None:
         """Take this packed row from now on; None: one sequence of the sequence length, as BSHD."""
         qkv_format = "bshd" if row is None else "thd"
         row = row or row_of(np.array([self.args.seq_length]), 1, self.args.seq_length)
@@ -262,7 +263,7 @@ def median_ratio(over: list[float], under: list[float]) -> float:
 
 
 def compared(
-    machine: Machine, ours: dict[str, OurStep], bare: dict[str, BareStep], row: Sequence | None, rounds: int
+    machine: Machine, ours: dict[str, OurStep], bare: dict[str, BareStep], row: PackedSample | None, rounds: int
 ) -> dict[str, Any]:
     """Figures of each over a row, and each over the bare loops, in turns."""
     for one in ours.values():
@@ -357,7 +358,7 @@ def ring(machine: Machine, rounds: int) -> None:
         generator = torch.Generator(machine.device).manual_seed(SEED)
         make = lambda n, h, g=generator: torch.randn(n, h, dim, device=machine.device, dtype=machine.dtype, generator=g)  # noqa: E731
 
-        def one(cp_size: int, rank: int, row: Sequence = row, make: Callable = make) -> Callable[[], None]:
+        def one(cp_size: int, rank: int, row: PackedSample = row, make: Callable = make) -> Callable[[], None]:
             part = length // cp_size
             q, k, v = (make(part, h).requires_grad_() for h in (heads, groups, groups))
             dout = make(part, heads)

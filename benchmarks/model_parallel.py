@@ -27,7 +27,8 @@ import torch.distributed as dist
 
 from benchmarks.train_step import CPU, LOSS_TOLERANCE, SEED, World
 from config.arguments import model_config, parse_arguments, resolve
-from data.loader import Sequence, build_batch
+from data.batch import build_batch
+from data.dataset import PackedSample
 from model.config import padded_vocab_size
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_
@@ -74,7 +75,7 @@ class LayoutRank:
         stream = np.random.default_rng(SEED).integers(0, VOCAB_SIZE, (MICROBATCHES, SEQ_LENGTH + 1))
         whole = np.array([SEQ_LENGTH])
         place = dict(cp_size=args.cp_size, cp_rank=grid.rank("cp"), qkv_format=args.qkv_format, layout=args.cp_layout)
-        self.batches = [build_batch([Sequence(row[:-1], row[1:], whole, whole)], **place) for row in stream]
+        self.batches = [build_batch([PackedSample(row[:-1], row[1:], whole, whole)], **place) for row in stream]
         return [self.step() for _ in range(WARM_UP_STEPS)]
 
     def step(self) -> float:

@@ -39,7 +39,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from config.arguments import model_config, parse_arguments, resolve
-from data.loader import Sequence, build_batch
+from data.batch import build_batch
+from data.dataset import PackedSample
 from metrics.log import row_facts
 from model.config import GPTConfig, padded_vocab_size
 from model.rope import rotary_frequencies, rotary_tables
@@ -81,7 +82,7 @@ class OurStep:
         self.optimizer = build_optimizer(self.model, **self.adam)
         stream = np.random.default_rng(SEED).integers(0, VOCAB_SIZE, (NUM_BATCHES, batch_size, seq_length + 1))
         whole = np.array([seq_length])
-        self.batches = [[Sequence(row[:-1], row[1:], whole, whole) for row in batch] for batch in stream]
+        self.batches = [[PackedSample(row[:-1], row[1:], whole, whole) for row in batch] for batch in stream]
 
     def batch(self, number: int) -> Any:
         """This rank's tokens of a batch, as the loader makes them."""

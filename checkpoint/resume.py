@@ -14,7 +14,7 @@ from torch import nn
 
 from checkpoint.files import DamagedCheckpoint, checkpoints, find_checkpoint, older_than, read_run_facts, set_aside
 from checkpoint.saver import load_checkpoint
-from data.loader import Sequences
+from data.dataset import SampleDataset
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig
 from parallel.grid import Grid
@@ -107,7 +107,7 @@ def _way_out(older: Collection[Path]) -> str:
     )
 
 
-def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequences: Sequences) -> dict[str, Any]:
+def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequences: SampleDataset) -> dict[str, Any]:
     """What a run that goes on from a checkpoint must share with the one that wrote it."""
     data_flags = (
         "seq_length",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data.blend import whole_weights
 from data.corpus import Source
+from data.dataset import BlendedDataset, PackedDataset, PackingOptions, SampleDataset
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
-from data.loader import BlendedDataset, SequenceDataset, Sequences
 from data.sources import Part, Prepared, nothing_in, train_on
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_sentencepiece
 from utils.errors import UserError
@@ -98,55 +97,52 @@ def cached_split(num_documents: int, weights: tuple[float, ...], *, cache_path: 
         return parts
 
 
-def build_sequences(
+def build_dataset(
     parts: Sequence[Part],
     tokenizer: Tokenizer,
+    packing: PackingOptions,
     *,
     split: tuple[float, ...],
     which: int,
     flag: str,
-    seq_length: int,
     cache_path: Path,
-    **options: Any,
-) -> Sequences:
-    """The sequences of one split of some sources, blended if there are several.
+) -> SampleDataset:
+    """The samples of one split of some sources, blended if there are several sources.
 
     Args:
         split: weights of train, validation and test documents.
-        which: of them; 0 is train.
-        flag: what named the sources, for errors.
-        options: of `SequenceDataset`.
+        which: index into `split`; 0 is train.
+        flag: names the sources in errors.
 
     Raises:
-        ValueError: a source without a document or a whole sequence in this split.
+        ValueError: a source has no document or no whole sample in this split.
     """
     name = ("training", "validation", "test")[which]
     sources = []
     for part in parts:
-        tokens = (
-            part.content.tokens
-            if isinstance(part.content, Prepared)
-            else build_tokens(part.content, tokenizer, cache_path=cache_path)
-        )
+        if isinstance(part.content, Prepared):
+            tokens = part.content.tokens
+        else:
+            tokens = build_tokens(part.content, tokenizer, cache_path=cache_path)
         documents = cached_split(len(tokens), split, cache_path=cache_path)[which]
         if not len(documents):
             raise UserError(f"{flag} {part.name}: its {len(tokens)} documents leave no {name} document (--data-split)")
-        sequences = SequenceDataset(
+        dataset = PackedDataset(
             tokens,
             documents,
-            seq_length=seq_length,
+            packing,
             pad_token=tokenizer.eod,
-            vocab_size=tokenizer.vocab_size,
             cache_path=cache_path,
+            vocab_size=tokenizer.vocab_size,
             name=part.name,
-            **options,
         )
-        if not sequences.sequences_per_epoch:
+        if not dataset.samples_per_epoch:
             raise UserError(
-                f"--seq-length {seq_length}: the {name} documents of {part.name} hold {sequences.num_tokens} tokens, not one sequence"
+                f"--seq-length {packing.seq_length}: the {name} documents of {part.name} hold {dataset.num_tokens} tokens, "
+                f"not one sequence"
             )
-        sources.append(sequences)
+        sources.append(dataset)
     if len(sources) == 1:
         return sources[0]
-    weights = [s.sequences_per_epoch if p.weight is None else p.weight for s, p in zip(sources, parts, strict=True)]
+    weights = [s.samples_per_epoch if p.weight is None else p.weight for s, p in zip(sources, parts, strict=True)]
     return BlendedDataset(sources, whole_weights(weights))

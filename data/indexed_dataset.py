@@ -173,10 +173,10 @@ class IndexedDataset:
 
     @property
     def tokens(self) -> np.ndarray:
-        """All tokens of the `.bin` file, a view of the map; `place` says where a document's lie."""
+        """All tokens of the `.bin` file, a view of the map; `locate` says where a document's lie."""
         return self._tokens
 
-    def place(self, document: int, start: int, length: int) -> int:
+    def locate(self, document: int, start: int, length: int) -> int:
         """Index into `tokens` of token `start` of a document, after checking that `length` tokens from there are its own.
 
         Raises:
@@ -206,7 +206,7 @@ class IndexedDataset:
         """`length` tokens of a document from token `start` on; a view of the map.
 
         Raises:
-            ValueError: as `place`.
+            ValueError: as `locate`.
         """
-        begin = self.place(document, start, length)
+        begin = self.locate(document, start, length)
         return self._tokens[begin : begin + length]

@@ -1,18 +1,18 @@
-"""Which tokens make up sequence number n of an epoch.
+"""Which tokens make up sample n of an epoch.
 
-- `best-fit`: documents whole, each into the fullest sequence that has room; over all documents of an epoch at once, or over
-  windows of them (`window`). Only documents longer than a sequence are cut.
-- `greedy`: documents in the epoch's order, cut where a sequence ends.
-- `concat`: one stream of tokens, cut every `seq_length` of them; attention and labels cross documents.
+- `best-fit`: whole documents, each in the fullest sample with room, over all documents of an epoch or over windows of them
+  (`window`). Only documents longer than a sample are cut.
+- `greedy`: documents in the epoch's order, cut where a sample ends.
+- `concat`: one stream of tokens, cut every `seq_length` tokens; attention and labels cross documents.
 
-All are pure functions of (documents, seed, epoch, seq_length, alignment, window); neither ranks nor the micro-batch size enter.
-Every epoch of the same documents has the same number of sequences.
+Packings are pure functions of (documents, seed, epoch, seq_length, alignment, window); ranks and micro-batch size play no part.
+All epochs of the same documents have the same number of samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -20,14 +20,19 @@ import numpy as np
 
 from utils.errors import UserError
 
-# Packings by the attention format that they can be read in; the first is what `auto` takes.
+# Packings of each attention format; `auto` takes the first.
 PACKINGS: dict[str, tuple[str, ...]] = {"thd": ("best-fit", "greedy", "concat"), "bshd": ("concat", "greedy")}
 PAD_ROWS = ("full", "dynamic")
 
 
 def resolve_packing(name: str, qkv_format: str) -> str:
-    """`auto` is best-fit for THD and one stream for BSHD."""
+    """`auto` is best-fit for thd and concat for bshd."""
     return PACKINGS[qkv_format][0] if name == "auto" else name
+
+
+def count_microbatches(global_batch_size: int, micro_batch_size: int, data_ranks: int) -> int:
+    """Microbatches of a step on each of `data_ranks` ranks (dp_replicate * dp_shard)."""
+    return global_batch_size // (micro_batch_size * data_ranks)
 
 
 def epoch_rng(seed: int, epoch: int) -> np.random.Generator:
@@ -39,7 +44,7 @@ def epoch_rng(seed: int, epoch: int) -> np.random.Generator:
 
 
 class Pieces(NamedTuple):
-    """Parts of documents, none longer than a sequence: arrays of equal length."""
+    """Parts of documents, none longer than a sample: int64 arrays of equal length."""
 
     document: np.ndarray
     start: np.ndarray
@@ -47,7 +52,7 @@ class Pieces(NamedTuple):
 
 
 def cut_documents(lengths: np.ndarray, seq_length: int) -> Pieces:
-    """Every document whole, or in pieces of `seq_length` and a rest. Nothing is dropped."""
+    """Every document whole, or in pieces of `seq_length` tokens and a rest."""
     lengths = np.asarray(lengths, np.int64)
     counts = -(-lengths // seq_length)
     document = np.repeat(np.arange(len(lengths)), counts)
@@ -57,11 +62,10 @@ def cut_documents(lengths: np.ndarray, seq_length: int) -> Pieces:
 
 
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """Bin of each item: longest first, each into the fullest bin that still has room.
+    """Bin of each item: longest item first, each into the fullest bin with room.
 
-    The number of bins depends on the sizes only, not on their order. Items of one size go together: the bin that is
-    the fullest with room stays it until it has no more, so a bin takes as many as fit before the next is looked for.
-    Bit c of `open_gaps` says that some bin has exactly c free.
+    The number of bins depends on the sizes, not on their order. Items of one size are placed together: the fullest bin with
+    room stays the fullest until it has none, so it takes as many items as fit. Bit c of `open_gaps`: some bin has c free.
 
     Args:
         sizes: [n] each from 1 to `capacity`.
@@ -79,11 +83,11 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
         while count:
             fitting = open_gaps >> size
             gap = size + (fitting & -fitting).bit_length() - 1 if fitting else capacity
-            fit = gap // size  # items that one such bin takes
+            fit = gap // size  # items of this size in one such bin
             wanted = -(-count // fit)
             if fitting:
                 stack = bins_with_gap[gap]
-                chosen = stack[: -wanted - 1 : -1]  # the latest first
+                chosen = stack[: -wanted - 1 : -1]  # the latest bins first
                 del stack[-wanted:]
                 if not stack:
                     open_gaps &= ~(1 << gap)
@@ -96,7 +100,7 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
             else:
                 bin_of[order[done : done + placed]] = np.repeat(chosen, fit)[:placed]
             count, done = count - placed, done + placed
-            last = placed - (len(chosen) - 1) * fit  # items in the last bin, which may have room for more of this size
+            last = placed - (len(chosen) - 1) * fit  # items in the last bin, which may still have room
             filled = len(chosen) if last == fit else len(chosen) - 1
             for left, those in ((gap - fit * size, chosen[:filled]), (gap - last * size, chosen[filled:])):
                 if left and those:
@@ -106,22 +110,22 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
 
 
 class Epoch(Protocol):
-    """The sequences of one epoch."""
+    """The samples of one epoch."""
 
     def __len__(self) -> int: ...
 
-    def sequence(self, n: int) -> np.ndarray:
-        """[pieces, 3] document, start, length of sequence n."""
+    def sample_pieces(self, n: int) -> np.ndarray:
+        """[pieces, 3] int64 document, start, length of sample n."""
         ...
 
 
 @dataclass(frozen=True)
 class PackedEpoch:
-    """Sequences of one epoch as lists of pieces.
+    """Samples of one epoch as lists of pieces.
 
     Attributes:
-        pieces: [n, 3] int64 document, start, length, sorted by sequence.
-        first: [sequences + 1] int64 index of each sequence's first piece.
+        pieces: [n, 3] int64 document, start, length, sorted by sample.
+        first: [samples + 1] int64 index of each sample's first piece.
     """
 
     pieces: np.ndarray
@@ -130,7 +134,7 @@ class PackedEpoch:
     def __len__(self) -> int:
         return len(self.first) - 1
 
-    def sequence(self, n: int) -> np.ndarray:
+    def sample_pieces(self, n: int) -> np.ndarray:
         return self.pieces[self.first[n] : self.first[n + 1]]
 
 
@@ -140,12 +144,11 @@ def pack_epoch(lengths: np.ndarray, *, seed: int, epoch: int, seq_length: int, a
 
 
 def _pack(pieces: Pieces, rng: np.random.Generator, *, seq_length: int, alignment: int) -> PackedEpoch:
-    """Pieces are shuffled before packing, so that pieces of equal size change partners from epoch to epoch;
-    finished sequences are shuffled again, because best-fit makes the ones with long documents first."""
+    """Shuffles pieces before packing, so that pieces of equal size change partners between epochs, and samples after packing,
+    because best-fit makes samples of long documents first."""
     mixed = rng.permutation(len(pieces.document))
-    bin_of = best_fit_decreasing(
-        (-(-pieces.length // alignment))[mixed], seq_length // alignment
-    )  # in units of the alignment
+    units = -(-pieces.length // alignment)
+    bin_of = best_fit_decreasing(units[mixed], seq_length // alignment)
     num_bins = int(bin_of.max(initial=-1)) + 1
     bin_of = rng.permutation(num_bins)[bin_of]
     order = mixed[np.argsort(bin_of, kind="stable")]
@@ -162,16 +165,16 @@ def _pack(pieces: Pieces, rng: np.random.Generator, *, seq_length: int, alignmen
 
 
 def mixed_order(count: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A fixed random permutation of range(count) that takes no memory: places [n] -> documents [n], int64.
+    """A fixed random permutation of range(count) without a table: positions [n] -> documents [n] int64.
 
-    Four rounds of a Feistel network over the next power of four, stepped until it lands inside (Black and Rogaway,
+    Four rounds of a Feistel network over the next power of four, repeated until the result is below count (Black and Rogaway,
     Ciphers with Arbitrary Finite Domains, 2002).
     """
     half = max(1, (max(count - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     keys = np.random.default_rng([seed, count]).integers(0, 1 << 63, 4, dtype=np.uint64)
 
-    def once(x: np.ndarray) -> np.ndarray:
+    def permute(x: np.ndarray) -> np.ndarray:
         left, right = x >> np.uint64(half), x & mask
         for key in keys:
             mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64's constants
@@ -180,11 +183,11 @@ def mixed_order(count: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
             left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
         return (left << np.uint64(half)) | right
 
-    def order(places: np.ndarray) -> np.ndarray:
-        x = once(np.asarray(places, np.uint64))
+    def order(positions: np.ndarray) -> np.ndarray:
+        x = permute(np.asarray(positions, np.uint64))
         outside = np.flatnonzero(x >= count)
         while len(outside):
-            x[outside] = once(x[outside])
+            x[outside] = permute(x[outside])
             outside = outside[x[outside] >= count]
         return x.astype(np.int64)
 
@@ -192,14 +195,13 @@ def mixed_order(count: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class Windows:
-    """Documents dealt out at random into windows of `window`, the same in every epoch, each packed by itself.
+    """Documents dealt at random into windows of `window` documents; each window is packed by itself.
 
-    So an epoch's index is one number a window, whatever the corpus. Epochs differ in the order of windows, and within
-    each in who is packed with whom.
+    An epoch's index is one number a window. Windows hold the same documents in every epoch; epochs differ in the order of
+    windows, and in which documents of a window share a sample.
 
     Args:
-        lengths_of: documents [n] -> their lengths [n].
-        num_documents: how many there are.
+        lengths_of: document numbers [n] -> lengths [n].
     """
 
     def __init__(
@@ -224,8 +226,8 @@ class Windows:
         pieces = cut_documents(self.lengths_of(documents), self.seq_length)
         return pieces._replace(document=documents[pieces.document])
 
-    def count(self) -> np.ndarray:
-        """[windows] int64 sequences that each window makes, in any epoch."""
+    def count_samples(self) -> np.ndarray:
+        """[windows] int64 samples of each window, the same in every epoch."""
         counts = np.zeros(len(self), np.int64)
         for number in range(len(self)):
             sizes = -(-self._pieces(number).length // self.alignment)
@@ -239,11 +241,11 @@ class Windows:
 
 @dataclass(frozen=True)
 class WindowedEpoch:
-    """The windows of one epoch, each packed when it is first read.
+    """The windows of one epoch, each packed at its first read.
 
     Attributes:
         order: [windows] the windows in this epoch's order.
-        first: [windows + 1] int64 number of each one's first sequence.
+        first: [windows + 1] int64 number of each window's first sample.
     """
 
     windows: Windows
@@ -255,17 +257,17 @@ class WindowedEpoch:
     def __len__(self) -> int:
         return int(self.first[-1])
 
-    def sequence(self, n: int) -> np.ndarray:
+    def sample_pieces(self, n: int) -> np.ndarray:
         at = int(np.searchsorted(self.first, n, side="right")) - 1
         if at not in self._packed:
-            while len(self._packed) >= 2:  # a batch may straddle two
+            while len(self._packed) >= 2:  # a batch may span two
                 del self._packed[next(iter(self._packed))]
             self._packed[at] = self.windows.pack(int(self.order[at]), self.epoch)
-        return self._packed[at].sequence(n - int(self.first[at]))
+        return self._packed[at].sample_pieces(n - int(self.first[at]))
 
 
 def windowed_epoch(windows: Windows, counts: np.ndarray, epoch: int) -> WindowedEpoch:
-    """An epoch over windows that make `counts` sequences each."""
+    """An epoch over windows of `counts` samples each."""
     order = epoch_rng(windows.seed, epoch).permutation(len(windows))
     return WindowedEpoch(windows, epoch, order, np.concatenate(([0], np.cumsum(counts[order]))))
 
@@ -275,119 +277,97 @@ def windowed_epoch(windows: Windows, counts: np.ndarray, epoch: int) -> Windowed
 
 
 @dataclass(frozen=True)
-class GreedyEpoch:
-    """Documents in the epoch's order, padded to the alignment, cut where a sequence ends; the last one has a tail.
+class StreamEpoch:
+    """Documents of one epoch end to end, cut every `seq_length` tokens: `greedy` and `concat`.
 
     Attributes:
-        documents: [n] in the epoch's order.
-        lengths: [n] their lengths.
+        documents: [n] int64 numbers of the documents in the epoch's order.
+        lengths: [n] int64 their lengths; None: `ends` counts no padding.
         ends: [n] int64 running sum of their padded lengths.
+        lookahead: 1 where a sample reads one token more for its last label. The last tokens of the stream, too few for a
+            sample and its lookahead, are then left over; with 0 the last sample has a tail.
     """
 
     documents: np.ndarray
-    lengths: np.ndarray
+    lengths: np.ndarray | None
     ends: np.ndarray
     seq_length: int
+    lookahead: int
 
     def __len__(self) -> int:
-        return -(-int(self.ends[-1]) // self.seq_length) if len(self.ends) else 0
-
-    def sequence(self, n: int) -> np.ndarray:
-        begin, end = n * self.seq_length, (n + 1) * self.seq_length
-        low, high = np.searchsorted(self.ends, [begin, end - 1], side="right")
-        ends = self.ends[low : high + 1]
-        starts = np.concatenate(([self.ends[low - 1] if low else 0], ends[:-1]))
-        start = np.maximum(begin, starts)
-        first = start - starts
-        length = np.minimum(self.lengths[low : high + 1] - first, end - start)
-        return np.stack((self.documents[low : high + 1], first, length), 1)[length > 0]
-
-
-def greedy_epoch(lengths: np.ndarray, *, seed: int, epoch: int, seq_length: int, alignment: int) -> GreedyEpoch:
-    documents = epoch_rng(seed, epoch).permutation(len(lengths))
-    ordered = np.asarray(lengths, np.int64)[documents]
-    return GreedyEpoch(documents, ordered, np.cumsum(-(-ordered // alignment) * alignment), seq_length)
-
-
-@dataclass(frozen=True)
-class ConcatEpoch:
-    """All documents of one epoch end to end, cut every `seq_length` tokens.
-
-    A sequence reads one token ahead for its last label; the stream's last tokens, fewer than a sequence
-    and its look-ahead, are left over.
-
-    Attributes:
-        documents: [n] in the epoch's order.
-        ends: [n] int64 running sum of their lengths.
-    """
-
-    documents: np.ndarray
-    ends: np.ndarray
-    seq_length: int
-
-    def __len__(self) -> int:
-        return max(0, (int(self.ends[-1]) - 1) // self.seq_length) if len(self.ends) else 0
+        total = int(self.ends[-1]) if len(self.ends) else 0
+        return max(0, total - 1) // self.seq_length if self.lookahead else -(-total // self.seq_length)
 
     @property
     def left_over(self) -> int:
-        """Tokens at the end of the stream that belong to no sequence."""
+        """Tokens at the end of a stream with lookahead that belong to no sample."""
         return (int(self.ends[-1]) if len(self.ends) else 0) - len(self) * self.seq_length
 
-    def sequence(self, n: int) -> np.ndarray:
-        """As `Epoch.sequence`, of the seq_length + 1 tokens of sequence n."""
-        begin, end = n * self.seq_length, (n + 1) * self.seq_length + 1
+    def sample_pieces(self, n: int) -> np.ndarray:
+        """As `Epoch.sample_pieces`, `lookahead` included."""
+        begin, end = n * self.seq_length, (n + 1) * self.seq_length + self.lookahead
         low, high = np.searchsorted(self.ends, [begin, end - 1], side="right")
-        documents, ends = self.documents[low : high + 1], self.ends[low : high + 1]
+        here = slice(low, high + 1)
+        ends = self.ends[here]
         starts = np.concatenate(([self.ends[low - 1] if low else 0], ends[:-1]))
-        start = np.maximum(begin, starts)
-        return np.stack((documents, start - starts, np.minimum(end, ends) - start), 1)
+        lengths = ends - starts if self.lengths is None else self.lengths[here]
+        first = np.maximum(begin, starts) - starts
+        taken = np.minimum(lengths, end - starts) - first
+        return np.stack((self.documents[here], first, taken), 1)[taken > 0]
 
 
-def concat_epoch(lengths: np.ndarray, *, seed: int, epoch: int, seq_length: int) -> ConcatEpoch:
+def greedy_epoch(lengths: np.ndarray, *, seed: int, epoch: int, seq_length: int, alignment: int) -> StreamEpoch:
+    """Documents in an order of its own for each epoch, padded to the alignment."""
     documents = epoch_rng(seed, epoch).permutation(len(lengths))
-    return ConcatEpoch(documents, np.cumsum(np.asarray(lengths, np.int64)[documents]), seq_length)
+    ordered = np.asarray(lengths, np.int64)[documents]
+    ends = np.cumsum(-(-ordered // alignment) * alignment)
+    return StreamEpoch(documents, ordered, ends, seq_length, lookahead=0)
+
+
+def concat_epoch(lengths: np.ndarray, *, seed: int, epoch: int, seq_length: int) -> StreamEpoch:
+    """One stream of documents, in an order of its own for each epoch."""
+    documents = epoch_rng(seed, epoch).permutation(len(lengths))
+    ends = np.cumsum(np.asarray(lengths, np.int64)[documents])
+    return StreamEpoch(documents, None, ends, seq_length, lookahead=1)
 
 
 # ---------------------------------------------------------------------------------------------------
 # On disk
 
-StoredEpoch = PackedEpoch | GreedyEpoch | ConcatEpoch
-STORED: dict[str, type[StoredEpoch]] = {"best-fit": PackedEpoch, "greedy": GreedyEpoch, "concat": ConcatEpoch}
+StoredEpoch = PackedEpoch | StreamEpoch
+STORED_ARRAYS = {
+    "best-fit": ("pieces", "first"),
+    "greedy": ("documents", "lengths", "ends"),
+    "concat": ("documents", "ends"),
+}
 
 
-def _arrays(kind: type[StoredEpoch]) -> list[str]:
-    return [f.name for f in fields(kind) if f.name != "seq_length"]
+def save_epoch(index: StoredEpoch, folder: Path) -> None:
+    """Write an index's arrays, one .npy file each."""
+    for name, value in vars(index).items():
+        if isinstance(value, np.ndarray):
+            np.save(folder / f"{name}.npy", value)
 
 
-def store_epoch(index: StoredEpoch, folder: Path) -> None:
-    """Write an index's arrays, a file each."""
-    for name in _arrays(type(index)):
-        np.save(folder / f"{name}.npy", getattr(index, name))
-
-
-def stored_epoch(packing: str, folder: Path, seq_length: int) -> StoredEpoch:
-    """What `store_epoch` wrote, memory-mapped.
+def load_epoch(packing: str, folder: Path, seq_length: int) -> StoredEpoch:
+    """The index that `save_epoch` wrote, memory-mapped.
 
     Raises:
-        OSError, ValueError, EOFError: a file that is missing or broken, or arrays that do not belong together.
+        OSError, ValueError, EOFError: a file is missing or corrupted, or the arrays do not belong together.
     """
-    kind = STORED[packing]
-    arrays = {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _arrays(kind)
-    }  # quicker than memmap
-    if kind is PackedEpoch:
-        pieces, first = arrays["pieces"], arrays["first"]
-        fit = (
-            pieces.shape == (len(pieces), 3)
-            and first.ndim == 1
-            and len(first) > 0
-            and first[0] == 0
-            and first[-1] == len(pieces)
-        )
+    # Plain arrays are faster to index than np.memmap.
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in STORED_ARRAYS[packing]}
+    shapes = {name: a.shape for name, a in arrays.items()}
+    if packing == "best-fit":
+        count, first = len(arrays["pieces"]), arrays["first"]
+        fits = shapes["pieces"] == (count, 3) and first.ndim == 1 and len(first) > 0
+        fits = fits and first[0] == 0 and first[-1] == count
     else:
-        fit = len({a.shape for a in arrays.values()}) == 1
-    if not fit or any(a.dtype != np.int64 for a in arrays.values()):
-        raise UserError(
-            ", ".join(f"{name} is {a.dtype} {list(a.shape)}" for name, a in arrays.items()) + ": not of one index"
-        )
-    return PackedEpoch(**arrays) if kind is PackedEpoch else kind(**arrays, seq_length=seq_length)  # type: ignore[call-arg]
+        fits = len(set(shapes.values())) == 1
+    if not fits or any(a.dtype != np.int64 for a in arrays.values()):
+        found = ", ".join(f"{name} is {a.dtype} {list(a.shape)}" for name, a in arrays.items())
+        raise UserError(f"{found}: not of one index")
+    if packing == "best-fit":
+        return PackedEpoch(**arrays)
+    ordered = arrays["documents"], arrays.get("lengths"), arrays["ends"]
+    return StreamEpoch(*ordered, seq_length, lookahead=1 if packing == "concat" else 0)

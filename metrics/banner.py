@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from checkpoint.resume import Started
-from data.loader import BlendedDataset, SequenceDataset, Sequences
-from data.packing import ConcatEpoch
+from data.dataset import BlendedDataset, PackedDataset, SampleDataset
+from data.packing import StreamEpoch
 from model.config import GPTConfig
 from parallel.grid import Grid
 
@@ -22,7 +22,7 @@ def count_parameters(config: GPTConfig) -> int:
     return config.num_layers * layer + config.padded_vocab_size * h * (1 if config.tie_embeddings else 2) + h
 
 
-def describe_sequences(sequences: Sequences) -> list[str]:
+def describe_sequences(sequences: SampleDataset) -> list[str]:
     """Documents, tokens, and what cutting and packing made of them; a line for each source."""
     if isinstance(sequences, BlendedDataset):
         blend = sequences.blend
@@ -30,31 +30,32 @@ def describe_sequences(sequences: Sequences) -> list[str]:
             f"{weight / blend.total:.4%} of sequences from {source.name}: {_describe_source(source)}"
             for source, weight in zip(sequences.sources, blend.weights, strict=True)
         ]
-    assert isinstance(sequences, SequenceDataset)
+    assert isinstance(sequences, PackedDataset)
     return [_describe_source(sequences)]
 
 
-def _describe_source(source: SequenceDataset) -> str:
+def _describe_source(source: PackedDataset) -> str:
     index = source.epoch(0)
     text = f"{len(source.documents):,} documents, {source.num_tokens:,} tokens -> {len(index):,} sequences of {source.seq_length:,}"
-    if isinstance(index, ConcatEpoch):
+    if isinstance(index, StreamEpoch) and source.packing.method == "concat":
         return f"{text}; {index.left_over:,} tokens at the stream's end left over each epoch"
     share = source.num_tokens / (len(index) * source.seq_length)
-    if source.packing == "greedy":
+    if source.packing.method == "greedy":
         return f"{text}, {share:.2%} full; documents cut where a sequence ends, none dropped"
     cut = int((source.lengths > source.seq_length).sum()) if source.longest > source.seq_length else 0
     return f"{text}, {share:.2%} full; {cut:,} documents longer than a sequence cut into pieces, none dropped"
 
 
-def describe_epochs(sequences: Sequences, n: int) -> str:
+def describe_epochs(sequences: SampleDataset, n: int) -> str:
     """How often the first `n` sequences of a run go through each source."""
     sources = sequences.sources if isinstance(sequences, BlendedDataset) else [sequences]
     counts = sequences.blend.counts(n) if isinstance(sequences, BlendedDataset) else [n]
-    each = [f"{count / s.sequences_per_epoch:.4g}" for s, count in zip(sources, counts, strict=True)]
+    each = [f"{count / s.samples_per_epoch:.4g}" for s, count in zip(sources, counts, strict=True)]
     if len(each) == 1:
         return f"{each[0]} epochs"
     return ", ".join(
-        f"{part} epochs of {place['name']}" for part, place in zip(each, sequences.state(n)["sources"], strict=True)
+        f"{part} epochs of {place['name']}"
+        for part, place in zip(each, sequences.state_dict(n)["sources"], strict=True)
     )
 
 
@@ -80,8 +81,8 @@ def print_banner(
     config: GPTConfig,
     device: torch.device,
     peak_tflops: float | None,
-    train: Sequences,
-    valid: Sequences | None,
+    train: SampleDataset,
+    valid: SampleDataset | None,
     started: Started,
     paths: dict[str, Path | None],
 ) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.loader import Batch
+from data.batch import Batch
 from metrics import timers as timers_module
 from metrics.tensorboard import Writer, as_floats
 from metrics.timers import Timers

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cp.layout import attention_pairs
-from data.loader import BlendedDataset, SequenceDataset, Sequences
+from data.dataset import BlendedDataset, PackedDataset, SampleDataset
 from metrics.banner import count_parameters
 from model.config import GPTConfig
 from parallel.grid import AXES
@@ -206,16 +206,16 @@ def open_writers(
     return writers
 
 
-def describe_data(writers: Sequence[Writer], sequences: Sequences, *, cp_size: int, layout: str) -> None:
+def describe_data(writers: Sequence[Writer], sequences: SampleDataset, *, cp_size: int, layout: str) -> None:
     """A histogram of document lengths, and the work of cp ranks on the first row."""
     sources = sequences.sources if isinstance(sequences, BlendedDataset) else [sequences]
     for source in sources:
-        assert isinstance(source, SequenceDataset)
+        assert isinstance(source, PackedDataset)
         every = max(1, len(source.documents) // MOST_LENGTHS)
         lengths = source.tokens.lengths[source.documents[::every]].astype(np.int64)
         for writer in writers:
             writer.histogram(f"data/document_lengths_{Path(source.name).name}", lengths, length_bins(source.longest))
-    row = sequences.sequence(0)
+    row = sequences.sample(0)
     if cp_size == 1:
         return
     pairs = attention_pairs(row.lengths, row.padded_lengths, cp_size=cp_size, layout=layout)

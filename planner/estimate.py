@@ -87,7 +87,7 @@ def describe_rows(args: Namespace, lengths: np.ndarray | None) -> Rows:
     epoch = pack_epoch(lengths, seed=args.seed, epoch=0, seq_length=args.seq_length, alignment=args.document_alignment)
     balances, squares = [], []
     for n in range(min(len(epoch), ROWS_LOOKED_AT)):
-        own = epoch.sequence(n)[:, 2]
+        own = epoch.sample_pieces(n)[:, 2]
         squares.append(float((own.astype(np.float64) ** 2).sum()))
         padded = -(-own // args.document_alignment) * args.document_alignment
         if args.cp_size > 1:

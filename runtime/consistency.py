@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.loader import Batch
+from data.batch import Batch
 from model.names import tp_dim
 from parallel.fsdp import local_tensor, sharded_parameters
 from parallel.grid import Grid

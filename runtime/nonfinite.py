@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.loader import Sequence, Sequences
+from data.dataset import PackedSample, SampleDataset
 from metrics.log import NonFinite
 from parallel.fsdp import local_tensor
 from parallel.grid import Grid, coordinates_of
@@ -32,7 +32,7 @@ def bad_gradients(model: nn.Module) -> list[str]:
 
 
 def save_step(
-    place: Path, *, step: int, told: dict[str, Any], sequences: Sequences, numbers: range, facts: dict[str, Any]
+    place: Path, *, step: int, told: dict[str, Any], sequences: SampleDataset, numbers: range, facts: dict[str, Any]
 ) -> None:
     """Write the sequences of a step and what is known of it; to be called on one rank.
 
@@ -44,7 +44,7 @@ def save_step(
         facts: what a replay needs beside them, as JSON.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    rows = [sequences.sequence(n) for n in numbers]
+    rows = [sequences.sample(n) for n in numbers]
     scratch = place.with_name(f".{place.stem}.part.npz")
     np.savez(
         scratch,
@@ -97,7 +97,7 @@ class StoredSequences:
         self.rows = []
         for number, end in enumerate(ends):
             piece = slice(int(end - arrays["documents"][number]), int(end))
-            row = Sequence(
+            row = PackedSample(
                 arrays["tokens"][number],
                 arrays["labels"][number],
                 arrays["lengths"][piece],
@@ -105,21 +105,21 @@ class StoredSequences:
             )
             row.first_id = int(arrays["first_ids"][number])
             self.rows.append(row)
-        self.seq_length, self.sequences_per_epoch = arrays["tokens"].shape[1], len(self.rows)
+        self.seq_length, self.samples_per_epoch = arrays["tokens"].shape[1], len(self.rows)
 
-    def sequence(self, n: int) -> Sequence:
+    def sample(self, n: int) -> PackedSample:
         return self.rows[n]
 
-    def empty_sequence(self) -> Sequence:
+    def empty_sample(self) -> PackedSample:
         raise AssertionError("a step is whole")
 
     def fingerprint(self) -> str:
         return "a stored step"
 
-    def state(self, n: int) -> dict[str, Any]:
+    def state_dict(self, n: int) -> dict[str, Any]:
         return {}
 
-    def go_on(self, state: Any) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Nothing to do."""
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TextIO
 
-from data.loader import DataFault
+from data.loader import DataError
 from runtime.watchdog import Watchdog
 from utils.files import replace_synced
 
@@ -173,7 +173,7 @@ class Outcome:
             self._end("interrupted", 130, everyone=False)
         if isinstance(error, FloatingPointError):
             self._end(one_line(error), 1, everyone=False)
-        if isinstance(error, DataFault):
+        if isinstance(error, DataError):
             self._end(one_line(error), 1)
         if lost_a_peer(error):
             self._lost(error)

@@ -27,7 +27,8 @@ import train
 from checkpoint.files import checkpoints, find_checkpoint, read_run_facts
 from checkpoint.saver import load_checkpoint
 from config.arguments import model_config, parse_arguments, resolve
-from data.loader import BatchPlan, build_loader
+from data.batch import BatchPlan
+from data.loader import build_loader
 from metrics.log import row_facts
 from model.config import padded_vocab_size
 from model.gpt import chunks_of
@@ -132,24 +133,20 @@ def main(argv: list[str]) -> int:
         tp=args.tp_size,
     )
     grid = build_grid(sizes, timeout=collective_timeout(args), backend=group_backend(device))
-    plan = BatchPlan(
+    plan = BatchPlan.from_grid(
+        grid,
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,
-        batch_size=grid.size("batch"),
-        batch_rank=grid.rank("batch"),
-        cp_size=grid.size("cp"),
-        cp_rank=grid.rank("cp"),
         qkv_format=args.qkv_format,
         layout=args.cp_layout,
         pad_rows=args.pad_rows,
-        row_unit=math.lcm(2 * args.cp_size, args.cp_size * args.tp_size),
     )
     vocab = padded_vocab_size(told["vocab_size"], args.make_vocab_size_divisible_by)
     config = model_config(args, vocab_size=told["vocab_size"], padded_vocab_size=vocab)
     with train.one_line_refusals():
-        if args.global_batch_size != rows.sequences_per_epoch:
+        if args.global_batch_size != rows.samples_per_epoch:
             raise UserError(
-                f"--global-batch-size {args.global_batch_size}: the file has the {rows.sequences_per_epoch} rows of a step"
+                f"--global-batch-size {args.global_batch_size}: the file has the {rows.samples_per_epoch} rows of a step"
             )
         model = train.build_model(args, config, grid, device)
         at = load_checkpoint(checkpoint, model, None, grid) if checkpoint else 0

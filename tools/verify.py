@@ -40,7 +40,8 @@ from cp.attention import build_attention
 from cp.dropout_attention import AttentionDropout
 from cp.packed_seq import PackedSeq
 from cp.support import AttentionChoice, cells, smallest_alignment
-from data.loader import Batch, BatchPlan, Sequence, build_batch
+from data.batch import Batch, BatchPlan, build_batch
+from data.dataset import PackedSample
 from data.packing import resolve_packing
 from model.config import GPTConfig, padded_vocab_size
 from model.gpt import GPT, Stages
@@ -182,7 +183,7 @@ def one_rank_grid() -> Grid:
 def run_one_rank(
     args: argparse.Namespace,
     config: GPTConfig,
-    rows: list[Sequence],
+    rows: list[PackedSample],
     grid: Grid,
     device: torch.device,
     *,
@@ -298,10 +299,10 @@ class Verifier:
                 f"--verify-sequences {self.num_sequences} is not a multiple of micro batch * data ranks = {unit}"
             )
         self.alone = one_rank_grid()
-        self._rows: dict[tuple, tuple[GPTConfig, list[Sequence]]] = {}
+        self._rows: dict[tuple, tuple[GPTConfig, list[PackedSample]]] = {}
         self._outcomes: dict[tuple, Outcome] = {}
 
-    def _data(self, args: argparse.Namespace) -> tuple[GPTConfig, list[Sequence]]:
+    def _data(self, args: argparse.Namespace) -> tuple[GPTConfig, list[PackedSample]]:
         key = (args.qkv_format, args.packing, args.document_alignment)
         if key not in self._rows:
             tokenizer, sequences, _ = on_rank_zero_first(lambda: train.build_data(args))
@@ -309,7 +310,7 @@ class Verifier:
             shape.num_layers = self.layers
             vocab = padded_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by)
             config = model_config(shape, vocab_size=tokenizer.vocab_size, padded_vocab_size=vocab)
-            self._rows[key] = config, [sequences.sequence(n) for n in range(self.num_sequences)]
+            self._rows[key] = config, [sequences.sample(n) for n in range(self.num_sequences)]
         return self._rows[key]
 
     def _one_rank(self, args: argparse.Namespace, *, dtype: str, reference: bool) -> Outcome:
@@ -325,26 +326,16 @@ class Verifier:
         """Collective. The report of the layout that resolved `args` ask for, on rank 0."""
         config, rows = self._data(args)
         model = train.build_model(args, config, self.grid, self.device)
-        plan = BatchPlan(
+        plan = BatchPlan.from_grid(
+            self.grid,
             global_batch_size=self.num_sequences,
             micro_batch_size=args.micro_batch_size,
-            batch_size=self.grid.size("batch"),
-            batch_rank=self.grid.rank("batch"),
-            cp_size=self.grid.size("cp"),
-            cp_rank=self.grid.rank("cp"),
             qkv_format=args.qkv_format,
             layout=args.cp_layout,
+            pad_rows=args.pad_rows,
         )
         batches = [
-            build_batch(
-                [rows[n] for n in plan.sequence_numbers(0, microbatch)],
-                cp_size=plan.cp_size,
-                cp_rank=plan.cp_rank,
-                qkv_format=plan.qkv_format,
-                layout=plan.layout,
-                pad_rows=args.pad_rows,
-                row_unit=math.lcm(2 * args.cp_size, args.cp_size * args.tp_size),
-            )
+            plan.build_batch([rows[n] for n in plan.sample_numbers(0, microbatch)], step=0)
             for microbatch in range(plan.num_microbatches)
         ]
         pipeline = train.build_pipeline(args, model, config, self.grid, self.device, plan.num_microbatches)

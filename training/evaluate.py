@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from data.loader import Batch
+from data.batch import Batch
 from model.gpt import GPT, Stages
 from parallel.collectives import sum_over
 from parallel.grid import Grid

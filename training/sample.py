@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from cp.packed_seq import build_packed_seq
-from data.loader import Batch
+from data.batch import Batch
 from model.gpt import GPT, Stages
 from parallel.grid import AXES, Grid, rank_of
 from training.step import finish_forward, forward_only

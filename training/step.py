@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.loader import Batch
+from data.batch import Batch
 from metrics.timers import Timers
 from model.gpt import GPT, StageRows, Stages, chunks_of
 from model.layers import weights_stay

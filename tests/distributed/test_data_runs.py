@@ -225,8 +225,10 @@ def test_a_read_only_cache_that_is_filled_is_used(base, corpora, tmp_path: Path)
     read_only = "mock.patch('tempfile.mkdtemp', side_effect=PermissionError(13, 'Permission denied'))"
 
     def run(folder: str, *more: str, around: str = "nullcontext()", place: Path = cache):
-        code = "import sys, data.loader\nfrom contextlib import nullcontext\nfrom unittest import mock\n"
-        code += f"with mock.patch('data.loader.STORED_FROM', 0), {around}:\n import train\n train.run(sys.argv[1:])"
+        code = "import sys, data.dataset\nfrom contextlib import nullcontext\nfrom unittest import mock\n"
+        code += (
+            f"with mock.patch('data.dataset.MIN_STORED_PIECES', 0), {around}:\n import train\n train.run(sys.argv[1:])"
+        )
         command = [
             sys.executable,
             "-c",

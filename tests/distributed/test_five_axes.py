@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cp.layout import shard_indices
-from data.loader import Sequence
+from data.dataset import PackedSample
 from model.names import is_cut
 from parallel.fsdp import local_tensor
 from parallel.grid import AXES, Grid, GridSizes, build_grid
@@ -64,7 +64,7 @@ def grid_of(layout: str) -> Grid:
     return build_grid({**TWO, **EIGHT}[layout])
 
 
-def rows_with(labels: str) -> list[Sequence]:
+def rows_with(labels: str) -> list[PackedSample]:
     """The rows of test_model_parity, all labels there or none where one data rank, or one cp rank of two, looks."""
     rows = rows_of("thd")
     for number, row in enumerate(rows):

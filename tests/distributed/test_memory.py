@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 from config.arguments import model_config, parse_arguments, resolve
-from data.loader import BatchPlan, Sequence, build_batch
+from data.batch import BatchPlan
+from data.dataset import PackedSample
 from parallel.fsdp import clip_grad_norm_
 from parallel.grid import GridSizes, build_grid
 from planner.memory import rank_memory
@@ -104,15 +105,17 @@ def measured(rank: int, words: str, vocab: int) -> tuple[int, int]:
         tp=args.tp_size,
     )
     grid = build_grid(sizes)
-    plan = BatchPlan(
-        global_batch_size=args.global_batch_size, micro_batch_size=args.micro_batch_size, batch_size=grid.size("batch"),
-        batch_rank=grid.rank("batch"), cp_size=args.cp_size, cp_rank=grid.rank("cp"), qkv_format="thd", layout=args.cp_layout,
-    )  # fmt: skip
+    plan = BatchPlan.from_grid(
+        grid,
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        qkv_format="thd",
+        layout=args.cp_layout,
+    )
     ids = torch.arange(args.seq_length) % (vocab - 1)
     lengths = torch.tensor([args.seq_length]).numpy()
-    row = [Sequence(ids.numpy(), ids.roll(-1).numpy(), lengths, lengths)] * args.micro_batch_size
-    options = dict(cp_size=args.cp_size, cp_rank=grid.rank("cp"), qkv_format="thd", layout=args.cp_layout)
-    batches = [build_batch(row, **options) for _ in range(plan.num_microbatches)]  # type: ignore[arg-type]
+    row = [PackedSample(ids.numpy(), ids.roll(-1).numpy(), lengths, lengths)] * args.micro_batch_size
+    batches = [plan.build_batch(row, step=0) for _ in range(plan.num_microbatches)]
     peaks = []
     for _ in range(3):
         gc.collect()  # what is left of the case before must not be freed in the middle of this one

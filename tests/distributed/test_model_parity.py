@@ -17,7 +17,8 @@ from checkpoint.saver import whole_tensors
 from cp.attention import Attention, build_attention
 from cp.packed_seq import build_packed_seq
 from cp.support import AttentionChoice
-from data.loader import Batch, Sequence, build_batch
+from data.batch import Batch, build_batch
+from data.dataset import PackedSample
 from model.config import GPTConfig
 from model.gpt import GPT, Stages, chunks_of
 from model.init import initial_rows, initialise
@@ -87,7 +88,7 @@ def config_of(**changes) -> GPTConfig:
     return GPTConfig(**(shape | changes))
 
 
-def rows_of(qkv_format: str) -> list[Sequence]:
+def rows_of(qkv_format: str) -> list[PackedSample]:
     rng = np.random.default_rng(3)
     rows = []
     for row in range(ROWS):
@@ -99,7 +100,7 @@ def rows_of(qkv_format: str) -> list[Sequence]:
         real = np.concatenate([np.arange(p) < n for n, p in zip(lengths, padded, strict=True)])
         labels[~real] = -100
         labels[rng.random(ROW_LENGTH) < 0.2 * row] = -100  # rows weigh differently
-        rows.append(Sequence(tokens, labels, lengths, padded, first_id=row * ROW_LENGTH))
+        rows.append(PackedSample(tokens, labels, lengths, padded, first_id=row * ROW_LENGTH))
     return rows
 
 
@@ -177,7 +178,7 @@ def full(model: GPT, grid: Grid, of: str = "weight") -> dict[str, torch.Tensor]:
 def run_steps(
     model: GPT | Stages,
     grid: Grid,
-    rows: list[Sequence],
+    rows: list[PackedSample],
     micro_batch: int,
     steps: int,
     reshard: bool = False,
@@ -220,7 +221,7 @@ def run_steps(
     return result
 
 
-def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[Sequence], steps: int) -> list[float]:
+def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[PackedSample], steps: int) -> list[float]:
     """Losses of `steps` steps without clipping, a row a microbatch."""
     mine = rows[grid.rank("batch") :: grid.size("batch")]
     place = dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), layout="zigzag")
@@ -240,7 +241,7 @@ def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[Se
     return losses
 
 
-def oracle(config: GPTConfig, rows: list[Sequence], names_and_shapes, steps: int = 1, lr: float = 1e-2) -> dict:
+def oracle(config: GPTConfig, rows: list[PackedSample], names_and_shapes, steps: int = 1, lr: float = 1e-2) -> dict:
     """The same rows on one rank in float64, with AdamW steps as `run_steps` takes them: losses, norms, first gradients, last weights."""
     weights = {}
     for name, shape in names_and_shapes.items():
@@ -586,7 +587,7 @@ def embedding_gradients(rank: int, layout: str, dtype: str, other: bool) -> tupl
     if other:
         tokens[:21] = (tokens[:21] + 7) % 61
     batch = build_batch(
-        [Sequence(tokens, labels, lengths, padded)],
+        [PackedSample(tokens, labels, lengths, padded)],
         cp_size=grid.size("cp"),
         cp_rank=grid.rank("cp"),
         qkv_format="thd",

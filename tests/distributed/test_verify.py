@@ -17,7 +17,7 @@ import torch.distributed as dist
 import cp.native_a2a
 import cp.native_all_gather
 import cp.native_p2p
-import data.loader
+import data.batch
 from config.arguments import parse_arguments, resolve
 from parallel.collectives import Gather, RingShift
 from parallel.grid import Grid, GridSizes, build_grid
@@ -74,21 +74,21 @@ def missing_merge():
 @contextmanager
 def wrong_positions():
     """Every rank counts positions within its own shard."""
-    real = data.loader.build_packed_seq
+    real = data.batch.build_packed_seq
 
     def build(*args, **kwargs):
         packed_seq, owned = real(*args, **kwargs)
         packed_seq.positions.copy_(torch.arange(len(packed_seq.positions)))
         return packed_seq, owned
 
-    with mock.patch("data.loader.build_packed_seq", build):
+    with mock.patch("data.batch.build_packed_seq", build):
         yield
 
 
 @contextmanager
 def padded_taken_for_real():
     """Padding takes part in attention as if it were text, and the text behind it sees it."""
-    real = data.loader.build_packed_seq
+    real = data.batch.build_packed_seq
 
     def build(lengths, padded_lengths, **kwargs):
         # One document where there were two: the second sees the first and its padding.
@@ -97,7 +97,7 @@ def padded_taken_for_real():
             return real(joined, joined, **kwargs)
         return real(lengths, padded_lengths, **kwargs)
 
-    with mock.patch("data.loader.build_packed_seq", build):
+    with mock.patch("data.batch.build_packed_seq", build):
         yield
 
 

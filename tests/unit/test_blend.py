@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.blend import BLOCK, Blend, parse_blend, whole_weights
-from data.loader import BlendedDataset
+from data.dataset import BlendedDataset
 from tests.unit.test_packed_rows import dataset
 
 weights = st.lists(st.integers(1, 10_000), min_size=1, max_size=7)
@@ -120,9 +120,9 @@ def blended(weights: list[int]) -> BlendedDataset:
 def test_sequences_come_from_their_sources_in_their_order() -> None:
     data = blended([5, 3, 1])
     read: Counter = Counter()
-    for n in range(3 * max(s.sequences_per_epoch for s in data.sources)):
+    for n in range(3 * max(s.samples_per_epoch for s in data.sources)):
         source, position = data.blend.at(n)
-        mine, theirs = data.sequence(n), data.sources[source].sequence(position)
+        mine, theirs = data.sample(n), data.sources[source].sample(position)
         assert (mine.tokens == theirs.tokens).all() and (mine.lengths == theirs.lengths).all()
         assert mine.first_id == n * 32  # of the run: dropout must not repeat where a source does
         assert position == read[source]
@@ -139,17 +139,17 @@ def test_fingerprints_tell_sources_and_their_order_apart() -> None:
 @pytest.mark.parametrize("stop", [0, 1, 7, 100, BLOCK + 3])
 def test_a_state_is_a_few_numbers_and_goes_on_exactly(stop: int) -> None:
     whole, resumed = blended([5, 3, 1]), blended([5, 3, 1])
-    state = whole.state(stop)
+    state = whole.state_dict(stop)
     assert state["sequences"] == stop and len(state["sources"]) == 3
-    assert all(p["position"] < s.sequences_per_epoch for p, s in zip(state["sources"], whole.sources, strict=True))
-    resumed.go_on(state)
+    assert all(p["position"] < s.samples_per_epoch for p, s in zip(state["sources"], whole.sources, strict=True))
+    resumed.load_state_dict(state)
     for n in range(stop, stop + 20):
-        assert (resumed.sequence(n).tokens == whole.sequence(n).tokens).all()
+        assert (resumed.sample(n).tokens == whole.sample(n).tokens).all()
     with pytest.raises(ValueError, match="sources"):
-        blended([5, 3]).go_on(state)
+        blended([5, 3]).load_state_dict(state)
 
 
 def test_an_epoch_of_a_blend_repeats_no_source() -> None:
     data = blended([5, 3, 1])
-    counts = data.blend.counts(data.sequences_per_epoch)
-    assert all(c <= s.sequences_per_epoch for c, s in zip(counts, data.sources, strict=True))
+    counts = data.blend.counts(data.samples_per_epoch)
+    assert all(c <= s.samples_per_epoch for c, s in zip(counts, data.sources, strict=True))

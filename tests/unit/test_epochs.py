@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cp.packed_seq import IGNORE_LABEL
+from data.batch import BatchPlan
+from data.dataset import PackedDataset, PackingOptions
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
-from data.loader import BatchPlan, SequenceDataset, build_loader
+from data.loader import build_loader
 from data.packing import best_fit_decreasing, concat_epoch, cut_documents, pack_epoch
 from tests.unit.test_packed_rows import Tokens, dataset
 from utils.files import CacheNotWritable
@@ -68,11 +70,11 @@ def test_an_epoch_reads_every_token_and_labels_every_token_but_the_ends(
     lengths, units: int, alignment: int, epoch: int
 ) -> None:
     data = dataset(lengths, seq_length=units * alignment, alignment=alignment)
-    count = data.sequences_per_epoch
+    count = data.samples_per_epoch
     tokens: Counter = Counter()
     labelled: Counter = Counter()
     for n in range(epoch * count, (epoch + 1) * count):
-        s = data.sequence(n)
+        s = data.sample(n)
         assert len(s.tokens) == len(s.labels) == s.padded_lengths.sum() == units * alignment
         assert (s.padded_lengths > 0).all() and (s.lengths[:-1] > 0).all()  # no empty document but a tail
         at = 0
@@ -94,11 +96,11 @@ def test_an_epoch_reads_every_token_and_labels_every_token_but_the_ends(
 def test_a_stream_is_read_end_to_end(lengths, seq_length: int, number: int) -> None:
     data = dataset(lengths, seq_length=seq_length, alignment=1, packing="concat")
     epoch = concat_epoch(np.array(lengths), seed=3, epoch=number, seq_length=seq_length)
-    assert data.sequences_per_epoch == len(epoch) == (sum(lengths) - 1) // seq_length
+    assert data.samples_per_epoch == len(epoch) == (sum(lengths) - 1) // seq_length
     first = Tokens(lengths).first
     stream = np.concatenate([np.arange(lengths[d]) + first[d] for d in epoch.documents])
     for n in range(len(epoch)):
-        s = data.sequence(number * len(epoch) + n)
+        s = data.sample(number * len(epoch) + n)
         assert s.tokens.tolist() == stream[n * seq_length : (n + 1) * seq_length].tolist()
         assert s.labels.tolist() == stream[n * seq_length + 1 : (n + 1) * seq_length + 1].tolist()
     assert epoch.left_over == len(stream) - len(epoch) * seq_length >= 1
@@ -111,8 +113,8 @@ def test_edges() -> None:
     stream = concat_epoch(nothing, seed=0, epoch=0, seq_length=8)
     assert (len(stream), stream.left_over) == (0, 0)
     one = pack_epoch(np.array([8]), seed=0, epoch=0, seq_length=8, alignment=2)
-    assert one.sequence(0).tolist() == [[0, 0, 8]]  # exactly full: no tail
-    assert dataset([8], seq_length=8, alignment=2).sequence(0).lengths.tolist() == [8]
+    assert one.sample_pieces(0).tolist() == [[0, 0, 8]]  # exactly full: no tail
+    assert dataset([8], seq_length=8, alignment=2).sample(0).lengths.tolist() == [8]
     assert cut_documents(np.array([0, 3]), 8).length.tolist() == [3]  # a document without tokens is no piece
 
 
@@ -131,13 +133,13 @@ def tokens(tmp_path_factory) -> IndexedDataset:
     return IndexedDataset(prefix)
 
 
-def on_disk(tokens: IndexedDataset, cache: Path | None = None, **changes) -> SequenceDataset:
-    options = dict(seq_length=16, packing="best-fit", alignment=4, seed=1, pad_token=1999) | changes
-    return SequenceDataset(tokens, np.arange(len(LENGTHS)), cache_path=cache, **options)
+def on_disk(tokens: IndexedDataset, cache: Path | None = None, **changes) -> PackedDataset:
+    packing = PackingOptions(**(dict(seq_length=16, method="best-fit", alignment=4, seed=1) | changes))
+    return PackedDataset(tokens, np.arange(len(LENGTHS)), packing, pad_token=1999, cache_path=cache)
 
 
 def step_contents(
-    data: SequenceDataset, step: int, *, batch_size: int, micro: int, cp_size: int, workers: int = 0
+    data: PackedDataset, step: int, *, batch_size: int, micro: int, cp_size: int, workers: int = 0
 ) -> Counter:
     """(position, token, target) of everything that the grid reads in a step."""
     held: Counter = Counter()
@@ -160,7 +162,7 @@ def step_contents(
 @pytest.mark.parametrize("step", [0, 2, 5])
 def test_a_steps_tokens_do_not_depend_on_how_it_is_spread(tokens: IndexedDataset, step: int) -> None:
     data = on_disk(tokens)
-    assert data.sequences_per_epoch % GLOBAL_BATCH, "a step should straddle two epochs"
+    assert data.samples_per_epoch % GLOBAL_BATCH, "a step should straddle two epochs"
     wanted = step_contents(data, step, batch_size=1, micro=1, cp_size=1)
     assert wanted.total() == GLOBAL_BATCH * 16
     for batch_size, micro, cp_size in ((1, 6, 1), (2, 3, 1), (3, 1, 2), (6, 1, 1), (2, 1, 2), (1, 2, 2)):
@@ -169,18 +171,18 @@ def test_a_steps_tokens_do_not_depend_on_how_it_is_spread(tokens: IndexedDataset
 
 def test_a_step_does_not_depend_on_what_was_read_before(tokens: IndexedDataset) -> None:
     forwards, backwards = on_disk(tokens), on_disk(tokens)
-    numbers = range(3 * forwards.sequences_per_epoch)
-    want = {n: forwards.sequence(n).tokens.tolist() for n in numbers}
-    assert {n: backwards.sequence(n).tokens.tolist() for n in reversed(numbers)} == want
+    numbers = range(3 * forwards.samples_per_epoch)
+    want = {n: forwards.sample(n).tokens.tolist() for n in numbers}
+    assert {n: backwards.sample(n).tokens.tolist() for n in reversed(numbers)} == want
 
 
 def test_a_worker_reads_the_same(tokens: IndexedDataset, tmp_path: Path) -> None:
     data = on_disk(tokens, tmp_path)
-    data.sequence(0)
+    data.sample(0)
     copy = pickle.loads(pickle.dumps(data))  # as a spawned worker gets it: names, not maps
-    assert copy.sequences_per_epoch == data.sequences_per_epoch
-    for n in (0, data.sequences_per_epoch + 1):
-        assert (copy.sequence(n).tokens == data.sequence(n).tokens).all()
+    assert copy.samples_per_epoch == data.samples_per_epoch
+    for n in (0, data.samples_per_epoch + 1):
+        assert (copy.sample(n).tokens == data.sample(n).tokens).all()
     assert len(pickle.dumps(data)) < 10_000
     assert step_contents(data, 1, batch_size=1, micro=1, cp_size=1, workers=1) == step_contents(
         data, 1, batch_size=1, micro=1, cp_size=1
@@ -191,7 +193,7 @@ def test_epochs_of_different_data_or_shape_never_share_a_cache(
     tokens: IndexedDataset, tmp_path: Path, monkeypatch
 ) -> None:
     """Each of these packs otherwise; a key that left one out would hand back another's index."""
-    monkeypatch.setattr("data.loader.STORED_FROM", 0)
+    monkeypatch.setattr("data.dataset.MIN_STORED_PIECES", 0)
     built = {}
     for changes in ({}, {"seq_length": 32}, {"alignment": 8}, {"seed": 2}):
         data = on_disk(tokens, tmp_path, **changes)
@@ -201,13 +203,10 @@ def test_epochs_of_different_data_or_shape_never_share_a_cache(
             assert (index.pieces == alone.pieces).all() and (index.first == alone.first).all()
             built[(str(changes), number)] = index.pieces.tobytes()
     assert len(set(built.values())) == len(built) == len(list((tmp_path / "packing").iterdir()))
-    other = SequenceDataset(
+    other = PackedDataset(
         tokens,
         np.array([1, 4]),
-        seq_length=16,
-        packing="best-fit",
-        alignment=4,
-        seed=1,
+        PackingOptions(seq_length=16, method="best-fit", seed=1, alignment=4),
         pad_token=0,
         cache_path=tmp_path,
     )
@@ -216,20 +215,20 @@ def test_epochs_of_different_data_or_shape_never_share_a_cache(
 
 def test_packings_and_windows_never_share_a_cache(tokens: IndexedDataset, tmp_path: Path, monkeypatch) -> None:
     """Greedy, and one stream of documents that need no alignment, store arrays of the same names."""
-    monkeypatch.setattr("data.loader.STORED_FROM", 0)
-    packings = [{"packing": p, "alignment": 1} for p in ("best-fit", "greedy", "concat")]
+    monkeypatch.setattr("data.dataset.MIN_STORED_PIECES", 0)
+    packings = [{"method": p, "alignment": 1} for p in ("best-fit", "greedy", "concat")]
     for changes in (*packings, {"window": 3}, {"window": 5}, {"window": 5, "seed": 2}, {"window": 5, "alignment": 8}):
         data, alone = (on_disk(tokens, cache, **changes) for cache in (tmp_path, None))
-        assert data.sequences_per_epoch == alone.sequences_per_epoch
-        for n in range(2 * alone.sequences_per_epoch):
-            assert (data.sequence(n).tokens == alone.sequence(n).tokens).all()
+        assert data.samples_per_epoch == alone.samples_per_epoch
+        for n in range(2 * alone.samples_per_epoch):
+            assert (data.sample(n).tokens == alone.sample(n).tokens).all()
     assert len(list((tmp_path / "packing").iterdir())) == 3 * 2 + 4
 
 
 def test_small_epochs_are_not_stored(tokens: IndexedDataset, tmp_path: Path) -> None:
     """A source of a few documents may be read for thousands of epochs."""
     for packing in ("best-fit", "greedy", "concat"):
-        data = on_disk(tokens, tmp_path, packing=packing)
+        data = on_disk(tokens, tmp_path, method=packing)
         for number in range(20):
             data.epoch(number)
     assert not (tmp_path / "packing").exists()
@@ -240,8 +239,8 @@ def test_epochs_are_stored_from_so_many_pieces(
     tokens: IndexedDataset, tmp_path: Path, monkeypatch, packing: str, pieces: int
 ) -> None:
     for least, stored in ((pieces + 1, False), (pieces, True)):
-        monkeypatch.setattr("data.loader.STORED_FROM", least)
-        data = on_disk(tokens, tmp_path / str(least), packing=packing)
+        monkeypatch.setattr("data.dataset.MIN_STORED_PIECES", least)
+        data = on_disk(tokens, tmp_path / str(least), method=packing)
         assert len(getattr(data.epoch(0), "pieces" if packing == "best-fit" else "documents")) == pieces
         assert (tmp_path / str(least)).exists() == stored
 
@@ -252,21 +251,21 @@ def test_a_cache_that_cannot_be_written_does_not_end_a_run_at_an_epochs_border(
     tokens: IndexedDataset, tmp_path: Path, monkeypatch, packing: str, why: str
 ) -> None:
     """Later epochs are built in memory: the same rows, also in workers. The first is refused at the start, where that costs nothing."""
-    monkeypatch.setattr("data.loader.STORED_FROM", 0)
-    count = on_disk(tokens, tmp_path, packing=packing).sequences_per_epoch  # fills it with the first epoch
+    monkeypatch.setattr("data.dataset.MIN_STORED_PIECES", 0)
+    count = on_disk(tokens, tmp_path, method=packing).samples_per_epoch  # fills it with the first epoch
     if why == "read-only":
         refuse = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
         monkeypatch.setattr("utils.files.tempfile", SimpleNamespace(mkdtemp=refuse))
     else:
         monkeypatch.setattr(np, "save", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    data, free = on_disk(tokens, tmp_path, packing=packing), on_disk(tokens, None, packing=packing)
+    data, free = on_disk(tokens, tmp_path, method=packing), on_disk(tokens, None, method=packing)
     for n in range(3 * count):
-        assert (data.sequence(n).tokens == free.sequence(n).tokens).all()
+        assert (data.sample(n).tokens == free.sample(n).tokens).all()
     steps = step_contents(free, count // GLOBAL_BATCH + 1, batch_size=1, micro=1, cp_size=1)
     assert step_contents(data, count // GLOBAL_BATCH + 1, batch_size=1, micro=1, cp_size=1, workers=1) == steps
     assert len(list((tmp_path / "packing").glob("[!.]*"))) == 1
     with pytest.raises((CacheNotWritable, OSError)):
-        on_disk(tokens, tmp_path, packing=packing, seed=9)
+        on_disk(tokens, tmp_path, method=packing, seed=9)
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "greedy", "concat", "windows"])
@@ -274,8 +273,8 @@ def test_a_cache_that_cannot_be_written_does_not_end_a_run_at_an_epochs_border(
 def test_a_broken_index_is_named_and_what_to_remove(
     tokens: IndexedDataset, tmp_path: Path, monkeypatch, packing: str, how: str
 ) -> None:
-    monkeypatch.setattr("data.loader.STORED_FROM", 0)
-    changes = {"window": 4} if packing == "windows" else {"packing": packing}
+    monkeypatch.setattr("data.dataset.MIN_STORED_PIECES", 0)
+    changes = {"window": 4} if packing == "windows" else {"method": packing}
     on_disk(tokens, tmp_path, **changes)
     (folder,) = (tmp_path / "packing").iterdir()
     for file in list(folder.iterdir()):
@@ -305,36 +304,25 @@ def test_fingerprints_tell_contents_and_documents_apart(tmp_path: Path) -> None:
     assert on_disk(IndexedDataset(tmp_path / "b")).fingerprint() != on_disk(a).fingerprint()
     for name, more in (("c", 0), ("d", 1)):  # what the first 64 tokens of documents do not tell
         write_indexed_dataset(tmp_path / name, [np.arange(n + more) for n in (70, 90)], vocab_size=2000)
-    ends = [SequenceDataset(
-        IndexedDataset(tmp_path / name), np.arange(2), seq_length=16, packing="best-fit", alignment=4, seed=1, pad_token=0, cache_path=None
-    ).fingerprint() for name in "cd"]  # fmt: skip
+    ends = [PackedDataset(IndexedDataset(tmp_path / name), np.arange(2), PackingOptions(seq_length=16, method='best-fit', seed=1, alignment=4), pad_token=0).fingerprint() for name in "cd"]  # fmt: skip
     assert ends[0] != ends[1]
-    some = [SequenceDataset(
-        a, np.array(d), seq_length=16, packing="best-fit", alignment=4, seed=1, pad_token=0, cache_path=None
-    ).fingerprint() for d in ([0, 1], [1, 0], [0, 2], [0])]  # fmt: skip
+    some = [PackedDataset(a, np.array(d), PackingOptions(seq_length=16, method='best-fit', seed=1, alignment=4), pad_token=0).fingerprint() for d in ([0, 1], [1, 0], [0, 2], [0])]  # fmt: skip
     assert len(set(some)) == 4
 
 
 def test_a_split_reads_its_own_documents(tokens: IndexedDataset) -> None:
     """Pieces count documents within the split; the file counts them over all."""
-    data = SequenceDataset(
-        tokens,
-        np.array([2, 6]),
-        seq_length=16,
-        packing="best-fit",
-        alignment=4,
-        seed=1,
-        pad_token=1999,
-        cache_path=None,
+    data = PackedDataset(
+        tokens, np.array([2, 6]), PackingOptions(seq_length=16, method="best-fit", seed=1, alignment=4), pad_token=1999
     )
-    read = {int(t) for n in range(data.sequences_per_epoch) for t in data.sequence(n).tokens} - {1999}
+    read = {int(t) for n in range(data.samples_per_epoch) for t in data.sample(n).tokens} - {1999}
     first = np.cumsum(LENGTHS) - LENGTHS
     assert read == {*range(first[2], first[2] + LENGTHS[2]), *range(first[6], first[6] + LENGTHS[6])}
 
 
-def test_an_empty_sequence_counts_nothing(tokens: IndexedDataset) -> None:
+def test_an_empty_sample_counts_nothing(tokens: IndexedDataset) -> None:
     data = on_disk(tokens)
-    empty = data.empty_sequence()
+    empty = data.empty_sample()
     assert (empty.labels == IGNORE_LABEL).all() and (empty.tokens == 1999).all()
     assert empty.lengths.tolist() == [0] and empty.padded_lengths.tolist() == [16]
 

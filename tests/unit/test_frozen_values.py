@@ -38,7 +38,7 @@ def test_initial_weights(name: str, row: int, wanted: list[float]) -> None:
 
 def test_packing_of_an_epoch() -> None:
     epoch = pack_epoch(LENGTHS, seed=1234, epoch=1, seq_length=16, alignment=4)
-    sequences = [epoch.sequence(n).tolist() for n in range(len(epoch))]
+    sequences = [epoch.sample_pieces(n).tolist() for n in range(len(epoch))]
     assert sequences == [
         [[6, 0, 16]],
         [[1, 0, 16]],

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.dataset import PackedDataset, PackingOptions
 from data.indexed_dataset import (
     HEADER,
     MAGIC,
@@ -23,7 +24,6 @@ from data.indexed_dataset import (
     write_index,
     write_indexed_dataset,
 )
-from data.loader import SequenceDataset
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -55,10 +55,8 @@ def test_documents_of_several_sequences_are_read_whole(tmp_path: Path) -> None:
     assert data.lengths.tolist() == [12, 0, 8] and len(data) == 3
     assert data.read(0, 3, 9).tolist() == list(range(3, 12)) and data.read(2, 0, 8).tolist() == list(range(12, 20))
     assert data.read(1, 0, 0).tolist() == []
-    packed = SequenceDataset(
-        data, np.arange(3), seq_length=8, packing="best-fit", alignment=1, seed=1, pad_token=0, cache_path=None
-    )
-    read = np.concatenate([packed.sequence(n).tokens for n in range(packed.sequences_per_epoch)])
+    packed = PackedDataset(data, np.arange(3), PackingOptions(seq_length=8, method="best-fit", seed=1), pad_token=0)
+    read = np.concatenate([packed.sample(n).tokens for n in range(packed.samples_per_epoch)])
     assert {*range(20)} <= set(read.tolist())
 
 
@@ -112,19 +110,15 @@ def test_no_broken_byte_makes_it_read_past_the_files(tmp_path_factory, data) -> 
     read: Counter = Counter()
     try:
         tokens = IndexedDataset(folder / "t")
-        packed = SequenceDataset(
+        packed = PackedDataset(
             tokens,
             np.arange(len(tokens)),
-            seq_length=8,
-            packing="greedy",
-            alignment=1,
-            seed=1,
+            PackingOptions(seq_length=8, method="greedy", seed=1),
             pad_token=0,
-            cache_path=None,
             vocab_size=70000,
         )
-        for n in range(min(50, packed.sequences_per_epoch)):
-            s = packed.sequence(n)
+        for n in range(min(50, packed.samples_per_epoch)):
+            s = packed.sample(n)
             read.update(s.tokens[np.repeat(s.lengths > 0, s.padded_lengths)].tolist())
         documents = [tokens.read(d, 0, int(length)).tolist() for d, length in enumerate(tokens.lengths)]
     except (ValueError, MemoryError) as error:
@@ -132,7 +126,7 @@ def test_no_broken_byte_makes_it_read_past_the_files(tmp_path_factory, data) -> 
         return
     wanted = documents_by_the_format(index_file(folder / "t").read_bytes(), token_file(folder / "t").read_bytes())
     assert documents == wanted
-    if packed.sequences_per_epoch <= 50:
+    if packed.samples_per_epoch <= 50:
         assert read == Counter(token for document in wanted for token in document)
 
 

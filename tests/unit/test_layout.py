@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from cp.layout import LAYOUTS, attention_pairs, balance, document_unit, ranges, shard_indices, unshard_indices
 from cp.packed_seq import build_packed_seq
-from data.loader import Sequence, build_batch
+from data.batch import build_batch
+from data.dataset import PackedSample
 
 cp_sizes = st.sampled_from([1, 2, 3, 4, 8])
 
@@ -86,7 +87,7 @@ def test_positions_and_targets_are_those_of_one_rank(case) -> None:
     total = int(padded.sum())
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 50, total)
-    row = Sequence(rng.integers(0, 50, total), labels, real, padded)
+    row = PackedSample(rng.integers(0, 50, total), labels, real, padded)
 
     def pairs(size: int) -> Counter:
         count: Counter = Counter()

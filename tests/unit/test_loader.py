@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from cp.packed_seq import IGNORE_LABEL
+from data.batch import BatchPlan, build_batch
+from data.dataset import PackedDataset, PackingOptions
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
-from data.loader import BatchPlan, DataFault, SequenceDataset, build_batch, build_loader, data_faults, read_batches
+from data.loader import DataError, build_loader, read_batches, translate_worker_death
 
 LENGTHS = [5, 40, 16, 1, 33, 8, 17, 4]
 SEQ, ALIGNMENT, PAD = 16, 4, 9999
@@ -27,14 +29,11 @@ def tokens(tmp_path_factory) -> IndexedDataset:
 
 def dataset(
     tokens: IndexedDataset, packing: str = "best-fit", cache: Path | None = None, seed: int = 1
-) -> SequenceDataset:
-    return SequenceDataset(
+) -> PackedDataset:
+    return PackedDataset(
         tokens,
         np.arange(len(LENGTHS)),
-        seq_length=SEQ,
-        packing=packing,
-        alignment=ALIGNMENT,
-        seed=seed,
+        PackingOptions(seq_length=SEQ, method=packing, seed=seed, alignment=ALIGNMENT),
         pad_token=PAD,
         cache_path=cache,
     )
@@ -43,8 +42,8 @@ def dataset(
 def test_labels_are_the_next_token_of_the_same_document(tokens: IndexedDataset) -> None:
     data = dataset(tokens)
     labelled = 0
-    for n in range(data.sequences_per_epoch):
-        sequence = data.sequence(n)
+    for n in range(data.samples_per_epoch):
+        sequence = data.sample(n)
         assert sequence.padded_lengths.sum() == SEQ and (sequence.padded_lengths % ALIGNMENT == 0).all()
         at = 0
         for length, stored in zip(sequence.lengths, sequence.padded_lengths, strict=True):
@@ -63,19 +62,19 @@ def test_labels_are_the_next_token_of_the_same_document(tokens: IndexedDataset) 
 
 def test_a_tail_is_a_document_of_real_length_0(tokens: IndexedDataset) -> None:
     data = dataset(tokens)
-    tails = [s for s in (data.sequence(n) for n in range(data.sequences_per_epoch)) if s.lengths[-1] == 0]
+    tails = [s for s in (data.sample(n) for n in range(data.samples_per_epoch)) if s.lengths[-1] == 0]
     assert tails and all((s.lengths[:-1] > 0).all() for s in tails)
 
 
 def test_bshd_is_one_stream_whose_labels_cross_documents(tokens: IndexedDataset) -> None:
     data = dataset(tokens, "concat")
     crossings = 0
-    for n in range(data.sequences_per_epoch):
-        sequence = data.sequence(n)
+    for n in range(data.samples_per_epoch):
+        sequence = data.sample(n)
         assert sequence.lengths.tolist() == sequence.padded_lengths.tolist() == [SEQ]
         assert (sequence.labels[:-1] == sequence.tokens[1:]).all() and IGNORE_LABEL not in sequence.labels
-        if n + 1 < data.sequences_per_epoch:
-            assert sequence.labels[-1] == data.sequence(n + 1).tokens[0]
+        if n + 1 < data.samples_per_epoch:
+            assert sequence.labels[-1] == data.sample(n + 1).tokens[0]
         crossings += int((sequence.labels // 100 != sequence.tokens // 100).sum())
     assert crossings >= 3
 
@@ -94,7 +93,7 @@ def test_every_plan_reads_the_steps_sequences_once(batch_size: int, micro: int) 
         for rank in range(batch_size):
             p = plan(batch_size, rank, micro)
             for microbatch in range(p.num_microbatches):
-                read += p.sequence_numbers(step, microbatch)
+                read += p.sample_numbers(step, microbatch)
         assert sorted(read) == list(range(12 * step, 12 * (step + 1)))
 
 
@@ -105,7 +104,7 @@ def same(a, b) -> bool:
     )
 
 
-def batches(data: SequenceDataset, workers: int, first: int = 0, last: int = 5, **options) -> list:
+def batches(data: PackedDataset, workers: int, first: int = 0, last: int = 5, **options) -> list:
     loader = build_loader(
         data, plan(1, 0, 1, 2, cp=2), steps=range(first, last), num_workers=workers, pin_memory=False, **options
     )
@@ -121,10 +120,10 @@ def test_workers_and_a_later_start_give_the_same_batches(tokens: IndexedDataset,
 
 
 def test_an_epochs_index_is_cached_once(tokens: IndexedDataset, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("data.loader.STORED_FROM", 0)
-    first = dataset(tokens, cache=tmp_path).sequence(0)
-    monkeypatch.setattr("data.loader.pack_epoch", lambda *_, **__: pytest.fail("built again"))
-    again = dataset(tokens, cache=tmp_path).sequence(0)
+    monkeypatch.setattr("data.dataset.MIN_STORED_PIECES", 0)
+    first = dataset(tokens, cache=tmp_path).sample(0)
+    monkeypatch.setattr("data.dataset.pack_epoch", lambda *_, **__: pytest.fail("built again"))
+    again = dataset(tokens, cache=tmp_path).sample(0)
     assert (first.tokens == again.tokens).all()
     monkeypatch.undo()
     assert not (
@@ -140,22 +139,19 @@ def test_ids_outside_the_vocabulary_are_named_wherever_they_are_read(tmp_path: P
         ids = [np.arange(n, dtype=np.int64) for n in LENGTHS]
         ids[document][at] = id_
         write_indexed_dataset(tmp_path / "t", ids, vocab_size=100_000)
-        data = SequenceDataset(
-            IndexedDataset(tmp_path / "t"), np.arange(len(LENGTHS)), seq_length=SEQ, packing=packing, alignment=ALIGNMENT, seed=1,
-            pad_token=0, cache_path=None, vocab_size=500,
-        )  # fmt: skip
+        data = PackedDataset(IndexedDataset(tmp_path / 't'), np.arange(len(LENGTHS)), PackingOptions(seq_length=SEQ, method=packing, seed=1, alignment=ALIGNMENT), pad_token=0, vocab_size=500)  # fmt: skip
         faults = []
-        for n in range(data.sequences_per_epoch):
-            held = [(int(data.documents[d]), s, length) for d, s, length in data.epoch(0).sequence(n).tolist()]
+        for n in range(data.samples_per_epoch):
+            held = [(int(data.documents[d]), s, length) for d, s, length in data.epoch(0).sample_pieces(n).tolist()]
             ahead = 0 if packing == "concat" else 1
             if any(d == document and s <= at < min(s + length + ahead, LENGTHS[d]) for d, s, length in held):
                 with pytest.raises(
                     ValueError, match=rf"t\.bin: token {id_} in document {document}, but the tokenizer's are 0 to 499"
                 ):
-                    data.sequence(n)
+                    data.sample(n)
                 faults.append(n)
             else:
-                data.sequence(n)
+                data.sample(n)
         assert faults or packing == "concat"  # whose stream's end is left over
 
 
@@ -164,8 +160,8 @@ def test_ids_outside_the_vocabulary_are_named_wherever_they_are_read(tmp_path: P
 def test_labelled_tokens_are_counted_as_they_are(tokens: IndexedDataset, packing: str, pad_rows: str) -> None:
     data = dataset(tokens, packing)
     options = dict(cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag", pad_rows=pad_rows)
-    for n in range(data.sequences_per_epoch):
-        row = build_batch([data.sequence(n), data.empty_sequence(), data.sequence(n + 1)], **options)
+    for n in range(data.samples_per_epoch):
+        row = build_batch([data.sample(n), data.empty_sample(), data.sample(n + 1)], **options)
         assert row.loss_tokens == int((row.labels != IGNORE_LABEL).sum()) > 0
 
 
@@ -177,7 +173,7 @@ def test_sequences_beyond_the_limit_are_empty(tokens: IndexedDataset) -> None:
 
 def test_a_row_of_several_sequences_is_their_concatenation(tokens: IndexedDataset) -> None:
     data = dataset(tokens)
-    parts = [data.sequence(n) for n in (0, 1)]
+    parts = [data.sample(n) for n in (0, 1)]
     row = build_batch(parts, cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag")
     assert row.tokens.tolist() == parts[0].tokens.tolist() + parts[1].tokens.tolist()
     assert row.packed_seq.row_length == 2 * SEQ
@@ -186,7 +182,7 @@ def test_a_row_of_several_sequences_is_their_concatenation(tokens: IndexedDatase
 def test_dynamic_rows_hold_the_same_documents_without_tails(tokens: IndexedDataset) -> None:
     data = dataset(tokens)
     options = dict(cp_size=2, cp_rank=0, qkv_format="thd", layout="zigzag")
-    sequences = [data.sequence(n) for n in range(data.sequences_per_epoch)]
+    sequences = [data.sample(n) for n in range(data.samples_per_epoch)]
     full = build_batch(sequences, **options)
     short = build_batch(sequences, pad_rows="dynamic", **options)
     real = full.packed_seq.lengths > 0
@@ -196,7 +192,7 @@ def test_dynamic_rows_hold_the_same_documents_without_tails(tokens: IndexedDatas
     kept = full.labels != IGNORE_LABEL
     assert short.labels[short.labels != IGNORE_LABEL].tolist() == full.labels[kept].tolist()
     assert short.tokens[short.labels != IGNORE_LABEL].tolist() == full.tokens[kept].tolist()
-    empty = build_batch([data.empty_sequence()], pad_rows="dynamic", **options)
+    empty = build_batch([data.empty_sample()], pad_rows="dynamic", **options)
     assert empty.packed_seq.row_length == 4 and empty.loss_tokens == 0
 
 
@@ -204,7 +200,7 @@ def test_row_hashes_tell_rows_apart(tokens: IndexedDataset) -> None:
     data = dataset(tokens)
 
     def row_hash(n: int, cp_rank: int = 0, changed: bool = False) -> int | None:
-        s = data.sequence(n)
+        s = data.sample(n)
         if changed:
             s.labels[3] += 1
         return build_batch([s], cp_size=2, cp_rank=cp_rank, qkv_format="thd", layout="zigzag", hash_row=True).row_hash
@@ -226,7 +222,7 @@ def test_a_worker_that_dies_while_the_rank_computes_is_told_the_same(tokens: Ind
         layout="zigzag",
     )
     before = set(multiprocessing.active_children())
-    with pytest.raises(DataFault, match=r"a data worker died.*--num-workers 0"), data_faults():
+    with pytest.raises(DataError, match=r"a data worker died.*--num-workers 0"), translate_worker_death():
         batches = read_batches(build_loader(dataset(tokens), plan, steps=range(1000), num_workers=1, pin_memory=False))
         next(batches)
         (worker,) = set(multiprocessing.active_children()) - before
@@ -234,5 +230,5 @@ def test_a_worker_that_dies_while_the_rank_computes_is_told_the_same(tokens: Ind
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             sum(range(1000))
-    with pytest.raises(RuntimeError, match="something else"), data_faults():
+    with pytest.raises(RuntimeError, match="something else"), translate_worker_death():
         raise RuntimeError("something else")

@@ -104,9 +104,9 @@ def test_the_rows_come_back_as_they_were(tmp_path: Path) -> None:
     told = {"loss": math.nan, "grad_norm": math.inf, "ranks": []}
     save_step(place, step=2, told=told, sequences=sequences, numbers=range(1, 3), facts=facts)
     again = StoredSequences(place.with_suffix(".npz"))
-    assert again.sequences_per_epoch == 2 and again.seq_length == 16
+    assert again.samples_per_epoch == 2 and again.seq_length == 16
     for number in (0, 1):
-        mine, theirs = again.sequence(number), sequences.sequence(number + 1)
+        mine, theirs = again.sample(number), sequences.sample(number + 1)
         for name in ("tokens", "labels", "lengths", "padded_lengths"):
             np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
         assert mine.first_id == theirs.first_id

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.loader import DataFault
+from data.loader import DataError
 from metrics.log import NonFinite
 from runtime import status as outcome_module
 from runtime.status import Outcome, StatusFile, lost_a_peer
@@ -38,7 +38,7 @@ def test_a_status_is_whole_or_the_one_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (DataFault("corpus.bin: token 70000"), 1, "train.py: rank 1: corpus.bin: token 70000"),
+        (DataError("corpus.bin: token 70000"), 1, "train.py: rank 1: corpus.bin: token 70000"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -81,7 +81,7 @@ def test_the_first_cause_stays(tmp_path: Path, capsys, monkeypatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(outcome_module.os, "_exit", codes.append)
     with pytest.raises(SystemExit), outcome_in(tmp_path, rank=1):
-        raise DataFault("no such token")
+        raise DataError("no such token")
     with pytest.raises(RuntimeError, match="gloo"), outcome_in(tmp_path, rank=0):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     assert codes == [1] and told(tmp_path)["reason"] == "no such token"
@@ -156,7 +156,7 @@ def test_a_full_disk_does_not_hide_the_error(tmp_path: Path, capsys) -> None:
     place.touch()
     made = outcome_in(place)
     with pytest.raises(SystemExit), made:
-        raise DataFault("first")
+        raise DataError("first")
     assert "first" in capsys.readouterr().err and os.path.isfile(place)
 
 

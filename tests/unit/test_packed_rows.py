@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cp.layout import LAYOUTS, attention_pairs, balance, document_unit, shard_indices
 from cp.packed_seq import IGNORE_LABEL, build_packed_seq
-from data.loader import Batch, SequenceDataset, build_batch
+from data.batch import Batch, build_batch
+from data.dataset import PackedDataset, PackingOptions
 
 
 class Tokens:
@@ -27,7 +28,7 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def place(self, document: int, start: int, length: int) -> int:
+    def locate(self, document: int, start: int, length: int) -> int:
         assert start >= 0 and length >= 0 and start + length <= self.lengths[document]
         return int(self.first[document]) + start
 
@@ -35,13 +36,9 @@ class Tokens:
         return self.tokens[self.first[document] + start :][:length]
 
 
-def dataset(
-    lengths: list[int], *, seq_length: int, alignment: int, packing: str = "best-fit", **more
-) -> SequenceDataset:
-    return SequenceDataset(
-        Tokens(lengths), np.arange(len(lengths)), seq_length=seq_length, packing=packing, alignment=alignment, seed=3, pad_token=10**6,
-        cache_path=None, **more,
-    )  # type: ignore[arg-type]  # fmt: skip
+def dataset(lengths: list[int], *, seq_length: int, alignment: int, packing: str = "best-fit", **more) -> PackedDataset:
+    options = PackingOptions(seq_length=seq_length, method=packing, seed=3, alignment=alignment, **more)
+    return PackedDataset(Tokens(lengths), np.arange(len(lengths)), options, pad_token=10**6)  # type: ignore[arg-type]
 
 
 def held(batch: Batch, counted_only: bool = False) -> Counter:
@@ -66,9 +63,9 @@ def test_ranks_hold_what_one_rank_holds(
 ) -> None:
     alignment = document_unit(layout, cp_size)
     data = dataset(lengths, seq_length=4 * max(alignment, cp_size), alignment=alignment, packing=packing)
-    if not data.sequences_per_epoch:
+    if not data.samples_per_epoch:
         return
-    row = [data.sequence(n) for n in range(micro_batch)]
+    row = [data.sample(n) for n in range(micro_batch)]
     options = dict(qkv_format="thd" if packing == "best-fit" else "bshd", layout=layout)
     batches = [build_batch(row, cp_size=cp_size, cp_rank=rank, pad_rows=pad_rows, **options) for rank in range(cp_size)]
     one = build_batch(row, cp_size=1, cp_rank=0, **options)
@@ -92,7 +89,7 @@ def test_ranks_hold_what_one_rank_holds(
 def test_positions_restart_at_each_stored_document(lengths: list[int], cp_size: int) -> None:
     alignment = 2 * cp_size
     data = dataset(lengths, seq_length=4 * alignment, alignment=alignment)
-    sequence = data.sequence(0)
+    sequence = data.sample(0)
     batch = build_batch([sequence], cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag")
     wanted = [p for n in sequence.padded_lengths for p in range(n)]
     assert batch.packed_seq.positions.tolist() == wanted
@@ -168,7 +165,7 @@ def test_dynamic_rows_are_the_shortest_that_can_be_cut(real: int) -> None:
     data = dataset([real], seq_length=16, alignment=1)
     batches = [
         build_batch(
-            [data.sequence(0)], cp_size=2, cp_rank=rank, qkv_format="thd", layout="contiguous", pad_rows="dynamic"
+            [data.sample(0)], cp_size=2, cp_rank=rank, qkv_format="thd", layout="contiguous", pad_rows="dynamic"
         )
         for rank in range(2)
     ]

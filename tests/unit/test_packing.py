@@ -63,7 +63,7 @@ def test_an_epoch_is_a_function_of_seed_and_epoch() -> None:
         assert len(other) == len(first) and not (other.pieces == first.pieces).all()
     covered(first.pieces, lengths)
     for n in range(len(first)):
-        assert (-(-first.sequence(n)[:, 2] // 8) * 8).sum() <= 1024
+        assert (-(-first.sample_pieces(n)[:, 2] // 8) * 8).sum() <= 1024
 
 
 @pytest.mark.parametrize("lengths", [[5, 9, 1, 30, 2], [40], [7, 7]])
@@ -71,7 +71,7 @@ def test_stream_sequences_overlap_by_one_token(lengths: list[int]) -> None:
     epoch = concat_epoch(np.array(lengths), seed=3, epoch=0, seq_length=6)
     whole = [(d, t) for d in epoch.documents.tolist() for t in range(lengths[d])]
     for n in range(len(epoch)):
-        tokens = [(d, t) for d, start, length in epoch.sequence(n).tolist() for t in range(start, start + length)]
+        tokens = [(d, t) for d, start, length in epoch.sample_pieces(n).tolist() for t in range(start, start + length)]
         assert tokens == whole[6 * n : 6 * n + 7]
     assert len(epoch) == (sum(lengths) - 1) // 6
     assert epoch.left_over == sum(lengths) - 6 * len(epoch) >= 1

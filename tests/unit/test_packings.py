@@ -24,7 +24,7 @@ lengths_lists = st.lists(st.integers(0, 90), min_size=1, max_size=40).filter(any
 
 
 def all_pieces(epoch) -> np.ndarray:
-    return np.concatenate([epoch.sequence(n) for n in range(len(epoch))])
+    return np.concatenate([epoch.sample_pieces(n) for n in range(len(epoch))])
 
 
 @given(lengths_lists, st.sampled_from([1, 2, 8]), st.integers(1, 4), st.integers(0, 3))
@@ -39,7 +39,7 @@ def test_greedy_keeps_order_and_leaves_room_in_the_last_sequence_only(
     order = [d for d in index.documents.tolist() if lengths[d]]
     assert list(dict.fromkeys(pieces[:, 0].tolist())) == order  # in the epoch's order, each in consecutive pieces
     for n in range(len(index)):
-        stored = int((-(-index.sequence(n)[:, 2] // alignment) * alignment).sum())
+        stored = int((-(-index.sample_pieces(n)[:, 2] // alignment) * alignment).sum())
         assert stored == seq_length or (n == len(index) - 1 and 0 < stored < seq_length)
 
 
@@ -48,7 +48,7 @@ def test_every_epoch_has_as_many_sequences(epochs: range) -> None:
     lengths = log_normal(500)
     counts = {len(greedy_epoch(lengths, seed=1, epoch=e, seq_length=1024, alignment=8)) for e in epochs}
     windows = Windows(lambda d: lengths[d], len(lengths), seed=1, seq_length=1024, alignment=8, window=64)
-    assert len(counts) == 1 and len({len(windowed_epoch(windows, windows.count(), e)) for e in epochs}) == 1
+    assert len(counts) == 1 and len({len(windowed_epoch(windows, windows.count_samples(), e)) for e in epochs}) == 1
 
 
 @given(lengths_lists, st.integers(1, 50), st.integers(0, 2))
@@ -56,21 +56,21 @@ def test_every_epoch_has_as_many_sequences(epochs: range) -> None:
 def test_windows_hold_every_token_once(lengths: list[int], window: int, epoch: int) -> None:
     array = np.array(lengths)
     windows = Windows(lambda d: array[d], len(array), seed=3, seq_length=32, alignment=4, window=window)
-    index = windowed_epoch(windows, windows.count(), epoch)
+    index = windowed_epoch(windows, windows.count_samples(), epoch)
     covered(all_pieces(index), array)
-    backwards = windowed_epoch(windows, windows.count(), epoch)
+    backwards = windowed_epoch(windows, windows.count_samples(), epoch)
     for n in reversed(range(len(index))):
-        assert (backwards.sequence(n) == index.sequence(n)).all()
+        assert (backwards.sample_pieces(n) == index.sample_pieces(n)).all()
 
 
 def test_epochs_of_windows_differ_and_are_nearly_as_full() -> None:
     lengths = log_normal(20000)
     windows = Windows(lambda d: lengths[d], len(lengths), seed=3, seq_length=8192, alignment=8, window=4096)
-    counts = windows.count()
+    counts = windows.count_samples()
     whole = len(pack_epoch(lengths, seed=3, epoch=0, seq_length=8192, alignment=8))
     assert counts.sum() <= 1.005 * whole
     first, second = (windowed_epoch(windows, counts, e) for e in (0, 1))
-    partners = [{frozenset(e.sequence(n)[:, 0].tolist()) for n in range(200)} for e in (first, second)]
+    partners = [{frozenset(e.sample_pieces(n)[:, 0].tolist()) for n in range(200)} for e in (first, second)]
     assert len(partners[0] & partners[1]) < 10
 
 
@@ -90,7 +90,7 @@ def test_windows_follow_the_seed(monkeypatch) -> None:
         return Windows(lambda d: lengths[d], len(lengths), seed=seed, seq_length=1024, alignment=8, window=60)
 
     assert set(windows(1).pack(0, 0).pieces[:, 0].tolist()) != set(windows(2).pack(0, 0).pieces[:, 0].tolist())
-    orders = [windowed_epoch(windows(s), windows(s).count(), e).order.tolist() for s in (1, 2) for e in (0, 1)]
+    orders = [windowed_epoch(windows(s), windows(s).count_samples(), e).order.tolist() for s in (1, 2) for e in (0, 1)]
     assert len({tuple(o) for o in orders}) == 4
     monkeypatch.setattr("data.packing.mixed_order", lambda count, seed: lambda places: places)
     packed = [windows(s).pack(0, e).pieces.tobytes() for s in (1, 2) for e in (0, 1)]
@@ -149,8 +149,8 @@ def test_every_token_and_every_label_once_an_epoch(lengths: list[int], packing: 
     data = dataset(lengths, seq_length=16, alignment=alignment, **options)
     first = np.cumsum(lengths) - lengths
     tokens, labels = [], []
-    for n in range(data.sequences_per_epoch):
-        s = data.sequence(n)
+    for n in range(data.samples_per_epoch):
+        s = data.sample(n)
         assert s.padded_lengths.sum() == 16 and (np.cumsum(s.padded_lengths) > 0).all() and (s.padded_lengths > 0).all()
         real = np.concatenate([np.arange(p) < r for r, p in zip(s.lengths, s.padded_lengths, strict=True)])
         tokens += s.tokens[real].tolist()
@@ -165,6 +165,6 @@ def test_every_token_and_every_label_once_an_epoch(lengths: list[int], packing: 
 def test_one_document_a_sequence_for_bshd() -> None:
     lengths = [10, 30, 7]
     data = dataset(lengths, seq_length=16, alignment=1, packing="greedy", one_document=True)
-    rows = [data.sequence(n) for n in range(data.sequences_per_epoch)]
+    rows = [data.sample(n) for n in range(data.samples_per_epoch)]
     assert [(s.lengths.tolist(), s.padded_lengths.tolist()) for s in rows] == [([16], [16]), ([16], [16]), ([15], [16])]
     assert (np.concatenate([s.labels for s in rows]) != IGNORE_LABEL).sum() == sum(lengths) - len(lengths)

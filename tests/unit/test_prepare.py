@@ -627,4 +627,4 @@ def test_padding_shares_are_those_of_the_epochs(tmp_path: Path, cp: int) -> None
     shares = padding_shares(lengths, 128, cp)
     for packing, share in shares.items():
         epoch = dataset(lengths.tolist(), seq_length=128, alignment=2 * cp, packing=packing)
-        assert share == pytest.approx(1 - lengths.sum() / (epoch.sequences_per_epoch * 128))
+        assert share == pytest.approx(1 - lengths.sum() / (epoch.samples_per_epoch * 128))

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import Sequence, build_batch
+from data.batch import build_batch
+from data.dataset import PackedSample
 from metrics import log as metrics_module
 from metrics.banner import describe_sequences
 from metrics.log import EVERYTHING, ROW_FACTS, MetricsLog, open_metrics_file, row_facts
@@ -80,7 +81,7 @@ def test_facts_of_rows() -> None:
         total = sum(padded)
         labels = np.full(total, -100)
         labels[: lengths[0] - 1] = 1
-        row = Sequence(np.zeros(total, int), labels, np.array(lengths), np.array(padded))
+        row = PackedSample(np.zeros(total, int), labels, np.array(lengths), np.array(padded))
         return build_batch([row], cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag")
 
     got = row_facts([replace(batch([3, 5, 0], [4, 6, 2]), cp_balance=1.25), batch([8], [8])])

@@ -21,8 +21,8 @@ import data.sources as sources_module
 import utils.files as cache_module
 from data.build import build_tokens, split_documents, train_tokenizer
 from data.corpus import Source, open_source
+from data.dataset import PackedDataset, PackingOptions
 from data.indexed_dataset import HEADER, IndexedDataset, write_indexed_dataset
-from data.loader import SequenceDataset
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from tests.launch import ROOT
 from utils.files import build_once, cache_key
@@ -308,9 +308,7 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, at: int, value: bytes) ->
         for document, length in enumerate(data.lengths):
             if length >= 0:
                 data.read(document, 0, int(length))
-        SequenceDataset(
-            data, np.arange(3), seq_length=8, packing="best-fit", alignment=1, seed=1, pad_token=0, cache_path=None
-        )
+        PackedDataset(data, np.arange(3), PackingOptions(seq_length=8, method="best-fit", seed=1), pad_token=0)
 
 
 @pytest.mark.parametrize("missing", ["t.idx", "t.bin"])

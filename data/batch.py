@@ -1,0 +1,221 @@
+"""Microbatches: the row of one or more samples, cut to the tokens of this rank.
+
+Step k reads samples k * global_batch_size .. + global_batch_size - 1, so its content is a function of the seed and k. A
+microbatch is one row, the concatenation of `micro_batch_size` samples. Every cp and tp rank of a `batch` coordinate builds the
+same row and keeps its own tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cp.layout import attention_pairs, balance
+from cp.packed_seq import IGNORE_LABEL, PackedSeq, build_packed_seq
+from data.dataset import PackedSample, padding_sample
+from data.packing import count_microbatches
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One microbatch: this rank's tokens of a row, and metadata of the whole row.
+
+    Attributes:
+        tokens, labels: [T / cp] int64; a label is -100 where no loss is computed.
+        packed_seq: the row's documents.
+        loss_tokens: labelled tokens of the whole row.
+        real_tokens: tokens of the whole row without padding.
+        cp_balance: attention work of the busiest cp rank over the mean (cp/layout.py).
+        row_hash: hash of the whole row and its documents, where requested; equal on ranks that share the row.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    packed_seq: PackedSeq
+    loss_tokens: int
+    real_tokens: int
+    cp_balance: float
+    row_hash: int | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        return self if device.type == "cpu" else self._move(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader."""
+        return self._move(lambda x: x.pin_memory())
+
+    def _move(self, move: Any) -> Batch:
+        return replace(self, tokens=move(self.tokens), labels=move(self.labels), packed_seq=self.packed_seq.move(move))
+
+
+def build_batch(
+    samples: Sequence[PackedSample],
+    *,
+    cp_size: int,
+    cp_rank: int,
+    qkv_format: str,
+    layout: str,
+    pad_rows: str = "full",
+    row_unit: int | None = None,
+    hash_row: bool = False,
+) -> Batch:
+    """The row of these samples, cut to this rank's tokens.
+
+    Args:
+        pad_rows: of `packing.PAD_ROWS`; dynamic leaves out the samples' tails.
+        row_unit: a dynamic row's length is a multiple of it; default 2 * cp_size.
+    """
+    if pad_rows == "dynamic":
+        samples = _trim_tails(samples, unit=row_unit or 2 * cp_size)
+    lengths = _concatenate([s.lengths for s in samples])
+    padded_lengths = _concatenate([s.padded_lengths for s in samples])
+    first_ids = [s.first_id + at for s in samples for at in accumulate([0, *s.padded_lengths.tolist()[:-1]])]
+    packed_seq, owned = build_packed_seq(
+        lengths,
+        padded_lengths,
+        cp_size=cp_size,
+        cp_rank=cp_rank,
+        qkv_format=qkv_format,
+        layout=layout,
+        first_ids=np.array(first_ids, np.int64),
+    )
+    tokens, labels = _concatenate([s.tokens for s in samples]), _concatenate([s.labels for s in samples])
+    row_hash = _hash_row(tokens, labels, lengths, padded_lengths) if hash_row else None
+    counts = [np.count_nonzero(s.labels != IGNORE_LABEL) if s.loss_tokens is None else s.loss_tokens for s in samples]
+    cp_balance = 1.0
+    if cp_size > 1:
+        tokens, labels = tokens[owned], labels[owned]
+        cp_balance = balance(attention_pairs(lengths, padded_lengths, cp_size=cp_size, layout=layout))
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        packed_seq=packed_seq,
+        loss_tokens=int(sum(counts)),
+        real_tokens=sum(lengths.tolist()),
+        cp_balance=cp_balance,
+        row_hash=row_hash,
+    )
+
+
+def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
+    """`np.concatenate` without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _hash_row(*parts: np.ndarray) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part.astype(np.int64).tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _trim_tails(samples: Sequence[PackedSample], *, unit: int) -> list[PackedSample]:
+    """The samples without their tails (documents of length 0), and one tail that fills the row to a multiple of `unit`."""
+    trimmed = []
+    for s in samples:
+        is_document = s.lengths > 0
+        assert is_document[:-1].all(), "only the last document of a sample is a tail"
+        kept = np.repeat(is_document, s.padded_lengths)
+        trimmed.append(
+            replace(
+                s,
+                tokens=s.tokens[kept],
+                labels=s.labels[kept],
+                lengths=s.lengths[is_document],
+                padded_lengths=s.padded_lengths[is_document],
+            )
+        )
+    total = sum(len(s.tokens) for s in trimmed)
+    missing = -total % unit or (unit if not total else 0)
+    if missing:  # any token fills the tail
+        trimmed.append(padding_sample(missing, samples[0].tokens[-1]))
+    return trimmed
+
+
+class RankGrid(Protocol):
+    """Sizes of the grid's axes, and this rank's coordinates (parallel/grid.py)."""
+
+    def size(self, axis: str) -> int: ...
+
+    def rank(self, axis: str) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """Which samples a rank reads, and which of their tokens it keeps.
+
+    Attributes:
+        batch_size, batch_rank: size and coordinate of the grid's `batch` axis.
+        hash_before_step: rows of steps below it carry their hash.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    batch_size: int
+    batch_rank: int
+    cp_size: int
+    cp_rank: int
+    qkv_format: str
+    layout: str
+    pad_rows: str = "full"
+    row_unit: int | None = None
+    hash_before_step: int = 0
+
+    @classmethod
+    def from_grid(
+        cls,
+        grid: RankGrid,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        qkv_format: str,
+        layout: str,
+        pad_rows: str = "full",
+        hash_before_step: int = 0,
+    ) -> BatchPlan:
+        """The plan of this rank; dynamic rows divide by 2 * cp and by cp * tp."""
+        cp_size = grid.size("cp")
+        return cls(
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            batch_size=grid.size("batch"),
+            batch_rank=grid.rank("batch"),
+            cp_size=cp_size,
+            cp_rank=grid.rank("cp"),
+            qkv_format=qkv_format,
+            layout=layout,
+            pad_rows=pad_rows,
+            row_unit=math.lcm(2 * cp_size, cp_size * grid.size("tp")),
+            hash_before_step=hash_before_step,
+        )
+
+    @property
+    def num_microbatches(self) -> int:
+        return count_microbatches(self.global_batch_size, self.micro_batch_size, self.batch_size)
+
+    def sample_numbers(self, step: int, microbatch: int) -> range:
+        """Samples of this rank's row; ranks and microbatches together read each sample of the step once."""
+        first = step * self.global_batch_size
+        first += (microbatch * self.batch_size + self.batch_rank) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+    def build_batch(self, samples: Sequence[PackedSample], *, step: int) -> Batch:
+        """The row of these samples, cut to this rank's tokens."""
+        return build_batch(
+            samples,
+            cp_size=self.cp_size,
+            cp_rank=self.cp_rank,
+            qkv_format=self.qkv_format,
+            layout=self.layout,
+            pad_rows=self.pad_rows,
+            row_unit=self.row_unit,
+            hash_row=step < self.hash_before_step,
+        )

@@ -1,0 +1,361 @@
+"""Datasets of packed samples: sample n is a function of the documents, the packing options and n.
+
+Samples run on through the epochs without end. A blend of several datasets takes its samples from them in turn (data/blend.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from cp.packed_seq import IGNORE_LABEL
+from data.blend import Blend
+from data.indexed_dataset import CHUNK, IndexedDataset
+from data.packing import (
+    Epoch,
+    StoredEpoch,
+    Windows,
+    concat_epoch,
+    greedy_epoch,
+    load_epoch,
+    pack_epoch,
+    save_epoch,
+    windowed_epoch,
+)
+from utils.errors import UserError
+from utils.files import CacheNotWritable, build_once, cache_entry, cache_key
+
+# Part of the cache key: raise this version when the packing of an epoch changes.
+INDEX_VERSION = 2
+# Epochs of fewer pieces are packed in memory: a small source, read for thousands of epochs, fills no folder per epoch.
+MIN_STORED_PIECES = 10_000
+
+
+@dataclass
+class PackedSample:
+    """`seq_length` tokens, their labels and the documents that they belong to.
+
+    Attributes:
+        tokens, labels: [seq_length] int64; a label is -100 where no loss is computed.
+        lengths, padded_lengths: [documents] tokens of each document without and with padding; the tail is a document of length 0.
+        first_id: number of the first token in the whole run, epochs included; dropout is keyed by it.
+        loss_tokens: number of labelled tokens; None: counted when the batch is built.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+    padded_lengths: np.ndarray
+    first_id: int = 0
+    loss_tokens: int | None = None
+
+
+def padding_sample(length: int, pad_token: int) -> PackedSample:
+    """A sample of `length` padding tokens, none of them labelled."""
+    padded = np.array([length])
+    tokens, labels = np.full(length, pad_token, np.int64), np.full(length, IGNORE_LABEL, np.int64)
+    return PackedSample(tokens, labels, np.zeros_like(padded), padded, loss_tokens=0)
+
+
+class SampleDataset(Protocol):
+    """Numbered samples without end; `samples_per_epoch` of them come before one repeats."""
+
+    seq_length: int
+    samples_per_epoch: int
+
+    def sample(self, n: int) -> PackedSample: ...
+
+    def empty_sample(self) -> PackedSample:
+        """Only padding: fills the last batch of an evaluation and counts nothing."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hash of the documents and of what decides their order, flags excepted."""
+        ...
+
+    def state_dict(self, n: int) -> dict[str, Any]:
+        """Position of each source before sample n, as JSON for `load_state_dict`."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError if the state belongs to other sources."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingOptions:
+    """How documents become samples.
+
+    Attributes:
+        method: of `packing.PACKINGS`.
+        alignment: documents are padded to a multiple of it (best-fit, greedy).
+        window: best-fit packs windows of so many documents; None: all documents of an epoch at once.
+        one_document: attention sees one document a sample (bshd; always with concat), not one a piece.
+    """
+
+    seq_length: int
+    method: str
+    seed: int
+    alignment: int = 1
+    window: int | None = None
+    one_document: bool = False
+
+
+class PackedDataset:
+    """Samples of endless epochs over some documents of a token file.
+
+    Args:
+        documents: [n] numbers of the split's documents in `tokens`.
+        pad_token: id that fills padding; no loss is computed on it.
+        cache_path: folder for epoch indices of at least `MIN_STORED_PIECES` pieces; None: indices stay in memory.
+        vocab_size: token ids must be in [0, vocab_size); None: not checked.
+        name: for messages.
+
+    Raises:
+        ValueError: as `IndexedDataset.lengths`.
+        CacheNotWritable: the first epoch's index is not cached and cannot be written.
+    """
+
+    def __init__(
+        self,
+        tokens: IndexedDataset,
+        documents: np.ndarray,
+        packing: PackingOptions,
+        *,
+        pad_token: int,
+        cache_path: Path | None = None,
+        vocab_size: int | None = None,
+        name: str = "",
+    ) -> None:
+        self.tokens, self.documents, self.packing, self.name = tokens, documents, packing, name or str(tokens.prefix)
+        self.pad_token, self.vocab_size, self.cache_path = pad_token, vocab_size, cache_path
+        self.seq_length = packing.seq_length
+        # The packing depends on the lengths of documents only, not on their places in the file.
+        digest = hashlib.sha256()
+        self.num_tokens = self.longest = self.num_pieces = 0
+        for at in range(0, len(documents), CHUNK):
+            lengths = tokens.lengths[documents[at : at + CHUNK]].astype(np.int64)
+            digest.update(lengths.tobytes())
+            cuts = -(-lengths // self.seq_length)
+            self.num_pieces += int(cuts.sum()) if packing.method == "best-fit" else len(lengths)
+            self.num_tokens += int(lengths.sum())
+            self.longest = max(self.longest, int(lengths.max()))
+        self._lengths_hash = digest.hexdigest()
+        self._epochs: dict[int, Epoch] = {}
+        self.samples_per_epoch = len(self.epoch(0))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[documents] int64 tokens of each, gathered at every call."""
+        return self.tokens.lengths[self.documents].astype(np.int64)
+
+    def epoch(self, number: int) -> Epoch:
+        """The index of an epoch; the latest one stays in memory."""
+        if number not in self._epochs:
+            index = self._load_epoch(number) if self.packing.window is None else self._load_windows(number)
+            self._epochs = {number: index}
+        return self._epochs[number]
+
+    def _build_epoch(self, number: int) -> StoredEpoch:
+        packing = self.packing
+        options: dict[str, int] = dict(seed=packing.seed, epoch=number, seq_length=packing.seq_length)
+        if packing.method == "concat":
+            return concat_epoch(self.lengths, **options)
+        build = greedy_epoch if packing.method == "greedy" else pack_epoch
+        return build(self.lengths, alignment=packing.alignment, **options)
+
+    def _cache_folder(self, **more: int) -> Path:
+        assert self.cache_path is not None
+        packing = self.packing
+        key = cache_key(
+            version=INDEX_VERSION,
+            lengths=self._lengths_hash,
+            packing=packing.method,
+            seq_length=packing.seq_length,
+            seed=packing.seed,
+            alignment=1 if packing.method == "concat" else packing.alignment,
+            **more,
+        )
+        return self.cache_path / "packing" / key
+
+    def _load_epoch(self, number: int) -> StoredEpoch:
+        if self.cache_path is None or self.num_pieces < MIN_STORED_PIECES:
+            return self._build_epoch(number)
+        folder = self._cache_folder(epoch=number)
+        try:
+            build_once(folder, lambda scratch: save_epoch(self._build_epoch(number), scratch))
+        except (CacheNotWritable, OSError):  # read-only, or a full disk
+            if number == 0:  # refused at the start: later, every rank and worker would pay for the index in memory
+                raise
+            return self._build_epoch(number)
+        with cache_entry(folder):
+            return load_epoch(self.packing.method, folder, self.seq_length)
+
+    def _load_windows(self, number: int) -> Epoch:
+        packing = self.packing
+        assert packing.method == "best-fit" and packing.window is not None
+        windows = Windows(
+            lambda documents: self.tokens.lengths[self.documents[documents]],
+            len(self.documents),
+            seed=packing.seed,
+            seq_length=packing.seq_length,
+            alignment=packing.alignment,
+            window=packing.window,
+        )
+        if self.cache_path is None:
+            return windowed_epoch(windows, windows.count_samples(), number)
+        folder = self._cache_folder(window=packing.window)
+        build_once(folder, lambda scratch: np.save(scratch / "counts.npy", windows.count_samples()))
+        with cache_entry(folder):
+            counts = np.load(folder / "counts.npy")
+            if counts.shape != (len(windows),) or counts.dtype != np.int64 or counts.min(initial=0) < 0:
+                raise UserError(f"counts.npy is {counts.dtype} {list(counts.shape)} for {len(windows)} windows")
+        return windowed_epoch(windows, counts, number)
+
+    def fingerprint(self) -> str:
+        """Hash of all document lengths and of the first 64 tokens of up to 1000 documents: its cost does not grow."""
+        digest = hashlib.sha256(self._lengths_hash.encode())
+        count = len(self.documents)
+        for at in np.unique(np.linspace(0, count - 1, num=min(1000, count), dtype=np.int64)):
+            document = int(self.documents[at])
+            ids = self.tokens.read(document, 0, min(64, int(self.tokens.lengths[document])))
+            digest.update(ids.astype(np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+    def state_dict(self, n: int) -> dict[str, Any]:
+        epoch, position = divmod(n, self.samples_per_epoch)
+        return {"sequences": n, "sources": [{"name": self.name, "epoch": epoch, "position": position}]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Does nothing: epoch and position of sample n follow from n."""
+
+    def sample(self, n: int) -> PackedSample:
+        """Sample n of the run; every epoch has `samples_per_epoch` of them.
+
+        Raises:
+            ValueError: the token file contradicts its index, or holds tokens outside the vocabulary.
+        """
+        epoch, at = divmod(n, self.samples_per_epoch)
+        index = self.epoch(epoch)
+        assert len(index) == self.samples_per_epoch
+        pieces = index.sample_pieces(at)
+        # A sample has few pieces: Python's numbers are faster than arrays from here on.
+        columns = (self.documents[pieces[:, 0]], pieces[:, 1], pieces[:, 2])
+        triples = list(zip(*(column.tolist() for column in columns), strict=True))
+        sample = self._cut_stream(triples) if self.packing.method == "concat" else self._join_documents(triples)
+        sample.first_id = n * self.seq_length
+        return sample
+
+    def empty_sample(self) -> PackedSample:
+        return padding_sample(self.seq_length, self.pad_token)
+
+    def _cut_stream(self, pieces: list[tuple[int, int, int]]) -> PackedSample:
+        stream = np.concatenate([self.tokens.read(*piece) for piece in pieces]).astype(np.int64)
+        self._check_vocabulary(stream, [], pieces)
+        whole = np.array([self.seq_length])
+        return PackedSample(stream[:-1], stream[1:], whole, whole, loss_tokens=self.seq_length)
+
+    def _check_vocabulary(self, tokens: np.ndarray, ahead: list[int], pieces: list[tuple[int, int, int]]) -> None:
+        """Check a sample's tokens and the labels that are not among them. Raises ValueError: names id and document."""
+        size = self.vocab_size
+        # As unsigned numbers, negative ids are very large: one pass finds both faults.
+        if size is None or (int(tokens.view(np.uint64).max()) < size and all(0 <= label < size for label in ahead)):
+            return
+        for document, start, length in pieces:
+            ids = self.tokens.read(document, start, min(length + 1, self.tokens.lengths.item(document) - start))
+            outside = ids[(ids < 0) | (ids >= size)]
+            if len(outside):
+                raise UserError(
+                    f"{self.tokens.prefix}.bin: token {outside[0]} in document {document}, but the tokenizer's are "
+                    f"0 to {size - 1}: made with another tokenizer, or corrupted"
+                )
+        raise AssertionError(f"padding with token {self.pad_token} of {size}")
+
+    def _join_documents(self, pieces: list[tuple[int, int, int]]) -> PackedSample:
+        tokens, labels = np.empty(self.seq_length, np.int64), np.empty(self.seq_length, np.int64)
+        stored, whole_lengths, alignment = self.tokens.tokens, self.tokens.lengths, self.packing.alignment
+        lengths, padded_lengths, ends, ahead, at = [], [], [], [], 0
+        for document, start, length in pieces:
+            # The label of a piece's last token is one token ahead; a document's last token has none.
+            continues = whole_lengths.item(document) - start > length
+            begin = self.tokens.locate(document, start, length + continues)
+            end = at + length
+            tokens[at:end] = stored[begin : begin + length]
+            label = IGNORE_LABEL
+            if continues:
+                label = stored.item(begin + length)
+                ahead.append(label)
+            at += -(-length // alignment) * alignment
+            if at > end:
+                tokens[end:at] = self.pad_token
+            ends.append((end, at, label))
+            lengths.append(length)
+            padded_lengths.append(at - end + length)
+        tokens[at:] = self.pad_token
+        # Shifting all labels at once, then correcting document ends, is faster than shifting each document.
+        labels[:-1] = tokens[1:]
+        for end, padded_end, label in ends:
+            labels[end - 1] = label
+            if padded_end > end:
+                labels[end:padded_end] = IGNORE_LABEL
+        labels[at:] = IGNORE_LABEL
+        self._check_vocabulary(tokens, ahead, pieces)
+        loss_tokens = sum(lengths) - len(pieces) + len(ahead)
+        if self.packing.one_document:
+            lengths, padded_lengths = [at], [self.seq_length]
+        elif at < self.seq_length:  # the tail is a document of length 0
+            lengths.append(0)
+            padded_lengths.append(self.seq_length - at)
+        return PackedSample(tokens, labels, np.array(lengths), np.array(padded_lengths), loss_tokens=loss_tokens)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_epochs": {}}
+
+
+class BlendedDataset:
+    """Samples of several datasets in turn (data/blend.py).
+
+    Args:
+        weights: [sources] positive integers, in proportion to the samples that each source gives.
+    """
+
+    def __init__(self, sources: Sequence[PackedDataset], weights: Sequence[int]) -> None:
+        self.sources, self.blend = list(sources), Blend(weights)
+        self.seq_length = self.sources[0].seq_length
+        # Samples before any source begins its second epoch.
+        pairs = zip(self.sources, self.blend.weights, strict=True)
+        self.samples_per_epoch = min(source.samples_per_epoch * self.blend.total // w for source, w in pairs)
+
+    def sample(self, n: int) -> PackedSample:
+        source, position = self.blend.at(n)
+        sample = self.sources[source].sample(position)
+        sample.first_id = n * self.seq_length  # of the run: repeated tokens get other dropout masks
+        return sample
+
+    def empty_sample(self) -> PackedSample:
+        return self.sources[0].empty_sample()
+
+    def fingerprint(self) -> str:
+        """Hash of the sources in order, and their weights."""
+        return cache_key(blend=[(s.fingerprint(), w) for s, w in zip(self.sources, self.blend.weights, strict=True)])
+
+    def state_dict(self, n: int) -> dict[str, Any]:
+        counts = zip(self.sources, self.blend.counts(n), strict=True)
+        return {"sequences": n, "sources": [source.state_dict(count)["sources"][0] for source, count in counts]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if not state:  # an old checkpoint without data positions: they are computed from sample 0, which is slower
+            return
+        positions = state["sources"]
+        if len(positions) != len(self.sources):
+            raise UserError(
+                f"--data-path: {len(self.sources)} sources, but the checkpoint's data came from {len(positions)}"
+            )
+        pairs = zip(self.sources, positions, strict=True)
+        counts = [source.samples_per_epoch * p["epoch"] + p["position"] for source, p in pairs]
+        self.blend = Blend(self.blend.weights, (state["sequences"], counts))
