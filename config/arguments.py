@@ -26,12 +26,12 @@ from data.sources import find_tokenizer, open_parts
 from data.tokenizer import TOKENIZER_TYPES, load_sentencepiece
 from model.config import FP8_RECIPES, RECOMPUTE, ROPE_SCALINGS, GPTConfig
 from parallel.stages import PP_SCHEDULES, check_microbatches, fewest_microbatches, split_layers
-from training.lr_schedule import LR_DECAY_STYLES
 from utils.errors import UserError
 
 ZERO_BUBBLE_TORCH = (2, 13)
 FP8_UNIT = 16  # sizes of a matrix in 8 bits are multiples of it
 TRANSFORMER_IMPLS = ("auto", "torch", "te")
+LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag, so that a preset can be overruled
 
 

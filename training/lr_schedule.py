@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
-
 
 @dataclass(frozen=True, kw_only=True)
 class LRSchedule:
