@@ -32,7 +32,7 @@ from checkpoint.resume import Started, find_start, load_start, run_facts
 from checkpoint.saver import Saver
 from config.arguments import model_config, parse_arguments, parse_profile_steps, parse_skips, parse_split, resolve
 from cp.attention import build_attention
-from cp.support import smallest_alignment
+from cp.layout import document_unit
 from data.batch import BatchPlan
 from data.build import build_dataset, train_tokenizer
 from data.dataset import BlendedDataset, PackingOptions, SampleDataset
@@ -45,12 +45,13 @@ from metrics.profiler import StepProfiler
 from metrics.tensorboard import Writer, configuration, describe_data, open_writers
 from metrics.timers import Timers
 from model.config import GPTConfig, padded_vocab_size
-from model.gpt import GPT, Stages, chunks_of
+from model.gpt import GPT, Stages, get_chunks
 from model.init import initialise
-from model.layers import precision_of
+from model.layers import build_precision
+from model.transformer import GPTOptions
 from parallel.collectives import WaitClock, sum_over
 from parallel.fsdp import clip_grad_norm_, shard_model
-from parallel.grid import Grid, GridSizes, build_grid, ends_group, split_group
+from parallel.grid import Grid, GridSizes, build_grid, embedding_group, split_group
 from parallel.pipeline import build_schedule
 from parallel.stages import split_layers
 from parallel.tensor import TensorParallel
@@ -77,7 +78,7 @@ from training.flops import known_peak_tflops
 from training.lr_schedule import LRSchedule
 from training.optimizer import build_optimizer, set_lr
 from training.sample import generate
-from training.step import Pipeline, counts_here, forward_backward
+from training.step import Pipeline, forward_backward, get_norm_owned_names
 from utils.files import replace_synced
 
 # Flags that may have another value on another node: where files lie there.
@@ -138,7 +139,17 @@ def build_model(
     attention = build_attention(args.attention, head_dim=config.kv_channels, a2a_groups=a2a_groups, clock=clock)
     tp = TensorParallel(grid.group("tp"), args.sequence_parallel)
     ends = (0, config.num_layers - 1) if args.fp8_first_last_bf16 else ()
-    precision = precision_of(args.fp8, group=grid.group("stage"), bf16_layers=ends)
+    precision = build_precision(args.fp8, group=grid.group("stage"), bf16_layers=ends)
+    options = GPTOptions(
+        dtype=parameter_dtype,
+        compute_dtype=compute_dtype,
+        recompute=args.recompute,
+        dropout_seed=args.seed,
+        implementation=args.transformer_impl,
+        precision=precision,
+        loss_chunk_size=args.loss_chunk_size,
+        z_loss=args.z_loss,
+    )
     stages = split_layers(
         config.num_layers,
         args.pp_size * args.virtual_stages,
@@ -152,16 +163,9 @@ def build_model(
                 config,
                 attention=attention,
                 cp_group=grid.group("cp"),
-                dtype=parameter_dtype,
+                options=options,
                 tp=tp,
-                loss_chunk_size=args.loss_chunk_size,
-                z_loss=args.z_loss,
-                compute_dtype=compute_dtype,
                 layers=layers,
-                recompute=args.recompute,
-                dropout_seed=args.seed,
-                implementation=args.transformer_impl,
-                precision=precision,
             )
         if args.compile:
             chunk.compile_layers()
@@ -185,7 +189,7 @@ def build_pipeline(
     """The schedule over the stages of `build_model`; None where there is one stage."""
     if args.pp_size == 1:
         return None
-    chunks = chunks_of(model)
+    chunks = get_chunks(model)
     rows = args.micro_batch_size * args.seq_length // (args.cp_size * (args.tp_size if args.sequence_parallel else 1))
     schedule = build_schedule(
         chunks,
@@ -197,7 +201,7 @@ def build_pipeline(
         device=device,
     )
     timeout = collective_timeout(args)
-    tied = ends_group(grid, "pp", timeout=timeout) if config.tie_embeddings else None
+    tied = embedding_group(grid, timeout=timeout) if config.tie_embeddings else None
     return Pipeline(schedule, grid.group("pp"), tied)
 
 
@@ -308,7 +312,7 @@ def main(argv: list[str], outcome: Outcome) -> None:
         style=args.lr_decay_style,
         wsd_decay_iters=args.lr_wsd_decay_iters,
     )
-    counts = counts_here(model, grid)
+    owned = get_norm_owned_names(model, grid)
     facts = run_facts(args, config, tokenizer, train_sequences)
     started = Started()
     if start is not None:
@@ -459,7 +463,7 @@ def main(argv: list[str], outcome: Outcome) -> None:
             grid=grid,
             device=device,
             alignment=math.lcm(
-                args.document_alignment, smallest_alignment("zigzag", args.cp_size), args.cp_size * args.tp_size
+                args.document_alignment, document_unit("zigzag", args.cp_size), args.cp_size * args.tp_size
             ),
             qkv_format=args.qkv_format,
             layout=args.cp_layout,
@@ -529,7 +533,7 @@ def main(argv: list[str], outcome: Outcome) -> None:
 
         # Clip by the global norm and step, unless something is not finite.
         with timers("gradient norm"):
-            grad_norm = clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=args.clip_grad, counts=counts)
+            grad_norm = clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=args.clip_grad, owned=owned)
         loss = sum_over(sum_over(cross_entropy.clone(), grid.group("loss")), grid.group("pp")) / loss_tokens
         done = outcome.step = step + 1
         lr = schedule.at(step)

@@ -37,6 +37,7 @@ from cp.support import AttentionChoice
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.init import initialise
+from model.transformer import GPTOptions
 from parallel.fsdp import local_tensor, shard_model
 from parallel.grid import Grid, GridSizes, build_grid
 from training.optimizer import build_optimizer
@@ -62,7 +63,7 @@ def build(grid: Grid, hidden: int) -> tuple[GPT, torch.optim.AdamW]:
             config,
             attention=build_attention(choice, head_dim=config.kv_channels),
             cp_group=grid.group("cp"),
-            dtype=torch.float32,
+            options=GPTOptions(dtype=torch.float32),
         )
     shard_model(
         model, model.layers.values(), grid, device_type="cpu", compute_dtype=torch.float32, reshard_after_forward=False

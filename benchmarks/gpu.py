@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from benchmarks.train_step import BareGPT
 from config.arguments import model_config, parse_arguments, resolve
-from cp.native_p2p import plan_ring, ring_attention_blocks
+from cp.native_p2p import build_ring_blocks, ring_attention_blocks
 from cp.packed_seq import build_packed_seq
 from data.batch import build_batch
 from data.dataset import PackedSample
@@ -59,7 +59,7 @@ from runtime.distributed import Launch, initialise_distributed
 from train import build_model
 from training.flops import known_peak_tflops, training_flops
 from training.optimizer import build_optimizer
-from training.step import counts_here, forward_backward
+from training.step import forward_backward, get_norm_owned_names
 
 ONE_B = "--num-layers 16 --hidden-size 2048 --ffn-hidden-size 5632 --num-attention-heads 16 --num-query-groups 8 --seq-length 8192"
 EIGHT_B = "--num-layers 4 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --num-query-groups 8 --seq-length 8192"
@@ -193,7 +193,7 @@ class OurStep:
             dict(self.model.named_parameters()),
             self.machine.grid,
             max_norm=1.0,
-            counts=counts_here(self.model, self.machine.grid),
+            owned=get_norm_owned_names(self.model, self.machine.grid),
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -363,7 +363,7 @@ def ring(machine: Machine, rounds: int) -> None:
             q, k, v = (make(part, h).requires_grad_() for h in (heads, groups, groups))
             dout = make(part, heads)
             packed_seq, _ = build_packed_seq(row.lengths, row.padded_lengths, cp_size=cp_size, cp_rank=rank)
-            blocks = plan_ring(packed_seq, cp_size=cp_size, cp_rank=rank, device=machine.device)
+            blocks = build_ring_blocks(packed_seq, cp_size=cp_size, cp_rank=rank, device=machine.device)
 
             def run() -> None:
                 q.grad = k.grad = v.grad = None

@@ -35,7 +35,7 @@ from parallel.fsdp import clip_grad_norm_
 from parallel.grid import GridSizes, build_grid
 from train import build_model, build_pipeline
 from training.optimizer import build_optimizer
-from training.step import counts_here, forward_backward
+from training.step import forward_backward, get_norm_owned_names
 
 VOCAB_SIZE, SEQ_LENGTH, MICROBATCHES, WARM_UP_STEPS = 4096, 1024, 8, 2
 FLAGS = f"--device cpu --dtype fp32 --qkv-format bshd --seq-length {SEQ_LENGTH} --global-batch-size {MICROBATCHES} --seed {SEED}"
@@ -83,7 +83,9 @@ class LayoutRank:
         options = dict(loss_tokens=loss_tokens, device=CPU, reshard_between=False, pipeline=self.pipeline)
         total = forward_backward(self.model, self.batches, **options)
         parameters = dict(self.model.named_parameters())
-        clip_grad_norm_(parameters, self.grid, max_norm=self.args.clip_grad, counts=counts_here(self.model, self.grid))
+        clip_grad_norm_(
+            parameters, self.grid, max_norm=self.args.clip_grad, owned=get_norm_owned_names(self.model, self.grid)
+        )
         self.optimizer.step()
         self.optimizer.zero_grad()
         return (sum_over(sum_over(total, self.grid.group("loss")), self.grid.group("pp")) / loss_tokens).item()

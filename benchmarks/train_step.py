@@ -50,7 +50,7 @@ from parallel.grid import GridSizes, build_grid
 from runtime.distributed import initialise_distributed, read_launch
 from train import build_model
 from training.optimizer import build_optimizer, set_lr
-from training.step import counts_here, forward_backward
+from training.step import forward_backward, get_norm_owned_names
 
 VOCAB_SIZE, SEQ_LENGTH, MICRO_BATCH, SEED = 32000, 1024, 2, 1234
 LONG_SEQ_LENGTH, LONG_CP = 8192, 4
@@ -104,7 +104,7 @@ class OurStep:
             dict(self.model.named_parameters()),
             self.grid,
             max_norm=self.args.clip_grad,
-            counts=counts_here(self.model, self.grid),
+            owned=get_norm_owned_names(self.model, self.grid),
         )
         set_lr(self.optimizer, self.args.lr)
         self.optimizer.step()

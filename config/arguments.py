@@ -20,12 +20,12 @@ from typing import Any, NoReturn
 import yaml
 
 from cp import support
-from cp.layout import LAYOUTS
+from cp.layout import LAYOUTS, document_unit
 from data.packing import PACKINGS, PAD_ROWS, resolve_packing
 from data.sources import find_tokenizer, open_parts
 from data.tokenizer import TOKENIZER_TYPES, load_sentencepiece
 from model.config import FP8_RECIPES, RECOMPUTE, ROPE_SCALINGS, GPTConfig
-from parallel.stages import PP_SCHEDULES, check_microbatches, fewest_microbatches, split_layers
+from parallel.stages import PP_SCHEDULES, check_microbatches, min_microbatches, split_layers
 from utils.errors import UserError
 
 ZERO_BUBBLE_TORCH = (2, 13)
@@ -866,7 +866,7 @@ def _resolve_sequence(args: argparse.Namespace, chosen: list[str], goes_on_from:
         raise UserError(
             f"--packing-window {args.packing_window} is of --packing best-fit, not of {args.packing}, which needs none"
         )
-    smallest = support.smallest_alignment(args.cp_layout, args.cp_size)
+    smallest = document_unit(args.cp_layout, args.cp_size)
     kept = goes_on_from.get("--document-alignment")
     if args.document_alignment is None and kept is not None:
         if kept % smallest:
@@ -913,7 +913,7 @@ def _resolve_batch(args: argparse.Namespace, chosen: list[str], goes_on_from: Ma
         args.global_batch_size = goes_on_from["--global-batch-size"]
         chosen.append(f"--global-batch-size {args.global_batch_size} (the checkpoint's)")
     if args.global_batch_size is None:
-        args.global_batch_size = unit * fewest_microbatches(args.pp_size)
+        args.global_batch_size = unit * min_microbatches(args.pp_size)
         chosen.append(f"--global-batch-size {args.global_batch_size}")
     if args.global_batch_size % unit:
         nearest = _nearest_multiple(args.global_batch_size, unit)

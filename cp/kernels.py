@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cp.dropout_attention import AttentionDropout, Segment, dropped_backward, dropped_forward
 from cp.layout import ranges
+from utils.device import to_device
 
 Rows = slice | Tensor
 
@@ -79,14 +80,6 @@ def _rows(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Rows
     if (starts[1:] == starts[:-1] + lengths[:-1]).all():
         return slice(int(starts[0]), int(starts[-1] + lengths[-1]))
     return to_device(ranges(starts, lengths), device)
-
-
-def to_device(x: np.ndarray, device: torch.device) -> Tensor:
-    """Through pinned memory, so that the host does not wait for the copy."""
-    tensor = torch.from_numpy(np.ascontiguousarray(x))
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _group_runs(segments: np.ndarray) -> tuple[Run, ...]:

@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cp.dropout_attention import AttentionDropout
-from cp.kernels import Block, to_device
+from cp.kernels import Block
 from cp.layout import shard_indices
-from cp.native_p2p import plan_ring, ring_attention_blocks
+from cp.native_p2p import build_ring_blocks, ring_attention_blocks
 from cp.packed_seq import PackedSeq
 from parallel.collectives import WaitClock, all_to_all
+from utils.device import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +58,14 @@ def kv_copies(kv_heads: int, a2a_size: int) -> int:
     return a2a_size // math.gcd(kv_heads, a2a_size)
 
 
-def plan_exchange(
+def build_exchange(
     packed_seq: PackedSeq,
     *,
     a2a_size: int,
     ring_size: int,
     ring_rank: int,
     device: torch.device,
-    with_places: bool = False,
+    with_dropout: bool = False,
 ) -> _Plan:
     padded, cp_size = packed_seq.padded_lengths, a2a_size * ring_size
     neighbours = range(ring_rank * a2a_size, (ring_rank + 1) * a2a_size)
@@ -80,7 +81,9 @@ def plan_exchange(
     return _Plan(
         order=None if same else to_device(order, device),
         inverse=None if same else to_device(inverse, device),
-        blocks=plan_ring(packed_seq, cp_size=ring_size, cp_rank=ring_rank, device=device, with_places=with_places),
+        blocks=build_ring_blocks(
+            packed_seq, cp_size=ring_size, cp_rank=ring_rank, device=device, with_dropout=with_dropout
+        ),
     )
 
 
@@ -125,16 +128,16 @@ def a2a_attention(
     """
     assert a2a_group.size() * ring_group.size() == group.size()
     key = ("native_a2a", a2a_group.size(), q.device, dropout is not None)
-    if key not in packed_seq.plans:
-        packed_seq.plans[key] = plan_exchange(
+    if key not in packed_seq.cache:
+        packed_seq.cache[key] = build_exchange(
             packed_seq,
             a2a_size=a2a_group.size(),
             ring_size=ring_group.size(),
             ring_rank=ring_group.rank(),
             device=q.device,
-            with_places=dropout is not None,
+            with_dropout=dropout is not None,
         )
-    plan = packed_seq.plans[key]
+    plan = packed_seq.cache[key]
     copies = kv_copies(k.shape[1], a2a_group.size())
     if copies > 1:
         k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)

@@ -28,12 +28,12 @@ from cp.kernels import (
     block_forward,
     build_block,
     spread_rows,
-    to_device,
 )
 from cp.layout import ranges, shard_indices, unshard_indices
 from cp.native_p2p import merge_rows_
 from cp.packed_seq import PackedSeq
 from parallel.collectives import Gather, WaitClock, reduce_scatter, start_all_gather
+from utils.device import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +49,10 @@ class _Plan:
     from_row: Tensor | None
 
 
-def plan_all_gather(
-    packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_places: bool = False
+def build_row_blocks(
+    packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_dropout: bool = False
 ) -> _Plan:
-    """`with_places` for dropout."""
+    """`with_dropout` for dropout."""
     layout, padded = packed_seq.layout, packed_seq.padded_lengths
     owned = shard_indices(padded, cp_size=cp_size, cp_rank=cp_rank, layout=layout)
     ends = np.cumsum(padded)
@@ -73,8 +73,11 @@ def plan_all_gather(
         inverse[order] = np.arange(len(order))
         to_row, from_row = to_device(order, device), to_device(inverse, device)
     places = None
-    if with_places:
-        places = (packed_seq.places(cp_size=cp_size, cp_rank=cp_rank)[0], ranges(np.zeros_like(padded), padded))
+    if with_dropout:
+        places = (
+            packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=cp_rank)[0],
+            ranges(np.zeros_like(padded), padded),
+        )
     return _Plan(
         own=build_block(q_start, real, k_start, real, causal=True, device=device, places=places),
         before=build_block(q_start, real, document_start, before, causal=False, device=device, places=places),
@@ -206,8 +209,8 @@ def all_gather_attention(
         [t, hq, d]; 0 in padding.
     """
     key = ("native_all_gather", q.device, dropout is not None)
-    if key not in packed_seq.plans:
-        packed_seq.plans[key] = plan_all_gather(
-            packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device, with_places=dropout is not None
+    if key not in packed_seq.cache:
+        packed_seq.cache[key] = build_row_blocks(
+            packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device, with_dropout=dropout is not None
         )
-    return _AllGatherAttention.apply(q, k, v, packed_seq.plans[key], group, scale, heads_k_stride, clock, dropout)
+    return _AllGatherAttention.apply(q, k, v, packed_seq.cache[key], group, scale, heads_k_stride, clock, dropout)

@@ -41,12 +41,12 @@ from parallel.collectives import WaitClock, start_ring_shift
 KV_TAG, GRAD_TAG = 0, 1
 
 
-def plan_ring(
-    packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_places: bool = False
+def build_ring_blocks(
+    packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_dropout: bool = False
 ) -> list[Block | None]:
     """The block of each ring step: at step s the shard of rank (cp_rank - s) mod cp_size is here.
 
-    `with_places` for dropout.
+    `with_dropout` for dropout.
 
     All lengths are known on the host, so no step asks the device for one. None: nothing to compute.
     """
@@ -61,10 +61,12 @@ def plan_ring(
 
     first, second = real(cp_rank), real(2 * cp_size - 1 - cp_rank)
     blocks: list[Block | None] = []
-    own_ids = packed_seq.places(cp_size=cp_size, cp_rank=cp_rank)[0] if with_places else None
+    own_ids = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=cp_rank)[0] if with_dropout else None
     for step in range(cp_size):
         peer = (cp_rank - step) % cp_size
-        places = None if own_ids is None else (own_ids, packed_seq.places(cp_size=cp_size, cp_rank=peer)[1])
+        places = (
+            None if own_ids is None else (own_ids, packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=peer)[1])
+        )
         keys = real(peer) + real(2 * cp_size - 1 - peer)
         if peer == cp_rank:
             segments = (start, first + second, start, keys)
@@ -175,7 +177,7 @@ def ring_attention_blocks(
     clock: WaitClock | None = None,
     dropout: AttentionDropout | None = None,
 ) -> Tensor:
-    """The ring over `group` with the blocks that `plan_ring` made for it, with places where there is dropout."""
+    """The ring over `group` with the blocks that `build_ring_blocks` made for it, with places where there is dropout."""
     return _RingAttention.apply(q, k, v, blocks, group, scale, clock, dropout)
 
 
@@ -201,8 +203,8 @@ def ring_attention(
         [t, hq, d]; 0 in padding. Gradients of padding's q, k and v are 0.
     """
     key = ("native_p2p", q.device, dropout is not None)
-    if key not in packed_seq.plans:
-        packed_seq.plans[key] = plan_ring(
-            packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device, with_places=dropout is not None
+    if key not in packed_seq.cache:
+        packed_seq.cache[key] = build_ring_blocks(
+            packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device, with_dropout=dropout is not None
         )
-    return ring_attention_blocks(q, k, v, packed_seq.plans[key], group, scale=scale, clock=clock, dropout=dropout)
+    return ring_attention_blocks(q, k, v, packed_seq.cache[key], group, scale=scale, clock=clock, dropout=dropout)

@@ -37,7 +37,7 @@ class PackedSeq:
         layout: how the row is cut over the cp ranks (`cp.layout`).
         first_ids: [documents] int64 on the host, the number in the whole run of each document's first token; a token's is that
             plus its position. It names a token whatever the layout, for dropout.
-        plans: what an attention backend prepared for this row, made once and read by every layer.
+        cache: what an attention backend prepares for this row, made once and read by every layer.
     """
 
     lengths: np.ndarray
@@ -49,7 +49,7 @@ class PackedSeq:
     qkv_format: str
     layout: str
     first_ids: np.ndarray
-    plans: dict[Any, Any] = field(default_factory=dict)
+    cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def row_length(self) -> int:
@@ -57,7 +57,7 @@ class PackedSeq:
         return int(self.padded_lengths.sum())
 
     def move(self, move_tensor: Any) -> PackedSeq:
-        """A copy with every tensor passed through `move_tensor`, without plans."""
+        """A copy with every tensor passed through `move_tensor`, with an empty cache."""
         return PackedSeq(
             lengths=self.lengths,
             padded_lengths=self.padded_lengths,
@@ -70,7 +70,7 @@ class PackedSeq:
             first_ids=self.first_ids,
         )
 
-    def places(self, *, cp_size: int, cp_rank: int) -> tuple[np.ndarray, np.ndarray]:
+    def token_ids_and_positions(self, *, cp_size: int, cp_rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and positions of the tokens that a cp rank holds, [T / cp_size] int64 each."""
         owned = shard_indices(self.padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=self.layout)
         return ranges(self.first_ids, self.padded_lengths)[owned], ranges(

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cp import flash_attn_reference
-from cp.kernels import to_device
 from cp.packed_seq import PackedSeq
+from utils.device import to_device
 from utils.errors import UserError
 
 
@@ -123,9 +123,9 @@ def ring_flash_attention(
         q, k, v = (x.unflatten(0, (sequences, -1)).contiguous() for x in (q, k, v))  # [b, s / cp, h, d]
         return getattr(library, names[function])(q, k, v, **common).flatten(0, 1)
     key = ("ring_flash", function, q.device)
-    if key not in packed_seq.plans:
-        packed_seq.plans[key] = _plan(library, function, packed_seq, group, q.device)
-    arguments = packed_seq.plans[key].arguments
+    if key not in packed_seq.cache:
+        packed_seq.cache[key] = _plan(library, function, packed_seq, group, q.device)
+    arguments = packed_seq.cache[key].arguments
     if function == "llama3":
         return library.llama3_flash_attn_varlen_func(q, k, v, heads_k_stride=heads_k_stride, **arguments, **common)
     names = {"zigzag": "zigzag_ring_flash_attn_varlen_func", "ring": "ring_flash_attn_varlen_func"}

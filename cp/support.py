@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from cp.layout import document_unit
 from utils.errors import UserError
 
 QKV_FORMATS = ("thd", "bshd")
@@ -227,11 +226,6 @@ def resolve_backend(name: str, *, has_te: bool = False) -> str:
         has_te: the layers are Transformer Engine's.
     """
     return ("te" if has_te else "native") if name == "auto" else name
-
-
-def smallest_alignment(layout: str, cp_size: int) -> int:
-    """Smallest number of tokens that every document must be padded to a multiple of."""
-    return document_unit(layout, cp_size)
 
 
 def _row(backend: str, method: str) -> Support:

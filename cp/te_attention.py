@@ -12,8 +12,8 @@ import torch.distributed as dist
 import transformer_engine.pytorch as te
 from torch import Tensor
 
-from cp.kernels import to_device
 from cp.packed_seq import PackedSeq
+from utils.device import to_device
 
 
 class TEAttention:
@@ -69,10 +69,10 @@ class TEAttention:
     def _padding(self, packed_seq: PackedSeq, group: dist.ProcessGroup, device: torch.device) -> Tensor:
         """[t, 1, 1] bool, made once a row."""
         key = ("te padding", device)
-        if key not in packed_seq.plans:
+        if key not in packed_seq.cache:
             rows = packed_seq.padding(cp_size=group.size(), cp_rank=group.rank())
-            packed_seq.plans[key] = to_device(rows, device)[:, None, None]
-        return packed_seq.plans[key]
+            packed_seq.cache[key] = to_device(rows, device)[:, None, None]
+        return packed_seq.cache[key]
 
 
 def is_padded(packed_seq: PackedSeq) -> bool:

@@ -28,12 +28,12 @@ def tp_dim(name: str) -> int | None:
     return next((dim for suffix, dim in TP_DIMS.items() if name.endswith(suffix)), None)
 
 
-def is_cut(name: str) -> bool:
+def is_tp_sharded(name: str) -> bool:
     """Whether tp ranks hold different parts of a parameter."""
     return tp_dim(name) is not None
 
 
-def sees_part(name: str, *, sequence_parallel: bool) -> bool:
+def needs_tp_grad_sum(name: str, *, sequence_parallel: bool) -> bool:
     """Whether a weight that each tp rank holds whole gets only a part of its gradient there, to be summed over tp."""
     return tp_dim(name) is None and (sequence_parallel or name.endswith(HEAD_NORMS))
 

@@ -18,8 +18,9 @@ from torch.func import functional_call
 from transformer_engine.common import recipe as te_recipe
 from transformer_engine.pytorch.attention import rope as te_rope
 
-from model.layers import JoinsWeights, Precision
+from model.fused_weights import FusedWeights
 from model.names import TE_FUSED
+from model.precision import Precision
 from model.torch_layers import ColumnParallelLinear, VocabParallelEmbedding
 from parallel.tensor import TensorParallel
 from utils.errors import UserError
@@ -93,7 +94,7 @@ class RowParallelLinear(te.Linear):
     """x @ weight.T without bias; this rank holds 1/tp of the inputs: x [t, in / tp], weight [out, in / tp]."""
 
     def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
-        tp.share(in_features, "inputs")
+        tp.divide(in_features, "inputs")
         mode = "row" if tp.size > 1 else None
         super().__init__(
             in_features,
@@ -112,7 +113,7 @@ class LayerNormLinear(te.LayerNormLinear):
     def __init__(
         self, in_features: int, out_features: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
     ) -> None:
-        tp.share(out_features, "outputs")
+        tp.divide(out_features, "outputs")
         super().__init__(
             in_features,
             out_features,
@@ -139,7 +140,7 @@ class _Joined(torch.autograd.Function):
         return *grad.split(ctx.rows), None
 
 
-class LayerNormMLP(JoinsWeights):
+class LayerNormMLP(FusedWeights):
     """RMSNorm, then SwiGLU: fc2(silu(gate(x)) * up(x)) (arXiv:2002.05202). Gate and up are two tensors.
 
     Transformer Engine's module wants them as one, the gate's rows above the up's. They are joined once a step: a shard of the joined
@@ -151,7 +152,7 @@ class LayerNormMLP(JoinsWeights):
         self, hidden_size: int, ffn_hidden_size: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
     ) -> None:
         super().__init__()
-        ffn = tp.share(ffn_hidden_size, "ffn channels")
+        ffn = tp.divide(ffn_hidden_size, "ffn channels")
         self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size, dtype=dtype))
         self.gate_weight = nn.Parameter(torch.empty(ffn, hidden_size, dtype=dtype))
         self.up_weight = nn.Parameter(torch.empty(ffn, hidden_size, dtype=dtype))
@@ -175,10 +176,10 @@ class LayerNormMLP(JoinsWeights):
     def forward(self, x: Tensor) -> Tensor:
         weights: dict[str, Tensor] = dict(self.named_parameters())
         for fused, parts in TE_FUSED.items():  # fc1_weight [2 * ffn / tp, h]
-            joined = _Joined.apply(*(weights.pop(part.removeprefix("mlp.")) for part in parts), self.joined)
+            joined = _Joined.apply(*(weights.pop(part.removeprefix("mlp.")) for part in parts), self.fused)
             weights[fused.removeprefix("mlp.")] = joined
-            if self.keeps and self.joined is None:
-                self.joined = joined.detach()
+            if self.is_cached and self.fused is None:
+                self.fused = joined.detach()
         return functional_call(self.hidden[0], weights, (x,))
 
 
@@ -199,7 +200,7 @@ class FP8(Precision):
 
     Args:
         name: of `RECIPES`.
-        group, bf16_layers: as `model.layers.precision_of`.
+        group, bf16_layers: as `model.layers.build_precision`.
 
     Raises:
         ValueError: one line, with Transformer Engine's reason.
@@ -213,10 +214,10 @@ class FP8(Precision):
         self.recipe, self.group, self.bf16_layers = recipe(), group, frozenset(bf16_layers)
         self.delayed = name == "delayed"
 
-    def of_model(self) -> AbstractContextManager:
+    def model_context(self) -> AbstractContextManager:
         return self._on() if self.delayed else nullcontext()
 
-    def of_layer(self, number: int) -> AbstractContextManager:
+    def layer_context(self, number: int) -> AbstractContextManager:
         if number in self.bf16_layers:
             return te.autocast(enabled=False)
         return nullcontext() if self.delayed else self._on()

@@ -44,10 +44,10 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = nn.Parameter(torch.empty(tp.share(out_features, "outputs"), in_features, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(tp.divide(out_features, "outputs"), in_features, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.tp.enter(x), self.weight)
+        return F.linear(self.tp.enter_parallel_region(x), self.weight)
 
 
 class RowParallelLinear(nn.Module):
@@ -56,10 +56,10 @@ class RowParallelLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = nn.Parameter(torch.empty(out_features, tp.share(in_features, "inputs"), dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(out_features, tp.divide(in_features, "inputs"), dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tp.leave(F.linear(x, self.weight))
+        return self.tp.exit_parallel_region(F.linear(x, self.weight))
 
 
 class LayerNormLinear(nn.Module):
@@ -71,11 +71,11 @@ class LayerNormLinear(nn.Module):
         super().__init__()
         self.eps, self.tp = eps, tp
         self.layer_norm_weight = nn.Parameter(torch.empty(in_features, dtype=dtype))
-        self.weight = nn.Parameter(torch.empty(tp.share(out_features, "outputs"), in_features, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(tp.divide(out_features, "outputs"), in_features, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps)
-        return F.linear(self.tp.enter(x), self.weight)
+        return F.linear(self.tp.enter_parallel_region(x), self.weight)
 
 
 class LayerNormMLP(nn.Module):
@@ -86,15 +86,15 @@ class LayerNormMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.tp = eps, tp
-        ffn = tp.share(ffn_hidden_size, "ffn channels")
+        ffn = tp.divide(ffn_hidden_size, "ffn channels")
         self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size, dtype=dtype))
         self.gate_weight = nn.Parameter(torch.empty(ffn, hidden_size, dtype=dtype))
         self.up_weight = nn.Parameter(torch.empty(ffn, hidden_size, dtype=dtype))
         self.fc2_weight = nn.Parameter(torch.empty(hidden_size, ffn, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tp.enter(F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps))
-        return self.tp.leave(
+        x = self.tp.enter_parallel_region(F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps))
+        return self.tp.exit_parallel_region(
             F.linear(F.silu(F.linear(x, self.gate_weight)) * F.linear(x, self.up_weight), self.fc2_weight)
         )
 
@@ -106,7 +106,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.tp = tp
         self.weight = nn.Parameter(
-            torch.empty(tp.share(padded_vocab_size, "padded vocabulary"), hidden_size, dtype=dtype)
+            torch.empty(tp.divide(padded_vocab_size, "padded vocabulary"), hidden_size, dtype=dtype)
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -115,4 +115,4 @@ class VocabParallelEmbedding(nn.Module):
         local = tokens - self.tp.rank * len(self.weight)
         mine = (local >= 0) & (local < len(self.weight))
         # One rank's row and zeros of the others: their sum is exact.
-        return self.tp.leave(F.embedding(local * mine, self.weight) * mine[:, None])
+        return self.tp.exit_parallel_region(F.embedding(local * mine, self.weight) * mine[:, None])

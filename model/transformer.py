@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from types import ModuleType
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +17,47 @@ from cp.dropout_attention import AttentionDropout
 from cp.packed_seq import PackedSeq
 from model.config import RECOMPUTE, GPTConfig
 from model.dropout import HiddenDropout
-from model.layers import Precision
+from model.layers import get_layers
+from model.precision import Precision
 from parallel.keyed_random import key_of
 from parallel.tensor import TensorParallel
 
 
-class RowContext(NamedTuple):
-    """What every layer needs to know of the row: made once a microbatch.
+@dataclass(frozen=True, kw_only=True)
+class GPTOptions:
+    """How a model computes. Shapes are in `GPTConfig`; no option changes a checkpoint's names.
 
-    rotary: tables of this rank's tokens, from the `rotary_tables` of the layers.
-    token_ids: of the tokens of this rank's residual stream, [t], or [t / tp] with sequence parallelism; None without hidden dropout.
+    Attributes:
+        dtype: of the parameters.
+        compute_dtype: FSDP casts parameters to this dtype, hidden states have it; None: `dtype`.
+        recompute: activations that the backward pass recomputes: `none`, `selective` (the MLP, whose activations are
+            the widest), `full` (everything between a layer's input and output). Gradients are bitwise equal.
+        dropout_seed: of the dropout masks.
+        implementation: of the layers, as `model.layers.get_layers` takes it.
+        precision: from `model.layers.build_precision`; applies in training only.
+        loss_chunk_size: tokens whose logits exist at a time.
+        z_loss: weight of log(Z)^2; 0: off.
+    """
+
+    dtype: torch.dtype
+    compute_dtype: torch.dtype | None = None
+    recompute: str = "none"
+    dropout_seed: int = 0
+    implementation: str = "torch"
+    precision: Precision = field(default_factory=Precision)
+    loss_chunk_size: int = 512
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert self.recompute in RECOMPUTE
+
+
+class RowContext(NamedTuple):
+    """What every layer reads of the row, made once a microbatch.
+
+    Attributes:
+        rotary: tables of this rank's tokens, from the layers' `rotary_tables`.
+        token_ids: of the tokens in this rank's residual stream, [t], or [t / tp] with sequence parallelism; None: no hidden dropout.
     """
 
     packed_seq: PackedSeq
@@ -35,22 +66,31 @@ class RowContext(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245) with rotary positions, over the cp group; 1/tp of the groups on each rank."""
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions over the cp group; each tp rank holds 1/tp of the groups.
+
+    Args:
+        number: of the layer in the whole model; names the dropout masks.
+    """
 
     def __init__(
         self,
         config: GPTConfig,
+        number: int,
+        *,
         attention: Attention,
         cp_group: dist.ProcessGroup,
-        dtype: torch.dtype,
         tp: TensorParallel,
-        dropout: AttentionDropout | None,
-        impl: ModuleType,
+        options: GPTOptions,
     ) -> None:
         super().__init__()
-        self.config, self.attention, self.cp_group, self.dropout = config, attention, cp_group, dropout
-        self.groups = tp.share(config.num_query_groups, "query groups")
-        eps = config.norm_epsilon
+        self.config, self.attention, self.cp_group = config, attention, cp_group
+        self.groups = tp.divide(config.num_query_groups, "query groups")
+        self.dropout = None
+        if config.attention_dropout:
+            first_head = tp.rank * tp.divide(config.num_attention_heads, "query heads")
+            key = key_of(options.dropout_seed, f"dropout layers.{number}.scores")
+            self.dropout = AttentionDropout(config.attention_dropout, key, first_head)
+        impl, eps, dtype = get_layers(options.implementation), config.norm_epsilon, options.dtype
         self.qkv = impl.LayerNormLinear(config.hidden_size, config.qkv_size, eps=eps, dtype=dtype, tp=tp)
         self.q_norm = impl.RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = impl.RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
@@ -58,11 +98,10 @@ class SelfAttention(nn.Module):
         self.output = impl.RowParallelLinear(config.query_size, config.hidden_size, dtype=dtype, tp=tp)
 
     def project(self, x: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """q [t, hq, d]; k, v [t, g, d], turned by their positions."""
+        """q [t, hq, d]; k, v [t, g, d]; q and k rotated by their positions."""
         c = self.config
-        qkv = self.qkv(x).view(
-            -1, self.groups, c.queries_per_group + 2, c.kv_channels
-        )  # [t, g, hq/g + 2, d]; g of this tp rank
+        # [t, g, hq/g + 2, d], g of this tp rank
+        qkv = self.qkv(x).view(-1, self.groups, c.queries_per_group + 2, c.kv_channels)
         q, k, v = qkv.split((c.queries_per_group, 1, 1), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -78,73 +117,58 @@ class SelfAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """x is the residual stream: [t, h], or [t / tp, h] with sequence parallelism.
+    """A decoder layer over the residual stream x: [t, h], or [t / tp, h] with sequence parallelism.
 
     Args:
-        recompute: what the backward pass computes again instead of keeping it: `none`, `selective` (the MLP, whose activations
-            are the widest), or `full` (everything between the layer's input and output). The gradients are the same bits.
         number: of the layer in the whole model.
-        seed: of the dropout masks.
-        impl: from `model.layers.layers_of`.
-        precision: from `model.layers.precision_of`; of training alone: without gradients all is in the compute dtype.
     """
 
     def __init__(
         self,
         config: GPTConfig,
+        number: int,
+        *,
         attention: Attention,
         cp_group: dist.ProcessGroup,
-        dtype: torch.dtype,
         tp: TensorParallel,
-        recompute: str = "none",
-        *,
-        number: int,
-        seed: int,
-        impl: ModuleType,
-        precision: Precision,
+        options: GPTOptions,
     ) -> None:
         super().__init__()
-        assert recompute in RECOMPUTE
-        self.recompute, self.precision, self.number = recompute, precision, number
-        dropped = None
-        if config.attention_dropout:
-            first_head = tp.rank * tp.share(config.num_attention_heads, "query heads")
-            dropped = AttentionDropout(
-                config.attention_dropout, key_of(seed, f"dropout layers.{number}.scores"), first_head
-            )
-        self.attention = SelfAttention(config, attention, cp_group, dtype, tp, dropped, impl)
-        self.after_attention = HiddenDropout(config.hidden_dropout, seed=seed, name=f"layers.{number}.attention")
-        self.after_mlp = HiddenDropout(config.hidden_dropout, seed=seed, name=f"layers.{number}.mlp")
-        self.mlp = impl.LayerNormMLP(
-            config.hidden_size, config.ffn_hidden_size, eps=config.norm_epsilon, dtype=dtype, tp=tp
+        self.number, self.recompute, self.precision = number, options.recompute, options.precision
+        rate, seed = config.hidden_dropout, options.dropout_seed
+        self.attention = SelfAttention(config, number, attention=attention, cp_group=cp_group, tp=tp, options=options)
+        self.after_attention = HiddenDropout(rate, seed=seed, name=f"layers.{number}.attention")
+        self.after_mlp = HiddenDropout(rate, seed=seed, name=f"layers.{number}.mlp")
+        self.mlp = get_layers(options.implementation).LayerNormMLP(
+            config.hidden_size, config.ffn_hidden_size, eps=config.norm_epsilon, dtype=options.dtype, tp=tp
         )
 
     def forward(self, x: Tensor, row: RowContext) -> Tensor:
         if self.recompute == "full" and torch.is_grad_enabled():
-            return _again(self._block, x, row)
+            return checkpointed(self._block, x, row)
         return self._block(x, row)
 
     def compile_parts(self) -> None:
-        """torch.compile what is computed token by token, before and after attention, which stays as it is."""
+        """torch.compile the token-wise parts before and after attention."""
         self.attention.project = torch.compile(self.attention.project)  # type: ignore[method-assign]
         self.attention.output.compile()
         self.mlp.compile()
 
     def _block(self, x: Tensor, row: RowContext) -> Tensor:
-        with self.precision.of_layer(self.number) if self.training else nullcontext():
+        with self.precision.layer_context(self.number) if self.training else nullcontext():
             return self._in_precision(x, row)
 
     def _in_precision(self, x: Tensor, row: RowContext) -> Tensor:
         x = x + self.after_attention(self.attention(x, row), row.token_ids)
         recompute = self.recompute == "selective" and torch.is_grad_enabled()
-        return x + self.after_mlp(_again(self._mlp, x) if recompute else self.mlp(x), row.token_ids)
+        return x + self.after_mlp(checkpointed(self._mlp, x) if recompute else self.mlp(x), row.token_ids)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        """With its precision, which the backward pass does not know."""
-        with self.precision.of_layer(self.number) if self.training else nullcontext():
+        """The MLP in its precision context, which recomputation in the backward pass enters again."""
+        with self.precision.layer_context(self.number) if self.training else nullcontext():
             return self.mlp(x)
 
 
-def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args), computed anew in the backward pass. Dropout's masks are functions of places, so no random state is kept."""
+def checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args) with activation checkpointing. Dropout masks are functions of token ids, so no RNG state is kept."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

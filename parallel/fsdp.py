@@ -6,7 +6,7 @@ pass, so FSDP2's own averaging is switched off (divide factor 1, plain sums on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -94,7 +94,7 @@ def local_grads(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Mapping[str, nn.Parameter], grid: Grid, *, max_norm: float, counts: Callable[[str], bool]
+    parameters: Mapping[str, nn.Parameter], grid: Grid, *, max_norm: float, owned: Collection[str]
 ) -> Tensor:
     """L2 norm of the whole model's gradient, every weight counted once, and gradients scaled to `max_norm`.
 
@@ -103,16 +103,15 @@ def clip_grad_norm_(
     Args:
         parameters: by canonical name.
         max_norm: 0 turns clipping off; the norm is still returned. A norm that is not finite leaves gradients as they are.
-        counts: whether this rank counts a weight, of which others of `model` may hold copies.
+        owned: names of the weights that this rank counts; other ranks of `model` may hold copies.
 
     Returns:
         The norm before clipping, a float64 scalar on the gradients' device. No host synchronisation.
     """
     device = next(iter(parameters.values())).device
     grads = [g for g in local_grads(parameters.values()) if g.numel()]
-    counted = [p for name, p in parameters.items() if counts(name)]
-    counted_grads = [g for g in local_grads(counted) if g.numel()]
-    norms = torch._foreach_norm(counted_grads) if counted_grads else []
+    owned_grads = [g for g in local_grads(p for name, p in parameters.items() if name in owned) if g.numel()]
+    norms = torch._foreach_norm(owned_grads) if owned_grads else []
     squares = torch.zeros((), dtype=torch.float64, device=device)
     if norms:
         squares = torch.stack([n.to(torch.float64) for n in norms]).square().sum()

@@ -172,18 +172,18 @@ def device_mesh(grid: Grid, axes: Sequence[str], device_type: str) -> DeviceMesh
     )
 
 
-def ends_group(grid: Grid, axis: str, *, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
-    """The first and the last rank along `axis`, two or more; None on ranks between them.
+def embedding_group(grid: Grid, *, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+    """The first and last rank along `pp`, which hold the tied embedding; None on the ranks between them.
 
-    Collective: every rank of the world calls it. `timeout` as `build_grid`; the backend is that of the axis.
+    Collective: every rank of the world calls it. `timeout` as in `build_grid`; the backend is the axis's own.
     """
-    assert grid.size(axis) > 1
-    mine, backend = None, dist.get_backend(grid.group(axis))
-    for ranks in ranks_along(grid.sizes, axis):
+    assert grid.size("pp") > 1
+    own, backend = None, dist.get_backend(grid.group("pp"))
+    for ranks in ranks_along(grid.sizes, "pp"):
         ends = [ranks[0], ranks[-1]]
-        group = dist.new_group(ends, timeout=timeout, backend=backend, group_desc=f"{axis} ends")
-        mine = group if grid.global_rank in ends else mine
-    return mine
+        group = dist.new_group(ends, timeout=timeout, backend=backend, group_desc="embedding")
+        own = group if grid.global_rank in ends else own
+    return own
 
 
 def split_group(

@@ -39,7 +39,7 @@ def split_layers(num_layers: int, num_stages: int, *, first: int | None = None, 
     return [range(end - counts[stage], end) for stage, end in enumerate(ends)]
 
 
-def fewest_microbatches(pp_size: int) -> int:
+def min_microbatches(pp_size: int) -> int:
     """Microbatches a step that every schedule can run."""
     return pp_size
 
@@ -58,7 +58,7 @@ def check_microbatches(schedule: str, microbatches: int, pp_size: int, virtual_s
         raise UserError(
             f"--pp-schedule {schedule} with --virtual-stages {virtual_stages}: {' and '.join(VIRTUAL_SCHEDULES)} take 2 or more, others 1"
         )
-    if microbatches < fewest_microbatches(pp_size):
+    if microbatches < min_microbatches(pp_size):
         raise UserError(
             f"--global-batch-size makes {microbatches} microbatches a step, fewer than --pp-size {pp_size}: raise it"
         )

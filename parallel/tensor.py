@@ -100,21 +100,21 @@ class TensorParallel:
     def rank(self) -> int:
         return 0 if self.group is None else self.group.rank()
 
-    def share(self, size: int, what: str) -> int:
+    def divide(self, size: int, what: str) -> int:
         """1/tp of a size that must divide."""
         if size % self.size:
             raise UserError(f"{what} {size} does not divide by the {self.size} tensor-parallel ranks")
         return size // self.size
 
     @torch.compiler.disable
-    def enter(self, x: Tensor) -> Tensor:
+    def enter_parallel_region(self, x: Tensor) -> Tensor:
         """The residual stream (or its norm) in front of a column-parallel matrix: [t, h] of all tokens."""
         if self.group is None or self.size == 1:
             return x
         return (_GatherRows if self.sequence_parallel else _Copy).apply(x, self.group)
 
     @torch.compiler.disable
-    def leave(self, x: Tensor) -> Tensor:
+    def exit_parallel_region(self, x: Tensor) -> Tensor:
         """What a row-parallel matrix made, [t, h] partial sums, on its way to the residual stream."""
         if self.group is None or self.size == 1:
             return x

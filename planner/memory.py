@@ -30,6 +30,7 @@ from cp.packed_seq import PackedSeq, build_packed_seq
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.torch_layers import LayerNormMLP
+from model.transformer import GPTOptions
 from parallel.stages import split_layers
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -146,13 +147,13 @@ class PlannedTP:
         self.group = _Size(size) if size > 1 else None
         self.messages: deque[tuple[Tensor, Tensor]] = deque(maxlen=2)
 
-    def share(self, size: int, what: str) -> int:
+    def divide(self, size: int, what: str) -> int:
         return size // self.size
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter_parallel_region(self, x: Tensor) -> Tensor:
         return self._sent(x, _Widen.apply(x, self.size)) if self.sequence_parallel and self.size > 1 else x
 
-    def leave(self, x: Tensor) -> Tensor:
+    def exit_parallel_region(self, x: Tensor) -> Tensor:
         if self.size == 1:
             return x
         return self._sent(x, _Narrow.apply(x, self.size if self.sequence_parallel else 1))
@@ -402,13 +403,14 @@ class _Simulation:
                     config,
                     attention=attention,
                     cp_group=_Size(args.cp_size),  # type: ignore[arg-type]
-                    dtype=self.compute,
+                    options=GPTOptions(
+                        dtype=self.compute,
+                        recompute=args.recompute,
+                        loss_chunk_size=args.loss_chunk_size,
+                        z_loss=args.z_loss,
+                    ),
                     tp=self.tp,  # type: ignore[arg-type]
-                    loss_chunk_size=args.loss_chunk_size,
-                    z_loss=args.z_loss,
                     layers=part,
-                    recompute=args.recompute,
-                    dropout_seed=0,
                 )
             if args.transformer_impl == "te":
                 for layer in chunk.layers.values():

@@ -29,6 +29,7 @@ from data.sources import open_prepared
 from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer, Tokenizer, load_sentencepiece, load_tokenizer
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.transformer import GPTOptions
 from parallel.grid import GridSizes, build_grid
 from runtime.distributed import Launch, cuda_device_count, initialise_distributed
 from tools.kv_cache import CachedAttention, continue_text
@@ -132,7 +133,7 @@ def load_model(checkpoint: Path, config: GPTConfig, *, device: torch.device, dty
     stored = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.device(device):
         attention = CachedAttention(config.num_layers, config.kv_channels**-0.5)
-        model = GPT(config, attention=attention, cp_group=grid.group("cp"), dtype=stored)
+        model = GPT(config, attention=attention, cp_group=grid.group("cp"), options=GPTOptions(dtype=stored))
     load_checkpoint(checkpoint, model, None, grid)
     model.compute_dtype = dtype
     return model.to(dtype).eval()

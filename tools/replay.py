@@ -31,7 +31,7 @@ from data.batch import BatchPlan
 from data.loader import build_loader
 from metrics.log import row_facts
 from model.config import padded_vocab_size
-from model.gpt import chunks_of
+from model.gpt import get_chunks
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_
 from parallel.grid import GridSizes, build_grid
@@ -43,7 +43,7 @@ from runtime.distributed import (
     read_launch,
 )
 from runtime.nonfinite import StoredSequences, bad_gradients
-from training.step import counts_here, forward_backward
+from training.step import forward_backward, get_norm_owned_names
 from utils.errors import UserError
 
 # Flags of the run that a replay has no use for: what it would read, write or wait for.
@@ -91,7 +91,7 @@ class LayerWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: dict[str, tuple[float, int]] = {}
-        for chunk in chunks_of(model):  # type: ignore[arg-type]
+        for chunk in get_chunks(model):  # type: ignore[arg-type]
             for name, layer in chunk.layers.items():
                 layer.register_forward_hook(self._hook(f"layers.{name}"))
 
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> int:
     )
     mine = {"layers": watch.seen, "gradients": bad_gradients(model)}
     grad_norm = float(
-        clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=0.0, counts=counts_here(model, grid))
+        clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=0.0, owned=get_norm_owned_names(model, grid))
     )
     loss = float(sum_over(sum_over(cross_entropy, grid.group("loss")), grid.group("pp")) / loss_tokens)
     everyone: list[Any] = [None] * dist.get_world_size()

@@ -38,14 +38,16 @@ from checkpoint.saver import whole_tensors
 from config.arguments import model_config, parse_arguments, resolve
 from cp.attention import build_attention
 from cp.dropout_attention import AttentionDropout
+from cp.layout import document_unit
 from cp.packed_seq import PackedSeq
-from cp.support import AttentionChoice, cells, smallest_alignment
+from cp.support import AttentionChoice, cells
 from data.batch import Batch, BatchPlan, build_batch
 from data.dataset import PackedSample
 from data.packing import resolve_packing
 from model.config import GPTConfig, padded_vocab_size
 from model.gpt import GPT, Stages
 from model.init import initialise
+from model.transformer import GPTOptions
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_, shard_model
 from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes, build_grid
@@ -57,7 +59,7 @@ from runtime.distributed import (
     read_launch,
 )
 from training.optimizer import build_optimizer
-from training.step import Pipeline, counts_here, forward_backward
+from training.step import Pipeline, forward_backward, get_norm_owned_names
 from utils.errors import UserError
 
 TOLERANCE = 4.0  # an error may be this many times its noise floor
@@ -77,7 +79,9 @@ def reference_attention(
 
     q [T, hq, d]; k, v [T, hkv, d]. Padding rows are 0. Differentiable by autograd.
     """
-    ids, positions = (torch.from_numpy(x).to(q.device) for x in packed_seq.places(cp_size=1, cp_rank=0))
+    ids, positions = (
+        torch.from_numpy(x).to(q.device) for x in packed_seq.token_ids_and_positions(cp_size=1, cp_rank=0)
+    )
     document, number, at = torch.full((len(q),), -1), 0, 0
     for real, stored in zip(packed_seq.lengths.tolist(), packed_seq.padded_lengths.tolist(), strict=True):
         document[at : at + real] = number
@@ -168,7 +172,9 @@ def run_step(
     seconds = time.perf_counter() - start
     keep = dist.get_rank() == 0
     grads = _whole({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, grid, keep)
-    norm = clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=0.0, counts=counts_here(model, grid)).item()
+    norm = clip_grad_norm_(
+        dict(model.named_parameters()), grid, max_norm=0.0, owned=get_norm_owned_names(model, grid)
+    ).item()
     optimizer.step()
     weights = _whole(dict(model.named_parameters()), grid, keep)
     return Outcome(loss, norm, seconds, grads, weights)
@@ -200,10 +206,12 @@ def run_one_rank(
             config,
             attention=attention,
             cp_group=grid.group("cp"),
-            dtype=torch.float64 if dtype == "fp64" else torch.float32,
-            loss_chunk_size=args.loss_chunk_size,
-            z_loss=args.z_loss,
-            dropout_seed=args.seed,
+            options=GPTOptions(
+                dtype=torch.float64 if dtype == "fp64" else torch.float32,
+                dropout_seed=args.seed,
+                loss_chunk_size=args.loss_chunk_size,
+                z_loss=args.z_loss,
+            ),
         )
     compute = train.COMPUTE_DTYPES[dtype]
     shard_model(
@@ -380,7 +388,7 @@ def cells_of(args: argparse.Namespace) -> list[argparse.Namespace]:
         run = copy(args)
         run.attention, run.dtype, run.qkv_format, run.cp_layout = choice, dtype, choice.qkv_format, choice.layout
         run.packing = resolve_packing("auto", choice.qkv_format)
-        run.document_alignment = math.lcm(args.document_alignment, smallest_alignment("zigzag", args.cp_size))
+        run.document_alignment = math.lcm(args.document_alignment, document_unit("zigzag", args.cp_size))
         runs.append(run)
     return runs
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from data.batch import Batch
 from metrics.timers import Timers
-from model.gpt import GPT, StageRows, Stages, chunks_of
-from model.layers import weights_stay
-from model.names import is_cut, sees_part
+from model.fused_weights import cache_fused_weights
+from model.gpt import GPT, PipelineInputs, Stages, get_chunks
+from model.names import is_tp_sharded, needs_tp_grad_sum
 from parallel.fsdp import local_grads, reshard_model, set_last_microbatch
 from parallel.grid import Grid
 from parallel.pipeline import pipeline_forward
@@ -60,9 +60,9 @@ def forward_backward(
     """
     batches = [batch.to(device) for batch in batches] if pipeline else batches
     total = torch.zeros((), dtype=torch.float64, device=device)
-    chunks = chunks_of(model)
+    chunks = get_chunks(model)
     if pipeline is not None:
-        rows = StageRows(
+        inputs = PipelineInputs(
             [b.tokens for b in batches],
             [b.labels for b in batches],
             [b.packed_seq for b in batches],
@@ -71,14 +71,14 @@ def forward_backward(
         )
         numbers = torch.arange(len(batches))
         for chunk in chunks:
-            chunk.rows = rows
+            chunk.pipeline_inputs = inputs
         first, last = (any(getattr(chunk, which) for chunk in chunks) for which in ("is_first", "is_last"))
-        with weights_stay(chunks):
+        with cache_fused_weights(chunks):
             pipeline.schedule.step(*([numbers] if first else []), **({"target": numbers} if last else {}))
         for chunk in chunks:
-            chunk.rows = None
+            chunk.pipeline_inputs = None
     else:
-        with weights_stay(chunks):
+        with cache_fused_weights(chunks):
             for number, batch in enumerate(batches, 1):
                 set_last_microbatch(model, number == len(batches), reshard_between=reshard_between)
                 batch = batch.to(device)
@@ -93,7 +93,9 @@ def forward_backward(
     with timers("gradient reduction") if timers is not None else nullcontext():
         tp = chunks[0].tp
         if tp.group is not None:
-            parts = [p for n, p in model.named_parameters() if sees_part(n, sequence_parallel=tp.sequence_parallel)]
+            parts = [
+                p for n, p in model.named_parameters() if needs_tp_grad_sum(n, sequence_parallel=tp.sequence_parallel)
+            ]
             sum_gradients_(local_grads(parts), tp.group)
         if pipeline is not None and pipeline.tied_group is not None:
             tied = [p for n, p in model.named_parameters() if n == "embedding.weight"]
@@ -101,10 +103,10 @@ def forward_backward(
     return total
 
 
-def counts_here(model: GPT | Stages, grid: Grid) -> Callable[[str], bool]:
-    """Whether this rank counts a weight in the gradient norm: one rank of pp x tp does for each part."""
-    copies = {n for chunk in chunks_of(model) for n, _ in chunk.named_parameters() if chunk.is_copy(n)}
-    return lambda name: name not in copies and (grid.rank("tp") == 0 or is_cut(name))
+def get_norm_owned_names(model: GPT | Stages, grid: Grid) -> frozenset[str]:
+    """Names of the parameters that this rank counts in the gradient norm: one rank of pp x tp counts each weight."""
+    names = {n for c in get_chunks(model) for n, _ in c.named_parameters() if not c.is_copy(n)}
+    return frozenset(n for n in names if grid.rank("tp") == 0 or is_tp_sharded(n))
 
 
 @torch.no_grad()
@@ -117,7 +119,7 @@ def forward_only(model: GPT | Stages, batches: Sequence[Batch], grid: Grid, logi
     Returns:
         One entry a row on the last stage; nothing on others.
     """
-    chunks = chunks_of(model)
+    chunks = get_chunks(model)
 
     def forward_of(chunk: GPT) -> Callable[[int, Tensor | None], Any]:
         def forward(number: int, hidden: Tensor | None) -> Any:

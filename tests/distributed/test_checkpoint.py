@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 
 from checkpoint.files import DamagedCheckpoint, checkpoints, read_checksums
 from checkpoint.saver import Saver, load_checkpoint
-from model.layers import Precision
+from model.precision import Precision
 from tests.distributed.test_model_parity import built, config_of, full, grid_of, rows_of, steps_of
 from tests.distributed.test_reshard import moments, optimizer_of
 from tests.launch import ROOT, environment

@@ -19,7 +19,7 @@ from cp.gather import gather_outputs
 from cp.packed_seq import build_packed_seq
 from cp.support import AttentionChoice, cells
 from parallel.collectives import WaitClock
-from parallel.grid import Grid, GridSizes, build_grid, ends_group, split_group
+from parallel.grid import Grid, GridSizes, build_grid, embedding_group, split_group
 from runtime.consistency import check_agreement, verify_weights
 from runtime.distributed import check_ranks_agree
 from tests.world import RankError, World
@@ -102,7 +102,7 @@ class TiedWeight(torch.nn.Module):
 def tied_apart(rank: int, odd: int) -> None:
     grid = grid_of(pp=2, dp_shard=2)
     model = TiedWeight(1.0 if rank != odd else 1.0 + 2**-23, "first" if grid.rank("pp") == 0 else "last_")
-    verify_weights(model, grid, torch.device("cpu"), tied_group=ends_group(grid, "pp"))
+    verify_weights(model, grid, torch.device("cpu"), tied_group=embedding_group(grid))
 
 
 def test_a_tied_copy_that_differs_is_found(world: World) -> None:

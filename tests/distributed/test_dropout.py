@@ -11,7 +11,7 @@ import torch
 from cp.attention import build_attention
 from cp.support import AttentionChoice
 from model.dropout import HiddenDropout
-from model.gpt import chunks_of
+from model.gpt import get_chunks
 from parallel.grid import split_group
 from tests.distributed.test_model_parity import built, config_of, grid_of, oracle, rows_of, run_steps
 from tests.reference import relative_error, worst
@@ -119,7 +119,7 @@ def masks(rank: int, layout: str, sequence_parallel: bool) -> dict:
     grid = grid_of(layout)
     model = built(grid, config_of(**CONFIG), "fp64", sequence_parallel=sequence_parallel)
     seen: dict[str, torch.Tensor] = {}
-    for name, module in chunks_of(model)[0].named_modules():
+    for name, module in get_chunks(model)[0].named_modules():
         if isinstance(module, HiddenDropout) and not name.endswith("after_attention"):
             module.register_forward_hook(lambda m, args, out, name=name: seen.__setitem__(name, (out == 0).clone()))
     run_steps(model, grid, rows_of("thd"), 4 // grid.size("batch"), steps=1)

@@ -15,7 +15,7 @@ import torch
 
 from cp.layout import shard_indices
 from data.dataset import PackedSample
-from model.names import is_cut
+from model.names import is_tp_sharded
 from parallel.fsdp import local_tensor
 from parallel.grid import AXES, Grid, GridSizes, build_grid
 from tests.distributed import test_model_parity as parity
@@ -118,9 +118,10 @@ def wanted(layers: int, labels: str, tied: bool) -> dict:
 def shape_model(config) -> dict[str, torch.Tensor]:
     """Names and shapes of the canonical weights, on the meta device."""
     from model.gpt import GPT
+    from model.transformer import GPTOptions
 
     with torch.device("meta"):
-        model = GPT(config, attention=lambda *_: None, cp_group=None, dtype=torch.float64)  # type: ignore[arg-type, return-value]
+        model = GPT(config, attention=lambda *_: None, cp_group=None, options=GPTOptions(dtype=torch.float64))  # type: ignore[arg-type, return-value]
     return dict(model.named_parameters())
 
 
@@ -136,7 +137,7 @@ def check(world: World, layout: str, dtype: str, labels: str, tied: bool) -> Non
         if differ <= {"dp_replicate"}:
             assert first["shards"] == second["shards"]
         if differ <= {"dp_replicate", "tp"}:
-            assert all(first["shards"][n] == second["shards"][n] for n in first["shards"] if not is_cut(n))
+            assert all(first["shards"][n] == second["shards"][n] for n in first["shards"] if not is_tp_sharded(n))
 
 
 @pytest.mark.parametrize("layout", TWO)

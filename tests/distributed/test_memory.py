@@ -22,7 +22,7 @@ from parallel.grid import GridSizes, build_grid
 from planner.memory import rank_memory
 from tests.world import World
 from training.optimizer import build_optimizer
-from training.step import counts_here, forward_backward
+from training.step import forward_backward, get_norm_owned_names
 
 BASE = """--num-layers 6 --hidden-size 128 --num-attention-heads 4 --num-query-groups 2 --seq-length 1024 --tokenizer-type byte
           --device cpu --eval-interval 0"""
@@ -123,7 +123,7 @@ def measured(rank: int, words: str, vocab: int) -> tuple[int, int]:
             model = train.build_model(args, config, grid, device)
             optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
             pipeline = train.build_pipeline(args, model, config, grid, device, plan.num_microbatches)
-            counts = counts_here(model, grid)
+            owned = get_norm_owned_names(model, grid)
             for _ in range(2):
                 forward_backward(
                     model,
@@ -133,11 +133,11 @@ def measured(rank: int, words: str, vocab: int) -> tuple[int, int]:
                     reshard_between=args.reshard_after_forward == "on",
                     pipeline=pipeline,
                 )
-                clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=1.0, counts=counts)
+                clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=1.0, owned=owned)
                 optimizer.step()
                 optimizer.zero_grad()
         peaks.append(peak_of_trace(traced))
-        del model, optimizer, pipeline, counts
+        del model, optimizer, pipeline, owned
     return min(peaks), planned.peak
 
 

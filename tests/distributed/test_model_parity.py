@@ -20,10 +20,11 @@ from cp.support import AttentionChoice
 from data.batch import Batch, build_batch
 from data.dataset import PackedSample
 from model.config import GPTConfig
-from model.gpt import GPT, Stages, chunks_of
+from model.gpt import GPT, Stages, get_chunks
 from model.init import initial_rows, initialise
-from model.layers import precision_of
-from model.names import is_cut
+from model.layers import build_precision
+from model.names import is_tp_sharded
+from model.transformer import GPTOptions
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_, local_tensor, shard_model
 from parallel.grid import Grid, GridSizes, build_grid
@@ -33,7 +34,7 @@ from tests.reference import random_documents, reference_loss, relative_error, wo
 from tests.world import World
 from train import build_pipeline
 from training.optimizer import build_optimizer
-from training.step import Pipeline, counts_here, forward_backward
+from training.step import Pipeline, forward_backward, get_norm_owned_names
 
 ROWS, ROW_LENGTH, ALIGNMENT, SEED = 4, 64, 8, 7
 LAYOUTS = {
@@ -121,6 +122,15 @@ def built(
 ) -> GPT | Stages:
     compute = DTYPES[dtype]
     tp = TensorParallel(grid.group("tp"), sequence_parallel and grid.size("tp") > 1)
+    options = GPTOptions(
+        dtype=torch.float64 if dtype == "fp64" else torch.float32,
+        compute_dtype=compute,
+        recompute=recompute,
+        dropout_seed=SEED,
+        implementation=implementation,
+        precision=build_precision(fp8, group=grid.group("stage"), bf16_layers=()),
+        loss_chunk_size=24,
+    )
     chunks = []
     stages = split_layers(config.num_layers, grid.size("pp") * virtual_stages)
     for layers in stages[grid.rank("pp") :: grid.size("pp")]:
@@ -129,15 +139,9 @@ def built(
                 config,
                 attention=attention or build_attention(P2P[qkv_format], head_dim=config.kv_channels),
                 cp_group=grid.group("cp"),
-                dtype=torch.float64 if dtype == "fp64" else torch.float32,
-                compute_dtype=compute,
+                options=options,
                 tp=tp,
-                loss_chunk_size=24,
                 layers=layers,
-                recompute=recompute,
-                dropout_seed=SEED,
-                implementation=implementation,
-                precision=precision_of(fp8, group=grid.group("stage"), bf16_layers=()),
             )
         if compiled:
             chunk.compile_layers()
@@ -165,8 +169,8 @@ def pipeline_of(model: GPT | Stages, grid: Grid, batches: list[Batch], schedule:
     )
     args.seq_length = len(batches[0].tokens) * grid.size("cp")
     args.distributed_timeout_minutes = args.distributed_startup_timeout_minutes = 5.0
-    args.sequence_parallel = chunks_of(model)[0].tp.sequence_parallel
-    return build_pipeline(args, model, chunks_of(model)[0].config, grid, device_of(model), len(batches))
+    args.sequence_parallel = get_chunks(model)[0].tp.sequence_parallel
+    return build_pipeline(args, model, get_chunks(model)[0].config, grid, device_of(model), len(batches))
 
 
 def full(model: GPT, grid: Grid, of: str = "weight") -> dict[str, torch.Tensor]:
@@ -204,7 +208,7 @@ def run_steps(
         loss = (sum_over(sum_over(total, grid.group("loss")), grid.group("pp")) / tokens).item()
         grads = full(model, grid, "grad") if step == 0 else None
         norm = clip_grad_norm_(
-            dict(model.named_parameters()), grid, max_norm=1.0, counts=counts_here(model, grid)
+            dict(model.named_parameters()), grid, max_norm=1.0, owned=get_norm_owned_names(model, grid)
         ).item()
         result["losses"].append(loss)
         result["norms"].append(norm)
@@ -533,7 +537,7 @@ def test_replicas_hold_the_same_bits_after_ten_steps(world: World, layout: str, 
         assert first == second
     if "tp" in layout:  # what tp ranks hold whole is the same on both
         one, other = (copies[0] for copies in by_place.values())
-        assert all(one[name] == other[name] for name in one if not is_cut(name))
+        assert all(one[name] == other[name] for name in one if not is_tp_sharded(name))
 
 
 def weights_after_steps(rank: int, layout: str, reshard: bool) -> dict:

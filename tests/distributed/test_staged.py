@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.grid import GridSizes, build_grid, ends_group, split_group
+from parallel.grid import GridSizes, build_grid, embedding_group, split_group
 from tests.distributed.test_model_parity import check_layout
 from tests.gpu.test_context_parallel import FLAGS, all_cells
 from tests.launch import write_corpus
@@ -70,7 +70,7 @@ def test_calls(world: World, dtype: torch.dtype) -> None:
 
 def backends_of_parts(rank: int) -> list[str]:
     grid = build_grid(GridSizes(pp=2, cp=2))
-    groups = [*split_group(grid, "cp", 2), ends_group(grid, "pp")]
+    groups = [*split_group(grid, "cp", 2), embedding_group(grid)]
     return [dist.get_backend(group) for group in groups]
 
 

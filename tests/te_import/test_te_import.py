@@ -25,7 +25,8 @@ from cp.support import SUPPORT, choose  # noqa: E402
 from cp.te_attention import TEAttention, thd_arguments  # noqa: E402
 from model.config import FP8_RECIPES, GPTConfig  # noqa: E402
 from model.gpt import GPT  # noqa: E402
-from model.layers import layers_of, precision_of  # noqa: E402
+from model.layers import build_precision, get_layers  # noqa: E402
+from model.transformer import GPTOptions  # noqa: E402
 from parallel.grid import Grid, GridSizes, build_grid, split_group  # noqa: E402
 from parallel.tensor import TensorParallel  # noqa: E402
 
@@ -62,11 +63,9 @@ def model_of(implementation: str, config: GPTConfig, grid: Grid, sequence_parall
             config,
             attention=lambda *_: None,
             cp_group=grid.group("cp"),
-            dtype=torch.float32,
-            compute_dtype=torch.bfloat16,
+            options=GPTOptions(dtype=torch.float32, compute_dtype=torch.bfloat16, implementation=implementation),
             tp=TensorParallel(grid.group("tp"), sequence_parallel and grid.size("tp") > 1),
             layers=layers,
-            implementation=implementation,
         )
 
 
@@ -88,7 +87,7 @@ def test_parameters_have_the_same_names_and_shapes(world, sizes: dict, sequence_
 def test_the_fused_tensor_of_the_mlp_is_gate_above_up(world) -> None:
     grid = build_grid(GridSizes(tp=2, dp_shard=4))
     with torch.device("meta"):
-        mlp = layers_of("te").LayerNormMLP(
+        mlp = get_layers("te").LayerNormMLP(
             256, 704, eps=1e-5, dtype=torch.float32, tp=TensorParallel(grid.group("tp"), True)
         )
     inner = dict(mlp.hidden[0].named_parameters())
@@ -132,7 +131,7 @@ def fp8(monkeypatch: pytest.MonkeyPatch, name: str, group, bf16_layers=()):
         "__init__",
         lambda self, *a, **k: make(self, *a, **(k | {"device": torch.device("cpu")})),
     )
-    return precision_of(name, group=group, bf16_layers=bf16_layers)
+    return build_precision(name, group=group, bf16_layers=bf16_layers)
 
 
 @pytest.mark.parametrize("name", FP8_RECIPES[1:])
@@ -147,9 +146,9 @@ def test_fp8_regions(world, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         FP8GlobalStateManager, "reduce_and_update_fp8_tensors", lambda forward=True: reduced.append(forward)
     )
     seen = []
-    with precision.of_model():
+    with precision.model_context():
         for number in range(4):
-            with precision.of_layer(number):
+            with precision.layer_context(number):
                 seen.append(FP8GlobalStateManager.is_fp8_enabled())
                 if seen[-1]:
                     assert FP8GlobalStateManager.get_fp8_group() is grid.group("stage")
@@ -169,7 +168,7 @@ def test_delayed_scaling_keeps_its_state(world, monkeypatch: pytest.MonkeyPatch)
     }  # fmt: skip
     state["layers.1.mlp.scaling_fwd.scale"].fill_(5.0)
     module = dict(model.named_modules())["layers.1.mlp"].hidden[0]
-    with precision.of_model():
+    with precision.model_context():
         module.init_fp8_metadata(num_gemms=2)  # what the first forward does
     assert precision.state(model)["layers.1.mlp.scaling_fwd.scale"].tolist() == [5.0] * 6
     assert module.fp8_meta["scaling_fwd"].scale.tolist() == [5.0] * 6
@@ -179,7 +178,7 @@ def test_delayed_scaling_keeps_its_state(world, monkeypatch: pytest.MonkeyPatch)
 def test_a_card_without_8_bits_is_refused_with_the_reason(world, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.te_layers.RECIPES", {"block": (None, lambda return_reason: (False, "too old"))})
     with pytest.raises(ValueError, match="--fp8 block: too old"):
-        precision_of("block", group=None, bf16_layers=())  # type: ignore[arg-type]
+        build_precision("block", group=None, bf16_layers=())  # type: ignore[arg-type]
 
 
 def test_rotary_angles_are_those_of_our_tables() -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("transformer_engine.pytorch", exc_type=(ImportError, Runtime
 
 from cp.attention import build_attention
 from cp.support import AttentionChoice, cells
-from model.gpt import chunks_of
+from model.gpt import get_chunks
 from parallel.tensor import TensorParallel
 from tests.distributed.test_cp_attention import HEADS, cases, errors_of
 from tests.distributed.test_model_parity import NEEDS, built, config_of, oracle, rows_of, run_steps
@@ -244,7 +244,7 @@ def errors_in_8_bits(
         attention = build_attention(choice, head_dim=config.kv_channels)
         model = built(grid, config, "bf16", attention=attention, implementation="te", fp8=fp8, recompute=recompute)
         got = run_steps(model, grid, rows, 1, steps=1)
-        chunks = chunks_of(model)
+        chunks = get_chunks(model)
         scales = {n: x.clone() for chunk in chunks for n, x in chunk.precision.state(chunk).items()}
     want = oracle(config, rows, {n: w.shape for n, w in got["weights"].items()})
     errors = {name: relative_error(got["grads"][name], x) for name, x in want["grads"].items()}

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from cp.packed_seq import build_packed_seq
 from model.gpt import GPT
+from model.transformer import GPTOptions
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of
 from tests.launch import ROOT, SMALL, environment, train, write_corpus
@@ -50,7 +51,7 @@ def pair(grid: Grid, dtype: str, **changes) -> tuple[GPT, GPT]:
         config,
         attention=attention,
         cp_group=grid.group("cp"),
-        dtype=torch.float64 if dtype == "fp64" else torch.float32,
+        options=GPTOptions(dtype=torch.float64 if dtype == "fp64" else torch.float32),
     )
     kept.load_state_dict(trained.state_dict())
     return trained, kept.eval()  # type: ignore[return-value]

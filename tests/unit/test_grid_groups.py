@@ -20,7 +20,7 @@ from parallel.grid import (
     build_grid,
     coordinates_of,
     device_mesh,
-    ends_group,
+    embedding_group,
     rank_of,
     split_group,
 )
@@ -128,7 +128,7 @@ def test_the_ends_of_an_axis_meet(shape: tuple[int, ...], monkeypatch) -> None:
         stand_in = StandIn(rank, sizes.world_size)
         monkeypatch.setattr(grid_module, "dist", stand_in)
         pp = grid.group("pp")
-        assert ends_group(grid, "pp") == ((pp[0], pp[-1]) if rank in (pp[0], pp[-1]) else None)
+        assert embedding_group(grid) == ((pp[0], pp[-1]) if rank in (pp[0], pp[-1]) else None)
         orders.add(tuple(stand_in.made))
     assert len(orders) == 1
 

@@ -9,6 +9,7 @@ from model.config import GPTConfig
 from model.gpt import GPT
 from model.init import BLOCK_ROWS, initial_rows, initialise
 from model.names import canonical_names, te_name
+from model.transformer import GPTOptions
 
 CONFIG = GPTConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=400, num_attention_heads=4, num_query_groups=2, kv_channels=8, vocab_size=600,
@@ -18,7 +19,7 @@ CONFIG = GPTConfig(
 
 def model() -> GPT:
     with torch.device("meta"):
-        return GPT(CONFIG, attention=None, cp_group=None, dtype=torch.float32)  # type: ignore[arg-type]
+        return GPT(CONFIG, attention=None, cp_group=None, options=GPTOptions(dtype=torch.float32))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

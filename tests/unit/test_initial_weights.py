@@ -12,6 +12,7 @@ import model.init as init_module
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.init import BLOCK_ROWS, initial_rows, initialise, local_rows
+from model.transformer import GPTOptions
 
 SHAPE = dict(
     num_layers=3, hidden_size=32, ffn_hidden_size=600, num_attention_heads=4, num_query_groups=2, kv_channels=8, vocab_size=600,
@@ -22,7 +23,7 @@ SHAPE = dict(
 def built(seed: int = 7, **changes) -> dict[str, torch.Tensor]:
     config = GPTConfig(**(SHAPE | changes))  # type: ignore[arg-type]
     with torch.device("meta"):
-        model = GPT(config, attention=None, cp_group=None, dtype=torch.float32)  # type: ignore[arg-type]
+        model = GPT(config, attention=None, cp_group=None, options=GPTOptions(dtype=torch.float32))  # type: ignore[arg-type]
     initialise(model, config, seed=seed, device=torch.device("cpu"))
     return {name: p.detach() for name, p in model.named_parameters()}
 

@@ -8,6 +8,7 @@ import torch
 from metrics.banner import count_parameters
 from model.config import GPTConfig, padded_vocab_size
 from model.gpt import GPT
+from model.transformer import GPTOptions
 from training.flops import known_peak_tflops, training_flops
 from training.lr_schedule import LRSchedule
 
@@ -55,7 +56,7 @@ def test_flops_by_hand() -> None:
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"qk_norm": True}, {"num_query_groups": 4}])
 def test_parameter_count_is_the_models(changes: dict) -> None:
     with torch.device("meta"):
-        model = GPT(config(**changes), attention=None, cp_group=None, dtype=torch.float32)  # type: ignore[arg-type]
+        model = GPT(config(**changes), attention=None, cp_group=None, options=GPTOptions(dtype=torch.float32))  # type: ignore[arg-type]
     assert count_parameters(config(**changes)) == sum(p.numel() for p in model.parameters())
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from model.config import GPTConfig
 from model.gpt import GPT, Stages
-from model.names import is_cut, sees_part, tp_dim
+from model.names import is_tp_sharded, needs_tp_grad_sum, tp_dim
+from model.transformer import GPTOptions
 from parallel.stages import check_microbatches, split_layers
 
 CONFIG = GPTConfig(
@@ -72,7 +73,7 @@ def test_stages_hold_the_names_of_the_whole_model(tied: bool) -> None:
 
     def stage(layers: range) -> GPT:
         with torch.device("meta"):
-            return GPT(config, attention=None, cp_group=None, dtype=torch.float32, layers=layers)  # type: ignore[arg-type]
+            return GPT(config, attention=None, cp_group=None, options=GPTOptions(dtype=torch.float32), layers=layers)  # type: ignore[arg-type]
 
     whole = {name: p.shape for name, p in stage(range(5)).named_parameters()}
     parts = [stage(layers) for layers in split_layers(5, 4)]
@@ -87,11 +88,11 @@ def test_stages_hold_the_names_of_the_whole_model(tied: bool) -> None:
 
 def test_every_matrix_is_cut_and_no_vector() -> None:
     with torch.device("meta"):
-        model = GPT(CONFIG, attention=None, cp_group=None, dtype=torch.float32)  # type: ignore[arg-type]
+        model = GPT(CONFIG, attention=None, cp_group=None, options=GPTOptions(dtype=torch.float32))  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
-        assert is_cut(name) == (parameter.dim() == 2), name
-        assert sees_part(name, sequence_parallel=True) == (parameter.dim() == 1)
-        assert sees_part(name, sequence_parallel=False) == name.endswith(("q_norm.weight", "k_norm.weight"))
+        assert is_tp_sharded(name) == (parameter.dim() == 2), name
+        assert needs_tp_grad_sum(name, sequence_parallel=True) == (parameter.dim() == 1)
+        assert needs_tp_grad_sum(name, sequence_parallel=False) == name.endswith(("q_norm.weight", "k_norm.weight"))
     # What writes to the residual stream is cut by its inputs, everything else by its outputs.
     assert {name for name, _ in model.named_parameters() if tp_dim(name) == 1} == {
         f"layers.{i}.{part}" for i in range(5) for part in ("attention.output.weight", "mlp.fc2_weight")
