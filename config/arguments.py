@@ -825,7 +825,7 @@ def _resolve_attention(args: argparse.Namespace, chosen: list[str]) -> None:
             chosen.append(f"{flag} {support.methods(args.cp_backend)[0]}")
         if flag == own_flag:
             method = getattr(args, name)
-    args.attention = support.choose(
+    request = support.AttentionRequest(
         backend=args.cp_backend,
         method=method,
         qkv_format=args.qkv_format,
@@ -840,6 +840,7 @@ def _resolve_attention(args: argparse.Namespace, chosen: list[str]) -> None:
         groups=args.num_query_groups // args.tp_size,
         dropout=args.attention_dropout,
     )
+    args.attention = support.choose(request)
     if args.cp_backend == "te":
         _check_te("--cp-backend te", "--cp-backend native")
     if args.cp_backend == "ring":

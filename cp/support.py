@@ -1,13 +1,15 @@
-"""What context-parallel attention can do, as data. No torch import: argparse, docs and tests read it.
+"""The support table of context-parallel attention, as data. No torch import: argparse, docs and tests read it.
 
-A row of `SUPPORT` is one way to run attention over the `cp` axis. The flags' choices, the refusals, the
-table in docs/context_parallel.md, the cells that tools/verify.py walks and the tests' matrix are all made from
-these rows; nothing else lists a backend's name.
+An entry of `SUPPORT` is one way to run attention over the `cp` axis. All entries take grouped-query attention.
+The flags' choices, the refusals, the table in docs/context_parallel.md, the cells that tools/verify.py walks and
+the tests' matrix are made from the entries; no other file lists a backend's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from utils.errors import UserError
@@ -15,31 +17,32 @@ from utils.errors import UserError
 QKV_FORMATS = ("thd", "bshd")
 DTYPES = ("bf16", "fp32", "fp64")
 
-# The flag that chooses among a backend's methods.
+# Backend -> the flag that chooses its method.
 METHOD_FLAGS = {
     "native": "--cp-comm-type",
     "te": "--cp-comm-type",
     "ring": "--ring-attn-func",
     "pytorch": "--cp-rotate-method",
 }
+BACKENDS = tuple(METHOD_FLAGS)
+# Backend -> devices on which attention can drop. Masks of CUDA's kernel would depend on the layout.
+DROPOUT_DEVICES = {"native": ("cpu",)}
+# Backend -> fewest cp ranks; 1 if absent.
+MIN_CP = {"ring": 2}
+# Channels of one head that the CUDA kernels take.
+HEAD_DIM_MULTIPLE, HEAD_DIM_MAX = 8, 256
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Support:
     """One way to run attention over context-parallel ranks.
 
     Attributes:
         method: value of the backend's method flag.
-        layouts: how tokens may be cut, by format; the first is the default. A format that is absent is refused.
-        dtypes: compute types by device; a device that is absent is refused.
-        gqa: fewer key/value heads than query heads.
-        splits_heads: query heads must divide by the ranks that trade them (`a2a_size`).
-        splits_kv_heads: so must key/value heads.
-        stride: takes `--heads-k-stride`.
-        min_cp: fewest cp ranks.
-        dropout: devices on which it can drop attention probabilities.
-        library: package that must be installed, with the line that does.
-        head_dim_multiple, head_dim_max: on CUDA, of one head.
+        layouts: how a row may be sharded, by `--qkv-format`; the first is the default, an absent format is refused.
+        dtypes: compute dtypes by device; an absent device is refused.
+        traded: heads that an all-to-all trades, whose numbers the `a2a_size` ranks must divide.
+        has_stride: takes `--heads-k-stride`.
         note: for the docs.
     """
 
@@ -47,163 +50,91 @@ class Support:
     method: str
     layouts: Mapping[str, tuple[str, ...]]
     dtypes: Mapping[str, tuple[str, ...]]
-    gqa: bool = True
-    splits_heads: bool = False
-    splits_kv_heads: bool = False
-    stride: bool = False
-    min_cp: int = 1
-    dropout: tuple[str, ...] = ()
-    library: str | None = None
-    head_dim_multiple: int = 8
-    head_dim_max: int = 256
+    traded: tuple[str, ...] = ()
+    has_stride: bool = False
     note: str = ""
 
+    @property
+    def flags(self) -> str:
+        """The flags that choose this entry."""
+        return f"--cp-backend {self.backend} {METHOD_FLAGS[self.backend]} {self.method}"
 
-_NATIVE_DTYPES = {"cpu": ("bf16", "fp32", "fp64"), "cuda": ("bf16",)}
-_NATIVE_DROPOUT = ("cpu",)  # by explicit scores; CUDA's kernel would draw masks that depend on the layout
+
 _ZIGZAG = {"thd": ("zigzag",), "bshd": ("zigzag",)}
-_TE = "transformer-engine[pytorch]==2.20.2"
-_TE_DTYPES = {"cuda": ("bf16",)}
-_RING = "ring-flash-attn==0.1.8"
-_RING_FP32 = "its fp32 gradients are silently wrong"
+_ZIGZAG_OR_NOT = {"thd": ("zigzag", "contiguous"), "bshd": ("zigzag", "contiguous")}
+_DOC_CONTIGUOUS = {"thd": ("doc_contiguous",), "bshd": ("doc_contiguous",)}
+_CONTIGUOUS, _STRIPED = {"thd": ("contiguous",)}, {"bshd": ("striped",)}
+_PYTORCH = {"bshd": ("zigzag", "doc_contiguous")}
+_ALL = {"cpu": ("bf16", "fp32", "fp64"), "cuda": ("bf16",)}
 _BF16 = {"cpu": ("bf16",), "cuda": ("bf16",)}
+_LLAMA3 = {"cpu": ("bf16", "fp32"), "cuda": ("bf16",)}
+_CUDA = {"cuda": ("bf16",)}
+_Q, _QKV = ("query heads",), ("query heads", "key/value heads")
+_UNTESTED = "not run on a GPU yet"
+_PADDED, _NO_FP32 = "padding is computed", "its fp32 gradients are silently wrong"
 
 SUPPORT: tuple[Support, ...] = (
-    Support(
-        backend="native",
-        method="p2p",
-        layouts=_ZIGZAG,
-        dtypes=_NATIVE_DTYPES,
-        dropout=_NATIVE_DROPOUT,
-        note="ring; K and V of one neighbour at a time",
-    ),
-    Support(
-        backend="native",
-        method="all_gather",
-        layouts={"thd": ("zigzag", "contiguous"), "bshd": ("zigzag", "contiguous")},
-        dtypes=_NATIVE_DTYPES,
-        dropout=_NATIVE_DROPOUT,
-        stride=True,
-        note="K and V of some heads gathered; contiguous takes documents of any length",
-    ),
-    Support(
-        backend="native",
-        method="a2a",
-        layouts=_ZIGZAG,
-        dtypes=_NATIVE_DTYPES,
-        dropout=_NATIVE_DROPOUT,
-        splits_heads=True,
-        note="Ulysses: tokens traded for heads; fewer K/V heads than ranks are repeated",
-    ),
-    Support(
-        backend="native",
-        method="a2a+p2p",
-        layouts=_ZIGZAG,
-        dtypes=_NATIVE_DTYPES,
-        dropout=_NATIVE_DROPOUT,
-        splits_heads=True,
-        note="a2a among --cp-a2a-size neighbours, a ring over the rest",
-    ),
-    Support(
-        backend="te",
-        method="p2p",
-        layouts=_ZIGZAG,
-        dtypes=_TE_DTYPES,
-        library=_TE,
-        note="Transformer Engine's ring; not run on a GPU yet",
-    ),
-    Support(
-        backend="te",
-        method="all_gather",
-        layouts=_ZIGZAG,
-        dtypes=_TE_DTYPES,
-        library=_TE,
-        note="K and V of all heads gathered; not run on a GPU yet",
-    ),
-    Support(
-        backend="te",
-        method="a2a",
-        layouts=_ZIGZAG,
-        dtypes=_TE_DTYPES,
-        splits_heads=True,
-        splits_kv_heads=True,
-        library=_TE,
-        note="not run on a GPU yet",
-    ),
-    Support(
-        backend="te",
-        method="a2a+p2p",
-        layouts=_ZIGZAG,
-        dtypes=_TE_DTYPES,
-        splits_heads=True,
-        splits_kv_heads=True,
-        library=_TE,
-        note="not run on a GPU yet",
-    ),
-    Support(
-        backend="ring",
-        method="zigzag",
-        layouts=_ZIGZAG,
-        dtypes=_BF16,
-        min_cp=2,
-        library=_RING,
-        note=f"padding is computed; {_RING_FP32}",
-    ),
-    Support(
-        backend="ring",
-        method="llama3",
-        layouts={"thd": ("contiguous",)},
-        dtypes={"cpu": ("bf16", "fp32"), "cuda": ("bf16",)},
-        stride=True,
-        min_cp=2,
-        library=_RING,
-        note="padding is computed; not balanced",
-    ),
-    Support(
-        backend="ring",
-        method="ring",
-        layouts={"thd": ("doc_contiguous",), "bshd": ("doc_contiguous",)},
-        dtypes=_BF16,
-        min_cp=2,
-        library=_RING,
-        note=f"padding is computed; not balanced; {_RING_FP32}",
-    ),
-    Support(
-        backend="ring",
-        method="stripe",
-        layouts={"bshd": ("striped",)},
-        dtypes=_BF16,
-        min_cp=2,
-        library=_RING,
-        note=_RING_FP32,
-    ),
-    Support(
-        backend="pytorch",
-        method="allgather",
-        layouts={"bshd": ("zigzag", "doc_contiguous")},
-        dtypes=_NATIVE_DTYPES,
-        note="zigzag is PyTorch's load balancing, doc_contiguous its absence",
-    ),
-    Support(
-        backend="pytorch",
-        method="alltoall",
-        layouts={"bshd": ("zigzag", "doc_contiguous")},
-        dtypes=_NATIVE_DTYPES,
-        note="the same, K and V rotated",
-    ),
-)
-
-BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(row.backend for row in SUPPORT))
+    Support("native", "p2p", _ZIGZAG, _ALL, note="ring; K and V of one neighbour at a time"),
+    Support("native", "all_gather", _ZIGZAG_OR_NOT, _ALL, (), True, "gathers some heads; contiguous: any length"),
+    Support("native", "a2a", _ZIGZAG, _ALL, _Q, note="Ulysses: trades tokens for heads; repeats K/V heads if too few"),
+    Support("native", "a2a+p2p", _ZIGZAG, _ALL, _Q, note="a2a among --cp-a2a-size neighbours, a ring over the rest"),
+    Support("te", "p2p", _ZIGZAG, _CUDA, note=f"Transformer Engine's ring; {_UNTESTED}"),
+    Support("te", "all_gather", _ZIGZAG, _CUDA, note=f"K and V of all heads gathered; {_UNTESTED}"),
+    Support("te", "a2a", _ZIGZAG, _CUDA, _QKV, note=_UNTESTED),
+    Support("te", "a2a+p2p", _ZIGZAG, _CUDA, _QKV, note=_UNTESTED),
+    Support("ring", "zigzag", _ZIGZAG, _BF16, note=f"{_PADDED}; {_NO_FP32}"),
+    Support("ring", "llama3", _CONTIGUOUS, _LLAMA3, (), True, f"{_PADDED}; not balanced"),
+    Support("ring", "ring", _DOC_CONTIGUOUS, _BF16, note=f"{_PADDED}; not balanced; {_NO_FP32}"),
+    Support("ring", "stripe", _STRIPED, _BF16, note=_NO_FP32),
+    Support("pytorch", "allgather", _PYTORCH, _ALL, note="zigzag: PyTorch's load balancing; doc_contiguous: without"),
+    Support("pytorch", "alltoall", _PYTORCH, _ALL, note="as allgather, but rotates K and V"),
+)  # fmt: skip
 
 
 def methods(backend: str) -> tuple[str, ...]:
     """Values of the backend's method flag; the first is its default."""
-    return tuple(row.method for row in SUPPORT if row.backend == backend)
+    return tuple(entry.method for entry in SUPPORT if entry.backend == backend)
+
+
+def resolve_backend(name: str, *, has_te: bool = False) -> str:
+    """The backend that `--cp-backend auto` means; other names are returned unchanged.
+
+    Args:
+        has_te: the layers are Transformer Engine's.
+    """
+    return ("te" if has_te else "native") if name == "auto" else name
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRequest:
+    """What a run's flags ask for.
+
+    Attributes:
+        layout: `auto` or a name.
+        a2a_size: `--cp-a2a-size`; None: not given.
+        heads_k_stride: `--heads-k-stride`; None: not given.
+        heads, groups: query heads and key/value heads of one tp rank.
+        dropout: probability of dropping an attention probability.
+    """
+
+    backend: str
+    method: str
+    qkv_format: str
+    layout: str
+    dtype: str
+    device: str
+    cp_size: int
+    head_dim: int
+    heads: int
+    groups: int
+    a2a_size: int | None = None
+    heads_k_stride: int | None = None
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionChoice:
-    """What a run's flags ask for: a row of the table, and the values it takes.
+    """The entry that serves a request, with its values resolved.
 
     Attributes:
         a2a_size: ranks that trade heads: cp for `a2a`, `--cp-a2a-size` for `a2a+p2p`, else 1.
@@ -219,169 +150,127 @@ class AttentionChoice:
     heads_k_stride: int = 1
 
 
-def resolve_backend(name: str, *, has_te: bool = False) -> str:
-    """The backend that `--cp-backend auto` means; any other name is returned as it is.
-
-    Args:
-        has_te: the layers are Transformer Engine's.
-    """
-    return ("te" if has_te else "native") if name == "auto" else name
+def _check_offered(flag: str, value: str, legal: Sequence[str], by: str) -> None:
+    if value not in legal:
+        raise UserError(f"{flag} {value} is not offered by {by}; choose {' or '.join(legal)}")
 
 
-def _row(backend: str, method: str) -> Support:
-    row = next((row for row in SUPPORT if (row.backend, row.method) == (backend, method)), None)
-    if row is None:
-        raise UserError(
-            f"{METHOD_FLAGS[backend]} {method} is not offered by --cp-backend {backend}; choose from {', '.join(methods(backend))}"
-        )
-    return row
+def _check_divides(flag: str, value: int, total: int, what: str) -> None:
+    if total % value:
+        legal = ", ".join(str(divisor) for divisor in range(1, total + 1) if total % divisor == 0)
+        raise UserError(f"{flag} {value} does not divide {what}; choose from {legal}")
 
 
-def choose(
-    *,
-    backend: str,
-    method: str,
-    qkv_format: str,
-    layout: str,
-    dtype: str,
-    device: str,
-    cp_size: int,
-    a2a_size: int | None,
-    heads_k_stride: int | None,
-    head_dim: int,
-    heads: int,
-    groups: int,
-    dropout: float = 0.0,
-) -> AttentionChoice:
-    """The table's answer to a run's flags, `auto` and None replaced.
-
-    Args:
-        layout: `auto` or a name; heads, groups: query and key/value heads of one tp rank; dropout: of attention probabilities.
+def choose(request: AttentionRequest) -> AttentionChoice:
+    """Find the entry that serves a request, and resolve `auto` and None.
 
     Raises:
-        ValueError: one line that names the flag, what was asked and what is legal.
+        UserError: names the flag, what was asked and what is legal.
     """
-    row = _row(backend, method)
-    asked = f"--cp-backend {backend} {METHOD_FLAGS[backend]} {method}"
-    if qkv_format not in row.layouts:
-        raise UserError(f"--qkv-format {qkv_format} is not offered by {asked}; choose {' or '.join(row.layouts)}")
-    layouts = row.layouts[qkv_format]
-    layout = layouts[0] if layout == "auto" else layout
-    if layout not in layouts:
+    backend, method, device = request.backend, request.method, request.device
+    entry = next((entry for entry in SUPPORT if (entry.backend, entry.method) == (backend, method)), None)
+    if entry is None:
+        offered = f"--cp-backend {backend}; choose from {', '.join(methods(backend))}"
+        raise UserError(f"{METHOD_FLAGS[backend]} {method} is not offered by {offered}")
+    asked = entry.flags
+    _check_offered("--qkv-format", request.qkv_format, tuple(entry.layouts), asked)
+    layouts = entry.layouts[request.qkv_format]
+    layout = layouts[0] if request.layout == "auto" else request.layout
+    _check_offered("--cp-layout", layout, layouts, f"{asked} with --qkv-format {request.qkv_format}")
+    if device not in entry.dtypes:
+        raise UserError(f"{asked} does not run on --device {device}; it runs on {', '.join(entry.dtypes)}")
+    _check_offered("--dtype", request.dtype, entry.dtypes[device], f"{asked} on {device}")
+    min_cp = MIN_CP.get(backend, 1)
+    if request.cp_size < min_cp:
         raise UserError(
-            f"--cp-layout {layout} is not offered by {asked} with --qkv-format {qkv_format}; choose {' or '.join(layouts)}"
+            f"{asked} needs --cp-size {min_cp} or more, not {request.cp_size}; use --cp-backend native for one rank"
         )
-    if device not in row.dtypes:
-        raise UserError(f"{asked} does not run on --device {device}; it runs on {', '.join(row.dtypes)}")
-    if dtype not in row.dtypes[device]:
-        raise UserError(
-            f"--dtype {dtype} is not offered by {asked} on {device}; choose {' or '.join(row.dtypes[device])}"
-        )
-    if cp_size < row.min_cp:
-        raise UserError(
-            f"{asked} needs --cp-size {row.min_cp} or more, not {cp_size}; use --cp-backend native for one rank"
-        )
-    if groups != heads and not row.gqa:
-        raise UserError(f"--num-query-groups {groups} with --num-attention-heads {heads}: {asked} needs them equal")
-    if dropout and device not in row.dropout:
-        able = sorted({r.backend for r in SUPPORT if device in r.dropout})
+    if request.dropout and device not in DROPOUT_DEVICES.get(backend, ()):
+        able = sorted(name for name, devices in DROPOUT_DEVICES.items() if device in devices)
         others = f"--cp-backend {' or '.join(able)} can" if able else f"none can on {device}"
-        raise UserError(f"--attention-dropout {dropout}: {asked} cannot drop attention on {device}; {others}, or use 0")
-    if device == "cuda" and (head_dim % row.head_dim_multiple or head_dim > row.head_dim_max):
         raise UserError(
-            f"--kv-channels {head_dim}: {asked} on CUDA takes multiples of {row.head_dim_multiple} up to {row.head_dim_max}"
+            f"--attention-dropout {request.dropout}: {asked} cannot drop attention on {device}; {others}, or use 0"
+        )
+    if device == "cuda" and (request.head_dim % HEAD_DIM_MULTIPLE or request.head_dim > HEAD_DIM_MAX):
+        raise UserError(
+            f"--kv-channels {request.head_dim}: {asked} on CUDA takes "
+            f"multiples of {HEAD_DIM_MULTIPLE} up to {HEAD_DIM_MAX}"
         )
     return AttentionChoice(
         backend=backend,
         method=method,
-        qkv_format=qkv_format,
+        qkv_format=request.qkv_format,
         layout=layout,
-        cp_size=cp_size,
-        a2a_size=_a2a_size(row, asked, cp_size, a2a_size, heads, groups),
-        heads_k_stride=_heads_k_stride(row, asked, heads_k_stride, groups),
+        cp_size=request.cp_size,
+        a2a_size=_resolve_a2a_size(entry, request),
+        heads_k_stride=_resolve_stride(entry, request),
     )
 
 
-def _a2a_size(row: Support, asked: str, cp_size: int, a2a_size: int | None, heads: int, groups: int) -> int:
-    if row.method != "a2a+p2p":
-        if a2a_size is not None:
-            raise UserError(f"--cp-a2a-size {a2a_size} belongs to --cp-comm-type a2a+p2p, not to {asked}")
-        a2a_size = cp_size if row.splits_heads else 1
-    elif a2a_size is None:
-        raise UserError(f"{asked} needs --cp-a2a-size, a divisor of --cp-size {cp_size}")
-    if cp_size % a2a_size:
-        legal = [a for a in range(1, cp_size + 1) if cp_size % a == 0]
-        raise UserError(
-            f"--cp-a2a-size {a2a_size} does not divide --cp-size {cp_size}; choose from {', '.join(map(str, legal))}"
-        )
-    traded = {"query heads": heads, **({"key/value heads": groups} if row.splits_kv_heads else {})}
-    for what, count in traded.items():
-        if count % a2a_size:
-            legal = [a for a in range(1, count + 1) if count % a == 0]
-            flag = "--cp-a2a-size" if row.method == "a2a+p2p" else "--cp-size"
-            raise UserError(
-                f"{flag} {a2a_size} does not divide the {count} {what} that {asked} trades; choose from {', '.join(map(str, legal))}"
-            )
+def _resolve_a2a_size(entry: Support, request: AttentionRequest) -> int:
+    a2a_size, cp_size, flag = request.a2a_size, request.cp_size, "--cp-size"
+    if entry.method == "a2a+p2p":
+        flag = "--cp-a2a-size"
+        if a2a_size is None:
+            raise UserError(f"{entry.flags} needs --cp-a2a-size, a divisor of --cp-size {cp_size}")
+        _check_divides(flag, a2a_size, cp_size, f"--cp-size {cp_size}")
+    elif a2a_size is not None:
+        raise UserError(f"--cp-a2a-size {a2a_size} belongs to --cp-comm-type a2a+p2p, not to {entry.flags}")
+    else:
+        a2a_size = cp_size if entry.traded else 1
+    counts = {"query heads": request.heads, "key/value heads": request.groups}
+    for what in entry.traded:
+        _check_divides(flag, a2a_size, counts[what], f"the {counts[what]} {what} that {entry.flags} trades")
     return a2a_size
 
 
-def _heads_k_stride(row: Support, asked: str, stride: int | None, groups: int) -> int:
+def _resolve_stride(entry: Support, request: AttentionRequest) -> int:
+    stride, groups = request.heads_k_stride, request.groups
     if stride is None:
         return 1
-    if not row.stride:
-        raise UserError(f"--heads-k-stride {stride} is not taken by {asked}")
-    if groups % stride:
-        legal = [s for s in range(1, groups + 1) if groups % s == 0]
-        raise UserError(
-            f"--heads-k-stride {stride} does not divide the {groups} key/value heads; choose from {', '.join(map(str, legal))}"
-        )
+    if not entry.has_stride:
+        raise UserError(f"--heads-k-stride {stride} is not taken by {entry.flags}")
+    _check_divides("--heads-k-stride", stride, groups, f"the {groups} key/value heads")
     return stride
 
 
-def cells(*, device: str, cp_size: int, heads: int, groups: int) -> Iterator[tuple[AttentionChoice, str]]:
-    """Every supported (choice, dtype) on a device: what the tests and `tools/verify.py --all` walk."""
-    for row in SUPPORT:
-        for qkv_format, layouts in row.layouts.items():
-            for layout in layouts:
-                for dtype in row.dtypes.get(device, ()):
-                    sizes = (
-                        [a for a in range(2, cp_size) if cp_size % a == 0] or [cp_size]
-                        if row.method == "a2a+p2p"
-                        else [None]
-                    )
-                    for a2a_size in sizes:
-                        try:
-                            choice = choose(
-                                backend=row.backend,
-                                method=row.method,
-                                qkv_format=qkv_format,
-                                layout=layout,
-                                dtype=dtype,
-                                device=device,
-                                cp_size=cp_size,
-                                a2a_size=a2a_size,
-                                heads_k_stride=None,
-                                head_dim=8,
-                                heads=heads,
-                                groups=groups,
-                            )
-                        except ValueError:
-                            continue  # the table refuses this cell at this size
-                        yield choice, dtype
+def cells(*, device: str, cp_size: int, heads: int, groups: int) -> list[tuple[AttentionChoice, str]]:
+    """Every supported (choice, dtype) on a device, which the tests and `tools/verify.py --all` walk."""
+    found = []
+    two_level = [size for size in range(2, cp_size) if cp_size % size == 0] or [cp_size]
+    for entry in SUPPORT:
+        a2a_sizes = two_level if entry.method == "a2a+p2p" else [None]
+        for qkv_format, layouts in entry.layouts.items():
+            for layout, dtype, a2a_size in itertools.product(layouts, entry.dtypes.get(device, ()), a2a_sizes):
+                request = AttentionRequest(
+                    backend=entry.backend,
+                    method=entry.method,
+                    qkv_format=qkv_format,
+                    layout=layout,
+                    dtype=dtype,
+                    device=device,
+                    cp_size=cp_size,
+                    head_dim=HEAD_DIM_MULTIPLE,
+                    heads=heads,
+                    groups=groups,
+                    a2a_size=a2a_size,
+                )
+                with suppress(UserError):  # the table refuses the cell at this size
+                    found.append((choose(request), dtype))
+    return found
 
 
 def markdown_table() -> str:
-    """The table as docs/context_parallel.md shows it."""
+    """The table in docs/context_parallel.md."""
     lines = [
-        "| `--cp-backend` | method | thd: layouts | bshd: layouts | CPU | CUDA | GQA | heads % cp | dropout | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| `--cp-backend` | method | thd: layouts | bshd: layouts | CPU | CUDA | heads % cp | dropout | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in SUPPORT:
-        layouts = [", ".join(row.layouts.get(f, ())) or "-" for f in QKV_FORMATS]
-        types = [", ".join(row.dtypes.get(d, ())) or "-" for d in ("cpu", "cuda")]
-        heads = "--cp-a2a-size" if row.method == "a2a+p2p" else "cp" if row.splits_heads else "any"
-        lines.append(
-            f"| {row.backend} | `{METHOD_FLAGS[row.backend]} {row.method}` | {' | '.join(layouts)} | {' | '.join(types)} | "
-            f"{'yes' if row.gqa else 'no'} | {heads} | {', '.join(row.dropout) or 'no'} | {row.note} |"
-        )
+    for entry in SUPPORT:
+        layouts = [", ".join(entry.layouts.get(f, ())) or "-" for f in QKV_FORMATS]
+        types = [", ".join(entry.dtypes.get(d, ())) or "-" for d in ("cpu", "cuda")]
+        heads = "--cp-a2a-size" if entry.method == "a2a+p2p" else "cp" if entry.traded else "any"
+        dropout = ", ".join(DROPOUT_DEVICES.get(entry.backend, ())) or "no"
+        method = f"`{METHOD_FLAGS[entry.backend]} {entry.method}`"
+        lines.append(f"| {' | '.join((entry.backend, method, *layouts, *types, heads, dropout, entry.note))} |")
     return "\n".join(lines)

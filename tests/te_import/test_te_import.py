@@ -21,7 +21,7 @@ te = pytest.importorskip("transformer_engine.pytorch", exc_type=(ImportError, Ru
 from cp.attention import build_attention  # noqa: E402
 from cp.layout import shard_indices  # noqa: E402
 from cp.packed_seq import build_packed_seq  # noqa: E402
-from cp.support import SUPPORT, choose  # noqa: E402
+from cp.support import SUPPORT, AttentionRequest, choose  # noqa: E402
 from cp.te_attention import TEAttention, thd_arguments  # noqa: E402
 from model.config import FP8_RECIPES, GPTConfig  # noqa: E402
 from model.gpt import GPT  # noqa: E402
@@ -100,7 +100,7 @@ def test_the_fused_tensor_of_the_mlp_is_gate_above_up(world) -> None:
 
 @pytest.mark.parametrize(
     ("method", "size"),
-    [*((row.method, 2 if row.method == "a2a+p2p" else None) for row in SUPPORT if row.backend == "te"), ("a2a+p2p", 1)],
+    [*((e.method, 2 if e.method == "a2a+p2p" else None) for e in SUPPORT if e.backend == "te"), ("a2a+p2p", 1)],
 )
 def test_attention_is_built_with_its_group(
     world, monkeypatch: pytest.MonkeyPatch, method: str, size: int | None
@@ -110,7 +110,7 @@ def test_attention_is_built_with_its_group(
     options = dict(
         qkv_format="thd", layout="auto", dtype="bf16", device="cuda", cp_size=4, a2a_size=size, heads_k_stride=None
     )
-    choice = choose(backend="te", method=method, head_dim=64, heads=8, groups=4, **options)
+    choice = choose(AttentionRequest(backend="te", method=method, head_dim=64, heads=8, groups=4, **options))
     groups = split_group(grid, "cp", choice.a2a_size) if choice.a2a_size > 1 else None
     attention = build_attention(choice, head_dim=64, a2a_groups=groups)
     assert isinstance(attention, TEAttention)
@@ -228,7 +228,7 @@ def test_a_packed_row_is_told_both_lengths() -> None:
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 @pytest.mark.parametrize("qkv_format", ["thd", "bshd"])
-@pytest.mark.parametrize("method", [row.method for row in SUPPORT if row.backend == "te"])
+@pytest.mark.parametrize("method", [e.method for e in SUPPORT if e.backend == "te"])
 def test_its_own_filter_lets_our_table_pass(
     monkeypatch: pytest.MonkeyPatch, method: str, qkv_format: str, cp_size: int
 ) -> None:
@@ -247,7 +247,7 @@ def test_its_own_filter_lets_our_table_pass(
         a2a_size=size,
         heads_k_stride=None,
     )
-    choose(backend="te", method=method, head_dim=64, heads=8, groups=4, **options)
+    choose(AttentionRequest(backend="te", method=method, head_dim=64, heads=8, groups=4, **options))
     yes = int(utils.FusedAttnBackend["F16_arbitrary_seqlen"])
     monkeypatch.setattr(utils, "_get_fused_attn_backend", lambda **_: (yes, ""))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=9, minor=0))

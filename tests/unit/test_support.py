@@ -1,4 +1,4 @@
-"""The support table: every row is served, every cell is chosen as asked, every absent one refused by name."""
+"""The support table: every entry is served, every cell is chosen as asked, every absent cell is refused by flag."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from cp.attention import build_attention
 from cp.layout import LAYOUTS
-from cp.support import BACKENDS, DTYPES, METHOD_FLAGS, QKV_FORMATS, SUPPORT, cells, choose, methods
+from cp.support import BACKENDS, DTYPES, METHOD_FLAGS, QKV_FORMATS, SUPPORT, AttentionRequest, cells, choose, methods
 
 
 def ask(**changes):
@@ -16,35 +16,35 @@ def ask(**changes):
         backend="native", method="p2p", qkv_format="thd", layout="auto", dtype="bf16", device="cpu", cp_size=2, a2a_size=None,
         heads_k_stride=None, head_dim=64, heads=8, groups=4,
     )  # fmt: skip
-    return choose(**(asked | changes))
+    return choose(AttentionRequest(**(asked | changes)))
 
 
 def test_every_backend_has_a_method_flag() -> None:
     assert set(METHOD_FLAGS) == set(BACKENDS)
-    assert len({(row.backend, row.method) for row in SUPPORT}) == len(SUPPORT)
+    assert len({(entry.backend, entry.method) for entry in SUPPORT}) == len(SUPPORT)
 
 
 def test_every_cell_is_served() -> None:
     found = list(cells(device="cpu", cp_size=4, heads=8, groups=4))
     assert {(c.backend, c.method) for c, _ in found} == {
-        (row.backend, row.method) for row in SUPPORT if "cpu" in row.dtypes
+        (entry.backend, entry.method) for entry in SUPPORT if "cpu" in entry.dtypes
     }
     for choice, _ in found:
         assert callable(build_attention(choice, head_dim=8, a2a_groups=(None, None)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("row", "qkv_format", "layout", "dtype", "device"),
-    [(row, *rest) for row in SUPPORT for rest in itertools.product(QKV_FORMATS, LAYOUTS, DTYPES, ("cpu", "cuda"))],
+    ("entry", "qkv_format", "layout", "dtype", "device"),
+    [(entry, *rest) for entry in SUPPORT for rest in itertools.product(QKV_FORMATS, LAYOUTS, DTYPES, ("cpu", "cuda"))],
     ids=lambda x: getattr(x, "method", x),
 )
 def test_cells_outside_the_table_are_refused_by_flag(
-    row, qkv_format: str, layout: str, dtype: str, device: str
+    entry, qkv_format: str, layout: str, dtype: str, device: str
 ) -> None:
-    a2a_size = 2 if row.method == "a2a+p2p" else None
+    a2a_size = 2 if entry.method == "a2a+p2p" else None
     asked = dict(
-        backend=row.backend,
-        method=row.method,
+        backend=entry.backend,
+        method=entry.method,
         qkv_format=qkv_format,
         layout=layout,
         dtype=dtype,
@@ -52,10 +52,10 @@ def test_cells_outside_the_table_are_refused_by_flag(
         a2a_size=a2a_size,
     )
     wrong = {
-        "--qkv-format": qkv_format not in row.layouts,
-        "--cp-layout": layout not in row.layouts.get(qkv_format, LAYOUTS),
-        "--dtype": dtype not in row.dtypes.get(device, ()),
-        "--cp-backend": device not in row.dtypes,
+        "--qkv-format": qkv_format not in entry.layouts,
+        "--cp-layout": layout not in entry.layouts.get(qkv_format, LAYOUTS),
+        "--dtype": dtype not in entry.dtypes.get(device, ()),
+        "--cp-backend": device not in entry.dtypes,
     }
     if not any(wrong.values()):
         assert ask(**asked).layout == layout
@@ -72,7 +72,7 @@ def test_methods_of_another_backend_are_refused() -> None:
     assert methods("ring") == ("zigzag", "llama3", "ring", "stripe")
 
 
-def test_transformer_engines_rows() -> None:
+def test_transformer_engines_entries() -> None:
     """CUDA and bf16 only; its a2a trades key/value heads too; nothing drops attention there yet."""
     on = dict(backend="te", device="cuda")
     for method in methods("te"):
