@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cp.dropout_attention import AttentionDropout, Segment, dropped_backward, dropped_forward
 from cp.layout import ranges
-from utils.device import to_device
+from cp.packed_seq import to_device
 
 Rows = slice | Tensor
 

@@ -23,9 +23,8 @@ from cp.dropout_attention import AttentionDropout
 from cp.kernels import Block
 from cp.layout import shard_indices
 from cp.native_p2p import build_ring_blocks, ring_attention_blocks
-from cp.packed_seq import PackedSeq
+from cp.packed_seq import PackedSeq, to_device
 from parallel.collectives import WaitClock, all_to_all
-from utils.device import to_device
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,9 +31,8 @@ from cp.kernels import (
 )
 from cp.layout import ranges, shard_indices, unshard_indices
 from cp.native_p2p import merge_rows_
-from cp.packed_seq import PackedSeq
+from cp.packed_seq import PackedSeq, to_device
 from parallel.collectives import Gather, WaitClock, reduce_scatter, start_all_gather
-from utils.device import to_device
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,6 +86,14 @@ class PackedSeq:
         )[owned]
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array of the row's indices to `device`, through pinned memory so that the host does not wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _running_sum(lengths: list[int]) -> Tensor:
     return torch.from_numpy(np.array([0, *accumulate(lengths)], np.int32))
 

@@ -22,8 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cp import flash_attn_reference
-from cp.packed_seq import PackedSeq
-from utils.device import to_device
+from cp.packed_seq import PackedSeq, to_device
 from utils.errors import UserError
 
 

@@ -12,8 +12,7 @@ import torch.distributed as dist
 import transformer_engine.pytorch as te
 from torch import Tensor
 
-from cp.packed_seq import PackedSeq
-from utils.device import to_device
+from cp.packed_seq import PackedSeq, to_device
 
 
 class TEAttention:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cp.attention import Attention
-from cp.packed_seq import PackedSeq
+from cp.packed_seq import PackedSeq, to_device
 from model.config import GPTConfig
 from model.dropout import HiddenDropout
 from model.layers import get_layers
@@ -19,7 +19,6 @@ from model.loss import chunked_cross_entropy
 from model.rope import rotary_frequencies
 from model.transformer import GPTOptions, RowContext, TransformerLayer
 from parallel.tensor import TensorParallel
-from utils.device import to_device
 
 
 @dataclass

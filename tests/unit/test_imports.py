@@ -25,7 +25,7 @@ for upper in ("training", "checkpoint", "metrics", "runtime", "planner"):
 ROOMS = {*MAY_IMPORT, "train", "tools", "benchmarks", "tests"}
 NARROWER = {
     "data": {"cp.packed_seq", "cp.layout", "utils.errors", "utils.files"},
-    "cp": {"parallel.collectives", "parallel.keyed_random", "utils.device", "utils.errors"},
+    "cp": {"parallel.collectives", "parallel.keyed_random", "utils.errors"},
 }
 
 
