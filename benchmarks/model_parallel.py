@@ -47,7 +47,6 @@ LAYOUTS: dict[str, tuple[int, int, str, float | None]] = {
     "pp 2, 1f1b": (2, 1, "--pp-size 2 --first-stage-layers 4", 0.75),
     "pp 2, gpipe": (2, 1, "--pp-size 2 --first-stage-layers 4 --pp-schedule gpipe", None),
     "pp 2, interleaved": (2, 1, "--pp-size 2 --virtual-stages 2 --pp-schedule interleaved --last-stage-layers 1", None),
-    "pp 2, zero_bubble": (2, 1, "--pp-size 2 --virtual-stages 2 --pp-schedule zero_bubble --last-stage-layers 1", None),
     "cp 2": (2, 1, "--cp-size 2", None),
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.metadata
 import importlib.util
 import math
 import os
@@ -28,7 +27,6 @@ from model.config import FP8_RECIPES, RECOMPUTE, ROPE_SCALINGS, GPTConfig
 from parallel.stages import PP_SCHEDULES, check_microbatches, min_microbatches, split_layers
 from utils.errors import UserError
 
-ZERO_BUBBLE_TORCH = (2, 13)
 FP8_UNIT = 16  # sizes of a matrix in 8 bits are multiples of it
 TRANSFORMER_IMPLS = ("auto", "torch", "te")
 LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
@@ -65,7 +63,7 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
         "--pp-schedule",
         choices=PP_SCHEDULES,
         default="1f1b",
-        help="order of the stages' work; interleaved and zero_bubble need --virtual-stages 2 or more; zero_bubble: PyTorch 2.13, CPU ranks",
+        help="order of the stages' work; interleaved needs --virtual-stages 2 or more",
     )
     group.add_argument("--virtual-stages", type=int, default=1, help="stages on each pp rank")
     group.add_argument("--first-stage-layers", type=int, help="layers of the first stage; default: like the others")
@@ -117,7 +115,7 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
         "--reshard-after-forward",
         choices=("auto", "on", "off"),
         default="auto",
-        help="free gathered weights between forward and backward: less memory, one more gather; auto: off in one node or with zero_bubble",
+        help="free gathered weights between forward and backward: less memory, one more gather; auto: off in one node",
     )
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
@@ -599,12 +597,6 @@ def _resolve_device(
         chosen.append(f"--num-workers {args.num_workers}")
 
 
-def installed_torch() -> tuple[int, int]:
-    """Major and minor version, without the import."""
-    major, minor = importlib.metadata.version("torch").split(".")[:2]
-    return int(major), int(minor)
-
-
 def _resolve_grid(args: argparse.Namespace, world_size: int, local_world_size: int, chosen: list[str]) -> None:
     for name in ("pp", "dp_replicate", "cp", "tp"):
         if getattr(args, f"{name}_size") < 1:
@@ -641,30 +633,8 @@ def _resolve_grid(args: argparse.Namespace, world_size: int, local_world_size: i
             f"dp_shard {args.dp_shard_size} * cp {args.cp_size} * tp {args.tp_size}) but there are {world_size}: "
             f"{start(others * args.dp_shard_size)}"
         )
-    # PyTorch's zero-bubble schedules compute weights' gradients later, past FSDP: it has freed the weights, which loses gradients
-    # without a word, and what it would add up in fp32 is added up in bf16.
-    keeps = args.pp_size > 1 and args.pp_schedule == "zero_bubble"
-    if (
-        keeps and installed_torch() < ZERO_BUBBLE_TORCH
-    ):  # older ones cannot split the backward pass of functions of our own
-        here, needed = (".".join(map(str, version)) for version in (installed_torch(), ZERO_BUBBLE_TORCH))
-        raise UserError(
-            f"--pp-schedule zero_bubble needs PyTorch {needed}, here is {here}: use --pp-schedule interleaved"
-        )
-    if keeps and args.device == "cuda":  # where attention takes bf16 only
-        raise UserError(
-            "--pp-schedule zero_bubble runs on --device cpu only, for it adds gradients up in bf16: use --pp-schedule interleaved"
-        )
-    if keeps and args.dtype == "bf16":
-        raise UserError(
-            "--pp-schedule zero_bubble adds up the microbatches' gradients in --dtype bf16: use fp32, or interleaved"
-        )
-    if keeps and args.reshard_after_forward == "on":
-        raise UserError(
-            "--reshard-after-forward on: --pp-schedule zero_bubble needs off, or take --pp-schedule interleaved"
-        )
     if args.reshard_after_forward == "auto":
-        args.reshard_after_forward = "off" if keeps or local_world_size == world_size else "on"
+        args.reshard_after_forward = "off" if local_world_size == world_size else "on"
         chosen.append(f"--reshard-after-forward {args.reshard_after_forward}")
 
 

@@ -1,9 +1,8 @@
-"""Pipeline parallelism: PyTorch's schedules over our stages, and a forward pass without gradients.
+"""Pipeline parallelism: PyTorch's schedules over a rank's stages, and a forward pass without gradients.
 
-A schedule's public `step()` cuts tensors into equal chunks and cannot carry rows of documents. So what it cuts is
-a tensor of microbatch numbers, and each stage is told the number, on the host, and looks up its row in a list of its own:
-every stage holds the same rows, documents and positions included. Shapes between stages are static, because every row has
-T tokens.
+A schedule's public `step()` cuts its input tensors into equal chunks, which rows of documents do not allow. So the
+schedule cuts a tensor of microbatch numbers, and each stage looks up its row by the number. Every stage holds the
+same rows, with documents and positions. Shapes between stages are static because every row has T tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.stages import VIRTUAL_SCHEDULES
-
-# What a stage computes for one microbatch: (its number, the hidden state from the stage before or None) -> hidden state or loss.
+# One stage's forward: (microbatch number, the previous stage's hidden state or None) -> hidden state or loss.
 StageForward = Callable[[int, Tensor | None], Tensor]
 
 
@@ -35,48 +32,40 @@ def build_schedule(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Any:
-    """The schedule of one step over this rank's stages; `.step(numbers)` runs it.
+    """Build the schedule of one step over this rank's stages; `.step(numbers)` runs it.
 
     Args:
-        chunks: this rank's stages: pp rank, pp rank + pp size, ... Before each forward their attribute `microbatch` is set to
-            the row's number. It takes that number [1], which means nothing, on the first stage and the hidden state on others;
-            the last returns the loss [1].
-        hidden_shape: of what goes from stage to stage.
-        dtype: of it.
+        chunks: this rank's stages: pp rank, pp rank + pp size, ... Before each forward their attribute `microbatch`
+            is set to the row's number. The first stage's argument [1] has no meaning, other stages take the hidden
+            state; the last stage returns the loss [1].
+        hidden_shape, dtype: of the hidden state between stages.
     """
-    # Half a second to import, which runs without stages need not spend.
-    from torch.distributed.pipelining import (
-        PipelineStage,
-        Schedule1F1B,
-        ScheduleGPipe,
-        ScheduleInterleaved1F1B,
-        ScheduleInterleavedZeroBubble,
-    )
+    # Imported here: the import takes half a second, which runs without stages do not spend.
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
     class NumberedStage(PipelineStage):
-        """The number is an attribute because an argument would come back from the device, which the host would wait for."""
+        """Sets the number as an attribute on the host: reading it from an argument would synchronise with the device."""
 
         def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
             self.submod.microbatch = fwd_chunk_id  # type: ignore[assignment]
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     size, num_stages = group.size(), group.size() * len(chunks)
+    loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
-    loss = torch.empty(
-        1, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="meta", requires_grad=True
-    )
+    loss = torch.empty(1, dtype=loss_dtype, device="meta", requires_grad=True)
     number = torch.empty(1, dtype=torch.int64, device="meta")
     stages: list[Any] = []
-    for place, chunk in enumerate(chunks):
-        index = group.rank() + place * size
+    for index, chunk in enumerate(chunks):
+        stage = group.rank() + index * size
         stages.append(
             NumberedStage(
                 chunk,
-                index,
+                stage,
                 num_stages,
                 device,
-                input_args=(number if index == 0 else hidden,),
-                output_args=(loss if is_last_stage(index, num_stages) else hidden,),
+                input_args=(number if stage == 0 else hidden,),
+                output_args=(loss if is_last_stage(stage, num_stages) else hidden,),
                 group=group,
             )
         )
@@ -84,11 +73,8 @@ def build_schedule(
     options: dict[str, Any] = dict(
         n_microbatches=microbatches, loss_fn=lambda output, target: output.sum(), scale_grads=False
     )
-    if schedule in VIRTUAL_SCHEDULES:
-        # zero_bubble: weights' gradients are computed where a rank would wait (arXiv:2401.10241).
-        return {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}[schedule](
-            stages, **options
-        )
+    if schedule == "interleaved":
+        return ScheduleInterleaved1F1B(stages, **options)
     return {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[schedule](stages[0], **options)
 
 
@@ -101,16 +87,17 @@ def pipeline_forward(
     microbatches: int,
     hidden: Callable[[int], Tensor],
 ) -> list[Tensor]:
-    """Forward passes alone: each stage works through all microbatches, then its rank's next stage does.
+    """Run forward passes without gradients: each stage computes all microbatches, then its rank's next stage does.
 
     Args:
-        forwards: of this rank's stages, as `build_schedule`'s chunks.
-        wrap_group: another one that holds the same ranks, for what goes from the last rank back to the first. NCCL runs what two
-            ranks exchange in the order each asked for it: on one communicator two ranks with two stages each would wait for ever.
-        hidden: an empty tensor for what arrives for a microbatch.
+        forwards: of this rank's stages, ordered as `build_schedule`'s chunks.
+        wrap_group: a second group of the same ranks, for messages from the last rank to the first. NCCL runs the
+            messages of two ranks in the order of the calls: on one communicator, two ranks with two stages each
+            would deadlock.
+        hidden: returns an empty tensor that receives a microbatch's hidden state.
 
     Returns:
-        What the last stage returned for each microbatch, on the rank that holds it; an empty list elsewhere.
+        The last stage's output of each microbatch, on the rank that holds this stage; an empty list on other ranks.
     """
     size, rank = group.size(), group.rank()
     to_group, from_group = (wrap_group if at_end else group for at_end in (rank == size - 1, rank == 0))
@@ -118,14 +105,14 @@ def pipeline_forward(
     num_stages = size * len(forwards)
     results: list[Tensor] = []
     sends: list[tuple[dist.Work, Tensor]] = []
-    for place, forward in enumerate(forwards):
-        stage = rank + place * size
+    for index, forward in enumerate(forwards):
+        stage = rank + index * size
         for number in range(microbatches):
-            arrived = None
+            received = None
             if stage > 0:
-                arrived = hidden(number)
-                dist.recv(arrived, previous, group=from_group)
-            out = forward(number, arrived)
+                received = hidden(number)
+                dist.recv(received, previous, group=from_group)
+            out = forward(number, received)
             if is_last_stage(stage, num_stages):
                 results.append(out)
                 continue

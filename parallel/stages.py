@@ -1,22 +1,21 @@
-"""Which layers a pipeline stage holds. No torch import."""
+"""Pipeline stages: the layers of each, and the microbatches that a schedule takes. No torch import."""
 
 from __future__ import annotations
 
 from utils.errors import UserError
 
-PP_SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble")
-# Those that give every rank several stages.
-VIRTUAL_SCHEDULES = ("interleaved", "zero_bubble")
+PP_SCHEDULES = ("1f1b", "gpipe", "interleaved")
 
 
 def split_layers(num_layers: int, num_stages: int, *, first: int | None = None, last: int | None = None) -> list[range]:
-    """Layers of each stage, in order; as even as they go, earlier stages taking the odd ones.
+    """Split the layers evenly into stages, in order; earlier stages take the remainder.
 
     Args:
-        first, last: layers of the first and last stage, which also hold the embedding and the output; None: like the others.
+        first, last: layers of the first stage, which also holds the embedding, and of the last, which also holds the
+            output; None: as the other stages.
 
     Raises:
-        ValueError: one line; fewer layers than stages, or nothing left for some stage.
+        UserError: fewer layers than stages, or no layer left for a stage.
     """
     if num_stages == 1:
         for flag, given in (("--first-stage-layers", first), ("--last-stage-layers", last)):
@@ -33,39 +32,39 @@ def split_layers(num_layers: int, num_stages: int, *, first: int | None = None, 
             + (f" of which {counts} hold that many" if counts else "")
             + f": {left} layers are left for {len(free)} stages"
         )
-    for place, stage in enumerate(free):
-        counts[stage] = left // len(free) + (place < left % len(free))
+    for index, stage in enumerate(free):
+        counts[stage] = left // len(free) + (index < left % len(free))
     ends = [sum(counts[s] for s in range(stage + 1)) for stage in range(num_stages)]
     return [range(end - counts[stage], end) for stage, end in enumerate(ends)]
 
 
 def min_microbatches(pp_size: int) -> int:
-    """Microbatches a step that every schedule can run."""
+    """Fewest microbatches a step that every schedule takes."""
     return pp_size
 
 
 def check_microbatches(schedule: str, microbatches: int, pp_size: int, virtual_stages: int) -> None:
-    """Refuse what a schedule cannot run.
+    """Check that a schedule takes this number of microbatches a step and of stages a rank.
 
     Raises:
-        ValueError: one line with what would do.
+        UserError: the schedule does not; names the nearest numbers that it takes.
     """
     if pp_size == 1:
         if virtual_stages > 1:
             raise UserError(f"--virtual-stages {virtual_stages} needs --pp-size above 1")
         return
-    if (virtual_stages > 1) != (schedule in VIRTUAL_SCHEDULES):
+    if (virtual_stages > 1) != (schedule == "interleaved"):
         raise UserError(
-            f"--pp-schedule {schedule} with --virtual-stages {virtual_stages}: {' and '.join(VIRTUAL_SCHEDULES)} take 2 or more, others 1"
+            f"--pp-schedule {schedule} with --virtual-stages {virtual_stages}: interleaved takes 2 or more, others 1"
         )
     if microbatches < min_microbatches(pp_size):
         raise UserError(
             f"--global-batch-size makes {microbatches} microbatches a step, fewer than --pp-size {pp_size}: raise it"
         )
-    if schedule in VIRTUAL_SCHEDULES:
-        rounds = microbatches // pp_size
-        if microbatches % rounds:
-            legal = rounds * pp_size
-            raise UserError(
-                f"--pp-schedule {schedule} cannot run {microbatches} microbatches on {pp_size} ranks: make it {legal} or {legal + pp_size}"
-            )
+    rounds = microbatches // pp_size
+    if schedule == "interleaved" and microbatches % rounds:
+        legal = rounds * pp_size
+        raise UserError(
+            f"--pp-schedule {schedule} cannot run {microbatches} microbatches on {pp_size} ranks: "
+            f"make it {legal} or {legal + pp_size}"
+        )

@@ -1,4 +1,4 @@
-"""Gathered outputs, agreement of ranks, recompute, and several rows: what stands around context-parallel attention."""
+"""Around context-parallel attention: agreement of ranks, recompute, several rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from cp.attention import build_attention
-from cp.gather import gather_outputs
 from cp.packed_seq import build_packed_seq
 from cp.support import AttentionChoice, cells
 from parallel.collectives import WaitClock
@@ -34,32 +33,6 @@ def world():
 @functools.cache
 def grid_of(**sizes: int) -> Grid:
     return build_grid(GridSizes(**sizes))
-
-
-def gathered(rank: int, layout: str, loss: str) -> bool:
-    """Against the gradient of the same loss taken on the whole row."""
-    group = grid_of(cp=4).group("cp")
-    padded = np.array([16, 8, 24])
-    packed_seq, owned = build_packed_seq(padded - 3, padded, cp_size=4, cp_rank=rank, layout=layout)
-    row = torch.randn(48, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(4, 48, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    mine = row.detach()[owned].requires_grad_()
-    whole = gather_outputs(mine, packed_seq, group, loss=loss)
-    if not torch.equal(whole, row):
-        return False
-    if loss == "replicated":  # every rank computes the one loss
-        (whole.square() * weights[0]).sum().backward()
-        (row.square() * weights[0]).sum().backward()
-    else:  # every rank computes its own part; the loss is their sum
-        (whole.square() * weights[rank]).sum().backward()
-        (row.square() * weights.sum(0)).sum().backward()
-    return torch.allclose(mine.grad, row.grad[owned], rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.parametrize("layout", ["zigzag", "contiguous", "doc_contiguous", "striped"])
-@pytest.mark.parametrize("loss", ["replicated", "sharded"])
-def test_gathered_outputs_and_their_gradients(world: World, layout: str, loss: str) -> None:
-    assert world.run(gathered, layout, loss) == [True] * 4
 
 
 def disagree(rank: int, axis: str, odd: int) -> None:

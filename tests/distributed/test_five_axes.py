@@ -30,7 +30,7 @@ EIGHT = {
     "dp_replicate 2 x dp_shard 2 x cp 2": GridSizes(dp_replicate=2, dp_shard=2, cp=2),
     "tp 2 x dp_shard 2 x cp 2": GridSizes(tp=2, dp_shard=2, cp=2),
     "pp 2 interleaved x cp 2 x tp 2": GridSizes(pp=2, cp=2, tp=2),
-    "pp 2 zero bubble x dp_shard 2 x tp 2": GridSizes(pp=2, dp_shard=2, tp=2),
+    "pp 2 interleaved x dp_shard 2 x tp 2": GridSizes(pp=2, dp_shard=2, tp=2),
     "dp_replicate 2 x cp 2 x tp 2": GridSizes(dp_replicate=2, cp=2, tp=2),
     "pp 2 x dp_replicate 2 x tp 2": GridSizes(pp=2, dp_replicate=2, tp=2),
     "pp 2 x dp_replicate 2 x cp 2": GridSizes(pp=2, dp_replicate=2, cp=2),
@@ -39,7 +39,7 @@ EIGHT = {
 }
 SCHEDULES = {
     "pp 2 interleaved x cp 2 x tp 2": ("interleaved", 2),
-    "pp 2 zero bubble x dp_shard 2 x tp 2": ("zero_bubble", 2),
+    "pp 2 interleaved x dp_shard 2 x tp 2": ("interleaved", 2),
 }
 # On every push: those that the issue names, one axis each, and the rest with `make test-full`.
 PUSH = [*list(EIGHT)[:6]]

@@ -48,17 +48,11 @@ CONFIGURATIONS = {
         "--pp-size 2 --virtual-stages 2 --num-layers 8 --global-batch-size 3 --pp-schedule interleaved",
         512,
     ),
-    "pp 2 zero_bubble": (2, "--pp-size 2 --virtual-stages 3 --global-batch-size 6 --pp-schedule zero_bubble", 512),
     "cp 2 all_gather": (2, "--cp-size 2 --seq-length 2048 --cp-comm-type all_gather", 512),
     "cp 2 a2a": (2, "--cp-size 2 --seq-length 2048 --cp-comm-type a2a", 512),
     "pp 4 interleaved": (
         4,
         "--pp-size 4 --virtual-stages 2 --num-layers 8 --global-batch-size 8 --pp-schedule interleaved",
-        512,
-    ),
-    "pp 4 zero_bubble": (
-        4,
-        "--pp-size 4 --virtual-stages 2 --num-layers 8 --global-batch-size 8 --pp-schedule zero_bubble",
         512,
     ),
     "pp 4": (4, "--pp-size 4 --num-layers 8 --global-batch-size 8", 512),

@@ -20,14 +20,6 @@ def resolved(*flags: str, world: int = 1, local: int | None = None, cuda: int = 
     return args
 
 
-def test_an_older_torch_has_no_zero_bubble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("config.arguments.installed_torch", lambda: (2, 11))
-    with pytest.raises(
-        ValueError, match=r"zero_bubble needs PyTorch 2\.13, here is 2\.11: use --pp-schedule interleaved"
-    ):
-        resolved("--pp-size", "2", "--pp-schedule", "zero_bubble", "--virtual-stages", "2", world=2)
-
-
 REFUSALS = [
     (["--cp-sise", "2"], 1, ["unknown flag --cp-sise", "--cp-size"]),
     (["--skip-steps", "1-99999999999"], 1, ["--skip-steps 1-99999999999", "--train-iters 200"]),
@@ -61,16 +53,6 @@ REFUSALS = [
         ["--pp-size", "2", "--pp-schedule", "interleaved", "--virtual-stages", "2", "--global-batch-size", "5"],
         2,
         ["5 microbatches", "4 or 6"],
-    ),
-    (
-        shlex.split("--pp-size 2 --pp-schedule zero_bubble --virtual-stages 2 --reshard-after-forward on"),
-        2,
-        ["--reshard-after-forward on", "zero_bubble", "off", "interleaved"],
-    ),
-    (
-        shlex.split("--pp-size 2 --pp-schedule zero_bubble --virtual-stages 2 --dtype bf16 --device cpu"),
-        2,
-        ["zero_bubble", "bf16", "fp32", "interleaved"],
     ),
     (["--sequence-parallel"], 1, ["--sequence-parallel", "--tp-size"]),
     (["--tp-size", "2", "--seq-length", "2050", "--cp-size", "2"], 4, ["--seq-length 2050", "4", "2048"]),

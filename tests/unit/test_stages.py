@@ -52,15 +52,12 @@ def test_what_schedules_take() -> None:
     check_microbatches("1f1b", 4, 4, 1)
     check_microbatches("gpipe", 5, 4, 1)
     check_microbatches("interleaved", 8, 4, 2)
-    check_microbatches("zero_bubble", 8, 4, 2)
     check_microbatches("1f1b", 1, 1, 1)
     for wrong in (
         ("1f1b", 3, 4, 1),
         ("1f1b", 4, 2, 2),
         ("interleaved", 4, 2, 1),
         ("interleaved", 5, 2, 2),
-        ("zero_bubble", 4, 2, 1),
-        ("zero_bubble", 5, 2, 2),
         ("1f1b", 1, 1, 2),
     ):
         with pytest.raises(ValueError, match="--"):
