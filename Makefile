@@ -8,7 +8,7 @@ TE_PYTHON ?= python3
 GPU_PYTHON ?= python3
 MEGATRON ?=
 
-.PHONY: setup train test test-full test-te-import test-megatron test-faults test-slurm test-netns test-gpu lint bench clean
+.PHONY: setup train test test-full test-te-import test-megatron test-faults test-slurm test-netns test-gpu lint bench report clean
 
 setup: $(STAMP)
 
@@ -73,10 +73,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/train_step.py
 
-# make report RUN=runs/a, or RUN="runs/a runs/b": into one HTML file. Needs no packages, so none are installed.
-.PHONY: report
-report:
-	$(PYTHON) tools/report.py $(RUN) $(ARGS)
+# Curves of one run or several in one HTML file: make report RUN=runs/a, or RUN="runs/a runs/b".
+report: $(STAMP)
+	$(BIN)/python tools/report.py $(RUN) $(ARGS)
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,20 @@
+"""Short names for paths."""
+
+from __future__ import annotations
+
+from utils.names import distinct_suffixes
+
+
+def test_suffixes_are_as_long_as_needed() -> None:
+    assert distinct_suffixes(["/a/x", "/b/y"]) == ["x", "y"]
+    assert distinct_suffixes(["/a/1/x", "/b/1/x"]) == ["a/1/x", "b/1/x"]
+    assert distinct_suffixes(["en/corpus_text_document", "de/corpus_text_document", "web"]) == [
+        "en/corpus_text_document",
+        "de/corpus_text_document",
+        "web",
+    ]
+    assert distinct_suffixes(["x"]) == ["x"] and distinct_suffixes([]) == []
+
+
+def test_equal_paths_keep_all_parts() -> None:
+    assert distinct_suffixes(["a/x", "a/x"]) == ["a/x", "a/x"]
