@@ -43,10 +43,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from config.arguments import model_config, parse_arguments, resolve
 from torch import Tensor, nn
 
 from benchmarks.train_step import BareGPT
-from config.arguments import model_config, parse_arguments, resolve
 from cp.native_p2p import build_ring_blocks, ring_attention_blocks
 from cp.packed_seq import build_packed_seq
 from data.batch import build_batch

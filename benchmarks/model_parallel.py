@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import torch.distributed as dist
+from config.arguments import model_config, parse_arguments, resolve
 
 from benchmarks.train_step import CPU, LOSS_TOLERANCE, SEED, World
-from config.arguments import model_config, parse_arguments, resolve
 from data.batch import build_batch
 from data.dataset import PackedSample
 from model.config import padded_vocab_size

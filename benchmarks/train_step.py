@@ -34,11 +34,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from config.arguments import model_config, parse_arguments, resolve
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from config.arguments import model_config, parse_arguments, resolve
 from data.batch import build_batch
 from data.dataset import PackedSample
 from metrics.log import row_facts

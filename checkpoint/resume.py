@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,18 +13,16 @@ from torch import nn
 
 from checkpoint.files import DamagedCheckpoint, checkpoints, find_checkpoint, older_than, read_run_facts, set_aside
 from checkpoint.saver import load_checkpoint
+from config.schema import CheckpointConfig, LoggingConfig, OnResume, RunConfig, option
 from data.dataset import SampleDataset
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig
 from parallel.grid import Grid
 from utils.errors import UserError
 
-# Facts of a run that may change when it goes on from a checkpoint; what changed is printed.
-FREE_FACTS = (
-    "--dtype", "--lr", "--min-lr", "--lr-warmup-iters", "--lr-decay-iters", "--lr-decay-style", "--lr-wsd-decay-iters",
-    "--transformer-impl", "--fp8", "--fp8-first-last-bf16", "--weight-decay",
-    "--adam-beta1", "--adam-beta2", "--adam-eps", "--clip-grad", "--z-loss", "--hidden-dropout", "--attention-dropout",
-)  # fmt: skip
+KEPT: tuple[OnResume, ...] = ("fixed", "printed")  # flags that a checkpoint stores
+# Those that may change when a run goes on from a checkpoint; what changed is printed.
+FREE_FACTS = tuple(option(name) for name in RunConfig().flags("printed"))
 # What a new run that takes only the weights may change of the model: how positions turn.
 FREE_OF_WEIGHTS = (
     "model rotary_base",
@@ -53,32 +50,33 @@ class Start:
     damaged: tuple[tuple[Path, str], ...] = ()
 
 
-def find_start(args: Namespace) -> Start | None:
+def find_start(checkpoint: CheckpointConfig, logging: LoggingConfig) -> Start | None:
     """What `--resume`, `--load` and their kin mean here; None: a fresh start.
 
     Raises:
         ValueError: no checkpoint there, a damaged one, or another run's checkpoints or metrics in the way.
     """
-    save = Path(args.save) if args.save else Path(args.run_dir or "") / "checkpoints"
-    found = checkpoints(save) if args.save or args.run_dir else []
-    if args.resume and found:
-        return _newest_readable(found[-1], weights_only=False, fallback=args.load_fallback)
+    save = Path(checkpoint.save) if checkpoint.save else Path(checkpoint.run_dir or "") / "checkpoints"
+    found = checkpoints(save) if checkpoint.save or checkpoint.run_dir else []
+    if checkpoint.resume and found:
+        return _newest_readable(found[-1], weights_only=False, fallback=checkpoint.load_fallback)
     start = None
-    if args.load:
+    if checkpoint.load:
         start = _newest_readable(
-            find_checkpoint(Path(args.load)), weights_only=args.load_weights_only, fallback=args.load_fallback
+            find_checkpoint(Path(checkpoint.load)),
+            weights_only=checkpoint.load_weights_only,
+            fallback=checkpoint.load_fallback,
         )
     goes_on = start is not None and not start.weights_only
     if found and not (goes_on and start is not None and start.checkpoint.resolve() == found[-1].resolve()):
         raise UserError(
-            f"--save {save} already holds {found[-1].name}: go on from it with --resume, or choose another folder"
+            f"--save {save} already holds {found[-1].name}: resume it with --resume, or choose another folder"
         )
-    named = (
-        None if args.metrics_file == "none" else args.metrics_file or (args.run_dir and f"{args.run_dir}/metrics.jsonl")
-    )
-    if not goes_on and not args.resume and named and Path(named).exists() and Path(named).stat().st_size:
+    metrics_file = logging.metrics_file or (checkpoint.run_dir and f"{checkpoint.run_dir}/metrics.jsonl")
+    is_new = not goes_on and not checkpoint.resume and metrics_file not in (None, "none")
+    if is_new and metrics_file and Path(metrics_file).exists() and Path(metrics_file).stat().st_size:
         raise UserError(
-            f"--metrics-file {named} is another run's: go on with --resume, or choose another file or --run-dir"
+            f"--metrics-file {metrics_file} is another run's: --resume it, or choose another file or --run-dir"
         )
     return start
 
@@ -107,22 +105,13 @@ def _way_out(older: Collection[Path]) -> str:
     )
 
 
-def run_facts(args: Namespace, config: GPTConfig, tokenizer: Tokenizer, sequences: SampleDataset) -> dict[str, Any]:
+def run_facts(
+    config: RunConfig, architecture: GPTConfig, tokenizer: Tokenizer, sequences: SampleDataset
+) -> dict[str, Any]:
     """What a run that goes on from a checkpoint must share with the one that wrote it."""
-    data_flags = (
-        "seq_length",
-        "global_batch_size",
-        "document_alignment",
-        "packing",
-        "packing_window",
-        "qkv_format",
-        "data_split",
-        "seed",
-    )
-    facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in data_flags}
-    facts |= {name: getattr(args, name.removeprefix("--").replace("-", "_")) for name in FREE_FACTS}
-    facts |= {f"model {name}": value for name, value in asdict(config).items() if not name.endswith("_dropout")}
-    facts["weights' dtype"] = "fp64" if args.dtype == "fp64" else "fp32"
+    facts = {option(name): value for kind in KEPT for name, value in config.flags(kind).items()}
+    facts |= {f"model {name}": value for name, value in asdict(architecture).items() if not name.endswith("_dropout")}
+    facts["weights' dtype"] = config.training.parameter_dtype
     return facts | {"tokenizer": tokenizer.fingerprint, "training documents": sequences.fingerprint()}
 
 

@@ -1,33 +1,29 @@
-"""What a run is, said once before it starts."""
+"""What a run is, printed once before its first step."""
 
 from __future__ import annotations
 
 import platform
-from argparse import Namespace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 from checkpoint.resume import Started
+from config.schema import RunConfig, format_skip_steps
 from data.dataset import BlendedDataset, PackedDataset, SampleDataset
 from data.packing import StreamEpoch
-from model.config import GPTConfig
-from parallel.grid import Grid
-
-
-def count_parameters(config: GPTConfig) -> int:
-    """Weights of the model, padded vocabulary included, a tied matrix once."""
-    h, norm = config.hidden_size, config.kv_channels if config.qk_norm else 0
-    layer = h * (config.qkv_size + config.query_size + 3 * config.ffn_hidden_size) + 2 * h + 2 * norm
-    return config.num_layers * layer + config.padded_vocab_size * h * (1 if config.tie_embeddings else 2) + h
+from model.config import GPTConfig, count_parameters
+from runtime.distributed import Ranks
+from runtime.paths import RunPaths
+from training.build import RunData
+from utils.logger import log
 
 
 def describe_sequences(sequences: SampleDataset) -> list[str]:
-    """Documents, tokens, and what cutting and packing made of them; a line for each source."""
+    """Documents, tokens and packing; a line for each source."""
     if isinstance(sequences, BlendedDataset):
         blend = sequences.blend
         return [
-            f"{weight / blend.total:.4%} of sequences from {source.name}: {_describe_source(source)}"
+            f"{weight / blend.total:.4%} of samples from {source.name}: {_describe_source(source)}"
             for source, weight in zip(sequences.sources, blend.weights, strict=True)
         ]
     assert isinstance(sequences, PackedDataset)
@@ -36,87 +32,115 @@ def describe_sequences(sequences: SampleDataset) -> list[str]:
 
 def _describe_source(source: PackedDataset) -> str:
     index = source.epoch(0)
-    text = f"{len(source.documents):,} documents, {source.num_tokens:,} tokens -> {len(index):,} sequences of {source.seq_length:,}"
+    counts = f"{len(source.documents):,} documents, {source.num_tokens:,} tokens"
+    text = f"{counts} -> {len(index):,} samples of {source.seq_length:,}"
     if isinstance(index, StreamEpoch) and source.packing.method == "concat":
-        return f"{text}; {index.left_over:,} tokens at the stream's end left over each epoch"
+        return f"{text}; {index.left_over:,} tokens at the stream's end unused in each epoch"
     share = source.num_tokens / (len(index) * source.seq_length)
     if source.packing.method == "greedy":
-        return f"{text}, {share:.2%} full; documents cut where a sequence ends, none dropped"
+        return f"{text}, {share:.2%} full; documents cut at a sample's end, none dropped"
     cut = int((source.lengths > source.seq_length).sum()) if source.longest > source.seq_length else 0
-    return f"{text}, {share:.2%} full; {cut:,} documents longer than a sequence cut into pieces, none dropped"
+    return f"{text}, {share:.2%} full; {cut:,} documents longer than a sample cut into pieces, none dropped"
 
 
 def describe_epochs(sequences: SampleDataset, n: int) -> str:
-    """How often the first `n` sequences of a run go through each source."""
+    """How many epochs of each source the first `n` samples of a run are."""
     sources = sequences.sources if isinstance(sequences, BlendedDataset) else [sequences]
     counts = sequences.blend.counts(n) if isinstance(sequences, BlendedDataset) else [n]
-    each = [f"{count / s.samples_per_epoch:.4g}" for s, count in zip(sources, counts, strict=True)]
-    if len(each) == 1:
-        return f"{each[0]} epochs"
-    return ", ".join(
-        f"{part} epochs of {place['name']}"
-        for part, place in zip(each, sequences.state_dict(n)["sources"], strict=True)
-    )
+    epochs = [f"{count / s.samples_per_epoch:.4g} epochs" for s, count in zip(sources, counts, strict=True)]
+    if len(epochs) == 1:
+        return epochs[0]
+    names = [place["name"] for place in sequences.state_dict(n)["sources"]]
+    return ", ".join(f"{text} of {name}" for text, name in zip(epochs, names, strict=True))
 
 
-def _describe_start(started: Started) -> str:
-    if started.checkpoint is None:
-        return "fresh"
-    return (
-        f"step {started.first_step}, from {started.checkpoint}"
-        if started.goes_on
-        else f"step 0, weights from {started.checkpoint}"
-    )
+@dataclass(frozen=True)
+class RunSummary:
+    """What the banner prints beside the flags.
+
+    Attributes:
+        chosen: values of flags that were left open, from `resolve`.
+    """
+
+    config: RunConfig
+    chosen: list[str]
+    architecture: GPTConfig
+    ranks: Ranks
+    peak_tflops: float | None
+    data: RunData
+    state: Started
+    paths: RunPaths
+
+    def print(self) -> None:
+        """Print a line for each part, between two rules."""
+        lines = {
+            "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+            "device": self._describe_device(),
+            "grid": f"{self.ranks.grid.describe()} = {self.ranks.grid.sizes.world_size} ranks",
+            "chosen": "; ".join(self.chosen) or "no flag was left open",
+            "attention": self._describe_attention(),
+            "model": self._describe_model(),
+            "data": " ".join(self.config.data.data_path or ["the Python standard library of this interpreter"]),
+            **_number("train", describe_sequences(self.data.train)),
+            **_number("validation", self._describe_validation()),
+            "step": self._describe_step(),
+            "start": self._describe_start(),
+            **{f"start, {number}": note for number, note in enumerate(self.state.notes, 1)},
+            "epochs": f"at the end {self._describe_last_epoch()}",
+            "run": str(self.paths.run_dir),
+            "checkpoints": str(self.paths.checkpoints),
+            "TensorBoard": str(self.paths.tensorboard or "off"),
+            "metrics": str(self.paths.metrics or "off"),
+        }
+        rule = "-" * 100
+        log("\n".join([rule, *(f"{key:<12} {value}" for key, value in lines.items()), rule]))
+
+    def _describe_device(self) -> str:
+        name = f"CPU, {torch.get_num_threads()} threads a rank"
+        if self.ranks.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.ranks.device)
+        if self.peak_tflops:
+            return f"{name}; peak {self.peak_tflops} TFLOP/s"
+        return f"{name}; no known peak, so no MFU (--peak-tflops)"
+
+    def _describe_validation(self) -> list[str]:
+        return describe_sequences(self.data.valid) if self.data.valid else ["off (--eval-interval 0)"]
+
+    def _describe_attention(self) -> str:
+        parallel, data = self.config.parallel, self.config.data
+        method = f"{parallel.attention.backend} {parallel.attention.method}"
+        aligned = f"documents aligned to {data.document_alignment}"
+        return f"{method}, {data.qkv_format}, layout {parallel.cp_layout}, {aligned}"
+
+    def _describe_model(self) -> str:
+        model = self.architecture
+        return (
+            f"{count_parameters(model):,} parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
+            f"{model.num_attention_heads} heads of {model.kv_channels} in {model.num_query_groups} groups, "
+            f"ffn {model.ffn_hidden_size}, vocabulary {model.vocab_size} padded to {model.padded_vocab_size}"
+        )
+
+    def _describe_step(self) -> str:
+        training = self.config.training
+        tokens = training.global_batch_size * self.config.data.seq_length
+        skips = self.config.data.skip_steps
+        return (
+            f"{training.global_batch_size} samples = {tokens:,} tokens in {self.config.num_microbatches} microbatches "
+            f"of {training.micro_batch_size} on each of {self.ranks.grid.size('batch')} data ranks; "
+            f"{training.train_iters} steps" + (f" without {format_skip_steps(skips)} (--skip-steps)" if skips else "")
+        )
+
+    def _describe_start(self) -> str:
+        if self.state.checkpoint is None:
+            return "fresh"
+        if self.state.goes_on:
+            return f"step {self.state.first_step}, from {self.state.checkpoint}"
+        return f"step 0, weights from {self.state.checkpoint}"
+
+    def _describe_last_epoch(self) -> str:
+        training = self.config.training
+        return describe_epochs(self.data.train, training.train_iters * training.global_batch_size)
 
 
-def _numbered(name: str, lines: list[str]) -> dict[str, str]:
+def _number(name: str, lines: list[str]) -> dict[str, str]:
     return {name: lines[0]} if len(lines) == 1 else {f"{name} {number}": line for number, line in enumerate(lines, 1)}
-
-
-def print_banner(
-    args: Namespace,
-    grid: Grid,
-    *,
-    chosen: list[str],
-    config: GPTConfig,
-    device: torch.device,
-    peak_tflops: float | None,
-    train: SampleDataset,
-    valid: SampleDataset | None,
-    started: Started,
-    paths: dict[str, Path | None],
-) -> None:
-    """Versions, grid, what every `auto` became, model, data, and where things are written."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads a rank"
-    )
-    microbatches = args.global_batch_size // (args.micro_batch_size * grid.size("batch"))
-    step_tokens = args.global_batch_size * args.seq_length
-    lines = {
-        "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
-        "device": f"{name}; peak {peak_tflops} TFLOP/s"
-        if peak_tflops
-        else f"{name}; no known peak, so no MFU (--peak-tflops)",
-        "grid": f"{grid.describe()} = {grid.sizes.world_size} ranks",
-        "chosen": "; ".join(chosen) or "nothing was left to choose",
-        "attention": f"{args.attention.backend} {args.attention.method}, {args.qkv_format}, layout {args.cp_layout}, "
-        f"documents aligned to {args.document_alignment}",
-        "model": f"{count_parameters(config):,} parameters: {config.num_layers} layers, hidden {config.hidden_size}, "
-        f"{config.num_attention_heads} heads of {config.kv_channels} in {config.num_query_groups} groups, "
-        f"ffn {config.ffn_hidden_size}, vocabulary {config.vocab_size} padded to {config.padded_vocab_size}",
-        "data": " ".join(args.data_path or ["the Python standard library of this interpreter"]),
-        **_numbered("train", describe_sequences(train)),
-        **_numbered("validation", describe_sequences(valid) if valid else ["off (--eval-interval 0)"]),
-        "step": f"{args.global_batch_size} sequences = {step_tokens:,} tokens in {microbatches} microbatches of "
-        f"{args.micro_batch_size} on each of {grid.size('batch')} data ranks; {args.train_iters} steps"
-        + (f" but for {args.skip_steps} (--skip-steps)" if args.skip_steps else ""),
-        "start": _describe_start(started),
-        **{f"start, {number}": note for number, note in enumerate(started.notes, 1)},
-        "epochs": "by the end " + describe_epochs(train, args.train_iters * args.global_batch_size),
-    } | {name: str(path) if path else "off" for name, path in paths.items()}
-    print("-" * 100)
-    for key, value in lines.items():
-        print(f"{key:<12} {value}")
-    print("-" * 100, flush=True)

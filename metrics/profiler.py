@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from utils.logger import log
+
 TOP_ROWS = 60
 
 
@@ -34,7 +36,7 @@ class StepProfiler:
         self.profile.start()
 
     def after(self, step: int, *, is_last: bool = False) -> Path | None:
-        """The trace's file, after the last step of the range or of the run."""
+        """Write the trace after the last step of the range or of the run. Returns its file."""
         if self.profile is None or (step + 1 in self.steps and not is_last):
             return None
         if self.cuda:
@@ -49,4 +51,6 @@ class StepProfiler:
         if self.cuda:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory_rank{self.rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
+        if self.rank == 0:
+            log(f"profile in {self.folder}")
         return place

@@ -6,7 +6,6 @@ import hashlib
 import math
 import platform
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from config.schema import RunConfig
 from cp.layout import attention_pairs
 from data.dataset import BlendedDataset, PackedDataset, SampleDataset
-from metrics.banner import count_parameters
-from model.config import GPTConfig
+from model.config import GPTConfig, count_parameters
 from parallel.grid import AXES
 
 MOST_LENGTHS = 1_000_000  # in a histogram
@@ -167,15 +166,16 @@ def as_floats(values: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def configuration(args: Namespace, argv: Sequence[str], config: GPTConfig, *, world_size: int) -> dict[str, Any]:
-    """What `<run-dir>/config.json` holds: every flag as it was resolved, the grid, the model's size, versions."""
-    axes = {axis: getattr(args, f"{axis}_size") for axis in AXES}
+def configuration(
+    config: RunConfig, argv: Sequence[str], architecture: GPTConfig, *, world_size: int
+) -> dict[str, Any]:
+    """What `<run-dir>/config.json` holds: every resolved flag, the grid, the model's size, versions."""
     return {
-        "flags": dict(vars(args)),
+        "flags": config.flags(),
         "argv": list(argv),
-        "layout": axes,
-        "parameters": count_parameters(config),
-        "vocab_size": config.vocab_size,
+        "layout": {axis: getattr(config.parallel, f"{axis}_size") for axis in AXES},
+        "parameters": count_parameters(architecture),
+        "vocab_size": architecture.vocab_size,
         "world_size": world_size,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -1,4 +1,4 @@
-"""Where a step's time goes: phases by level, the least and the most over the ranks, and who is the slowest."""
+"""Time of a step by phase: minimum and maximum over the ranks, and the slowest rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from parallel.collectives import reduce_scatter_into
 
-# name: level from which it is measured. A wait is time in which a rank stood still for others: who waits least is slowest.
+# Phase: level from which it is measured. In a wait a rank is idle for others: the rank that waits least is the slowest.
 PHASES = {
     "data": 1,
     "forward-backward": 1,
@@ -31,8 +31,8 @@ WAITS = ("cp wait", "gradient reduction")
 class Timers:
     """Seconds of each phase since the last reading.
 
-    Level 0 measures nothing. Level 1 never waits for the device: on CUDA phases lie between events that are read where the log waits
-    anyway. Level 2 waits before and after each phase, which costs the overlap of host and device but tells every phase's own time.
+    Level 0 measures nothing. Level 1 never waits for the device: on CUDA phases lie between events, read where the log
+    waits anyway. Level 2 synchronises before and after each phase: no overlap of host and device, exact times.
     """
 
     def __init__(self, level: int, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Timers:
         if PHASES[phase] > self.level:
             yield
             return
-        if self.cuda and self.level == 1 and phase not in ("data", "save"):  # those are the host's
+        if self.cuda and self.level == 1 and phase not in ("data", "save"):  # both run on the host
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             before.record()
             yield
@@ -59,17 +59,17 @@ class Timers:
         self.seconds[phase] += time.perf_counter() - start
 
     def add(self, phase: str, seconds: float) -> None:
-        """What was measured elsewhere."""
+        """Count time that was measured elsewhere."""
         if phase in self.seconds:
             self.seconds[phase] += seconds
 
     def read(self, group: dist.ProcessGroup) -> dict[str, tuple[float, float, int]]:
-        """{phase: (least seconds, most seconds, slowest rank)} since the last reading; phases that nobody was in are left out.
+        """{phase: (minimum seconds, maximum seconds, slowest rank)} since the last reading, without unused phases.
 
-        Collective. On CUDA it waits for the device, which the log has done already where a line is due.
+        Collective. On CUDA waits for the device, which the log has done already.
 
         Args:
-            group: over all ranks, for host memory.
+            group: a gloo group over all ranks.
         """
         if not self.level:
             return {}
@@ -91,7 +91,7 @@ class Timers:
         return found
 
     def watch_reductions(self, model: nn.Module) -> None:
-        """At level 2 count the time in FSDP's gradient reductions, one after another instead of behind the computation."""
+        """At level 2 measure FSDP's gradient reductions, which then no longer overlap with computation."""
         if self.level < PHASES["gradient reduction"]:
             return
         for module in model.modules():
@@ -104,7 +104,7 @@ class Timers:
 
 
 class _TimedReduceScatter:
-    """What FSDP2 calls instead of its own reduce-scatter."""
+    """Replaces FSDP2's reduce-scatter."""
 
     def __init__(self, timers: Timers) -> None:
         self.timers = timers
@@ -119,10 +119,10 @@ class _TimedReduceScatter:
             reduce_scatter_into(output_tensor, input_tensor, op=op, group=group)
 
 
-def in_words(found: dict[str, tuple[float, float, int]], *, steps: int) -> str:
-    """One line: milliseconds a step. Ranks are named where they are 10 % apart."""
+def describe_phases(phases: dict[str, tuple[float, float, int]], *, num_steps: int) -> str:
+    """One line: milliseconds a step. The slowest rank is named if the ranks differ by 10 %."""
     parts = []
-    for phase, (least, most, rank) in found.items():
-        spread = f" {1000 * least / steps:,.1f}..{1000 * most / steps:,.1f}"
+    for phase, (least, most, rank) in phases.items():
+        spread = f" {1000 * least / num_steps:,.1f}..{1000 * most / num_steps:,.1f}"
         parts.append(phase + spread + (f" (slowest: rank {rank})" if most > 1.1 * least else ""))
-    return "ms a step, least..most over ranks: " + " | ".join(parts)
+    return "ms a step, min..max over ranks: " + " | ".join(parts)

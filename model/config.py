@@ -58,3 +58,10 @@ class GPTConfig:
     def qkv_size(self) -> int:
         """Rows of the fused QKV weight: for each group its query heads, its key head, its value head."""
         return self.num_query_groups * (self.queries_per_group + 2) * self.kv_channels
+
+
+def count_parameters(config: GPTConfig) -> int:
+    """Weights of the model: with the padded vocabulary, a tied matrix once."""
+    h, norm = config.hidden_size, config.kv_channels if config.qk_norm else 0
+    layer = h * (config.qkv_size + config.query_size + 3 * config.ffn_hidden_size) + 2 * h + 2 * norm
+    return config.num_layers * layer + config.padded_vocab_size * h * (1 if config.tie_embeddings else 2) + h

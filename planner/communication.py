@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-
+from config.schema import RunConfig
 from cp.native_a2a import kv_copies
 from cp.support import AttentionChoice
 from model.config import GPTConfig
@@ -42,37 +41,47 @@ def cp_bytes(
     return traded + forward, traded + forward + gradients
 
 
-def step_bytes(args: Namespace, config: GPTConfig, *, parameters: int, layers: int) -> dict[str, int]:
+def step_bytes(config: RunConfig, architecture: GPTConfig, *, parameters: int, layers: int) -> dict[str, int]:
     """Of one rank in one step, by axis; scalars (norm, loss, agreement) left out.
 
     Args:
-        args: resolved flags.
+        config: resolved flags.
         parameters: of this rank's pipeline stage and tp part, before sharding.
         layers: of this rank.
     """
-    item, stored = ITEM[args.dtype], 8 if args.dtype == "fp64" else 4
-    microbatches = args.global_batch_size // (args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size)
-    tokens = args.micro_batch_size * args.seq_length // args.cp_size
-    forwards = {"none": 1, "selective": 1, "full": 2}[args.recompute]
-    heads, groups = config.num_attention_heads // args.tp_size, config.num_query_groups // args.tp_size
+    item, stored = ITEM[config.training.dtype], 8 if config.training.dtype == "fp64" else 4
+    microbatches = config.num_microbatches
+    tokens = config.training.micro_batch_size * config.data.seq_length // config.parallel.cp_size
+    forwards = {"none": 1, "selective": 1, "full": 2}[config.training.recompute]
+    heads, groups = (
+        architecture.num_attention_heads // config.parallel.tp_size,
+        architecture.num_query_groups // config.parallel.tp_size,
+    )
     forward, backward = (
-        cp_bytes(args.attention, tokens=tokens, heads=heads, groups=groups, head_dim=config.kv_channels, item=item)
-        if args.cp_size > 1
+        cp_bytes(
+            config.parallel.attention,
+            tokens=tokens,
+            heads=heads,
+            groups=groups,
+            head_dim=architecture.kv_channels,
+            item=item,
+        )
+        if config.parallel.cp_size > 1
         else (0, 0)
     )
     sent = {"cp": microbatches * layers * (forwards * forward + backward)}
 
-    fsdp, replicas = args.dp_shard_size * args.cp_size, args.dp_replicate_size
-    gathers = 2 * microbatches if args.reshard_after_forward == "on" else 1
+    fsdp, replicas = config.parallel.dp_shard_size * config.parallel.cp_size, config.parallel.dp_replicate_size
+    gathers = 2 * microbatches if config.parallel.reshard_after_forward == "on" else 1
     # A gather sends a rank's shard to all others; a reduce-scatter sends each other rank its part.
     sent["fsdp"] = (fsdp - 1) * parameters // fsdp * (gathers * item + stored)
     sent["dp_replicate"] = 2 * (replicas - 1) * (parameters // fsdp) * stored // replicas
 
-    n, stream = args.tp_size, tokens * config.hidden_size * item
+    n, stream = config.parallel.tp_size, tokens * architecture.hidden_size * item
     # Two entries and two exits a layer, each an all-gather or a reduce-scatter, or half as many all-reduces of twice the bytes.
     per_pass = 4 * stream * (n - 1) // n
-    again = {"none": 0, "selective": per_pass // 2, "full": per_pass}[args.recompute]
+    again = {"none": 0, "selective": per_pass // 2, "full": per_pass}[config.training.recompute]
     sent["tp"] = microbatches * layers * (2 * per_pass + again)
-    boundary = stream // (n if args.sequence_parallel else 1)
-    sent["pp"] = 2 * microbatches * args.virtual_stages * boundary if args.pp_size > 1 else 0
+    boundary = stream // (n if config.parallel.sequence_parallel else 1)
+    sent["pp"] = 2 * microbatches * config.parallel.virtual_stages * boundary if config.parallel.pp_size > 1 else 0
     return {axis: amount for axis, amount in sent.items() if amount}

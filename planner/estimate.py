@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass
 
 import numpy as np
 
+from config.schema import DataConfig, RunConfig
 from cp.layout import attention_pairs, balance
 from data.packing import pack_epoch
 from data.sources import Prepared, find_tokenizer, open_parts
-from metrics.banner import count_parameters
-from model.config import GPTConfig
+from model.config import GPTConfig, count_parameters
 from parallel.stages import split_layers
 from planner.communication import step_bytes
 from planner.memory import Memory, rank_memory, stage_parameters
@@ -59,55 +58,69 @@ def parse_lengths(text: str, rng: np.random.Generator) -> np.ndarray:
     return lengths.astype(np.int64)
 
 
-def data_of(args: Namespace) -> tuple[int, np.ndarray | None]:
+def data_of(data: DataConfig) -> tuple[int, np.ndarray | None]:
     """The vocabulary, and where --data-path is prepared the lengths of its documents (of large corpora the first million a source).
 
     Nothing is tokenized or trained: a tokenizer that would be trained counts as --tokenizer-vocab-size.
     """
-    parts = open_parts(args.data_path, args.json_key)
+    parts = open_parts(data.data_path, data.json_key)
     found = find_tokenizer(
-        parts, [], tokenizer_type=args.tokenizer_type, model=args.tokenizer_model, eod=args.tokenizer_eod
+        parts,
+        [],
+        tokenizer_type=data.tokenizer_type,
+        model=data.tokenizer_model,
+        eod=data.tokenizer_eod,
     )
     prepared = [
         np.asarray(p.content.tokens.lengths[:1_000_000], np.int64) for p in parts if isinstance(p.content, Prepared)
     ]
-    return found.vocab_size if found else args.tokenizer_vocab_size, np.concatenate(prepared) if prepared else None
+    return found.vocab_size if found else data.tokenizer_vocab_size, np.concatenate(prepared) if prepared else None
 
 
-def describe_rows(args: Namespace, lengths: np.ndarray | None) -> Rows:
+def describe_rows(config: RunConfig, lengths: np.ndarray | None) -> Rows:
     """Packing and balance for documents of these lengths; None: each sequence one document."""
-    if lengths is None or args.packing == "concat":
-        whole = np.array([args.seq_length])
+    if lengths is None or config.data.packing == "concat":
+        whole = np.array([config.data.seq_length])
         pairs = (
-            attention_pairs(whole, whole, cp_size=args.cp_size, layout=args.cp_layout)
-            if args.cp_size > 1
+            attention_pairs(whole, whole, cp_size=config.parallel.cp_size, layout=config.parallel.cp_layout)
+            if config.parallel.cp_size > 1
             else np.ones(1)
         )
-        return Rows(1.0, balance(pairs), float(args.seq_length) ** 2, 0 if lengths is None else len(lengths))
-    epoch = pack_epoch(lengths, seed=args.seed, epoch=0, seq_length=args.seq_length, alignment=args.document_alignment)
+        return Rows(1.0, balance(pairs), float(config.data.seq_length) ** 2, 0 if lengths is None else len(lengths))
+    epoch = pack_epoch(
+        lengths,
+        seed=config.training.seed,
+        epoch=0,
+        seq_length=config.data.seq_length,
+        alignment=config.data.document_alignment,
+    )
     balances, squares = [], []
     for n in range(min(len(epoch), ROWS_LOOKED_AT)):
         own = epoch.sample_pieces(n)[:, 2]
         squares.append(float((own.astype(np.float64) ** 2).sum()))
-        padded = -(-own // args.document_alignment) * args.document_alignment
-        if args.cp_size > 1:
-            balances.append(balance(attention_pairs(own, padded, cp_size=args.cp_size, layout=args.cp_layout)))
+        padded = -(-own // config.data.document_alignment) * config.data.document_alignment
+        if config.parallel.cp_size > 1:
+            balances.append(
+                balance(attention_pairs(own, padded, cp_size=config.parallel.cp_size, layout=config.parallel.cp_layout))
+            )
     return Rows(
-        packing_efficiency=float(lengths.sum() / (len(epoch) * args.seq_length)),
+        packing_efficiency=float(lengths.sum() / (len(epoch) * config.data.seq_length)),
         cp_balance=float(np.mean(balances)) if balances else 1.0,
         squared_lengths=float(np.mean(squares)),
         documents=len(lengths),
     )
 
 
-def worst_memory(args: Namespace, config: GPTConfig) -> Memory:
+def worst_memory(config: RunConfig, architecture: GPTConfig) -> Memory:
     """Of the pipeline stage that needs most: the first, which has the most microbatches under way, or the last, which has the loss; all are
     looked at where the stages' sizes are given by hand."""
     uneven = (
-        args.first_stage_layers or args.last_stage_layers or config.num_layers % (args.pp_size * args.virtual_stages)
+        config.parallel.first_stage_layers
+        or config.parallel.last_stage_layers
+        or architecture.num_layers % (config.parallel.pp_size * config.parallel.virtual_stages)
     )
-    stages = range(args.pp_size) if uneven else sorted({0, args.pp_size - 1})
-    return max((rank_memory(args, config, stage) for stage in stages), key=lambda m: m.peak)
+    stages = range(config.parallel.pp_size) if uneven else sorted({0, config.parallel.pp_size - 1})
+    return max((rank_memory(config, architecture, stage) for stage in stages), key=lambda m: m.peak)
 
 
 @dataclass(frozen=True)
@@ -123,46 +136,52 @@ class Plan:
 
 
 def make_plan(
-    args: Namespace,
-    config: GPTConfig,
+    config: RunConfig,
+    architecture: GPTConfig,
     lengths: np.ndarray | None,
     memory: Memory | None = None,
     rows: Rows | None = None,
 ) -> Plan:
-    """Args: args: resolved flags; memory, rows: from `worst_memory` and `describe_rows`, where they are known."""
-    rows = rows or describe_rows(args, lengths)
-    tokens = args.global_batch_size * args.seq_length * rows.packing_efficiency
+    """Args: config: resolved flags; memory, rows: from `worst_memory` and `describe_rows`, where they are known."""
+    rows = rows or describe_rows(config, lengths)
+    tokens = config.training.global_batch_size * config.data.seq_length * rows.packing_efficiency
     layers = split_layers(
-        config.num_layers,
-        args.pp_size * args.virtual_stages,
-        first=args.first_stage_layers,
-        last=args.last_stage_layers,
+        architecture.num_layers,
+        config.parallel.pp_size * config.parallel.virtual_stages,
+        first=config.parallel.first_stage_layers,
+        last=config.parallel.last_stage_layers,
     )
-    own = sum(len(part) for part in layers[:: args.pp_size])
-    microbatches = args.global_batch_size // (args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size)
-    idle = (args.pp_size - 1) / args.virtual_stages if args.pp_schedule == "interleaved" else args.pp_size - 1
+    own = sum(len(part) for part in layers[:: config.parallel.pp_size])
+    microbatches = config.num_microbatches
+    idle = (
+        (config.parallel.pp_size - 1) / config.parallel.virtual_stages
+        if config.parallel.pp_schedule == "interleaved"
+        else config.parallel.pp_size - 1
+    )
     return Plan(
-        memory=memory or worst_memory(args, config),
-        flops=training_flops(config, tokens=tokens, squared_lengths=rows.squared_lengths * args.global_batch_size),
-        sent=step_bytes(args, config, parameters=stage_parameters(args, config, 0), layers=own),
+        memory=memory or worst_memory(config, architecture),
+        flops=training_flops(
+            architecture, tokens=tokens, squared_lengths=rows.squared_lengths * config.training.global_batch_size
+        ),
+        sent=step_bytes(config, architecture, parameters=stage_parameters(config, architecture, 0), layers=own),
         rows=rows,
         bubble=idle / (microbatches + idle),
-        parameters=count_parameters(config),
+        parameters=count_parameters(architecture),
     )
 
 
-def plan_text(args: Namespace, config: GPTConfig, lengths: np.ndarray | None = None) -> str:
+def plan_text(config: RunConfig, architecture: GPTConfig, lengths: np.ndarray | None = None) -> str:
     """A plan in words, one screen."""
-    plan = make_plan(args, config, lengths)
+    plan = make_plan(config, architecture, lengths)
     axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-    world = int(np.prod([getattr(args, f"{axis}_size") for axis in axes]))
-    grid = " x ".join(f"{axis} {getattr(args, f'{axis}_size')}" for axis in axes)
+    world = config.parallel.world_size
+    grid = " x ".join(f"{axis} {getattr(config.parallel, f'{axis}_size')}" for axis in axes)
     gib = 2**30
     lines = [
         f"{'grid':<14} {grid} = {world} ranks",
         f"{'model':<14} {plan.parameters:,} parameters",
-        f"{'step':<14} {args.global_batch_size} sequences of {args.seq_length:,}, {plan.flops:.3g} FLOPs, {plan.flops / world:.3g} a rank"
-        + (f"; pipeline idle {plan.bubble:.1%} of the time" if args.pp_size > 1 else ""),
+        f"{'step':<14} {config.training.global_batch_size} sequences of {config.data.seq_length:,}, {plan.flops:.3g} FLOPs, {plan.flops / world:.3g} a rank"
+        + (f"; pipeline idle {plan.bubble:.1%} of the time" if config.parallel.pp_size > 1 else ""),
         f"{'rows':<14} packing {plan.rows.packing_efficiency:.2%}, cp balance (most / mean work) {plan.rows.cp_balance:.3f}"
         + (f", from {plan.rows.documents:,} documents" if plan.rows.documents else ", each sequence one document"),
         f"{'memory':<14} {plan.memory.peak / gib:.2f} GiB at the fullest moment of a rank of stage {plan.memory.stage}",

@@ -11,7 +11,6 @@ Not counted: the allocator's own rounding and fragmentation, NCCL's and the CUDA
 from __future__ import annotations
 
 import weakref
-from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,6 +24,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from config.schema import RunConfig
 from cp.kernels import accumulator_dtype
 from cp.packed_seq import PackedSeq, build_packed_seq
 from model.config import GPTConfig
@@ -302,13 +302,17 @@ class Memory:
     stage: int
 
 
-def _gathered_shards(args: Namespace) -> float:
+def _gathered_shards(config: RunConfig) -> float:
     """Shards of K and V in flight and at hand, by method."""
-    method = args.attention.method
+    method = config.parallel.attention.method
     if method == "p2p":
         return 2.0
     if method == "all_gather":
-        return args.cp_size * (args.heads_k_stride or 1) / (args.num_query_groups // args.tp_size)
+        return (
+            config.parallel.cp_size
+            * (config.parallel.heads_k_stride or 1)
+            / (config.model.num_query_groups // config.parallel.tp_size)
+        )
     return 2.0
 
 
@@ -352,7 +356,7 @@ class _Unit:
                         if p.grad is not None and not hasattr(p, "kept"):
                             p.kept = torch.empty(p.shape, dtype=sim.stored, device=META)  # type: ignore[attr-defined]
                         p.grad = None
-            if sim.args.reshard_after_forward == "on":
+            if sim.config.parallel.reshard_after_forward == "on":
                 self.free()
             return
         self.free()
@@ -371,48 +375,49 @@ class _Simulation:
     """One step of one pipeline rank on the meta device."""
 
     def __init__(
-        self, args: Namespace, config: GPTConfig, layers: list[range], stage: int, in_flight: list[int]
+        self, config: RunConfig, architecture: GPTConfig, layers: list[range], stage: int, in_flight: list[int]
     ) -> None:
-        self.args, self.config, self.in_flight = args, config, in_flight
-        self.ledger, self.fsdp = Ledger(), args.dp_shard_size * args.cp_size
-        self.compute, self.stored = DTYPES[args.dtype], torch.float64 if args.dtype == "fp64" else torch.float32
-        self.sharded = args.dp_replicate_size * self.fsdp > 1 or self.compute != self.stored
-        self.tp = PlannedTP(args.tp_size, bool(args.sequence_parallel))
+        self.config, self.architecture, self.in_flight = config, architecture, in_flight
+        self.ledger, self.fsdp = Ledger(), config.parallel.dp_shard_size * config.parallel.cp_size
+        self.compute, self.stored = (
+            DTYPES[config.training.dtype],
+            torch.float64 if config.training.dtype == "fp64" else torch.float32,
+        )
+        self.sharded = config.parallel.dp_replicate_size * self.fsdp > 1 or self.compute != self.stored
+        self.tp = PlannedTP(config.parallel.tp_size, bool(config.parallel.sequence_parallel))
         self.shards: list[Tensor] = []
         self.last_gather: Tensor | None = None
         self.last_message: Tensor | None = None
         self.is_last = True
-        self.microbatches = args.global_batch_size // (
-            args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size
-        )
+        self.microbatches = config.num_microbatches
         self.sent: list[Tensor] = []
         self.arrived: dict[GPT, Tensor] = {}
         self.grads: dict[GPT, Tensor] = {}
         self.is_split, self.lag = (
-            args.pp_size > 1 and args.pp_schedule == "zero_bubble",
+            config.parallel.pp_size > 1 and config.parallel.pp_schedule == "zero_bubble",
             stage,
         )  # how many weights' passes lie behind
         self.later: deque[tuple[GPT, Tensor, list[Any] | None]] = deque()
-        attention = PlannedAttention(self.ledger, args.cp_size, _gathered_shards(args))
-        self.tokens = args.micro_batch_size * args.seq_length // args.cp_size
+        attention = PlannedAttention(self.ledger, config.parallel.cp_size, _gathered_shards(config))
+        self.tokens = config.training.micro_batch_size * config.data.seq_length // config.parallel.cp_size
         self.chunks: list[GPT] = []
         self.units: list[list[_Unit]] = []
         for part in layers:
             with META:
                 chunk = GPT(
-                    config,
+                    architecture,
                     attention=attention,
-                    cp_group=_Size(args.cp_size),  # type: ignore[arg-type]
+                    cp_group=_Size(config.parallel.cp_size),  # type: ignore[arg-type]
                     options=GPTOptions(
                         dtype=self.compute,
-                        recompute=args.recompute,
-                        loss_chunk_size=args.loss_chunk_size,
-                        z_loss=args.z_loss,
+                        recompute=config.training.recompute,
+                        loss_chunk_size=config.training.loss_chunk_size,
+                        z_loss=config.training.z_loss,
                     ),
                     tp=self.tp,  # type: ignore[arg-type]
                     layers=part,
                 )
-            if args.transformer_impl == "te":
+            if config.model.transformer_impl == "te":
                 for layer in chunk.layers.values():
                     layer.mlp.__class__ = PlannedTEMLP
                     layer.mlp.ledger = self.ledger  # type: ignore[union-attr]
@@ -428,18 +433,22 @@ class _Simulation:
     def _hook(self, layer: nn.Module, unit: _Unit) -> None:
         layer.register_forward_pre_hook(lambda module, inputs: unit.gather())
         layer.register_full_backward_pre_hook(lambda module, grads: unit.gather())
-        if self.args.reshard_after_forward == "on":
+        if self.config.parallel.reshard_after_forward == "on":
             layer.register_forward_hook(lambda module, inputs, out: unit.free())
 
     def run(self) -> None:
-        with fused_norms() if self.args.device == "cuda" or self.args.transformer_impl == "te" else nullcontext():
+        with (
+            fused_norms()
+            if self.config.parallel.device == "cuda" or self.config.model.transformer_impl == "te"
+            else nullcontext()
+        ):
             self._run()
 
     def _run(self) -> None:
         rows = [self._row() for _ in range(2)]
         for chunk in self.chunks:
             self.ledger.ignore(chunk.parameters())
-        hidden = self.tokens // (self.tp.size if self.tp.sequence_parallel else 1), self.config.hidden_size
+        hidden = self.tokens // (self.tp.size if self.tp.sequence_parallel else 1), self.architecture.hidden_size
         microbatches, earlier = self.microbatches, None
         with self.ledger:
             self.ledger.label = "pipeline buffers"
@@ -475,12 +484,12 @@ class _Simulation:
 
     def _turn(self, number: int) -> int:
         """The chunk of the number-th forward pass; counted from the last chunk, of the number-th backward pass."""
-        return number // in_a_row(self.args, self.microbatches) % len(self.chunks)
+        return number // in_a_row(self.config, self.microbatches) % len(self.chunks)
 
     def _row(self) -> tuple[Tensor, Tensor, PackedSeq]:
-        length = self.args.micro_batch_size * self.args.seq_length
+        length = self.config.training.micro_batch_size * self.config.data.seq_length
         packed_seq, _ = build_packed_seq(
-            np.array([length]), np.array([length]), cp_size=self.args.cp_size, layout="zigzag"
+            np.array([length]), np.array([length]), cp_size=self.config.parallel.cp_size, layout="zigzag"
         )
         tokens = torch.empty(self.tokens, dtype=torch.int64, device=META)
         return tokens, tokens, packed_seq.move(lambda x: x.to(META))
@@ -558,34 +567,34 @@ class _Simulation:
         return kept
 
 
-def in_a_row(args: Namespace, microbatches: int) -> int:
+def in_a_row(config: RunConfig, microbatches: int) -> int:
     """Microbatches of one chunk that a schedule with several takes before the next chunk's."""
-    return microbatches // max(1, microbatches // args.pp_size)
+    return microbatches // max(1, microbatches // config.parallel.pp_size)
 
 
-def _in_flight(args: Namespace, stage: int, microbatches: int) -> list[int]:
+def _in_flight(config: RunConfig, stage: int, microbatches: int) -> list[int]:
     """Forward passes whose activations a pipeline rank holds at once, of each of its chunks: as PyTorch's schedules order them."""
-    pp, chunks = args.pp_size, args.virtual_stages
+    pp, chunks = config.parallel.pp_size, config.parallel.virtual_stages
     if pp == 1:
         return [1]
-    if args.pp_schedule in ("gpipe", "1f1b"):
-        return [microbatches if args.pp_schedule == "gpipe" else min(microbatches, pp - stage)]
-    row = in_a_row(args, microbatches)
+    if config.parallel.pp_schedule in ("gpipe", "1f1b"):
+        return [microbatches if config.parallel.pp_schedule == "gpipe" else min(microbatches, pp - stage)]
+    row = in_a_row(config, microbatches)
     # Zero-bubble warms up less, and computes the weights' gradients of as many microbatches later.
-    more = 2 * (pp - 1 - stage) if args.pp_schedule == "interleaved" else pp - 1
+    more = 2 * (pp - 1 - stage) if config.parallel.pp_schedule == "interleaved" else pp - 1
     held = min((chunks - 1) * row + more + 1, microbatches * chunks)
     return [sum(number // row % chunks == chunk for number in range(held)) for chunk in range(chunks)]
 
 
 def _simulated(
-    args: Namespace, config: GPTConfig, stage: int, layers: list[int], in_flight: list[int]
+    config: RunConfig, architecture: GPTConfig, stage: int, layers: list[int], in_flight: list[int]
 ) -> tuple[dict[str, int], int]:
     """Parts of the peak and the parameters of a rank whose chunks have so many layers."""
     v = len(layers)
-    total = args.pp_size * v
+    total = config.parallel.pp_size * v
     ranges, at = [], 0
     for chunk, count in enumerate(layers):
-        number = chunk * args.pp_size + stage
+        number = chunk * config.parallel.pp_size + stage
         start = 0 if number == 0 else 1 + at
         ranges.append((start, count, number == total - 1))
         at += count
@@ -596,25 +605,35 @@ def _simulated(
         parts.append(range(first, first + count))
     if total == 1:
         depth, parts = layers[0], [range(layers[0])]
-    sim = _Simulation(args, replace(config, num_layers=depth), parts, stage, in_flight)
+    sim = _Simulation(config, replace(architecture, num_layers=depth), parts, stage, in_flight)
     sim.run()
     return sim.ledger.parts, sim.parameters
 
 
-def stage_parameters(args: Namespace, config: GPTConfig, stage: int) -> int:
+def stage_parameters(config: RunConfig, architecture: GPTConfig, stage: int) -> int:
     """Parameters of a rank's chunks and tp part, before FSDP cuts them."""
     stages = split_layers(
-        config.num_layers,
-        args.pp_size * args.virtual_stages,
-        first=args.first_stage_layers,
-        last=args.last_stage_layers,
+        architecture.num_layers,
+        config.parallel.pp_size * config.parallel.virtual_stages,
+        first=config.parallel.first_stage_layers,
+        last=config.parallel.last_stage_layers,
     )
-    own = stages[stage :: args.pp_size]
-    h, d, tp = config.hidden_size, config.kv_channels if config.qk_norm else 0, args.tp_size
-    layer = h * (config.qkv_size + config.query_size + 3 * config.ffn_hidden_size) // tp + 2 * h + 2 * d
-    table = config.padded_vocab_size * h // tp
-    is_first, is_last = any(part.start == 0 for part in own), any(part.stop == config.num_layers for part in own)
-    tables = is_first + is_last if not config.tie_embeddings else (1 if args.pp_size == 1 else is_first + is_last)
+    own = stages[stage :: config.parallel.pp_size]
+    h, d, tp = (
+        architecture.hidden_size,
+        architecture.kv_channels if architecture.qk_norm else 0,
+        config.parallel.tp_size,
+    )
+    layer = (
+        h * (architecture.qkv_size + architecture.query_size + 3 * architecture.ffn_hidden_size) // tp + 2 * h + 2 * d
+    )
+    table = architecture.padded_vocab_size * h // tp
+    is_first, is_last = any(part.start == 0 for part in own), any(part.stop == architecture.num_layers for part in own)
+    tables = (
+        is_first + is_last
+        if not architecture.tie_embeddings
+        else (1 if config.parallel.pp_size == 1 else is_first + is_last)
+    )
     return sum(len(part) for part in own) * layer + tables * table + is_last * h
 
 
@@ -623,29 +642,32 @@ def _continued(parts: dict[str, int], before: dict[str, int], more: int) -> dict
     return {k: v + more * (v - before.get(k, 0)) for k, v in parts.items()}
 
 
-def rank_memory(args: Namespace, config: GPTConfig, stage: int = 0) -> Memory:
+def rank_memory(config: RunConfig, architecture: GPTConfig, stage: int = 0) -> Memory:
     """The peak of a rank of a pipeline stage, and what it is made of.
 
     Args:
-        args: resolved flags.
+        config: resolved flags.
         stage: pp rank.
     """
-    chunks = args.virtual_stages
+    chunks = config.parallel.virtual_stages
     stages = split_layers(
-        config.num_layers, args.pp_size * chunks, first=args.first_stage_layers, last=args.last_stage_layers
+        architecture.num_layers,
+        config.parallel.pp_size * chunks,
+        first=config.parallel.first_stage_layers,
+        last=config.parallel.last_stage_layers,
     )
-    counts = [len(part) for part in stages[stage :: args.pp_size]]
-    microbatches = args.global_batch_size // (args.micro_batch_size * args.dp_replicate_size * args.dp_shard_size)
-    in_flight = _in_flight(args, stage, microbatches)
+    counts = [len(part) for part in stages[stage :: config.parallel.pp_size]]
+    microbatches = config.num_microbatches
+    in_flight = _in_flight(config, stage, microbatches)
     few = [min(count, FEW_LAYERS) for count in counts]
     less = [count - (count == FEW_LAYERS and few != counts) for count in few]
     more = max(count - short for count, short in zip(counts, few, strict=True))  # layers, in each chunk that has more
 
     def deep(flying: list[int]) -> tuple[dict[str, int], int]:
-        parts, parameters = _simulated(args, config, stage, few, flying)
+        parts, parameters = _simulated(config, architecture, stage, few, flying)
         if not more:
             return parts, parameters
-        fewer, fewer_parameters = _simulated(args, config, stage, less, flying)
+        fewer, fewer_parameters = _simulated(config, architecture, stage, less, flying)
         return _continued(parts, fewer, more), parameters + more * (parameters - fewer_parameters)
 
     if len(in_flight) > 1 or in_flight[0] <= FEW_IN_FLIGHT:
@@ -653,9 +675,9 @@ def rank_memory(args: Namespace, config: GPTConfig, stage: int = 0) -> Memory:
     else:
         parts, parameters = deep([FEW_IN_FLIGHT])
         parts = _continued(parts, deep([FEW_IN_FLIGHT - 1])[0], in_flight[0] - FEW_IN_FLIGHT)
-    assert parameters == stage_parameters(args, config, stage)
-    stored = 8 if args.dtype == "fp64" else 4
-    fsdp = args.dp_shard_size * args.cp_size
+    assert parameters == stage_parameters(config, architecture, stage)
+    stored = 8 if config.training.dtype == "fp64" else 4
+    fsdp = config.parallel.dp_shard_size * config.parallel.cp_size
     own = -(-parameters // fsdp)
     parts = {"weights": own * stored, "optimiser": 2 * own * stored, **parts}
     at_update = parts["weights"] + parts["optimiser"] + own * stored + parts.get("pipeline buffers", 0)

@@ -1,4 +1,4 @@
-"""Checks inside a run that ranks which must hold the same thing do: `--verify-steps`, `--check-weights-interval`."""
+"""Checks inside a run that ranks hold equal rows and weights: `--verify-steps`, `--check-weights-interval`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from parallel.grid import Grid
 
 
 def _digest(tensors: Iterable[Tensor]) -> int:
-    """Bit for bit. Copies them to the host."""
+    """A hash of every bit. Copies the tensors to the host."""
     digest = hashlib.blake2b(digest_size=8)
     for x in tensors:
-        # A copy, since numpy() would forbid the original's storage to be resized.
+        # A clone: numpy() would pin the size of the original's storage.
         digest.update(local_tensor(x.detach()).cpu().clone().reshape(-1).view(torch.uint8).numpy().tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def _differing(value: int, group: dist.ProcessGroup, device: torch.device) -> tuple[list[int], int]:
-    """Global ranks of the group that do not hold the value that most hold, and the first rank that does. Collective."""
+def _find_differing(value: int, group: dist.ProcessGroup, device: torch.device) -> tuple[list[int], int]:
+    """Global ranks of the group that don't hold the most common value, and the first rank that does. Collective."""
     gathered = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
     dist.all_gather(gathered, torch.tensor([value], dtype=torch.int64, device=device), group=group)
     values = [int(v) for v in gathered]
@@ -34,8 +34,8 @@ def _differing(value: int, group: dist.ProcessGroup, device: torch.device) -> tu
     return [rank for rank, v in zip(ranks, values, strict=True) if v != usual], ranks[values.index(usual)]
 
 
-def _who(differing: list[int], other: int, group: dist.ProcessGroup) -> str:
-    doubt = "; which of two copies is wrong is not known" if group.size() == 2 else ""
+def _name_ranks(differing: list[int], other: int, group: dist.ProcessGroup) -> str:
+    doubt = "; which of the two is wrong is not known" if group.size() == 2 else ""
     return f"ranks {differing} from rank {other} (of {dist.get_process_group_ranks(group)}){doubt}"
 
 
@@ -48,13 +48,13 @@ def check_agreement(value: int, grid: Grid, axis: str, what: str, device: torch.
     group = grid.group(axis)
     if group.size() == 1:
         return
-    differing, other = _differing(value, group, device)
+    differing, other = _find_differing(value, group, device)
     if differing:
-        raise RuntimeError(f"{what} differ along {axis}: {_who(differing, other, group)}")
+        raise RuntimeError(f"{what} differ along {axis}: {_name_ranks(differing, other, group)}")
 
 
 def verify_rows(batches: Sequence[Batch], grid: Grid, device: torch.device) -> None:
-    """The cp, tp and pp peers of a row hold the same row and documents.
+    """The cp, tp and pp ranks of a row hold the same row and documents. Collective.
 
     Raises:
         RuntimeError: names the axis and the ranks.
@@ -73,36 +73,39 @@ def verify_weights(
     *,
     tied_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Copies of a weight hold the same bits: all of them along dp_replicate, those that tp does not cut along tp, and the embedding that
-    the first and the last stage share. Collective.
+    """Copies of a weight hold the same bits. Collective; after an update, which unequal gradients would make unequal.
 
-    Called after an update, which gradients that differ would part.
+    Copies: every weight along dp_replicate, weights that tp does not shard along tp, the embedding that the first and
+    last stage share.
 
     Args:
-        optimizer: its moments are compared with the weights.
+        optimizer: its moments are compared too.
         tied_group: as `Pipeline`'s.
 
     Raises:
         RuntimeError: names the axis, the ranks and the first parameter that differs.
     """
     parameters = sharded_parameters(model)
-
-    def held(name: str) -> list[Tensor]:
-        state = optimizer.state[parameters[name]] if optimizer is not None else {}
-        return [parameters[name], *(state[key] for key in sorted(state))]
-
-    copies = [("dp_replicate", list(parameters), grid.group("dp_replicate"))]
-    copies.append(("tp", [n for n in parameters if tp_dim(n) is None], grid.group("tp")))
+    copies = [
+        ("dp_replicate", list(parameters), grid.group("dp_replicate")),
+        ("tp", [name for name in parameters if tp_dim(name) is None], grid.group("tp")),
+    ]
     if tied_group is not None:
         copies.append(("pp, between its ends,", ["embedding.weight"], tied_group))
+    states = {
+        name: [x, *(state[key] for state in [optimizer.state[x] if optimizer else {}] for key in sorted(state))]
+        for name, x in parameters.items()
+    }
     for axis, names, group in copies:
-        if group.size() == 1 or not _differing(_digest(x for name in names for x in held(name)), group, device)[0]:
+        if group.size() == 1:
+            continue
+        if not _find_differing(_digest(x for name in names for x in states[name]), group, device)[0]:
             continue
         for name in names:
-            differing, other = _differing(_digest(held(name)), group, device)
+            differing, other = _find_differing(_digest(states[name]), group, device)
             if differing:
                 what = "weights" if optimizer is None else "weights or moments"
                 raise RuntimeError(
-                    f"the {what} of {name} differ along {axis}: {_who(differing, other, group)}; "
-                    "--resume goes on from the newest checkpoint that was made before"
+                    f"the {what} of {name} differ along {axis}: {_name_ranks(differing, other, group)}; "
+                    "--resume continues from the newest checkpoint before"
                 )

@@ -1,4 +1,4 @@
-"""Device, process group and allocator: everything that reads the environment."""
+"""Process groups, device and allocator: everything that reads the environment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,29 +16,44 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from config.schema import ParallelConfig
+from parallel.grid import Grid, GridSizes, build_grid
+from runtime.status import RunStatus
+from runtime.watchdog import Watchdog
 from utils.errors import UserError
 
 T = TypeVar("T")
 
+# Flags whose value may differ between nodes: paths.
+LOCAL_FLAGS = {"data_path", "valid_data_path", "data_cache_path", "tokenizer_model"}
+
 
 @dataclass(frozen=True)
 class Launch:
-    """What torchrun told this process; the defaults are those of a plain `python train.py`."""
+    """This process as torchrun started it; the defaults are those of a plain `python train.py`.
+
+    Attributes:
+        restarts: how often torchrun has restarted this job's ranks.
+    """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-
     under_torchrun: bool = False
-    restarts: int = 0  # of this job's ranks by torchrun, so far
+    restarts: int = 0
+
+
+def read_ranks() -> tuple[int, int]:
+    """(rank, local rank) of this process, without checks: for an error that comes before `read_launch`."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def read_launch() -> Launch:
-    """This process's place, from the variables that torchrun sets; without RANK it is alone.
+    """Read the variables that torchrun sets; without RANK the process runs alone.
 
     Raises:
-        ValueError: some of them but not all, or one of several copies that `srun` started without torchrun.
+        UserError: some variables are missing, or `srun` started several copies without torchrun.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" not in os.environ:
@@ -61,15 +75,15 @@ def cuda_device_count() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks: by default every big tensor is mapped, zeroed and unmapped anew.
+    """Tell glibc to keep large freed blocks: by default it maps, zeroes and unmaps every big tensor anew.
 
-    Costs nothing but address space that the next step uses again. Measured in benchmarks/train_step.py.
+    Costs address space that the next step uses again. Measured in benchmarks/train_step.py.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
         mallopt = libc.mallopt
     except (OSError, AttributeError):
-        return  # not glibc: its allocator is left as it is
+        return  # not glibc
     m_trim_threshold, m_mmap_threshold = -1, -3
     for option in (m_mmap_threshold, m_trim_threshold):
         if not mallopt(option, 2**31 - 1):
@@ -77,9 +91,7 @@ def keep_freed_memory() -> None:
 
 
 def initialise_distributed(launch: Launch, device_type: str, *, timeout: timedelta) -> tuple[torch.device, dist.Store]:
-    """Make the default process group.
-
-    NCCL on CUDA with gloo beside it for CPU tensors, gloo alone on the CPU.
+    """Make the default process group: gloo on the CPU; on CUDA NCCL, and gloo for CPU tensors.
 
     Returns:
         This rank's device, and a connection of its own to the store that the ranks of this start share.
@@ -87,11 +99,11 @@ def initialise_distributed(launch: Launch, device_type: str, *, timeout: timedel
     if device_type == "cuda":
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
-        # A matrix product over a row's tokens may be cut into parts; they are added up in fp32, whatever the row's length.
+        # Split-K matrix products are summed in fp32, whatever the row's length.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         backend = "cpu:gloo,cuda:nccl"
-        # Where Transformer Engine's fused kernels cannot, it would take products with whole scores, without a word: slow, and at long
-        # sequences out of memory. It listens to this variable only; then it raises an error that says how to see the reason.
+        # Without fused kernels Transformer Engine would silently compute whole scores: slow, and out of memory at long
+        # sequences. With this variable it raises an error that says how to see the reason.
         os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
     else:
         device = torch.device("cpu")
@@ -100,56 +112,125 @@ def initialise_distributed(launch: Launch, device_type: str, *, timeout: timedel
     store: dist.Store = dist.HashStore()
     if launch.under_torchrun:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        # After a restart torchrun's store still holds where the dead ranks listened; PyTorch 2.13 tells attempts no longer apart.
+        # After a restart torchrun's store still holds the addresses of dead ranks; PyTorch 2.13 does not separate
+        # attempts.
         store = dist.PrefixStore(f"attempt {launch.restarts}", store)
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     return device, store.clone()  # type: ignore[attr-defined]
 
 
-def collective_timeout(args: Namespace) -> timedelta:
-    """Of the process groups themselves: later than the watchdog, which can say more (runtime/watchdog.py)."""
-    return timedelta(minutes=1 + 1.5 * max(args.distributed_timeout_minutes, args.distributed_startup_timeout_minutes))
+def collective_timeout(parallel: ParallelConfig) -> timedelta:
+    """Timeout of the process groups: later than the watchdog's, which names the rank (runtime/watchdog.py)."""
+    minutes = max(parallel.distributed_timeout_minutes, parallel.distributed_startup_timeout_minutes)
+    return timedelta(minutes=1 + 1.5 * minutes)
 
 
-def group_backend(device: torch.device) -> str:
-    """Of the grid's groups, which carry tensors of the run's device only."""
-    return "nccl" if device.type == "cuda" else "gloo"
+def build_run_grid(parallel: ParallelConfig, device: torch.device) -> Grid:
+    """The grid of resolved flags. Its groups carry tensors of `device` only. Collective."""
+    sizes = GridSizes(
+        pp=parallel.pp_size,
+        dp_replicate=parallel.dp_replicate_size,
+        dp_shard=parallel.dp_shard_size,
+        cp=parallel.cp_size,
+        tp=parallel.tp_size,
+    )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    return build_grid(sizes, timeout=collective_timeout(parallel), backend=backend)
 
 
-def on_rank_zero_first(build: Callable[[], T]) -> T:
-    """`build()` on rank 0, then on the others, which find what it cached. They wait as long as it takes.
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run, as this rank sees them.
+
+    Attributes:
+        checkpoint_group, control_group: gloo groups over all ranks, for checkpoints and for agreement between steps.
+    """
+
+    launch: Launch
+    device: torch.device
+    grid: Grid
+    watchdog: Watchdog
+    checkpoint_group: dist.ProcessGroup
+    control_group: dist.ProcessGroup
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes log, metrics and status."""
+        return self.launch.rank == 0
+
+
+def start_ranks(parallel: ParallelConfig, launch: Launch, flags: dict[str, Any], status: RunStatus) -> Ranks:
+    """Make process groups, watchdog and grid. Collective.
+
+    Args:
+        flags: of the run, which all ranks must share.
+        status: gets the watchdog, and is told of a hang.
 
     Raises:
-        ValueError: on every rank, with rank 0's words, if it raised one there.
+        UserError: ranks were started with different flags or versions of PyTorch.
     """
-    patient = dist.new_group(
-        backend="gloo", timeout=timedelta(days=365)
-    )  # tokenizing a corpus is no collective that hangs
+    timeout = collective_timeout(parallel)
+    device, store = initialise_distributed(launch, parallel.device, timeout=timeout)
+    watchdog = status.watchdog = Watchdog(
+        dist.PrefixStore("watchdog", store),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        startup_minutes=parallel.distributed_startup_timeout_minutes,
+        minutes=parallel.distributed_timeout_minutes,
+        on_hang=status.on_hang,
+        parent=os.getppid() if launch.under_torchrun else None,
+    )
+    shared = {name: value for name, value in flags.items() if name not in LOCAL_FLAGS}
+    check_ranks_agree(shared | {"torch": torch.__version__}, "flags")
+    grid = build_run_grid(parallel, device)
+    checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
+    control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
+    return Ranks(launch, device, grid, watchdog, checkpoint_group, control_group)
+
+
+def run_on_rank_zero_first(build: Callable[[], T]) -> T:
+    """`build()` on rank 0, then on the others, which find what rank 0 cached. The others wait without limit.
+    Collective.
+
+    Raises:
+        UserError: on every rank, with rank 0's message, if rank 0 raised it or an OSError.
+    """
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))  # tokenizing a corpus takes its time
+    result = run_on_rank_zero(build, group=group)
+    dist.destroy_process_group(group)
+    return result if result is not None else build()
+
+
+def run_on_rank_zero(action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T | None:
+    """`action()` on rank 0; None on the others. Collective.
+
+    Raises:
+        UserError: on every rank, with rank 0's message, if rank 0 raised it or an OSError.
+    """
     failure: list[str | None] = [None]
     result = None
     if dist.get_rank() == 0:
         try:
-            result = build()
-        except (ValueError, OSError) as error:
+            result = action()
+        except (UserError, OSError) as error:
             failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0, group=patient)
-    dist.destroy_process_group(patient)
+    dist.broadcast_object_list(failure, src=0, group=group)
     if failure[0] is not None:
         raise UserError(failure[0])
-    return result if result is not None else build()
+    return result
 
 
-def check_ranks_agree(facts: dict[str, Any], what: str) -> None:
-    """Every rank must hold the same facts. Collective over the world; costs one small exchange where they do.
+def check_ranks_agree(values: dict[str, Any], what: str) -> None:
+    """Every rank must hold the same values. Collective over the world; one small exchange where they agree.
 
     Args:
-        facts: by name; anything with a stable text form.
-        what: of what, for the message.
+        values: by name; anything with a stable repr.
+        what: what is compared, for the message.
 
     Raises:
-        ValueError: on every rank, naming the facts that differ and the ranks that differ from rank 0.
+        UserError: on every rank, naming the values that differ and the ranks that differ from rank 0.
     """
-    own = {name: repr(value) for name, value in facts.items()}
+    own = {name: repr(value) for name, value in values.items()}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
     digests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest)
@@ -165,25 +246,6 @@ def check_ranks_agree(facts: dict[str, Any], what: str) -> None:
         f"{what} differ between ranks: {', '.join(differing)} ({name} is {first.get(name)} on rank 0 but {other.get(name)} on rank "
         f"{ranks[0]}); ranks that differ from rank 0: {', '.join(map(str, ranks[:16]))}{' ...' if len(ranks) > 16 else ''}"
     )
-
-
-def on_one_rank(action: Callable[[], T]) -> T | None:
-    """`action()` on rank 0 alone; None on the others. Collective.
-
-    Raises:
-        ValueError: on every rank, with rank 0's words, if it raised one there.
-    """
-    failure: list[str | None] = [None]
-    result = None
-    if dist.get_rank() == 0:
-        try:
-            result = action()
-        except ValueError as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise UserError(failure[0])
-    return result
 
 
 def broadcast_object(value: T) -> T:

@@ -1,70 +1,52 @@
-"""A loss or gradient that is not finite: what is kept of its step, so that `tools/replay.py` runs it again."""
+"""Steps whose loss or gradient norm is not finite: skip or stop, and what `tools/replay.py` needs to run them again."""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
-import zipfile
-from collections.abc import Callable
-from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.dataset import PackedSample, SampleDataset
-from metrics.log import NonFinite
+from config.schema import TrainingConfig
 from parallel.fsdp import local_tensor
 from parallel.grid import Grid, coordinates_of
-from utils.errors import UserError
 from utils.files import replace_synced
+from utils.logger import log
 
 
-def bad_gradients(model: nn.Module) -> list[str]:
-    """Parameters whose gradient on this rank holds something that is not finite."""
-    return [
-        n for n, p in model.named_parameters() if p.grad is not None and not bool(local_tensor(p.grad).isfinite().all())
-    ]
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient norm is not finite. Raised on every rank.
+
+    Attributes:
+        step: counted from 1, as in the log.
+        is_updated: whether the weights were updated before the step was found.
+    """
+
+    def __init__(self, step: int, loss: float, grad_norm: float, details: str = "", *, is_updated: bool = True) -> None:
+        super().__init__(f"step {step}: loss {loss}, gradient norm {grad_norm}{details}")
+        self.step, self.loss, self.grad_norm, self.details, self.is_updated = step, loss, grad_norm, details, is_updated
 
 
-def save_step(
-    place: Path, *, step: int, told: dict[str, Any], sequences: SampleDataset, numbers: range, facts: dict[str, Any]
-) -> None:
-    """Write the sequences of a step and what is known of it; to be called on one rank.
+def find_nonfinite_gradients(model: nn.Module) -> list[str]:
+    """Names of parameters whose gradient is not finite on this rank."""
+    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    return [name for name, grad in gradients if not bool(local_tensor(grad).isfinite().all())]
+
+
+def gather_reports(model: nn.Module, cross_entropy: Tensor, grid: Grid) -> list[dict[str, Any]]:
+    """What is not finite on each rank. Collective over the world; before gradients are cleared.
 
     Args:
-        place: the JSON file; the sequences go beside it as .npz.
-        step: as the log counts, from 1.
-        told: its loss, gradient norm and what the ranks said of them.
-        numbers: of its sequences.
-        facts: what a replay needs beside them, as JSON.
+        cross_entropy: this rank's part of the loss.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    rows = [sequences.sample(n) for n in numbers]
-    scratch = place.with_name(f".{place.stem}.part.npz")
-    np.savez(
-        scratch,
-        tokens=np.stack([r.tokens for r in rows]),
-        labels=np.stack([r.labels for r in rows]),
-        documents=np.array([len(r.lengths) for r in rows]),
-        lengths=np.concatenate([r.lengths for r in rows]),
-        padded_lengths=np.concatenate([r.padded_lengths for r in rows]),
-        first_ids=np.array([r.first_id for r in rows]),
-    )
-    scratch.replace(place.with_suffix(".npz"))
-    replace_synced(
-        place, json.dumps({"step": step, "sequences": [numbers.start, numbers.stop], **facts, **told}, indent=1) + "\n"
-    )
-
-
-def tell_ranks(model: nn.Module, cross_entropy: Tensor, grid: Grid) -> list[dict[str, Any]]:
-    """What each rank holds that is not finite. Collective over the world; before gradients are cleared."""
-    names = bad_gradients(model)
-    mine = {
+    names = find_nonfinite_gradients(model)
+    own = {
         "rank": grid.global_rank,
         "host": platform.node(),
         "coordinates": coordinates_of(grid.sizes, grid.global_rank),
@@ -72,148 +54,91 @@ def tell_ranks(model: nn.Module, cross_entropy: Tensor, grid: Grid) -> list[dict
         "bad_gradients": len(names),
         "first_bad_gradients": names[:16],
     }
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, own)
+    return reports
 
 
-class StoredSequences:
-    """The sequences of one step, from the file that `save_step` wrote.
-
-    Raises:
-        ValueError: no such file, or not one of these.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            with np.load(path, allow_pickle=False) as found:
-                arrays = {
-                    name: found[name]
-                    for name in ("tokens", "labels", "documents", "lengths", "padded_lengths", "first_ids")
-                }
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: not the rows of a step ({' '.join(str(error).split())})") from error
-        ends = np.cumsum(arrays["documents"])
-        self.rows = []
-        for number, end in enumerate(ends):
-            piece = slice(int(end - arrays["documents"][number]), int(end))
-            row = PackedSample(
-                arrays["tokens"][number],
-                arrays["labels"][number],
-                arrays["lengths"][piece],
-                arrays["padded_lengths"][piece],
-            )
-            row.first_id = int(arrays["first_ids"][number])
-            self.rows.append(row)
-        self.seq_length, self.samples_per_epoch = arrays["tokens"].shape[1], len(self.rows)
-
-    def sample(self, n: int) -> PackedSample:
-        return self.rows[n]
-
-    def empty_sample(self) -> PackedSample:
-        raise AssertionError("a step is whole")
-
-    def fingerprint(self) -> str:
-        return "a stored step"
-
-    def state_dict(self, n: int) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None:
-        """Nothing to do."""
+def describe_reports(reports: list[dict[str, Any]]) -> str:
+    """Which ranks had a loss or gradients that are not finite, for the line that ends the run."""
+    if not reports:
+        return "found after its update"
+    found = [r for r in reports if not r["own_loss_is_finite"]]
+    if found:
+        return "loss not finite on rank " + ", ".join(f"{r['rank']} ({r['host']})" for r in found[:8])
+    found = [r for r in reports if r["bad_gradients"]]
+    if not found:
+        return "each rank's own part is finite"
+    named = (f"{r['rank']} ({r['host']}: {r['first_bad_gradients'][0]})" for r in found[:8])
+    return "gradients not finite on rank " + ", ".join(named)
 
 
+@dataclass
 class NonFiniteGuard:
-    """What a run does about a step whose loss or gradient is not finite, before its update.
+    """Decides what happens to a step that is not finite, before its update.
 
     Args:
-        skip: pass over such steps, at most `most` in a row; else the first ends the run.
-        looks: ask the device at every step. Without, on CUDA, a step is only found at the next line of the log, after its update.
-        folder: gets the files of such steps.
-        save: called on one rank as save(file, step, facts).
-        control_group: over all ranks, for host memory: a number that only one replica sees must stop all.
-        save_weights: called on all ranks as save_weights(step - 1) before the run ends; returns words for the message.
-        flush: called before the run ends: what the steps before still have to write.
+        training: --on-nonfinite and --max-skipped-in-a-row.
+        checks_each_step: read loss and norm in every step. Otherwise, on CUDA with --on-nonfinite stop, the log finds
+            such
+            a step later, after its update, and no step waits for the device.
+        folder: gets a file for each such step.
+        metadata: of the run, for these files: what a replay needs.
+        control_group: gloo group over all ranks: what one replica sees must stop all.
     """
 
-    def __init__(
-        self,
-        *,
-        skip: bool,
-        most: int,
-        looks: bool,
-        model: nn.Module,
-        grid: Grid,
-        folder: Path,
-        save: Callable[[Path, int, dict[str, Any]], None],
-        control_group: dist.ProcessGroup,
-        save_weights: Callable[[int], str] = lambda step: "",
-        flush: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.skip, self.most, self.looks, self.model, self.grid, self.folder, self.save = (
-            skip,
-            most,
-            looks,
-            model,
-            grid,
-            folder,
-            save,
-        )
-        self.control_group = control_group
-        self.save_weights, self.flush, self.skipped, self.in_a_row = save_weights, flush, 0, 0
+    training: TrainingConfig
+    checks_each_step: bool
+    model: nn.Module
+    grid: Grid
+    folder: Path
+    metadata: dict[str, Any]
+    control_group: dist.ProcessGroup
+    skipped: int = field(default=0, init=False)
+    skipped_in_a_row: int = field(default=0, init=False)
 
-    def passes(self, step: int, loss: Tensor, grad_norm: Tensor, cross_entropy: Tensor) -> bool:
-        """Whether the step, counted from 1, may update the weights. Where it may not: collective over the world.
+    def should_update(self, step: int, loss: Tensor, grad_norm: Tensor, cross_entropy: Tensor) -> bool:
+        """Whether the step, counted from 1, may update the weights. Collective over the world.
 
         Args:
             loss, grad_norm: of the whole grid.
             cross_entropy: this rank's part of the loss.
 
         Raises:
-            NonFinite: the run ends here.
+            NonFiniteError: the run ends here.
         """
-        if not self.looks or not self._is_bad_somewhere(loss, grad_norm):
-            self.in_a_row = 0
+        if not self.checks_each_step or not self._is_nonfinite_somewhere(loss, grad_norm):
+            self.skipped_in_a_row = 0
             return True
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        ranks = tell_ranks(self.model, cross_entropy, self.grid)
-        told = self.keep(step, float(loss), float(grad_norm), ranks)
-        if self.skip and self.in_a_row <= self.most:
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        reports = gather_reports(self.model, cross_entropy, self.grid)
+        details = self.record(step, float(loss), float(grad_norm), reports)
+        can_skip = self.training.on_nonfinite == "skip"
+        limit = self.training.max_skipped_in_a_row
+        if can_skip and self.skipped_in_a_row <= limit:
             if dist.get_rank() == 0:
-                print(f"step {step}: skipped, loss {float(loss)}, gradient norm {float(grad_norm)}{told}", flush=True)
+                log(f"step {step}: skipped, loss {float(loss)}, gradient norm {float(grad_norm)}{details}")
             return False
-        self.flush()
-        much = f"; {self.in_a_row} such steps in a row (--max-skipped-in-a-row {self.most})" if self.skip else ""
-        raise NonFinite(step, float(loss), float(grad_norm), told + much + self.save_weights(step - 1))
+        if can_skip:
+            details += f"; {self.skipped_in_a_row} such steps in a row (--max-skipped-in-a-row {limit})"
+        raise NonFiniteError(step, float(loss), float(grad_norm), details, is_updated=False)
 
-    def _is_bad_somewhere(self, *values: Tensor) -> bool:
+    def _is_nonfinite_somewhere(self, *values: Tensor) -> bool:
         """Waits for the device."""
-        bad = torch.tensor([not all(math.isfinite(float(v)) for v in values)], dtype=torch.int32)
+        found = torch.tensor([not all(math.isfinite(float(v)) for v in values)], dtype=torch.int32)
         if self.control_group.size() > 1:
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self.control_group)
-        return bool(bad)
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control_group)
+        return bool(found)
 
-    def keep(self, step: int, loss: float, grad_norm: float, ranks: list[dict[str, Any]]) -> str:
-        """Write the step's file on one rank; where and what, for the message."""
-        place = self.folder / f"step_{step:07d}.json"
+    def record(self, step: int, loss: float, grad_norm: float, reports: list[dict[str, Any]]) -> str:
+        """Write the step's file on rank 0. Returns details for the message."""
+        path = self.folder / f"step_{step:07d}.json"
+        details = f"; {describe_reports(reports)}"
         if dist.get_rank() == 0:
+            record = {"step": step, **self.metadata, "loss": loss, "grad_norm": grad_norm, "ranks": reports}
             try:
-                self.save(place, step, {"loss": loss, "grad_norm": grad_norm, "ranks": ranks})
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_synced(path, json.dumps(record, indent=1) + "\n")
             except OSError as error:
-                return f"; {in_words(ranks)}; its rows could not be kept in {place}: {error.strerror or error}"
-        return f"; {in_words(ranks)}; its rows are in {place} (tools/replay.py)"
-
-
-def in_words(ranks: ListLike[dict[str, Any]]) -> str:
-    """Who had it: for the line that ends the run."""
-    if not ranks:
-        return "found after its update"
-    bad = [r for r in ranks if not r["own_loss_is_finite"]]
-    if bad:
-        return "loss not finite on rank " + ", ".join(f"{r['rank']} ({r['host']})" for r in bad[:8])
-    bad = [r for r in ranks if r["bad_gradients"]]
-    if not bad:
-        return "no single rank's part is"
-    return "gradients not finite on rank " + ", ".join(
-        f"{r['rank']} ({r['host']}: {r['first_bad_gradients'][0]})" for r in bad[:8]
-    )
+                return f"{details}; its record could not be written to {path}: {error.strerror or error}"
+        return f"{details}; tools/replay.py {path} runs it again"

@@ -1,4 +1,4 @@
-"""How a run ends: `status.json` for whoever started it, and one line for whoever reads the log."""
+"""How a run ends: `status.json` for scripts, one line on stderr for people, and the exit code."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TextIO
+from typing import Any
 
 from data.loader import DataError
 from runtime.watchdog import Watchdog
+from utils.errors import CollectiveError, UserError
 from utils.files import replace_synced
+from utils.logger import log_error, one_line
 
-# What gloo and NCCL say when the rank at the other end is gone. Other errors, also NCCL's, are the rank's own.
-LOST_PEER = (
+# Messages of gloo and NCCL if the rank at the other end is gone. Other errors, also of NCCL, are this rank's own.
+PEER_FAILURES = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
@@ -37,14 +39,14 @@ LOST_PEER = (
 
 @dataclass
 class StatusFile:
-    """`<run-dir>/status.json`: {"status", "step", "reason", "time", "rank", "host", "attempt", "lost"}; replaced as a whole.
+    """`<run-dir>/status.json`: {"status", "step", "reason", "time", "rank", "host", "attempt", "lost"}.
 
-    status: `running`; `done`, all steps are trained; `requeue`, stopped on request, the same command with --resume goes on;
-    `failed`. What is still `running` when no process is left was killed. lost: it failed only because a rank died or hung, so that
-    another start may do better.
+    status: `running`; `done`, all steps are trained; `requeue`, stopped on request, to be resumed; `failed`. A status
+    `running` without a process means that the run was killed. lost: the run failed only because a rank died or hung, so
+    that another start may succeed.
 
     Attributes:
-        attempt: the same for all ranks of one start, and for no other start.
+        attempt: shared by all ranks of one start, and by no other start.
     """
 
     path: Path
@@ -52,7 +54,8 @@ class StatusFile:
     rank: int
 
     def write(self, status: str, *, step: int, reason: str = "", lost: bool = False) -> None:
-        facts = {
+        """Replace the whole file."""
+        record = {
             "status": status,
             "step": step,
             "reason": reason,
@@ -62,159 +65,129 @@ class StatusFile:
             "attempt": self.attempt,
             "lost": lost,
         }
-        replace_synced(self.path, json.dumps(facts, indent=1) + "\n")
+        replace_synced(self.path, json.dumps(record, indent=1) + "\n")
 
     def read(self) -> dict[str, Any]:
-        """Nothing where there is none."""
+        """The record; empty without a readable file."""
         try:
-            facts = json.loads(self.path.read_text("utf-8"))
+            record = json.loads(self.path.read_text("utf-8"))
         except (OSError, ValueError):
             return {}
-        return facts if isinstance(facts, dict) else {}
+        return record if isinstance(record, dict) else {}
 
     def is_ended(self) -> bool:
-        """Whether this attempt's end is told already: what follows of it must not replace it."""
-        facts = self.read()
-        return facts.get("attempt") == self.attempt and facts.get("status") in ("failed", "done", "requeue")
+        """Whether this attempt's end is written: later failures are consequences and must not replace it."""
+        record = self.read()
+        return record.get("attempt") == self.attempt and record.get("status") in ("failed", "done", "requeue")
 
     def failure(self) -> dict[str, Any] | None:
-        """What a rank of this attempt failed of, if one did."""
-        facts = self.read()
-        return facts if facts.get("status") == "failed" and facts.get("attempt") == self.attempt else None
+        """The record of the first rank of this attempt that failed, if one did."""
+        record = self.read()
+        return record if record.get("status") == "failed" and record.get("attempt") == self.attempt else None
 
 
-def lost_a_peer(error: BaseException) -> bool:
-    """Whether this rank failed only because another one is gone."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER)
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether this rank failed only because another rank is gone."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_FAILURES)
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def kill_data_workers() -> None:
+    """Data workers survive the SIGTERM with which Python would end them at exit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for killed workers
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
-def tell(text: str, *, rank: int | None = None) -> None:
-    """Nothing where no one is left to read it: a pipe may end before the run does."""
-    who = "" if rank is None else f" rank {rank}:"
-    with suppress(OSError, ValueError):
-        print(f"train.py:{who} {text}", file=sys.stderr, flush=True)
-
-
-def _end_now() -> None:
-    """Threads that wait for a dead rank would keep the process."""
+def _exit_now() -> None:
+    """End the process although threads still wait for a dead rank."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(1)
 
 
-def end_data_workers() -> None:
-    """At once: they outlive the SIGTERM with which Python would end them before it waits for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for workers that are killed
-    for worker in multiprocessing.active_children():
-        worker.kill()
+class RunStatus:
+    """Around a whole run: an error becomes one line on stderr, "failed" in status.json and the exit code.
 
+    | error | printed by | exit code |
+    |---|---|---|
+    | UserError | local rank 0 | 2 |
+    | FloatingPointError, CollectiveError: the same on every rank | local rank 0 | 1 |
+    | DataError, OSError | the rank that has it | 1 |
+    | a lost rank | every rank, naming the first cause | 1 |
+    | any other | the rank that has it, with its traceback | 1 |
 
-class OutlivesItsReader:
-    """stdout for a run whose log may be piped into something that ends before it: then nothing more is told, and training goes on."""
-
-    def __init__(self, out: TextIO) -> None:
-        self.out = out
-
-    def write(self, text: str) -> int:
-        try:
-            return self.out.write(text)
-        except OSError:
-            return self._alone(text)
-
-    def flush(self) -> None:
-        try:
-            self.out.flush()
-        except OSError:
-            self._alone("")
-
-    def _alone(self, text: str) -> int:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.out.fileno())
-        os.close(nowhere)
-        return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.out, name)
-
-
-class Outcome:
-    """Around a whole run: an error becomes one line, and "failed" in status.json, with the first cause rather than what followed of it.
-
-    `status`, `watchdog` and `lock`, the right to save, are set when the run has them; `step` is the last one that is done.
+    Attributes:
+        file, watchdog, lock: set when the run has them; `lock` is the right to write checkpoints.
+        step: the last finished step.
     """
 
     def __init__(self, *, rank: int = 0, local_rank: int = 0) -> None:
         self.rank, self.local_rank = rank, local_rank
-        self.status: StatusFile | None = None
+        self.file: StatusFile | None = None
         self.watchdog: Watchdog | None = None
-        self.lock: IO[str] | None = None
+        self.lock: object = None
         self.step = 0
 
-    def __enter__(self) -> Outcome:
+    def __enter__(self) -> RunStatus:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.watchdog is not None and error is None:
-            self.watchdog.stop()
         if error is None:
+            if self.watchdog is not None:
+                self.watchdog.stop()
             return
-        end_data_workers()
+        kill_data_workers()
         if isinstance(error, SystemExit):
-            if error.code and error.__cause__ is not None:
-                self._fail(one_line(error.__cause__))
             return
+        if isinstance(error, UserError):
+            self._exit(one_line(error), 2, is_shared=True)
         if isinstance(error, KeyboardInterrupt):
-            self._end("interrupted", 130, everyone=False)
-        if isinstance(error, FloatingPointError):
-            self._end(one_line(error), 1, everyone=False)
-        if isinstance(error, DataError):
-            self._end(one_line(error), 1)
-        if lost_a_peer(error):
-            self._lost(error)
-        self._fail(f"{type(error).__name__}: {one_line(error)}")  # its traceback is printed as always
+            self._exit("interrupted", 130, is_shared=True)
+        if isinstance(error, (FloatingPointError, CollectiveError)):
+            self._exit(one_line(error), 1, is_shared=True)
+        if isinstance(error, (DataError, OSError)):
+            self._exit(one_line(error), 1, is_shared=False)
+        if is_peer_failure(error):
+            self._exit_after_peer_failure(error)
+        self._write_failure(f"{type(error).__name__}: {one_line(error)}")  # Python prints the traceback
 
-    def stuck(self, text: str) -> None:
-        """Ends this process from the watchdog's thread, wherever the main thread is."""
+    def on_hang(self, reason: str) -> None:
+        """End this process from the watchdog's thread, wherever the main thread is."""
         try:
-            tell(text, rank=self.rank)
-            self._fail(text, lost=True)
+            log_error(reason, rank=self.rank)
+            self._write_failure(reason, lost=True)
         finally:
-            _end_now()
+            _exit_now()
 
-    def _end(self, text: str, code: int, *, everyone: bool = True) -> None:
-        """Every rank has the same to say, unless the error is of one rank alone."""
-        if everyone or self.local_rank == 0:
-            tell(text, rank=self.rank if everyone else None)
-        self._fail(text)
+    def _exit(self, text: str, code: int, *, is_shared: bool) -> None:
+        """Args: is_shared: every rank has the same error; one rank of a node prints it."""
+        if not is_shared or self.local_rank == 0:
+            log_error(text, rank=None if is_shared else self.rank)
+        self._write_failure(text)
         raise SystemExit(code) from None
 
-    def _lost(self, error: BaseException) -> None:
+    def _exit_after_peer_failure(self, error: BaseException) -> None:
         try:
-            time.sleep(1.0)  # a rank that failed by itself writes why before it goes
+            time.sleep(1.0)  # a rank that failed by itself writes its reason first
             found = ""
-            if not (self.status is not None and self.status.failure()) and self.watchdog is not None:
-                found = self.watchdog.find_lost()
-            failure = self.status.failure() if self.status is not None else None
+            if not (self.file is not None and self.file.failure()) and self.watchdog is not None:
+                found = self.watchdog.find_lost_ranks()
+            failure = self.file.failure() if self.file is not None else None
             if failure:
-                tell(
-                    f"stopped, because rank {failure['rank']} on {failure['host']} failed: {failure['reason']}",
-                    rank=self.rank,
-                )
+                first = f"rank {failure['rank']} on {failure['host']} failed: {failure['reason']}"
+                log_error(f"stopped, because {first}", rank=self.rank)
             else:
-                text = f"{found or 'lost another rank, which died or was cut off'} ({one_line(error)[:200]})"
-                tell(text, rank=self.rank)
-                self._fail(text, lost=True)
+                lost = found or "lost another rank, which died or was cut off"
+                text = f"{lost} ({one_line(error)[:200]})"
+                log_error(text, rank=self.rank)
+                self._write_failure(text, lost=True)
         finally:
-            _end_now()
+            _exit_now()
 
-    def _fail(self, reason: str, *, lost: bool = False) -> None:
-        if self.status is None or self.status.is_ended():
+    def _write_failure(self, reason: str, *, lost: bool = False) -> None:
+        if self.file is None or self.file.is_ended():
             return
-        with suppress(OSError):  # the disk may be what failed; the line is told
-            self.status.write("failed", step=self.step, reason=reason, lost=lost)
+        with suppress(OSError):  # the disk may be what failed; the line is printed
+            self.file.write("failed", step=self.step, reason=reason, lost=lost)

@@ -1,9 +1,9 @@
-"""Ends a run in which nothing moves, and says which rank it waits for.
+"""Ends a run that hangs, and names the rank that it waits for.
 
-Every rank tells the run's store every few seconds that it lives, at which step it is and what it is doing. A thread of each
-rank sees when its own main thread has not moved for too long, and then looks up who has gone silent or is somewhere else. It
-waits for the store itself only for a while: one at the other end of a cut cable neither answers nor fails.
-No rank's clock is compared with another's.
+Every rank writes a heartbeat to the run's store every few seconds: a count, its step, its activity, its place in the
+code. A thread of each rank sees when its own main thread makes no progress for too long, and then reads who is silent
+or elsewhere. The thread waits for the store only for a while: a store behind a cut cable neither answers nor fails.
+Clocks of different ranks are never compared.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTED = str(Path(dist.__file__).parent)
 COLLECTIVES = ROOT / "parallel" / "collectives.py"
-ANSWER_SECONDS = 20.0  # that the store may take; where a cable is cut, TCP itself notices after a quarter of an hour
+ANSWER_SECONDS = 20.0  # for the store; TCP notices a cut cable after a quarter of an hour
 
 
-def place_of(frame: FrameType | None) -> tuple[str, bool]:
-    """Where a thread is, in words, and whether it waits for other ranks there.
+def describe_frame(frame: FrameType | None) -> tuple[str, bool]:
+    """Place of a thread in the code, and whether the thread waits for other ranks there.
 
     Returns:
-        Like ("all_reduce, called in sum_over, parallel/collectives.py:101", True).
+        Such as ("all_reduce, called in sum_over, parallel/collectives.py:101", True).
     """
     call, place, communicates = "", "", False
     while frame is not None:
@@ -57,13 +57,13 @@ def place_of(frame: FrameType | None) -> tuple[str, bool]:
 
 
 class Watchdog:
-    """One a rank.
+    """Watches the main thread of this rank, from a thread of its own.
 
     Args:
-        store: of the run, for these keys alone; used by the thread, so a connection of its own.
-        startup_minutes: longest time without movement until `settled`; `minutes`: after it.
-        on_stuck: called from the thread with the reason; must end the process.
-        parent: process that started this one and without which it must not go on, torchrun's agent; None: it may.
+        store: of the run, for the watchdog's keys only; a connection of its own, because the thread uses it.
+        startup_minutes: longest time without a heartbeat of the main thread until `end_startup`; `minutes`: after it.
+        on_hang: called from the thread with the reason; must end the process.
+        parent: process without which this one must not run on: torchrun's agent. None: none.
         flags: names of the two limits, for the reason.
     """
 
@@ -75,130 +75,128 @@ class Watchdog:
         world_size: int,
         startup_minutes: float,
         minutes: float,
-        on_stuck: Callable[[str], None],
+        on_hang: Callable[[str], None],
         parent: int | None = None,
         flags: tuple[str, str] = ("--distributed-startup-timeout-minutes", "--distributed-timeout-minutes"),
     ) -> None:
-        self.store, self.rank, self.world_size, self.on_stuck, self.flags = store, rank, world_size, on_stuck, flags
+        self.store, self.rank, self.world_size, self.on_hang, self.flags = store, rank, world_size, on_hang, flags
         self.parent = parent
-        self.startup_minutes, self.minutes, self.is_settled = startup_minutes, minutes, False
-        self.is_patient = False
+        self.startup_minutes, self.minutes, self.is_started = startup_minutes, minutes, False
+        self.is_suspended = False
         self.interval = min(2.0, 60 * min(startup_minutes, minutes) / 6)
         self.main = threading.get_ident()
-        self.step, self.doing, self.told = 0, "start-up", 0
-        self._moved = time.monotonic()
-        self._first: tuple[int | None, float] = None, self._moved  # what rank 0 told last, and when that was new
+        self.step, self.activity, self.count = 0, "start-up", 0
+        self._last_progress = time.monotonic()
+        self._rank_zero: tuple[int | None, float] = None, self._last_progress  # its last count, and when that was new
         self._is_ending = False
         self._ended = threading.Event()
         self._publish()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._voice = threading.Thread(target=self._tell, name="watchdog's voice", daemon=True)
-        self._voice.start()
-        self._thread.start()
+        self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._publisher = threading.Thread(target=self._publish_until_end, name="watchdog's heartbeat", daemon=True)
+        self._publisher.start()
+        self._watcher.start()
 
-    def moved(self, doing: str, step: int | None = None) -> None:
-        """The main thread goes on to something else."""
-        self.doing, self.step = doing, self.step if step is None else step
-        self._moved = time.monotonic()
+    def heartbeat(self, activity: str, step: int | None = None) -> None:
+        """The main thread makes progress: it begins this activity."""
+        self.activity, self.step = activity, self.step if step is None else step
+        self._last_progress = time.monotonic()
 
-    def each(self, items: Iterable[T], doing: str) -> Iterator[T]:
-        """`items`, each of which counts as movement."""
+    def with_heartbeats(self, items: Iterable[T], activity: str) -> Iterator[T]:
+        """`items`, with a heartbeat before each."""
         for item in items:
-            self.moved(doing)
+            self.heartbeat(activity)
             yield item
 
     @contextmanager
-    def patient(self, doing: str) -> Iterator[None]:
-        """Something that may take as long as it takes on rank 0, which is still to be heard of."""
-        self.moved(doing)
-        self._first = None, time.monotonic()
-        self.is_patient = True
+    def suspend_timeout(self, activity: str) -> Iterator[None]:
+        """Around work that rank 0 may do for any time while others wait; rank 0's process must stay alive."""
+        self.heartbeat(activity)
+        self._rank_zero = None, time.monotonic()
+        self.is_suspended = True
         yield
-        self.is_patient = False
-        self.moved(doing)
+        self.is_suspended = False
+        self.heartbeat(activity)
 
-    def settled(self) -> None:
-        """The first step is done: what is slow only once (compilation, connections, caches) is over."""
-        self.is_settled = True
+    def end_startup(self) -> None:
+        """The first step is done: compilation, connections and caches, slow once, are over."""
+        self.is_started = True
 
     def stop(self) -> None:
         self._ended.set()
-        self._thread.join()
-        self._voice.join(ANSWER_SECONDS)
+        self._watcher.join()
+        self._publisher.join(ANSWER_SECONDS)
 
     @property
     def limit(self) -> float:
-        """Minutes."""
-        return self.minutes if self.is_settled else self.startup_minutes
+        """Minutes without progress that are allowed now."""
+        return self.minutes if self.is_started else self.startup_minutes
 
-    def find_lost(self) -> str:
-        """Which ranks have gone silent, in words; takes a few intervals. Empty where all are heard of."""
+    def find_lost_ranks(self) -> str:
+        """The silent ranks, for a message; empty if every rank is heard. Takes a few intervals."""
         self._is_ending = True
-        first = self._everyone()
+        first = self._read_heartbeats()
         if isinstance(first, str):
             return first
         time.sleep(2.5 * self.interval)
-        second = self._everyone()
+        second = self._read_heartbeats()
         if isinstance(second, str):
             return second
-        silent = [r for r in range(self.world_size) if r != self.rank and first[r].get("told") == second[r].get("told")]
+        silent = [
+            r for r in range(self.world_size) if r != self.rank and first[r].get("count") == second[r].get("count")
+        ]
         if not silent:
             return ""
-        return f"lost {self._name(silent, second, 'at step {step}, in {place}')}: dead, stopped or cut off"
+        return f"lost {self._name_ranks(silent, second, 'at step {step}, in {place}')}: dead, stopped or cut off"
 
-    def _why_stuck(self) -> str:
-        place, waits = place_of(sys._current_frames().get(self.main))
-        flag = self.flags[self.is_settled]
-        text = f"nothing moved for {self.limit:g} minutes ({flag}): {self.doing}, step {self.step}, in {place}"
+    def _explain_hang(self) -> str:
+        place, waits = describe_frame(sys._current_frames().get(self.main))
+        flag = self.flags[self.is_started]
+        text = f"no progress for {self.limit:g} minutes ({flag}): {self.activity}, step {self.step}, in {place}"
         if not waits:
-            return f"{text}; this rank is not waiting for another"
-        lost = self.find_lost()
+            return f"{text}; this rank does not wait for another"
+        lost = self.find_lost_ranks()
         if lost:
             return f"{text}; {lost}"
-        everyone = self._everyone()
-        if isinstance(everyone, str):  # the store went with a rank that was faster
+        everyone = self._read_heartbeats()
+        if isinstance(everyone, str):  # the store ended with a faster rank
             return f"{text}; {everyone}"
+        last_step = max(one.get("step", 0) for one in everyone)
         elsewhere = [r for r in range(self.world_size) if everyone[r] and not everyone[r]["waits"]]
-        behind = [
-            r
-            for r in range(self.world_size)
-            if everyone[r] and everyone[r]["step"] < max(e.get("step", 0) for e in everyone)
-        ]
+        behind = [r for r in range(self.world_size) if everyone[r] and everyone[r]["step"] < last_step]
         if elsewhere or behind:
-            return (
-                f"{text}; it waits for {self._name(elsewhere or behind, everyone, '{doing}, step {step}, in {place}')}"
-            )
+            named = self._name_ranks(elsewhere or behind, everyone, "{activity}, step {step}, in {place}")
+            return f"{text}; waits for {named}"
         others = [r for r in range(self.world_size) if r != self.rank]
-        return f"{text}; all ranks wait: {self._name(others, everyone, 'in {place}')}"
+        return f"{text}; all ranks wait: {self._name_ranks(others, everyone, 'in {place}')}"
 
-    def _name(self, ranks: list[int], records: list[dict[str, Any]], words: str, limit: int = 8) -> str:
+    def _name_ranks(self, ranks: list[int], heartbeats: list[dict[str, Any]], details: str, limit: int = 8) -> str:
         named = [
-            f"rank {r} on {records[r]['host']} ({words.format(**records[r])})" if records[r] else f"rank {r}"
+            f"rank {r} on {heartbeats[r]['host']} ({details.format(**heartbeats[r])})" if heartbeats[r] else f"rank {r}"
             for r in ranks[:limit]
         ]
         return ", ".join(named) + (f" and {len(ranks) - limit} more" if len(ranks) > limit else "")
 
-    def _quiet_first_rank(self) -> str:
-        """While others wait as long as rank 0 takes to prepare data: why there is nothing more to wait for, if so."""
+    def _explain_silent_rank_zero(self) -> str:
+        """Why the wait for rank 0's work is over; empty while rank 0 is heard."""
         now = time.monotonic()
-        answer = self._everyone(range(1))
-        if not isinstance(answer, str) and answer[0].get("told") != self._first[0]:
-            self._first = answer[0].get("told"), now
-        if now - self._first[1] <= 60 * self.limit:
+        answer = self._read_heartbeats(range(1))
+        if not isinstance(answer, str) and answer[0].get("count") != self._rank_zero[0]:
+            self._rank_zero = answer[0].get("count"), now
+        if now - self._rank_zero[1] <= 60 * self.limit:
             return ""
         what = (
             answer
             if isinstance(answer, str)
-            else f"lost {self._name([0], answer, 'in {place}')}: dead, stopped or cut off"
+            else f"lost {self._name_ranks([0], answer, 'in {place}')}: dead, stopped or cut off"
         )
-        return (
-            f"nothing heard of rank 0 for {self.limit:g} minutes ({self.flags[self.is_settled]}): {self.doing}; {what}"
-        )
+        flag = self.flags[self.is_started]
+        return f"nothing heard of rank 0 for {self.limit:g} minutes ({flag}): {self.activity}; {what}"
 
-    def _everyone(self, ranks: range | None = None) -> list[dict[str, Any]] | str:
-        """What each rank (of `ranks`) last told; {} of one that never did. Or what is wrong with the store."""
+    def _read_heartbeats(self, ranks: range | None = None) -> list[dict[str, Any]] | str:
+        """The last heartbeat of each rank (of `ranks`), {} for a rank without one; or what is wrong with the store."""
         ranks = range(self.world_size) if ranks is None else ranks
         answers: list[list[dict[str, Any]] | str] = []
+        lost = "lost the store of the run, on the first node"
 
         def ask() -> None:
             try:
@@ -206,51 +204,48 @@ class Watchdog:
                     [json.loads(self.store.get(str(r))) if self.store.check([str(r)]) else {} for r in ranks]
                 )
             except RuntimeError as error:
-                answers.append(f"lost the store of the run, on the first node ({' '.join(str(error).split())[:120]})")
+                answers.append(f"{lost} ({' '.join(str(error).split())[:120]})")
 
         asking = threading.Thread(target=ask, name="watchdog's question", daemon=True)
         asking.start()
         asking.join(ANSWER_SECONDS)
-        return (
-            answers[0]
-            if answers
-            else f"lost the store of the run, on the first node (no answer for {ANSWER_SECONDS:g} s: down or cut off)"
-        )
+        return answers[0] if answers else f"{lost} (no answer for {ANSWER_SECONDS:g} s: down or cut off)"
 
     def _publish(self) -> None:
-        place, waits = place_of(sys._current_frames().get(self.main))
-        self.told += 1
-        facts = {
-            "told": self.told,
+        place, waits = describe_frame(sys._current_frames().get(self.main))
+        self.count += 1
+        heartbeat = {
+            "count": self.count,
             "step": self.step,
-            "doing": self.doing,
+            "activity": self.activity,
             "place": place,
             "waits": waits,
             "host": platform.node(),
         }
-        self.store.set(str(self.rank), json.dumps(facts))
+        self.store.set(str(self.rank), json.dumps(heartbeat))
 
-    def _tell(self) -> None:
+    def _publish_until_end(self) -> None:
         while not self._ended.wait(self.interval):
             try:
                 self._publish()
-            except RuntimeError:  # the first node is gone; the collectives will say so
+            except RuntimeError:  # the first node is gone; collectives fail by themselves
                 return
 
     def _watch(self) -> None:
         while not self._ended.wait(self.interval):
             if self.parent is not None and os.getppid() != self.parent:
-                self.on_stuck(f"torchrun, process {self.parent}, is gone: it could no longer end this rank")
+                self.on_hang(f"torchrun, process {self.parent}, is gone: it could no longer end this rank")
                 return
             if self._is_ending:
                 continue
             try:
-                if self.is_patient:
-                    reason = self._quiet_first_rank() if self.rank else ""
+                if self.is_suspended:
+                    reason = self._explain_silent_rank_zero() if self.rank else ""
                 else:
-                    reason = self._why_stuck() if time.monotonic() - self._moved > 60 * self.limit else ""
-            except Exception as error:  # a run that hangs must end even if it cannot be told why
-                reason = f"nothing moved for {self.limit:g} minutes: {self.doing}, step {self.step}; no more is known ({error!r})"
+                    hangs = time.monotonic() - self._last_progress > 60 * self.limit
+                    reason = self._explain_hang() if hangs else ""
+            except Exception as error:  # a run that hangs must end, also without an explanation
+                reason = f"no progress for {self.limit:g} minutes: {self.activity}, step {self.step} ({error!r})"
             if reason:
-                self.on_stuck(reason)
+                self.on_hang(reason)
                 return

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.arguments import build_parser
+
 from cp.support import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import train
 from checkpoint.files import checkpoints, find_checkpoint, read_run_facts
 from checkpoint.saver import load_checkpoint
 from data.blend import parse_blend
@@ -33,7 +32,7 @@ from model.transformer import GPTOptions
 from parallel.grid import GridSizes, build_grid
 from runtime.distributed import Launch, cuda_device_count, initialise_distributed
 from tools.kv_cache import CachedAttention, continue_text
-from utils.errors import UserError
+from utils.errors import UserError, run_tool
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -167,25 +166,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     flags = build_parser().parse_args(argv)
-    with train.one_line_refusals():
-        for name, legal, words in (
-            ("tokens", flags.tokens >= 1, "at least 1"),
-            ("temperature", 0 <= flags.temperature < float("inf"), "0 or more"),
-            ("top-p", 0 < flags.top_p <= 1, "above 0 and at most 1"),
-        ):
-            if not legal:
-                raise UserError(f"--{name} {getattr(flags, name.replace('-', '_'))}: must be {words}")
-        prompts = list(flags.prompt)
-        if flags.prompt_file:
-            if not flags.prompt_file.is_file():
-                raise UserError(f"--prompt-file {flags.prompt_file}: no such file")
-            prompts.append(flags.prompt_file.read_text("utf-8"))
-        checkpoint = find_in(flags.load)
-        facts = read_run_facts(checkpoint)
-        config, tokenizer = config_of(facts, checkpoint), tokenizer_of(flags, checkpoint, facts["tokenizer"])
-        kind = ("cuda" if cuda_device_count() else "cpu") if flags.device == "auto" else flags.device
-        device, _ = initialise_distributed(Launch(), kind, timeout=timedelta(minutes=10))
-        model = load_model(checkpoint, config, device=device, dtype=DTYPES[flags.dtype])
+    for name, legal, words in (
+        ("tokens", flags.tokens >= 1, "at least 1"),
+        ("temperature", 0 <= flags.temperature < float("inf"), "0 or more"),
+        ("top-p", 0 < flags.top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not legal:
+            raise UserError(f"--{name} {getattr(flags, name.replace('-', '_'))}: must be {words}")
+    prompts = list(flags.prompt)
+    if flags.prompt_file:
+        if not flags.prompt_file.is_file():
+            raise UserError(f"--prompt-file {flags.prompt_file}: no such file")
+        prompts.append(flags.prompt_file.read_text("utf-8"))
+    checkpoint = find_in(flags.load)
+    facts = read_run_facts(checkpoint)
+    config, tokenizer = config_of(facts, checkpoint), tokenizer_of(flags, checkpoint, facts["tokenizer"])
+    kind = ("cuda" if cuda_device_count() else "cpu") if flags.device == "auto" else flags.device
+    device, _ = initialise_distributed(Launch(), kind, timeout=timedelta(minutes=10))
+    model = load_model(checkpoint, config, device=device, dtype=DTYPES[flags.dtype])
     for prompt in prompts or [""]:
         ids = tokenizer.encode(prompt).tolist() or [tokenizer.eod]
         trained_on = facts.get("--seq-length")
@@ -209,4 +207,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(main))

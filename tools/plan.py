@@ -13,23 +13,24 @@ import io
 import json
 import math
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from config.schema import RunConfig
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-import train
-from config.arguments import model_config, parse_arguments, resolve
-from model.config import GPTConfig, padded_vocab_size
+from config.cli import parse_arguments
+from config.validate import resolve
+from model.config import GPTConfig
 from planner.estimate import data_of, describe_rows, make_plan, parse_lengths, plan_text, worst_memory
 from planner.memory import stage_parameters
 from training.flops import PEAK_TFLOPS
-from utils.errors import UserError
+from utils.errors import UserError, run_tool
 
 AXES = ("pp", "dp_replicate", "cp", "tp")  # dp_shard is what is left
 STORED = 4  # bytes of a weight, a moment
@@ -69,19 +70,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolved(words: list[str], world: int, node: int) -> Namespace:
+def resolved(words: list[str], world: int, node: int) -> RunConfig:
     """Raises ValueError where train.py would refuse."""
-    args = parse_arguments(words)
-    if args.device == "auto":
-        args.device = "cuda"
-    planned = "te" if args.transformer_impl == "te" else "torch"
+    config = parse_arguments(words)
+    if config.parallel.device == "auto":
+        config.parallel.device = "cuda"
+    planned = "te" if config.model.transformer_impl == "te" else "torch"
     if planned == "te":  # which need not be here, and whose 8 bits are planned as bf16
-        args.fp8, args.fp8_first_last_bf16 = "none", False
-        args.cp_backend = "native" if args.cp_backend == "te" else args.cp_backend
-    args.transformer_impl = "torch"
-    resolve(args, world_size=world, local_world_size=min(node, world), cuda_devices=lambda: node)
-    args.transformer_impl = planned
-    return args
+        config.model.fp8, config.model.fp8_first_last_bf16 = "none", False
+        config.parallel.cp_backend = "native" if config.parallel.cp_backend == "te" else config.parallel.cp_backend
+    config.model.transformer_impl = "torch"
+    resolve(config, world_size=world, local_world_size=min(node, world), cuda_devices=lambda: node)
+    config.model.transformer_impl = planned
+    return config
 
 
 def legal_values(words: list[str], world: int, node: int) -> dict[str, list[int]]:
@@ -96,7 +97,7 @@ def legal_values(words: list[str], world: int, node: int) -> dict[str, list[int]
     return found
 
 
-def layouts(words: list[str], world: int, node: int) -> Iterator[Namespace]:
+def layouts(words: list[str], world: int, node: int) -> Iterator[RunConfig]:
     """Every legal layout; recomputing none, selective, full of each."""
     divisors = [n for n in range(1, world + 1) if world % n == 0]
     for pp in divisors:
@@ -108,18 +109,21 @@ def layouts(words: list[str], world: int, node: int) -> Iterator[Namespace]:
                         yield resolved([*words, *map(str, sizes), "--recompute", recompute], world, node)
 
 
-def estimated_seconds(args: Namespace, config: GPTConfig, plan: Any, node: int) -> float:
+def estimated_seconds(config: RunConfig, architecture: GPTConfig, plan: Any, node: int) -> float:
     """For the order of layouts only, not a measurement: half the peak of an H100 for the computation, stretched by recomputing,
     imbalance and the pipeline's idle time, and each axis's bytes at the speed of the slowest link it crosses, as far as they are exposed.
     """
-    world = args.pp_size * args.dp_replicate_size * args.dp_shard_size * args.cp_size * args.tp_size
+    world = config.parallel.world_size
     peak = dict(PEAK_TFLOPS)["H100"] * 1e12 / 2
-    seconds = plan.flops / world / peak * AGAIN[args.recompute] * plan.rows.cp_balance / (1 - plan.bubble)
+    seconds = plan.flops / world / peak * AGAIN[config.training.recompute] * plan.rows.cp_balance / (1 - plan.bubble)
     reach = {
-        "tp": args.tp_size,
-        "cp": args.tp_size * args.cp_size,
-        "fsdp": args.tp_size * args.cp_size * args.dp_shard_size,
-        "dp_replicate": args.tp_size * args.cp_size * args.dp_shard_size * args.dp_replicate_size,
+        "tp": config.parallel.tp_size,
+        "cp": config.parallel.tp_size * config.parallel.cp_size,
+        "fsdp": config.parallel.tp_size * config.parallel.cp_size * config.parallel.dp_shard_size,
+        "dp_replicate": config.parallel.tp_size
+        * config.parallel.cp_size
+        * config.parallel.dp_shard_size
+        * config.parallel.dp_replicate_size,
         "pp": world,
     }
     return seconds + sum(
@@ -132,26 +136,24 @@ def ranked(
 ) -> list[tuple[float, Any, Any]]:
     """(estimated seconds, flags, plan) of the layouts that fit, best first."""
     found, rows = [], {}  # type: ignore[var-annotated]
-    for args in layouts(words, world, node):
-        config = model_config(
-            args, vocab_size=vocab, padded_vocab_size=padded_vocab_size(vocab, args.make_vocab_size_divisible_by)
-        )
+    for config in layouts(words, world, node):
+        architecture = config.model.architecture(vocab)
         limit = ROOM * memory * 2**30
-        own = stage_parameters(args, config, 0) // (args.dp_shard_size * args.cp_size)
+        own = stage_parameters(config, architecture, 0) // (config.parallel.dp_shard_size * config.parallel.cp_size)
         if 3 * STORED * own > limit:  # weights and moments alone
             continue
-        needed = worst_memory(args, config)
+        needed = worst_memory(config, architecture)
         if needed.peak > limit:
             continue
-        key = (args.cp_size, args.cp_layout, args.document_alignment)
+        key = (config.parallel.cp_size, config.parallel.cp_layout, config.data.document_alignment)
         if key not in rows:
-            rows[key] = describe_rows(args, lengths)
-        plan = make_plan(args, config, lengths, needed, rows[key])
-        found.append((estimated_seconds(args, config, plan, node), args, plan))
+            rows[key] = describe_rows(config, lengths)
+        plan = make_plan(config, architecture, lengths, needed, rows[key])
+        found.append((estimated_seconds(config, architecture, plan, node), config, plan))
     return sorted(found, key=lambda one: one[0])
 
 
-def check_numbers(own: Namespace) -> None:
+def check_numbers(own: argparse.Namespace) -> None:
     """Raises ValueError for a size or count below 1, or a memory that is none."""
     for name in ("world_size", "node_size", "vocab_size", "most"):
         value = getattr(own, name)
@@ -163,56 +165,53 @@ def check_numbers(own: Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     own, words = build_parser().parse_known_args(argv)
-    with train.one_line_refusals():
-        check_numbers(own)
-        node = own.node_size or min(8, own.world_size)
-        if own.world_size % node:
-            raise UserError(f"--world-size {own.world_size}: must be a multiple of --node-size {node}")
-        if own.rank_layouts and not own.gpu_memory:
-            raise UserError("--rank-layouts needs --gpu-memory: what shall they fit into?")
-        first = parse_arguments(words)
-        vocab, lengths = data_of(first)
-        vocab = own.vocab_size or vocab
-        lengths = parse_lengths(own.lengths, np.random.default_rng(first.seed)) if own.lengths else lengths
-        if own.rank_layouts:
-            best = ranked(words, own.world_size, node, own.gpu_memory, vocab, lengths)
-            if not best:
-                fit = f"fits into {ROOM:.0%} of {own.gpu_memory:g} GiB"
-                raise UserError(f"no layout of {own.world_size} ranks {fit}: more ranks, or smaller rows")
-            if own.json:
-                print(
-                    json.dumps(
-                        {"fitting": len(best), "layouts": [_ranked_facts(*one) for one in best[: own.most]]}, indent=1
-                    )
-                )
-            else:
-                _print_ranked(best[: own.most], len(best), own.gpu_memory)
-            return 0
-        args = resolved(words, own.world_size, node)
-        config = model_config(
-            args, vocab_size=vocab, padded_vocab_size=padded_vocab_size(vocab, args.make_vocab_size_divisible_by)
-        )
+    check_numbers(own)
+    node = own.node_size or min(8, own.world_size)
+    if own.world_size % node:
+        raise UserError(f"--world-size {own.world_size}: must be a multiple of --node-size {node}")
+    if own.rank_layouts and not own.gpu_memory:
+        raise UserError("--rank-layouts needs --gpu-memory: what shall they fit into?")
+    first = parse_arguments(words)
+    vocab, lengths = data_of(first.data)
+    vocab = own.vocab_size or vocab
+    lengths = parse_lengths(own.lengths, np.random.default_rng(first.training.seed)) if own.lengths else lengths
+    if own.rank_layouts:
+        best = ranked(words, own.world_size, node, own.gpu_memory, vocab, lengths)
+        if not best:
+            fit = f"fits into {ROOM:.0%} of {own.gpu_memory:g} GiB"
+            raise UserError(f"no layout of {own.world_size} ranks {fit}: more ranks, or smaller rows")
         if own.json:
-            plan = make_plan(args, config, lengths)
-            print(json.dumps(asdict(plan), indent=1))
-            return 0
-        print(plan_text(args, config, lengths))
-        if own.gpu_memory:
-            share = make_plan(args, config, lengths).memory.peak / 2**30 / own.gpu_memory
-            verdict = "yes" if share <= ROOM else "NO"
-            print(f"{'fits':<14} {verdict}: {share:.0%} of {own.gpu_memory:g} GiB, of which {ROOM:.0%} may be planned")
-        with contextlib.redirect_stderr(io.StringIO()):
-            legal = legal_values(words, own.world_size, node)
-        print(
-            f"{'legal sizes':<14} "
-            + "; ".join(f"{axis} {', '.join(map(str, sizes)) or 'none'}" for axis, sizes in legal.items())
-        )
+            print(
+                json.dumps(
+                    {"fitting": len(best), "layouts": [_ranked_facts(*one) for one in best[: own.most]]}, indent=1
+                )
+            )
+        else:
+            _print_ranked(best[: own.most], len(best), own.gpu_memory)
+        return 0
+    config = resolved(words, own.world_size, node)
+    architecture = config.model.architecture(vocab)
+    if own.json:
+        plan = make_plan(config, architecture, lengths)
+        print(json.dumps(asdict(plan), indent=1))
+        return 0
+    print(plan_text(config, architecture, lengths))
+    if own.gpu_memory:
+        share = make_plan(config, architecture, lengths).memory.peak / 2**30 / own.gpu_memory
+        verdict = "yes" if share <= ROOM else "NO"
+        print(f"{'fits':<14} {verdict}: {share:.0%} of {own.gpu_memory:g} GiB, of which {ROOM:.0%} may be planned")
+    with contextlib.redirect_stderr(io.StringIO()):
+        legal = legal_values(words, own.world_size, node)
+    print(
+        f"{'legal sizes':<14} "
+        + "; ".join(f"{axis} {', '.join(map(str, sizes)) or 'none'}" for axis, sizes in legal.items())
+    )
     return 0
 
 
-def _ranked_facts(seconds: float, args: Namespace, plan: Any) -> dict[str, Any]:
-    sizes = {f"{axis}_size": getattr(args, f"{axis}_size") for axis in (*AXES, "dp_shard")}
-    return {**sizes, "recompute": args.recompute, "estimated_seconds": seconds, "plan": asdict(plan)}
+def _ranked_facts(seconds: float, config: RunConfig, plan: Any) -> dict[str, Any]:
+    sizes = {f"{axis}_size": getattr(config.parallel, f"{axis}_size") for axis in (*AXES, "dp_shard")}
+    return {**sizes, "recompute": config.training.recompute, "estimated_seconds": seconds, "plan": asdict(plan)}
 
 
 def _print_ranked(best: list[tuple[float, Any, Any]], found: int, memory: float) -> None:
@@ -232,13 +231,13 @@ def _print_ranked(best: list[tuple[float, Any, Any]], found: int, memory: float)
         "estimate": 9,
     }
     print(" ".join(f"{name:>{w}}" if w > 0 else f"{name:<{-w}}" for name, w in widths.items()))
-    for seconds, args, plan in best:
+    for seconds, config, plan in best:
         print(
-            f"{args.pp_size:>3} {args.tp_size:>3} {args.cp_size:>3} {args.dp_shard_size:>8} {args.recompute:<10} "
+            f"{config.parallel.pp_size:>3} {config.parallel.tp_size:>3} {config.parallel.cp_size:>3} {config.parallel.dp_shard_size:>8} {config.training.recompute:<10} "
             f"{plan.memory.peak / 2**30:>7.1f} {plan.bubble:>6.1%} {plan.rows.cp_balance:>8.3f} {sum(plan.sent.values()) / 2**30:>9.2f} "
             f"{seconds:>7.2f} s"
         )
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(main))

@@ -22,10 +22,11 @@ import json
 import math
 import sys
 import time
-from copy import copy
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+from config.schema import RunConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,34 +34,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import train
 from checkpoint.saver import whole_tensors
-from config.arguments import model_config, parse_arguments, resolve
+from config.cli import parse_arguments
+from config.validate import resolve
 from cp.attention import build_attention
 from cp.dropout_attention import AttentionDropout
 from cp.layout import document_unit
 from cp.packed_seq import PackedSeq
 from cp.support import AttentionChoice, cells
-from data.batch import Batch, BatchPlan, build_batch
+from data.batch import Batch, build_batch
 from data.dataset import PackedSample
 from data.packing import resolve_packing
-from model.config import GPTConfig, padded_vocab_size
+from model.config import GPTConfig
 from model.gpt import GPT, Stages
 from model.init import initialise
 from model.transformer import GPTOptions
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_, shard_model
-from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes, build_grid
+from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes
 from runtime.distributed import (
+    build_run_grid,
+    collective_timeout,
     cuda_device_count,
-    group_backend,
     initialise_distributed,
-    on_rank_zero_first,
     read_launch,
+    read_ranks,
+    run_on_rank_zero_first,
 )
+from training.build import COMPUTE_DTYPES, build_batch_plan, build_data, build_model, build_pipeline
 from training.optimizer import build_optimizer
 from training.step import Pipeline, forward_backward, get_norm_owned_names
-from utils.errors import UserError
+from utils.errors import UserError, run_tool
 
 TOLERANCE = 4.0  # an error may be this many times its noise floor
 QUERY_CHUNK = 1024  # rows of scores that exist at a time in the reference attention
@@ -155,13 +159,11 @@ def run_step(
     batches: list[Batch],
     grid: Grid,
     device: torch.device,
-    args: argparse.Namespace,
+    config: RunConfig,
     pipeline: Pipeline | None = None,
 ) -> Outcome:
     """Forward, backward and one AdamW step, as train.py does them, without clipping."""
-    optimizer = build_optimizer(
-        model, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay
-    )
+    optimizer = build_optimizer(model, config.training)
     tokens = torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64, device=device)
     tokens = sum_over(tokens, grid.group("batch"))
     start = time.perf_counter()
@@ -187,8 +189,8 @@ def one_rank_grid() -> Grid:
 
 
 def run_one_rank(
-    args: argparse.Namespace,
-    config: GPTConfig,
+    config: RunConfig,
+    architecture: GPTConfig,
     rows: list[PackedSample],
     grid: Grid,
     device: torch.device,
@@ -198,30 +200,30 @@ def run_one_rank(
 ) -> Outcome:
     """The whole work on this rank: in float64 with the reference attention, or in the run's dtype with the native one."""
     alone = AttentionChoice(
-        backend="native", method="all_gather", qkv_format=args.qkv_format, layout="contiguous", cp_size=1
+        backend="native", method="all_gather", qkv_format=config.data.qkv_format, layout="contiguous", cp_size=1
     )
-    attention = reference_attention if reference else build_attention(alone, head_dim=config.kv_channels)
+    attention = reference_attention if reference else build_attention(alone, head_dim=architecture.kv_channels)
     with torch.device("meta"):
         model = GPT(
-            config,
+            architecture,
             attention=attention,
             cp_group=grid.group("cp"),
             options=GPTOptions(
                 dtype=torch.float64 if dtype == "fp64" else torch.float32,
-                dropout_seed=args.seed,
-                loss_chunk_size=args.loss_chunk_size,
-                z_loss=args.z_loss,
+                dropout_seed=config.training.seed,
+                loss_chunk_size=config.training.loss_chunk_size,
+                z_loss=config.training.z_loss,
             ),
         )
-    compute = train.COMPUTE_DTYPES[dtype]
+    compute = COMPUTE_DTYPES[dtype]
     shard_model(
         model, model.layers.values(), grid, device_type=device.type, compute_dtype=compute, reshard_after_forward=False
     )
-    initialise(model, config, seed=args.seed, device=device)
+    initialise(model, architecture, seed=config.training.seed, device=device)
     batches = [
-        build_batch([row], cp_size=1, cp_rank=0, qkv_format=args.qkv_format, layout="contiguous") for row in rows
+        build_batch([row], cp_size=1, cp_rank=0, qkv_format=config.data.qkv_format, layout="contiguous") for row in rows
     ]
-    return run_step(model, batches, grid, device, args)
+    return run_step(model, batches, grid, device, config)
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -230,7 +232,7 @@ def relative(got: Tensor, want: Tensor) -> float:
     return (got - want).norm().item() / (size or 1.0)
 
 
-def step_noise(grad: Tensor, weight: Tensor, floor: float, args: argparse.Namespace, draws: int = 8) -> float:
+def step_noise(grad: Tensor, weight: Tensor, floor: float, config: RunConfig, draws: int = 8) -> float:
     """How far noise of relative size `floor` in a gradient moves the weight in AdamW's first step, root mean square.
 
     That step is lr * g / (|g| + eps): elements near 0 change sign, so its noise is far larger than the gradient's and, for
@@ -241,20 +243,22 @@ def step_noise(grad: Tensor, weight: Tensor, floor: float, args: argparse.Namesp
     total = 0.0
     for _ in range(draws):
         noisy = grad + scale * torch.randn(grad.shape, generator=generator, dtype=grad.dtype)
-        moved = args.lr * (noisy / (noisy.abs() + args.adam_eps) - grad / (grad.abs() + args.adam_eps))
+        moved = config.training.lr * (
+            noisy / (noisy.abs() + config.training.adam_eps) - grad / (grad.abs() + config.training.adam_eps)
+        )
         total += (moved.norm() / weight.norm()).item() ** 2
     return (total / draws) ** 0.5
 
 
-def compare(got: Outcome, noisy: Outcome, exact: Outcome, args: argparse.Namespace) -> tuple[Line, ...]:
+def compare(got: Outcome, noisy: Outcome, exact: Outcome, config: RunConfig) -> tuple[Line, ...]:
     """The figures of a layout. Worst means furthest above its own floor.
 
     A floor is measured once and can be small by luck. So a tensor's counts as at least the mean of its kind and the
     dtype's unit roundoff, a weight's as at least what its gradient's floor makes of it in the optimiser, and a scalar's as
     at least the roundoff; in bf16, where scalars are sums of many terms taken in fp32, as a sixteenth of it.
     """
-    unit = torch.finfo(train.COMPUTE_DTYPES[args.dtype]).eps / 2
-    scalar_unit = unit / 16 if args.dtype == "bf16" else 2 * unit
+    unit = torch.finfo(COMPUTE_DTYPES[config.training.dtype]).eps / 2
+    scalar_unit = unit / 16 if config.training.dtype == "bf16" else 2 * unit
     lines = []
     for what in ("loss", "grad_norm"):
         values = [getattr(outcome, what) for outcome in (got, noisy, exact)]
@@ -278,87 +282,74 @@ def compare(got: Outcome, noisy: Outcome, exact: Outcome, args: argparse.Namespa
         if what == "grads":
             grad_floors = floors
         else:
-            floors = {n: max(f, step_noise(exact.grads[n], wanted[n], grad_floors[n], args)) for n, f in floors.items()}
+            floors = {
+                n: max(f, step_noise(exact.grads[n], wanted[n], grad_floors[n], config)) for n, f in floors.items()
+            }
         each = [Line(what, relative(tensors[n], w), floors[n], n) for n, w in wanted.items()]
         lines.append(max(each, key=lambda line: line.ratio if line.ratio == line.ratio else float("inf")))
     return tuple(lines)
 
 
 class Verifier:
-    """Keeps what several layouts are compared with: rows, and one rank's outcomes, by what they depend on."""
+    """Verifies layouts, and keeps what several layouts are compared with: rows, and one rank's outcomes."""
 
     def __init__(
-        self, args: argparse.Namespace, grid: Grid, device: torch.device, *, layers: int, sequences: int | None
+        self, config: RunConfig, grid: Grid, device: torch.device, *, layers: int, samples: int | None
     ) -> None:
         self.grid, self.device = grid, device
-        stages, ends = (
-            args.pp_size * args.virtual_stages,
-            [n for n in (args.first_stage_layers, args.last_stage_layers) if n is not None],
-        )
-        self.layers = min(
-            max(layers, sum(ends) + stages - len(ends)), args.num_layers
-        )  # at least one a stage, and what flags give the ends
-        self.num_sequences = sequences or args.micro_batch_size * grid.size("batch") * grid.size(
-            "pp"
-        )  # a microbatch a stage
-        unit = args.micro_batch_size * grid.size("batch")
-        if self.num_sequences % unit:
+        parallel = config.parallel
+        ends = [n for n in (parallel.first_stage_layers, parallel.last_stage_layers) if n is not None]
+        # At least one layer a stage, and those that flags give to the first and last stage.
+        fewest = sum(ends) + parallel.pp_size * parallel.virtual_stages - len(ends)
+        self.layers = min(max(layers, fewest), config.model.num_layers)
+        unit = config.training.micro_batch_size * grid.size("batch")
+        self.num_samples = samples or unit * grid.size("pp")  # a microbatch a stage
+        if self.num_samples % unit:
             raise UserError(
-                f"--verify-sequences {self.num_sequences} is not a multiple of micro batch * data ranks = {unit}"
+                f"--verify-sequences {self.num_samples} is not a multiple of micro batch * data ranks = {unit}"
             )
         self.alone = one_rank_grid()
         self._rows: dict[tuple, tuple[GPTConfig, list[PackedSample]]] = {}
         self._outcomes: dict[tuple, Outcome] = {}
 
-    def _data(self, args: argparse.Namespace) -> tuple[GPTConfig, list[PackedSample]]:
-        key = (args.qkv_format, args.packing, args.document_alignment)
+    def _data(self, config: RunConfig) -> tuple[GPTConfig, list[PackedSample]]:
+        key = (config.data.qkv_format, config.data.packing, config.data.document_alignment)
         if key not in self._rows:
-            tokenizer, sequences, _ = on_rank_zero_first(lambda: train.build_data(args))
-            shape = copy(args)
-            shape.num_layers = self.layers
-            vocab = padded_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by)
-            config = model_config(shape, vocab_size=tokenizer.vocab_size, padded_vocab_size=vocab)
-            self._rows[key] = config, [sequences.sample(n) for n in range(self.num_sequences)]
+            data = run_on_rank_zero_first(lambda: build_data(config))
+            architecture = config.model.architecture(data.tokenizer.vocab_size, num_layers=self.layers)
+            self._rows[key] = architecture, [data.train.sample(n) for n in range(self.num_samples)]
         return self._rows[key]
 
-    def _one_rank(self, args: argparse.Namespace, *, dtype: str, reference: bool) -> Outcome:
-        key = (args.qkv_format, args.document_alignment, dtype, reference)
+    def _one_rank(self, config: RunConfig, *, dtype: str, reference: bool) -> Outcome:
+        key = (config.data.qkv_format, config.data.document_alignment, dtype, reference)
         if key not in self._outcomes:
-            config, rows = self._data(args)
+            architecture, rows = self._data(config)
             self._outcomes[key] = run_one_rank(
-                args, config, rows, self.alone, self.device, dtype=dtype, reference=reference
+                config, architecture, rows, self.alone, self.device, dtype=dtype, reference=reference
             )
         return self._outcomes[key]
 
-    def verify(self, args: argparse.Namespace) -> Report | None:
-        """Collective. The report of the layout that resolved `args` ask for, on rank 0."""
-        config, rows = self._data(args)
-        model = train.build_model(args, config, self.grid, self.device)
-        plan = BatchPlan.from_grid(
-            self.grid,
-            global_batch_size=self.num_sequences,
-            micro_batch_size=args.micro_batch_size,
-            qkv_format=args.qkv_format,
-            layout=args.cp_layout,
-            pad_rows=args.pad_rows,
-        )
+    def verify(self, config: RunConfig) -> Report | None:
+        """The report of the layout of resolved flags, on rank 0. Collective."""
+        architecture, rows = self._data(config)
+        model = build_model(config, architecture, self.grid, self.device)
+        plan = replace(build_batch_plan(config, self.grid), global_batch_size=self.num_samples)
         batches = [
             plan.build_batch([rows[n] for n in plan.sample_numbers(0, microbatch)], step=0)
             for microbatch in range(plan.num_microbatches)
         ]
-        pipeline = train.build_pipeline(args, model, config, self.grid, self.device, plan.num_microbatches)
-        got = run_step(model, batches, self.grid, self.device, args, pipeline)
+        pipeline = build_pipeline(config, model, self.grid, self.device, plan.num_microbatches)
+        got = run_step(model, batches, self.grid, self.device, config, pipeline)
         report = None
         try:
             if dist.get_rank() == 0:
-                exact = self._one_rank(args, dtype="fp64", reference=True)
-                noisy = self._one_rank(args, dtype=args.dtype, reference=False)
-                title = (
-                    f"{args.attention.backend} {args.attention.method} {args.qkv_format} {args.cp_layout} {args.dtype}"
-                )
-                report = Report(title, compare(got, noisy, exact, args), got.seconds)
+                exact = self._one_rank(config, dtype="fp64", reference=True)
+                noisy = self._one_rank(config, dtype=config.training.dtype, reference=False)
+                attention = config.parallel.attention
+                title = f"{attention.backend} {attention.method} {config.data.qkv_format} {config.parallel.cp_layout}"
+                report = Report(f"{title} {config.training.dtype}", compare(got, noisy, exact, config), got.seconds)
         finally:
-            dist.barrier()  # also where the references fail: the other ranks wait here, and would meet rank 0's next layout out of step
+            dist.barrier()  # also after an error: the other ranks wait here, and the next layout starts in step
         return report
 
 
@@ -367,29 +358,31 @@ LIBRARIES = {"te": ("transformer_engine",), "ring": ("ring_flash_attn",)}
 CUDA_LIBRARIES = LIBRARIES | {"ring": ("ring_flash_attn", "flash_attn")}
 
 
-def cells_of(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """Resolved flags of every cell of the table for the run's cp size and device, all over documents of one alignment.
+def cells_of(config: RunConfig) -> list[RunConfig]:
+    """Resolved flags of every cell of the support table for the run's cp size and device, with one alignment.
 
-    Backends whose library is not installed are left out, which is said.
+    Backends whose library is not installed are left out, and named.
     """
     runs = []
-    libraries = CUDA_LIBRARIES if args.device == "cuda" else LIBRARIES
-    absent = {
+    parallel = config.parallel
+    libraries = CUDA_LIBRARIES if parallel.device == "cuda" else LIBRARIES
+    missing = {
         backend: [m for m in modules if importlib.util.find_spec(m) is None] for backend, modules in libraries.items()
     }
-    for choice, dtype in cells(
-        device=args.device, cp_size=args.cp_size, heads=args.num_attention_heads, groups=args.num_query_groups
-    ):
-        if absent.get(choice.backend):
+    heads, groups = config.model.num_attention_heads, config.model.num_query_groups
+    for choice, dtype in cells(device=parallel.device, cp_size=parallel.cp_size, heads=heads, groups=groups):
+        if missing.get(choice.backend):
             if dist.get_rank() == 0:
                 cell = f"{choice.backend} {choice.method} {choice.qkv_format} {dtype}"
-                print(f"left out, {' and '.join(absent[choice.backend])} is not installed: {cell}")
+                print(f"left out, {' and '.join(missing[choice.backend])} is not installed: {cell}")
             continue
-        run = copy(args)
-        run.attention, run.dtype, run.qkv_format, run.cp_layout = choice, dtype, choice.qkv_format, choice.layout
-        run.packing = resolve_packing("auto", choice.qkv_format)
-        run.document_alignment = math.lcm(args.document_alignment, document_unit("zigzag", args.cp_size))
-        runs.append(run)
+        cell_config = deepcopy(config)
+        cell_config.parallel.attention, cell_config.parallel.cp_layout = choice, choice.layout
+        cell_config.training.dtype, cell_config.data.qkv_format = dtype, choice.qkv_format
+        cell_config.data.packing = resolve_packing("auto", choice.qkv_format)
+        unit = document_unit("zigzag", parallel.cp_size)
+        cell_config.data.document_alignment = math.lcm(config.data.document_alignment, unit)
+        runs.append(cell_config)
     return runs
 
 
@@ -415,70 +408,66 @@ def print_summary(reports: list[Report]) -> None:
     print(f"\nEach number is error / noise floor; up to {TOLERANCE:g} agrees.", flush=True)
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--verify-layers", type=int, default=2)
+    parser.add_argument("--verify-sequences", type=int)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--json")
+    return parser
+
+
+def write_json(path: Path, grid: Grid, reports: list[Report]) -> None:
+    layouts = [
+        {
+            "title": report.title,
+            "passed": report.passed,
+            "seconds": report.seconds,
+            "figures": [asdict(line) | {"ratio": line.ratio} for line in report.lines],
+        }
+        for report in reports
+    ]
+    path.write_text(json.dumps({"grid": grid.describe(), "layouts": layouts}, indent=1))
+
+
 def main(argv: list[str]) -> int:
-    with train.one_line_refusals():
-        launch = read_launch()
-        own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        own.add_argument("--verify-layers", type=int, default=2)
-        own.add_argument("--verify-sequences", type=int)
-        own.add_argument("--all", action="store_true")
-        own.add_argument("--json")
-        flags, rest = own.parse_known_args(argv)
-        args = parse_arguments(rest)
-        resolve(
-            args, world_size=launch.world_size, local_world_size=launch.local_world_size, cuda_devices=cuda_device_count
-        )
-        if args.fp8 != "none":  # whose noise is far above any floor, whatever the layout
-            if launch.rank == 0:
-                print(f"--fp8 {args.fp8}: the layout is checked in bf16")
-            args.fp8, args.fp8_first_last_bf16 = "none", False
-        if "-h" in rest or "--help" in rest:
-            return 0
-    device, _ = initialise_distributed(launch, args.device, timeout=timedelta(minutes=args.distributed_timeout_minutes))
-    grid = build_grid(
-        GridSizes(
-            pp=args.pp_size,
-            dp_replicate=args.dp_replicate_size,
-            dp_shard=args.dp_shard_size,
-            cp=args.cp_size,
-            tp=args.tp_size,
-        ),
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
-        backend=group_backend(device),
+    own, rest = build_parser().parse_known_args(argv)
+    launch = read_launch()
+    config = parse_arguments(rest)
+    resolve(
+        config,
+        world_size=launch.world_size,
+        local_world_size=launch.local_world_size,
+        cuda_devices=cuda_device_count,
     )
-    with train.one_line_refusals():
-        verifier = Verifier(args, grid, device, layers=flags.verify_layers, sequences=flags.verify_sequences)
+    if config.model.fp8 != "none":  # its noise is far above any floor, whatever the layout
+        if launch.rank == 0:
+            print(f"--fp8 {config.model.fp8}: the layout is checked in bf16")
+        config.model.fp8, config.model.fp8_first_last_bf16 = "none", False
+    timeout = collective_timeout(config.parallel)
+    device, _ = initialise_distributed(launch, config.parallel.device, timeout=timeout)
+    grid = build_run_grid(config.parallel, device)
+    verifier = Verifier(config, grid, device, layers=own.verify_layers, samples=own.verify_sequences)
     if launch.rank == 0:
-        print(
-            f"{grid.describe()}; {verifier.layers} layers, {verifier.num_sequences} sequences of {args.seq_length}; device {args.device}"
-        )
+        size = f"{verifier.layers} layers, {verifier.num_samples} samples of {config.data.seq_length}"
+        print(f"{grid.describe()}; {size}; device {config.parallel.device}")
     reports = []
-    for run in cells_of(args) if flags.all else [args]:
-        with train.one_line_refusals():
-            report = verifier.verify(run)
+    for run in cells_of(config) if own.all else [config]:
+        report = verifier.verify(run)
         if report is not None:
             print_report(report)
             reports.append(report)
     failed = torch.tensor([float(not all(report.passed for report in reports))])
     dist.broadcast(failed, src=0)
     if launch.rank == 0:
-        if flags.all:
+        if own.all:
             print_summary(reports)
-        if flags.json:
-            layouts = [
-                {
-                    "title": r.title,
-                    "passed": r.passed,
-                    "seconds": r.seconds,
-                    "figures": [asdict(line) | {"ratio": line.ratio} for line in r.lines],
-                }
-                for r in reports
-            ]
-            Path(flags.json).write_text(json.dumps({"grid": grid.describe(), "layouts": layouts}, indent=1))
+        if own.json:
+            write_json(Path(own.json), grid, reports)
     dist.barrier()
     dist.destroy_process_group()
     return int(failed.item())
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(main, prints=read_ranks()[1] == 0))

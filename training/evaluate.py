@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
-from data.batch import Batch
+from data.batch import Batch, BatchPlan
+from data.dataset import BlendedDataset, SampleDataset
+from data.loader import build_loader
+from metrics.log import MetricsLog
+from metrics.timers import Timers
 from model.gpt import GPT, Stages
 from parallel.collectives import sum_over
 from parallel.grid import Grid
+from runtime.distributed import Ranks
 from training.step import finish_forward, forward_only
 from utils.errors import UserError
 
 
 def batched(items: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Lists of up to `size` consecutive items (itertools.batched comes with Python 3.12)."""
+    """Lists of up to `size` consecutive items (itertools.batched needs Python 3.12)."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
@@ -26,20 +32,21 @@ def batched(items: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 def evaluate(
     model: GPT | Stages, batches: Iterable[Batch], grid: Grid, device: torch.device, *, chunk_size: int = 8
 ) -> tuple[float, int]:
-    """Mean loss over every labelled token of the batches of the whole grid, and how many tokens that was.
+    """Mean loss over every labelled token of the batches of the whole grid, and the number of these tokens. Collective.
 
-    Token-weighted: the same number under every layout.
+    The mean is over tokens: the same number under every layout.
 
     Args:
-        batches: taken `chunk_size` at a time, so that pipeline stages work side by side.
+        batches: taken `chunk_size` at a time, so that pipeline stages overlap.
+
+    Raises:
+        UserError: no token has a label.
     """
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss sum, tokens
     for chunk in batched(batches, chunk_size):
         rows = [batch.to(device) for batch in chunk]
-        for row, (_, cross_entropy) in zip(
-            rows, forward_only(model, rows, grid), strict=False
-        ):  # nothing before the last stage
+        for row, (_, cross_entropy) in zip(rows, forward_only(model, rows, grid), strict=False):  # last stage only
             totals[0] += cross_entropy
             totals[1] += (row.labels >= 0).sum()
     finish_forward(model)
@@ -47,3 +54,43 @@ def evaluate(
     if not tokens:
         raise UserError("--eval-iters: the validation batches hold no token with a label")
     return loss_sum / tokens, int(tokens)
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Validates the model and logs the loss.
+
+    Args:
+        samples: of the validation documents; None: validation is off.
+        eval_iters: global batches of a validation, at most one epoch of `samples`.
+    """
+
+    model: GPT | Stages
+    samples: SampleDataset | None
+    batch_plan: BatchPlan
+    ranks: Ranks
+    log: MetricsLog
+    timers: Timers
+    eval_iters: int
+
+    def run(self, step: int) -> None:
+        """Validate after `step` steps, and each source of a blend by itself. Collective."""
+        if self.samples is None:
+            return
+        sources = self.samples.sources if isinstance(self.samples, BlendedDataset) else []
+        with self.timers("eval"):
+            loss, tokens = self._loss(self.samples)
+            self.log.validation(step, loss, tokens, sources={part.name: self._loss(part) for part in sources})
+
+    def _loss(self, samples: SampleDataset) -> tuple[float, int]:
+        steps = min(self.eval_iters, -(-samples.samples_per_epoch // self.batch_plan.global_batch_size))
+        batches = build_loader(
+            samples,
+            self.batch_plan,
+            steps=range(steps),
+            num_workers=0,
+            pin_memory=False,
+            limit=samples.samples_per_epoch,
+        )
+        with_heartbeats = self.ranks.watchdog.with_heartbeats(batches, "validation")
+        return evaluate(self.model, with_heartbeats, self.ranks.grid, self.ranks.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from config.schema import TrainingConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class LRSchedule:
@@ -22,7 +24,7 @@ class LRSchedule:
     wsd_decay_iters: int = 0
 
     def at(self, step: int) -> float:
-        """The rate of step `step`, counted from 0."""
+        """Learning rate of step `step`, counted from 0."""
         done = step + 1
         if done <= self.warmup_iters:
             return self.lr * done / self.warmup_iters
@@ -34,3 +36,15 @@ class LRSchedule:
         share = min(1.0, (done - begin) / max(1, self.decay_iters - begin))
         height = (1 + math.cos(math.pi * share)) / 2 if self.style == "cosine" else 1 - share
         return self.min_lr + (self.lr - self.min_lr) * height
+
+
+def build_lr_schedule(training: TrainingConfig) -> LRSchedule:
+    """The schedule of resolved flags."""
+    return LRSchedule(
+        lr=training.lr,
+        min_lr=training.min_lr,
+        warmup_iters=training.lr_warmup_iters,
+        decay_iters=training.lr_decay_iters,
+        style=training.lr_decay_style,
+        wsd_decay_iters=training.lr_wsd_decay_iters,
+    )

@@ -5,18 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from config.schema import TrainingConfig
 
-def build_optimizer(
-    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW over this rank's shards, in PyTorch's fused kernel, which every device of ours has.
 
-    Norm weights (vectors) are not decayed.
-    """
+def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over this rank's shards, with PyTorch's fused kernel. Norm weights (vectors) are not decayed."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    betas = (training.adam_beta1, training.adam_beta2)
+    return torch.optim.AdamW(groups, lr=training.lr, betas=betas, eps=training.adam_eps, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from config.schema import RunConfig
+from cp.layout import document_unit
 from cp.packed_seq import build_packed_seq
 from data.batch import Batch
+from data.tokenizer import Tokenizer
+from metrics.tensorboard import Writer
 from model.gpt import GPT, Stages
 from parallel.grid import AXES, Grid, rank_of
+from runtime.distributed import Ranks
 from training.step import finish_forward, forward_only
+from utils.logger import log
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How a prompt becomes a row. Attributes: alignment: the row's length is a multiple of this number of tokens."""
+
+    alignment: int
+    qkv_format: str
+    layout: str
+    pad_token: int
 
 
 @torch.no_grad()
@@ -21,18 +41,15 @@ def generate(
     num_tokens: int,
     grid: Grid,
     device: torch.device,
-    alignment: int,
-    qkv_format: str,
-    layout: str,
-    pad_token: int,
+    row_format: RowFormat,
     eod: int,
     temperature: float = 0.8,
     seed: int = 0,
 ) -> list[int]:
-    """Continue `prompt` by up to `num_tokens` ids; stops at `eod`. Every rank of the grid takes part.
+    """Continue `prompt` by up to `num_tokens` ids; stops at `eod`. Collective over the grid.
 
-    The text grows as one document of a padded row cut over cp, so each token costs a whole forward pass. The
-    draw is seeded and the same on every rank.
+    The text grows as one document of a padded row that is sharded over cp, so each token costs a whole forward pass.
+    The draw is seeded and equal on every rank.
 
     Args:
         prompt: at least one id.
@@ -43,13 +60,18 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
     for _ in range(num_tokens):
-        padded = np.array([-(-len(ids) // alignment) * alignment])
+        padded = np.array([-(-len(ids) // row_format.alignment) * row_format.alignment])
         packed_seq, owned = build_packed_seq(
-            np.array([len(ids)]), padded, cp_size=cp_size, cp_rank=cp_rank, qkv_format=qkv_format, layout=layout
+            np.array([len(ids)]),
+            padded,
+            cp_size=cp_size,
+            cp_rank=cp_rank,
+            qkv_format=row_format.qkv_format,
+            layout=row_format.layout,
         )
-        row = np.full(int(padded[0]), pad_token, np.int64)
+        row = np.full(int(padded[0]), row_format.pad_token, np.int64)
         row[: len(ids)] = ids
-        last = np.flatnonzero(owned == len(ids) - 1)  # one row on the rank that owns the last token, else none
+        last = np.flatnonzero(owned == len(ids) - 1)  # empty unless this rank owns the last token
         tokens = torch.from_numpy(row[owned])
         batch = Batch(tokens, tokens, packed_seq, loss_tokens=0, real_tokens=len(ids), cp_balance=1.0).to(device)
         draw = torch.zeros(1, dtype=torch.int64, device=device)
@@ -63,7 +85,7 @@ def generate(
                 draw += int(torch.multinomial(torch.softmax(total / temperature, -1), 1, generator=generator))
             else:
                 draw += int(total.argmax())
-        # One draw for all, whatever the last bit of their logits: that of the last stage's first rank.
+        # Logits may differ in the last bit between ranks: all take the draw of the last stage's first rank.
         dist.broadcast(draw, src=rank_of(grid.sizes, dict.fromkeys(AXES, 0) | {"pp": grid.size("pp") - 1}))
         chosen = int(draw)
         if chosen == eod:
@@ -71,3 +93,46 @@ def generate(
         ids.append(chosen)
     finish_forward(model)
     return ids[len(prompt) :]
+
+
+@dataclass(frozen=True)
+class TextSampler:
+    """Generates --sample-tokens from --sample-prompt and prints the text. Every rank takes part."""
+
+    model: GPT | Stages
+    tokenizer: Tokenizer
+    config: RunConfig
+    ranks: Ranks
+    writers: Sequence[Writer]
+
+    def run(self, when: str) -> None:
+        """Sample once. Collective. Args: when: such as "before training", for the title."""
+        logging, parallel = self.config.logging, self.config.parallel
+        if not logging.sample_tokens:
+            return
+        self.ranks.watchdog.heartbeat("a sample")
+        tokenizer = self.tokenizer
+        ids = generate(
+            self.model,
+            tokenizer.encode(logging.sample_prompt).tolist() or [tokenizer.eod],
+            num_tokens=logging.sample_tokens,
+            grid=self.ranks.grid,
+            device=self.ranks.device,
+            row_format=RowFormat(
+                alignment=math.lcm(
+                    self.config.data.document_alignment,
+                    document_unit("zigzag", parallel.cp_size),
+                    parallel.cp_size * parallel.tp_size,
+                ),
+                qkv_format=self.config.data.qkv_format,
+                layout=parallel.cp_layout,
+                pad_token=tokenizer.eod,
+            ),
+            eod=tokenizer.eod,
+            seed=self.config.training.seed,
+        )
+        if self.ranks.is_writer:
+            text = logging.sample_prompt + tokenizer.decode(ids)
+            log(f"\n----- sample {when} -----\n{text}\n-----\n")
+            for writer in self.writers:
+                writer.text(f"sample/{when.replace(' ', '_')}", text)

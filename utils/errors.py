@@ -1,11 +1,33 @@
-"""The error of a refusal: what a user asked for cannot be done."""
+"""Errors for the user, and how a tool ends with one."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(ValueError):
     """A flag, a file or a checkpoint that cannot be used as asked.
 
-    The message is one line: the flag or file, the numbers that clash, what to do. `train.py` and the tools print it without a
-    traceback and exit with code 2. Errors of our own code are never of this type.
+    The message is one line: the flag or file, the numbers that clash, what to do. `train.py` and the tools print it
+    without a traceback and exit with code 2. Errors of our own code are never of this type.
     """
+
+
+class CollectiveError(OSError):
+    """An I/O error that a collective operation raises on every rank, with the same message: printed once a node."""
+
+
+def run_tool(main: Callable[[list[str]], int], *, prints: bool = True) -> int:
+    """`main(sys.argv[1:])`; a UserError becomes one line on stderr and exit code 2.
+
+    Args:
+        prints: False on all ranks of a node but one, which raise the same error.
+    """
+    try:
+        return main(sys.argv[1:])
+    except UserError as error:
+        if prints:
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2

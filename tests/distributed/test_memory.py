@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from config.arguments import model_config, parse_arguments, resolve
 from torch.profiler import ProfilerActivity, profile
 
 import train
-from config.arguments import model_config, parse_arguments, resolve
 from data.batch import BatchPlan
 from data.dataset import PackedSample
 from parallel.fsdp import clip_grad_norm_

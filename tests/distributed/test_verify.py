@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from config.arguments import parse_arguments, resolve
 
 import cp.native_a2a
 import cp.native_all_gather
 import cp.native_p2p
 import data.batch
-from config.arguments import parse_arguments, resolve
 from parallel.collectives import Gather, RingShift
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.launch import ROOT, SMALL, environment, write_corpus

@@ -11,9 +11,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from config.arguments import parse_arguments, resolve
 
 import tools.verify
-from config.arguments import parse_arguments, resolve
 from cp.layout import shard_indices
 from cp.ring_flash import load_library
 from parallel.grid import Grid, GridSizes, build_grid

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from config.arguments import build_parser, model_config, parse_arguments, resolve
+
 from runtime.distributed import Launch, read_launch
 
 

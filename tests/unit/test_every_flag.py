@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from config.arguments import build_parser, parse_arguments, parse_split, resolve
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from config.arguments import build_parser, parse_arguments, parse_split, resolve
 from cp.layout import LAYOUTS
 
 ACTIONS = [action for action in build_parser()._actions if action.dest not in ("help", "config")]

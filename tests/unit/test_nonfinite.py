@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from config.arguments import parse_arguments
 from torch import nn
 
-from config.arguments import parse_arguments
 from metrics.log import NonFinite
 from parallel.grid import Grid, GridSizes, build_grid
 from runtime.nonfinite import NonFiniteGuard, StoredSequences, bad_gradients, save_step

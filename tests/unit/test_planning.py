@@ -11,8 +11,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-
 from config.arguments import model_config
+
 from cp.support import AttentionChoice
 from model.config import GPTConfig
 from planner.communication import cp_bytes

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from config.arguments import build_parser, parse_arguments, resolve
+
 from data.prepare import build_parser as prepare_parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent

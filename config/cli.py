@@ -1,0 +1,150 @@
+"""The command line and YAML presets, made from `config/schema.py`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from config.schema import Flag, RunConfig, fields_of_flags, option
+from utils.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line, without the page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def build_parser() -> OneLineParser:
+    """All flags of train.py, in the groups of `RunConfig`."""
+    parser = OneLineParser(
+        prog="train.py",
+        description="Pretrain a GPT on packed documents: torchrun --nproc-per-node 4 train.py --cp-size 4",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="flags from a YAML file (keys are the flags without leading dashes); the command line wins",
+    )
+    defaults, groups, hints = RunConfig(), {}, {}
+    for group in dataclasses.fields(RunConfig):
+        kind = type(getattr(defaults, group.name))
+        groups[group.name] = parser.add_argument_group(kind.__doc__)
+        hints[group.name] = typing.get_type_hints(kind)
+    for group_name, name, flag in fields_of_flags():
+        default = getattr(getattr(defaults, group_name), name)
+        groups[group_name].add_argument(option(name), **_argparse_options(hints[group_name][name], default, flag))
+    return parser
+
+
+def _argparse_options(hint: Any, default: Any, flag: Flag) -> dict[str, Any]:
+    """Keyword arguments of `add_argument` for a field of this type."""
+    options: dict[str, Any] = {"help": flag.help, "default": default}
+    if isinstance(hint, types.UnionType):  # X | None
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if hint is bool:
+        return options | {"action": argparse.BooleanOptionalAction}  # --no-flag overrules a preset
+    if flag.choices:
+        options["choices"] = flag.choices
+    if flag.metavar:
+        options["metavar"] = flag.metavar
+    if flag.parse:
+        return options | {"default": flag.text(default) if default else None}
+    if typing.get_origin(hint) is list:
+        return options | {"nargs": "+"}
+    return options | {"type": hint}
+
+
+class _PlainLoader(yaml.BaseLoader):
+    """Leaves every value as written, for argparse to read (`on` stays `on`); refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = [key for number, key in enumerate(keys) if key in keys[:number]]
+        if repeated:
+            raise yaml.YAMLError(f"{repeated[0]} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _read_preset(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The file's keys as command-line flags: argparse checks their types and choices."""
+    try:
+        loaded = yaml.load(Path(path).read_text("utf-8"), Loader=_PlainLoader) or {}
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"--config {path}: must be a mapping of flags to values")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    flags: list[str] = []
+    seen: dict[str, str] = {}
+    for key, value in loaded.items():
+        action = actions.get(str(key).replace("-", "_"))
+        if action is None:
+            raise UserError(f"--config {path}: unknown key {key!r}{_did_you_mean(str(key), actions)}")
+        if action.dest in seen:
+            raise UserError(f"--config {path}: {key} and {seen[action.dest]} are the same flag")
+        seen[action.dest] = key
+        flags += _as_flags(f"--config {path}: {key}", action, value)
+    return flags
+
+
+def _as_flags(where: str, action: argparse.Action, value: Any) -> list[str]:
+    """One key of a preset as words of a command line."""
+    flag = action.option_strings[0]
+    if action.nargs == 0:
+        if value not in ("true", "false"):
+            raise UserError(f"{where} must be true or false, not {value!r}")
+        return [flag if value == "true" else action.option_strings[1]]
+    if action.nargs == "+" and isinstance(value, list) and value and all(isinstance(w, str) and w for w in value):
+        return [flag, *value]
+    if not isinstance(value, str) or not value or value in ("null", "~"):
+        raise UserError(f"{where} must be one value, not {value!r}")
+    return [f"{flag}={value}"]
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    names = [name.lstrip("-").replace("-", "_") for name in known]
+    close = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), names, n=1)
+    return f"; did you mean {option(close[0])}?" if close else ""
+
+
+def parse_arguments(argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> RunConfig:
+    """The flags of a run: those of a YAML preset, overruled by the command line. `resolve` comes next.
+
+    Args:
+        defaults: replace the flags' own, by field name, as `RunConfig.flags` returns them of another run.
+
+    Raises:
+        UserError: one line for an unknown flag or key, a wrong type or choice.
+    """
+    parser = build_parser()
+    parser.set_defaults(**(defaults or {}))
+    preset_parser = OneLineParser(add_help=False, allow_abbrev=False)
+    preset_parser.add_argument("--config")
+    preset = preset_parser.parse_known_args(argv)[0].config
+    flags = _read_preset(preset, parser) if preset else []
+    found, unknown = parser.parse_known_args([*flags, *argv])
+    if unknown:
+        guess = _did_you_mean(unknown[0].split("=")[0], parser._option_string_actions)
+        raise UserError(f"unknown flag {unknown[0]}{guess}")
+    config = RunConfig()
+    for group, name, flag in fields_of_flags():
+        value = getattr(found, name)
+        if flag.parse:
+            if value is None:
+                continue  # the field's default
+            value = flag.parse(value)
+        setattr(getattr(config, group), name, value)
+    return config

@@ -1,0 +1,572 @@
+"""The flags of a run as typed configuration: a dataclass a group, a field a flag.
+
+`config/cli.py` makes argparse, YAML presets and the tables of docs/flags.md from these fields; `config/validate.py`
+fills in what is still open and refuses what cannot be done. No torch import: a refusal takes no seconds.
+
+A field whose default is None and whose type is not optional is open: `resolve` gives it a value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from cp import support
+from cp.layout import LAYOUTS
+from cp.support import AttentionChoice
+from data.packing import PACKINGS, PAD_ROWS
+from data.tokenizer import TOKENIZER_TYPES
+from model.config import FP8_RECIPES, RECOMPUTE, ROPE_SCALINGS, GPTConfig, padded_vocab_size
+from parallel.stages import PP_SCHEDULES
+from utils.errors import UserError
+
+TRANSFORMER_IMPLS = ("auto", "torch", "te")
+LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
+
+# What a resumed run may change. model: part of the weights' shape, compared as GPTConfig; fixed: the order of the data
+# depends on it; printed: stored in the checkpoint, a change is printed; free: not stored.
+OnResume = Literal["model", "fixed", "printed", "free"]
+
+
+class Bound(NamedTuple):
+    """Legal values of a number: low <= value < high, or low < value where `is_open`; `words` completes "must be"."""
+
+    low: float
+    high: float
+    words: str
+    is_open: bool = False
+
+    def allows(self, value: float) -> bool:
+        return (self.low < value if self.is_open else self.low <= value) and value < self.high
+
+
+AT_LEAST_ONE = Bound(1, math.inf, "at least 1")
+NOT_NEGATIVE = Bound(0, math.inf, "0 or more")
+ABOVE_ZERO = Bound(0, math.inf, "above 0", is_open=True)
+FRACTION = Bound(0, 1, "from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a field says about its flag.
+
+    Attributes:
+        help: what the flag sets, unit, meaning of the default, off value.
+        parse: turns the word of the command line into the field's value; `text` turns the value back.
+    """
+
+    help: str
+    choices: tuple[str, ...] = ()
+    bound: Bound | None = None
+    metavar: str | None = None
+    parse: Callable[[str], Any] | None = None
+    text: Callable[[Any], str] = str
+    on_resume: OnResume = "free"
+
+
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """A dataclass field with a `Flag`; options are those of `Flag`."""
+    return field(default=default, metadata={"flag": Flag(help, **options)})
+
+
+# ---------------------------------------------------------------------------------------------------
+# Values that are more than a number or a word
+
+
+def parse_split(text: str) -> tuple[float, ...]:
+    """`95,5,0` -> (95.0, 5.0, 0.0)."""
+    try:
+        weights = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        weights = ()
+    if len(weights) != 3 or not all(0 <= w < math.inf for w in weights) or weights[0] <= 0:
+        raise UserError(
+            f"--data-split {text}: must be three weights TRAIN,VALID,TEST, the first above 0, such as 95,5,0"
+        )
+    return weights
+
+
+def format_split(weights: tuple[float, ...]) -> str:
+    return ",".join(f"{weight:.12g}" for weight in weights)
+
+
+def _parse_range(text: str, message: str) -> range:
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first)):
+        raise UserError(message)
+    return range(int(first), int(last or first) + 1)
+
+
+def _format_range(steps: range) -> str:
+    return f"{steps.start}" if len(steps) == 1 else f"{steps.start}-{steps.stop - 1}"
+
+
+def parse_profile_steps(text: str) -> range:
+    """`10-12` -> range(10, 13); `10` -> range(10, 11). Steps count from 1, as in the log."""
+    return _parse_range(text, f"--profile-steps {text}: must be a step or a range such as 10-12")
+
+
+def parse_skip_steps(text: str) -> tuple[range, ...]:
+    """`120-125,130` -> (range(120, 126), range(130, 131)). Steps count from 1, as in the log."""
+    return tuple(
+        _parse_range(part, f"--skip-steps {text}: {part!r} must be a step or a range such as 120-125")
+        for part in text.split(",")
+    )
+
+
+def format_skip_steps(ranges: tuple[range, ...]) -> str:
+    return ",".join(map(_format_range, ranges))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Groups
+
+
+@dataclass
+class ParallelConfig:
+    """parallel: pp x dp_replicate x dp_shard x cp x tp = number of ranks"""
+
+    pp_size: int = flag(1, "pipeline-parallel size: ranks that share the layers")
+    pp_schedule: str = flag(
+        "1f1b", "pipeline schedule; interleaved needs --virtual-stages of 2 or more", choices=PP_SCHEDULES
+    )
+    virtual_stages: int = flag(1, "pipeline stages on each pp rank", bound=AT_LEAST_ONE)
+    first_stage_layers: int | None = flag(
+        None, "layers of the first stage; default: as many as the others", bound=AT_LEAST_ONE
+    )
+    last_stage_layers: int | None = flag(
+        None, "layers of the last stage; default: as many as the others", bound=AT_LEAST_ONE
+    )
+    dp_replicate_size: int = flag(1, "replicas of the model, each with its own data (HSDP's outer dimension)")
+    dp_shard_size: int = flag(
+        -1, "ranks over which FSDP shards one replica, each with its own data; -1: all ranks that are left"
+    )
+    cp_size: int = flag(1, "context-parallel size: ranks that share each sequence")
+    tp_size: int = flag(1, "tensor-parallel size: ranks that share each matrix and its heads")
+    sequence_parallel: bool = flag(None, "norms on 1/tp of the tokens; default: on if --tp-size is above 1")
+    cp_backend: str = flag("auto", "implementation of context-parallel attention", choices=("auto", *support.BACKENDS))
+    cp_comm_type: str | None = flag(
+        None,
+        "communication of native and te: p2p (ring), all_gather (K and V of some heads at a time), a2a (Ulysses), "
+        "a2a+p2p (both); default: p2p",
+        choices=support.methods("native"),
+    )
+    ring_attn_func: str | None = flag(
+        None, "function of the ring-flash-attn library, for ring; default: zigzag", choices=support.methods("ring")
+    )
+    cp_rotate_method: str | None = flag(
+        None,
+        "rotate method of PyTorch's context_parallel, for pytorch; default: allgather",
+        choices=support.methods("pytorch"),
+    )
+    cp_layout: str = flag(
+        "auto", "how tokens are sharded over cp ranks; auto: the method's best layout", choices=("auto", *LAYOUTS)
+    )
+    heads_k_stride: int | None = flag(
+        None, "key/value heads that all_gather and llama3 gather at a time; default: 1", bound=AT_LEAST_ONE
+    )
+    cp_a2a_size: int | None = flag(
+        None, "ranks of the all-to-all in a2a+p2p; a divisor of --cp-size", bound=AT_LEAST_ONE
+    )
+    reshard_after_forward: str = flag(
+        "auto",
+        "FSDP frees gathered weights between forward and backward: less memory, one more all-gather; auto: off on one node",
+        choices=("auto", "on", "off"),
+    )
+    device: str = flag("auto", "device of the ranks; auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
+    distributed_timeout_minutes: float = flag(
+        30.0, "minutes without progress of a rank after which the run ends and names the rank", bound=ABOVE_ZERO
+    )
+    distributed_startup_timeout_minutes: float = flag(
+        30.0,
+        "the same limit until the first step is done (data preparation on rank 0 may take longer)",
+        bound=ABOVE_ZERO,
+    )
+    check_weights_interval: int = flag(
+        0, "steps between bitwise comparisons of weights and moments over replicas; 0: off", bound=NOT_NEGATIVE
+    )
+    # What the flags above mean together; set by `resolve`.
+    attention: AttentionChoice = field(default=None)  # type: ignore[assignment]
+
+    @property
+    def world_size(self) -> int:
+        return self.pp_size * self.dp_size * self.cp_size * self.tp_size
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel size: ranks with distinct data."""
+        return self.dp_replicate_size * self.dp_shard_size
+
+    @property
+    def row_unit(self) -> int:
+        """Tokens of which a row's length is a multiple: cp shards in two chunks, tp shards the norms."""
+        return math.lcm(2 * self.cp_size, self.cp_size * self.tp_size)
+
+
+@dataclass
+class ModelConfig:
+    """model"""
+
+    num_layers: int = flag(6, "transformer layers", bound=AT_LEAST_ONE, on_resume="model")
+    hidden_size: int = flag(256, "channels of the residual stream", bound=AT_LEAST_ONE, on_resume="model")
+    ffn_hidden_size: int = flag(
+        None,
+        "channels inside the MLP; default: 8/3 of --hidden-size, rounded up to a multiple of 16",
+        bound=AT_LEAST_ONE,
+        on_resume="model",
+    )
+    num_attention_heads: int = flag(4, "query heads", bound=AT_LEAST_ONE, on_resume="model")
+    num_query_groups: int = flag(
+        2, "key/value heads; the number of query heads turns GQA off", bound=AT_LEAST_ONE, on_resume="model"
+    )
+    kv_channels: int = flag(
+        None,
+        "channels of a head; default: --hidden-size / --num-attention-heads",
+        bound=AT_LEAST_ONE,
+        on_resume="model",
+    )
+    rotary_base: float = flag(10000.0, "base of the rotary frequencies", bound=ABOVE_ZERO, on_resume="model")
+    rope_scaling: str = flag(
+        "none",
+        "longer contexts than before: linear (positions divided by the factor), llama3 (low frequencies only)",
+        choices=ROPE_SCALINGS,
+        on_resume="model",
+    )
+    rope_scaling_factor: float = flag(8.0, "factor of --rope-scaling", bound=ABOVE_ZERO, on_resume="model")
+    rope_original_seq_length: int = flag(
+        8192, "sequence length of the earlier training, for llama3", bound=AT_LEAST_ONE, on_resume="model"
+    )
+    norm_epsilon: float = flag(1e-5, "added to the mean square in RMSNorm", bound=ABOVE_ZERO, on_resume="model")
+    qk_norm: bool = flag(False, "RMSNorm on each query and key head", on_resume="model")
+    tie_embeddings: bool = flag(False, "one matrix for input embedding and output", on_resume="model")
+    make_vocab_size_divisible_by: int = flag(
+        128, "the vocabulary is padded to a multiple of this number", bound=AT_LEAST_ONE, on_resume="model"
+    )
+    hidden_dropout: float = flag(
+        0.0, "dropout rate after embedding, attention and MLP; 0: off", bound=FRACTION, on_resume="printed"
+    )
+    attention_dropout: float = flag(
+        0.0, "dropout rate of attention probabilities; 0: off", bound=FRACTION, on_resume="printed"
+    )
+    init_method_std: float = flag(
+        0.02, "standard deviation of the initial weights", bound=ABOVE_ZERO, on_resume="model"
+    )
+    transformer_impl: str = flag(
+        "auto",
+        "layers: te (Transformer Engine, CUDA only) or torch (plain PyTorch); auto: te if installed, CUDA and bf16",
+        choices=TRANSFORMER_IMPLS,
+        on_resume="printed",
+    )
+    fp8: str = flag(
+        "none",
+        "8-bit GEMMs of the te layers; recipe: delayed scaling, current scaling, block scaling; none: off",
+        choices=FP8_RECIPES,
+        on_resume="printed",
+    )
+    fp8_first_last_bf16: bool = flag(False, "with --fp8: first and last layer stay in bf16", on_resume="printed")
+    compile: bool = flag(False, "torch.compile the torch layers except attention; the first steps take minutes")
+
+    def architecture(self, vocab_size: int, *, num_layers: int | None = None) -> GPTConfig:
+        """The model of resolved flags for a tokenizer's vocabulary; `num_layers` replaces the flag's."""
+        return GPTConfig(
+            num_layers=num_layers or self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            kv_channels=self.kv_channels,
+            vocab_size=vocab_size,
+            padded_vocab_size=padded_vocab_size(vocab_size, self.make_vocab_size_divisible_by),
+            rotary_base=self.rotary_base,
+            rope_scaling=self.rope_scaling,
+            # Flags that a scaling does not read are not part of the model.
+            rope_scaling_factor=1.0 if self.rope_scaling == "none" else self.rope_scaling_factor,
+            rope_original_seq_length=self.rope_original_seq_length if self.rope_scaling == "llama3" else 0,
+            norm_epsilon=self.norm_epsilon,
+            qk_norm=self.qk_norm,
+            tie_embeddings=self.tie_embeddings,
+            init_std=self.init_method_std,
+            hidden_dropout=self.hidden_dropout,
+            attention_dropout=self.attention_dropout,
+        )
+
+
+@dataclass
+class DataConfig:
+    """data"""
+
+    data_path: list[str] | None = flag(
+        None,
+        "prefix of a .bin/.idx corpus; text, JSON lines or Parquet (.gz, .zst), or a folder of such files; several: "
+        "WEIGHT PATH WEIGHT PATH ..., or paths only, weighted by size; or a YAML file that lists them; default: Python's "
+        "standard library",
+        metavar="PATH",
+    )
+    valid_data_path: list[str] | None = flag(
+        None, "validation data, written as --data-path; default: a part of --data-path", metavar="PATH"
+    )
+    json_key: str = flag("text", "field of a JSONL record, or Parquet column, that holds the text")
+    data_split: tuple[float, ...] = flag(
+        None,
+        "weights by which documents are split; default: 95,5,0, or 1,0,0 with --valid-data-path",
+        metavar="TRAIN,VALID,TEST",
+        parse=parse_split,
+        text=format_split,
+        on_resume="fixed",
+    )
+    data_cache_path: str = flag(".cache", "folder for tokenizers, tokens and packing indices")
+    tokenizer_type: str = flag(
+        "auto",
+        "byte: UTF-8 bytes, no model; auto: the prepared corpus's tokenizer, else by the name of --tokenizer-model",
+        choices=("auto", *TOKENIZER_TYPES),
+    )
+    tokenizer_model: str | None = flag(
+        None,
+        "SentencePiece model or Hugging Face tokenizer.json; default: the prepared corpus's, or a model trained once on "
+        "the text",
+    )
+    tokenizer_eod: str | None = flag(
+        None, "end-of-document token of a tokenizer.json; default: a usual name", metavar="TOKEN"
+    )
+    tokenizer_vocab_size: int = flag(4096, "pieces of a SentencePiece model that is trained here", bound=AT_LEAST_ONE)
+    seq_length: int = flag(2048, "tokens of a sample", bound=AT_LEAST_ONE, on_resume="fixed")
+    qkv_format: str = flag(
+        "thd",
+        "thd: packed documents with a mask each; bshd: one stream, one causal mask a sample",
+        choices=support.QKV_FORMATS,
+        on_resume="fixed",
+    )
+    packing: str = flag(
+        "auto",
+        "best-fit: documents stay whole if they fit; greedy: in order, cut at a sample's end; concat: one stream, "
+        "attention and labels cross documents; auto: best-fit for thd, concat for bshd",
+        choices=("auto", *PACKINGS["thd"]),
+        on_resume="fixed",
+    )
+    packing_window: int | None = flag(
+        None,
+        "best-fit over windows of N random documents, for corpora whose index would be too large; default: one window",
+        metavar="N",
+        bound=AT_LEAST_ONE,
+        on_resume="fixed",
+    )
+    pad_rows: str = flag(
+        "full",
+        "full: every row has micro-batch * seq-length tokens; dynamic: a row ends with its last document",
+        choices=PAD_ROWS,
+    )
+    document_alignment: int = flag(
+        None,
+        "documents are padded to a multiple of this number of tokens; default: the smallest legal, 2 * cp for zigzag",
+        bound=AT_LEAST_ONE,
+        on_resume="fixed",
+    )
+    num_workers: int = flag(
+        None, "processes that build batches ahead; 0: none; default: 2 on cuda, 0 on cpu", bound=NOT_NEGATIVE
+    )
+    check_data: bool = flag(False, "compare prepared corpora with their checksums before training")
+    skip_steps: tuple[range, ...] = flag(
+        (),
+        "steps to skip, counted as in the log: their samples are not read, nothing is trained, saved or evaluated; "
+        "default: none",
+        metavar="A-B,C,...",
+        parse=parse_skip_steps,
+        text=format_skip_steps,
+    )
+
+    @property
+    def alignment(self) -> int:
+        """Tokens to whose multiple the packing pads documents."""
+        return self.document_alignment if self.qkv_format == "thd" else 1
+
+
+@dataclass
+class TrainingConfig:
+    """training"""
+
+    micro_batch_size: int = flag(1, "samples of a row; changes speed and memory only", bound=AT_LEAST_ONE)
+    global_batch_size: int = flag(
+        None,
+        "samples of a step, over all ranks; default: one microbatch for each data rank and pipeline stage",
+        bound=AT_LEAST_ONE,
+        on_resume="fixed",
+    )
+    train_iters: int = flag(200, "steps of the whole run", bound=AT_LEAST_ONE)
+    seed: int = flag(1234, "seed of initial weights and data order", bound=NOT_NEGATIVE, on_resume="fixed")
+    dtype: str = flag(
+        "auto",
+        "dtype of the computation; fp64: weights too; auto: bf16 on cuda, fp32 on cpu",
+        choices=("auto", *support.DTYPES),
+        on_resume="printed",
+    )
+    recompute: str = flag(
+        "none",
+        "activations computed again in the backward pass: selective (each MLP), full (each layer)",
+        choices=RECOMPUTE,
+    )
+    loss_chunk_size: int = flag(512, "tokens whose logits exist at a time", bound=AT_LEAST_ONE)
+    z_loss: float = flag(0.0, "weight of log(Z)^2 in the loss; 0: off", bound=NOT_NEGATIVE, on_resume="printed")
+    lr: float = flag(1e-3, "maximum learning rate", bound=NOT_NEGATIVE, on_resume="printed")
+    min_lr: float = flag(1e-4, "learning rate at the end of the decay", bound=NOT_NEGATIVE, on_resume="printed")
+    lr_warmup_iters: int = flag(
+        None,
+        "steps of linear warm-up; default: 20, at most a tenth of --lr-decay-iters",
+        bound=NOT_NEGATIVE,
+        on_resume="printed",
+    )
+    lr_decay_iters: int = flag(
+        None, "step at which --min-lr is reached; default: --train-iters", bound=AT_LEAST_ONE, on_resume="printed"
+    )
+    lr_decay_style: str = flag(
+        "cosine",
+        "shape of the decay; wsd: constant, then a decay at the end",
+        choices=LR_DECAY_STYLES,
+        on_resume="printed",
+    )
+    lr_wsd_decay_iters: int = flag(
+        None,
+        "steps of the decay of wsd; default: a tenth of --lr-decay-iters",
+        bound=NOT_NEGATIVE,
+        on_resume="printed",
+    )
+    weight_decay: float = flag(0.1, "weight decay of matrices; 0: off", bound=NOT_NEGATIVE, on_resume="printed")
+    adam_beta1: float = flag(0.9, "decay of the first moment a step", bound=FRACTION, on_resume="printed")
+    adam_beta2: float = flag(0.95, "decay of the second moment a step", bound=FRACTION, on_resume="printed")
+    adam_eps: float = flag(1e-8, "added to the root of the second moment", bound=ABOVE_ZERO, on_resume="printed")
+    clip_grad: float = flag(1.0, "maximum global gradient norm; 0: off", bound=NOT_NEGATIVE, on_resume="printed")
+    eval_interval: int = flag(100, "steps between validations; 0: off", bound=NOT_NEGATIVE)
+    eval_iters: int = flag(
+        20, "global batches of a validation; at most one pass over the validation data", bound=AT_LEAST_ONE
+    )
+    dry_run: bool = flag(False, "print memory, FLOPs and bytes of the run (tools/plan.py) and exit")
+    eval_only: bool = flag(False, "validate the loaded weights and exit; needs --load or --resume")
+    exit_interval: int | None = flag(
+        None, "save and exit after each multiple of this number of steps; default: off", bound=AT_LEAST_ONE
+    )
+    exit_duration_in_mins: float | None = flag(
+        None,
+        "save and exit after the step during which this start (also a restart by torchrun) reaches this age; default: off",
+        bound=ABOVE_ZERO,
+    )
+    on_nonfinite: str = flag(
+        "stop",
+        "a loss or gradient norm that is not finite: stop the run, or skip the update (on CUDA the host then waits in each "
+        "step)",
+        choices=("stop", "skip"),
+    )
+    max_skipped_in_a_row: int = flag(
+        5, "with --on-nonfinite skip: consecutive skipped steps that the run tolerates", bound=NOT_NEGATIVE
+    )
+
+    @property
+    def parameter_dtype(self) -> str:
+        """Dtype of stored weights and moments."""
+        return "fp64" if self.dtype == "fp64" else "fp32"
+
+
+@dataclass
+class CheckpointConfig:
+    """checkpoint"""
+
+    run_dir: str | None = flag(None, "folder of the run: checkpoints, metrics, TensorBoard; default: runs/<date-time>")
+    save: str | None = flag(None, "folder of the checkpoints; default: <run-dir>/checkpoints")
+    save_interval: int = flag(100, "steps between checkpoints; 0: off", bound=NOT_NEGATIVE)
+    save_final: bool = flag(None, "save after the last step; default: on, unless --save-interval is 0")
+    async_save: bool = flag(False, "write checkpoints in the background, from a copy in host memory")
+    keep_checkpoints: int = flag(
+        0, "newest checkpoints that are kept; 0: all are kept", metavar="N", bound=NOT_NEGATIVE
+    )
+    load: str | None = flag(None, "checkpoint, or folder of checkpoints, to start from; default: none")
+    resume: bool = flag(
+        False,
+        "continue from the newest checkpoint under --save; without one start fresh (or as --load --load-weights-only says)",
+    )
+    load_weights_only: bool = flag(
+        False,
+        "start a new run from --load's weights: step 0, new optimizer and data; --seq-length and rotary flags may change",
+    )
+    load_fallback: bool = flag(
+        False, "take the newest older checkpoint that is not corrupted if the wanted one is corrupted"
+    )
+
+
+@dataclass
+class LoggingConfig:
+    """log"""
+
+    verify_steps: int = flag(
+        1,
+        "first steps in which cp ranks compare their rows and replicas their new weights; 0: off",
+        bound=NOT_NEGATIVE,
+    )
+    log_interval: int = flag(10, "steps between log lines", bound=AT_LEAST_ONE)
+    tensorboard_dir: str | None = flag(None, "TensorBoard folder; default: <run-dir>/tensorboard; none: off")
+    metrics_file: str | None = flag(None, "JSON lines, one a step; default: <run-dir>/metrics.jsonl; none: off")
+    peak_tflops: float | None = flag(
+        None, "dense peak of one device for MFU; default: known GPUs, else no MFU", bound=ABOVE_ZERO
+    )
+    sample_tokens: int = flag(48, "tokens of text generated before and after training; 0: off", bound=NOT_NEGATIVE)
+    sample_interval: int = flag(0, "steps between samples of text during training; 0: off", bound=NOT_NEGATIVE)
+    sample_prompt: str = flag("def ", "prompt of the samples")
+    wandb_project: str | None = flag(
+        None, "send the TensorBoard curves to this Weights & Biases project; needs the wandb package; default: off"
+    )
+    timing_log_level: int = flag(
+        0,
+        "0: off; 1: time of each phase, minimum and maximum over ranks, and the slowest rank; 2: more phases, each "
+        "synchronised",
+    )
+    profile: bool = flag(False, "trace --profile-steps into <run-dir>/profile, a file a rank")
+    profile_steps: range = flag(
+        range(10, 13),
+        "steps of --profile, counted as in the log",
+        metavar="A-B",
+        parse=parse_profile_steps,
+        text=_format_range,
+    )
+
+
+@dataclass
+class RunConfig:
+    """Every flag of a run, by group. Mutable until `resolve` has filled it in; read-only by convention after."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of a step on each data rank."""
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.parallel.dp_size)
+
+    def flags(self, on_resume: OnResume | None = None) -> dict[str, Any]:
+        """Values by field name as JSON has them; parsed values as the text of the command line.
+
+        Args:
+            on_resume: only the flags of this kind.
+        """
+        found = {}
+        for group, name, about in fields_of_flags():
+            value = getattr(getattr(self, group), name)
+            if on_resume in (None, about.on_resume):
+                found[name] = about.text(value) if about.parse and value is not None else value
+        return found
+
+
+def fields_of_flags() -> Iterator[tuple[str, str, Flag]]:
+    """(group, field, flag) of every flag, in the order of the help."""
+    for group in dataclasses.fields(RunConfig):
+        for one in dataclasses.fields(group.default_factory):  # type: ignore[arg-type]
+            if "flag" in one.metadata:
+                yield group.name, one.name, one.metadata["flag"]
+
+
+def option(name: str) -> str:
+    """`cp_size` -> `--cp-size`."""
+    return "--" + name.replace("_", "-")

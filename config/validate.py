@@ -1,0 +1,539 @@
+"""Fills in the flags that are still open and refuses what cannot be done, before any process group exists.
+
+Each function takes the groups it reads. A refusal names the flag, the numbers that clash and the nearest legal value.
+What was chosen for `auto` or an open flag is collected in `chosen`, one text a flag, for the banner. No torch import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+    fields_of_flags,
+    format_skip_steps,
+    format_split,
+    option,
+)
+from cp import support
+from cp.layout import document_unit
+from data.packing import PACKINGS, resolve_packing
+from data.sources import find_tokenizer, open_parts
+from data.tokenizer import load_sentencepiece
+from parallel.stages import check_microbatches, min_microbatches, split_layers
+from utils.errors import UserError
+
+FP8_UNIT = 16  # sizes of an 8-bit matrix are multiples of this number
+
+
+def resolve(
+    config: RunConfig,
+    *,
+    world_size: int,
+    local_world_size: int,
+    cuda_devices: Callable[[], int],
+    resumed: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Give every open flag of `config` its value, in place, and check all flags.
+
+    Args:
+        local_world_size: ranks on this node.
+        cuda_devices: called only if a CUDA device can be meant.
+        resumed: metadata of the checkpoint that the run resumes; its data order must be kept.
+
+    Returns:
+        What was chosen, one text a flag.
+
+    Raises:
+        UserError: the first flag that cannot be used.
+    """
+    chosen: list[str] = []
+    resumed = resumed or {}
+    parallel, model, data, training = config.parallel, config.model, config.data, config.training
+    _resolve_device(config, local_world_size, cuda_devices, chosen)
+    _check_bounds(config)
+    _resolve_grid(parallel, world_size, local_world_size, chosen)
+    _resolve_model(model, parallel.tp_size)
+    _resolve_implementation(config, chosen)
+    _resolve_attention(config, chosen)
+    _resolve_packing(data, chosen)
+    _resolve_alignment(data, parallel, chosen, resumed.get("--document-alignment"))
+    _resolve_batch(training, parallel, chosen, resumed.get("--global-batch-size"))
+    _check_stages(config)
+    _resolve_lr_schedule(training)
+    _resolve_data(data, training, chosen)
+    _resolve_checkpoint(config.checkpoint)
+    _check_paths(config)
+    _check_outputs(training, config.checkpoint, config.logging)
+    return chosen
+
+
+def nearest_multiple(value: int, unit: int) -> int:
+    """The positive multiple of `unit` that is nearest to `value`."""
+    return unit * max(1, round(value / unit))
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _check_bounds(config: RunConfig) -> None:
+    for group, name, flag in fields_of_flags():
+        value = getattr(getattr(config, group), name)
+        if flag.bound is not None and value is not None and not flag.bound.allows(value):
+            raise UserError(f"{option(name)} {value}: must be {flag.bound.words}")
+    if config.logging.timing_log_level not in (0, 1, 2):
+        raise UserError(f"--timing-log-level {config.logging.timing_log_level}: must be 0, 1 or 2")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def _resolve_device(
+    config: RunConfig, local_world_size: int, cuda_devices: Callable[[], int], chosen: list[str]
+) -> None:
+    parallel, training = config.parallel, config.training
+    if parallel.device != "cpu":
+        found = cuda_devices()
+        if parallel.device == "cuda" and not found:
+            raise UserError("--device cuda: no CUDA device (or a PyTorch without CUDA); use --device cpu")
+        if found and local_world_size > found:
+            raise UserError(
+                f"{local_world_size} ranks on this node but {found} CUDA devices: use --nproc-per-node {found} or "
+                "--device cpu"
+            )
+        if parallel.device == "auto":
+            parallel.device = "cuda" if found else "cpu"
+            chosen.append(f"--device {parallel.device}")
+    if training.dtype == "auto":
+        training.dtype = "bf16" if parallel.device == "cuda" else "fp32"
+        chosen.append(f"--dtype {training.dtype}")
+    if config.data.num_workers is None:
+        config.data.num_workers = 2 if parallel.device == "cuda" else 0
+        chosen.append(f"--num-workers {config.data.num_workers}")
+
+
+def _resolve_grid(parallel: ParallelConfig, world_size: int, local_world_size: int, chosen: list[str]) -> None:
+    for name in ("pp_size", "dp_replicate_size", "cp_size", "tp_size"):
+        if getattr(parallel, name) < 1:
+            raise UserError(f"{option(name)} {getattr(parallel, name)}: must be at least 1")
+    if parallel.sequence_parallel and parallel.tp_size == 1:
+        raise UserError("--sequence-parallel needs --tp-size above 1, which is 1")
+    if parallel.sequence_parallel is None:
+        parallel.sequence_parallel = parallel.tp_size > 1
+        if parallel.tp_size > 1:
+            chosen.append("--sequence-parallel")
+    _resolve_shards(parallel, world_size, local_world_size, chosen)
+    if parallel.reshard_after_forward == "auto":
+        parallel.reshard_after_forward = "off" if local_world_size == world_size else "on"
+        chosen.append(f"--reshard-after-forward {parallel.reshard_after_forward}")
+
+
+def _resolve_shards(parallel: ParallelConfig, world_size: int, local_world_size: int, chosen: list[str]) -> None:
+    others = parallel.pp_size * parallel.dp_replicate_size * parallel.cp_size * parallel.tp_size
+    if parallel.dp_shard_size == -1:
+        if world_size % others:
+            advice = _launch_advice(others * max(1, round(world_size / others)), world_size, local_world_size)
+            raise UserError(f"{world_size} ranks do not divide by pp * dp_replicate * cp * tp = {others}: {advice}")
+        parallel.dp_shard_size = world_size // others
+        chosen.append(f"--dp-shard-size {parallel.dp_shard_size}")
+    if parallel.dp_shard_size < 1:
+        raise UserError(
+            f"--dp-shard-size {parallel.dp_shard_size}: must be at least 1, or -1 for all ranks that are left"
+        )
+    if parallel.world_size != world_size:
+        raise UserError(
+            f"the sizes ask for {parallel.world_size} ranks (pp {parallel.pp_size} * dp_replicate "
+            f"{parallel.dp_replicate_size} * dp_shard {parallel.dp_shard_size} * cp {parallel.cp_size} * tp "
+            f"{parallel.tp_size}) but there are {world_size}: "
+            f"{_launch_advice(parallel.world_size, world_size, local_world_size)}"
+        )
+
+
+def _launch_advice(ranks: int, world_size: int, local_world_size: int) -> str:
+    """How to start this number of ranks instead."""
+    nodes = max(1, world_size // local_world_size)
+    if nodes == 1:
+        return f"use --nproc-per-node {ranks}"
+    if ranks % nodes == 0:
+        return f"use --nproc-per-node {ranks // nodes} on each of the {nodes} nodes"
+    return f"start {ranks} ranks in all (there are {nodes} nodes of {local_world_size})"
+
+
+def _check_stages(config: RunConfig) -> None:
+    parallel = config.parallel
+    split_layers(
+        config.model.num_layers,
+        parallel.pp_size * parallel.virtual_stages,
+        first=parallel.first_stage_layers,
+        last=parallel.last_stage_layers,
+    )
+    check_microbatches(parallel.pp_schedule, config.num_microbatches, parallel.pp_size, parallel.virtual_stages)
+    if parallel.pp_size > 1 and config.data.pad_rows == "dynamic":
+        raise UserError(
+            f"--pad-rows dynamic needs --pp-size 1, not {parallel.pp_size}: pipeline stages exchange tensors of one "
+            "shape; use full"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Model
+
+
+def _resolve_model(model: ModelConfig, tp_size: int) -> None:
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    if heads % groups:
+        nearest = min((g for g in range(1, heads + 1) if heads % g == 0), key=lambda g: abs(g - groups))
+        raise UserError(
+            f"--num-attention-heads {heads} does not divide by --num-query-groups {groups}: nearest legal value {nearest}"
+        )
+    if model.kv_channels is None:
+        if model.hidden_size % heads:
+            nearest = nearest_multiple(model.hidden_size, 2 * heads)  # heads have an even number of channels
+            raise UserError(
+                f"--hidden-size {model.hidden_size} does not divide by --num-attention-heads {heads}: use {nearest}, or "
+                "give --kv-channels"
+            )
+        model.kv_channels = model.hidden_size // heads
+    if model.kv_channels % 2:
+        raise UserError(
+            f"--kv-channels {model.kv_channels}: rotary positions need an even number, such as {model.kv_channels + 1}"
+        )
+    if model.ffn_hidden_size is None:
+        unit = math.lcm(16, tp_size)
+        model.ffn_hidden_size = -(-model.hidden_size * 8 // 3 // unit) * unit
+    if groups % tp_size:
+        legal = ", ".join(str(t) for t in range(1, groups + 1) if groups % t == 0)
+        raise UserError(f"--tp-size {tp_size} does not divide --num-query-groups {groups}: choose from {legal}")
+    for name in ("ffn_hidden_size", "make_vocab_size_divisible_by"):
+        value = getattr(model, name)
+        if value % tp_size:
+            nearest = nearest_multiple(value, tp_size)
+            raise UserError(
+                f"{option(name)} {value} does not divide by --tp-size {tp_size}: nearest legal value {nearest}"
+            )
+
+
+def _check_te_is_installed(wanted: str, instead: str) -> None:
+    if not _is_installed("transformer_engine"):
+        raise UserError(f"{wanted} needs Transformer Engine: pip install -r requirements-gpu.txt, or use {instead}")
+
+
+def _resolve_implementation(config: RunConfig, chosen: list[str]) -> None:
+    model, device, dtype = config.model, config.parallel.device, config.training.dtype
+    if model.transformer_impl == "auto":
+        can_run_te = device == "cuda" and dtype == "bf16" and _is_installed("transformer_engine")
+        model.transformer_impl = "te" if can_run_te else "torch"
+        chosen.append(f"--transformer-impl {model.transformer_impl}")
+    if model.transformer_impl == "te":
+        if device != "cuda":
+            raise UserError(
+                f"--transformer-impl te runs on --device cuda, not on {device}: use --transformer-impl torch"
+            )
+        if dtype != "bf16":
+            raise UserError(f"--transformer-impl te takes --dtype bf16, not {dtype}: use --transformer-impl torch")
+        _check_te_is_installed("--transformer-impl te", "--transformer-impl torch")
+        if model.compile:
+            raise UserError("--compile is for --transformer-impl torch, not for te, whose kernels are fused already")
+    if model.fp8_first_last_bf16 and model.fp8 == "none":
+        raise UserError("--fp8-first-last-bf16 needs --fp8 delayed, current or block")
+    if model.fp8 != "none":
+        _check_fp8(config)
+
+
+def _check_fp8(config: RunConfig) -> None:
+    model, training, parallel = config.model, config.training, config.parallel
+    fp8 = f"--fp8 {model.fp8}"
+    if model.transformer_impl != "te":
+        raise UserError(
+            f"{fp8} needs --transformer-impl te (CUDA, bf16, Transformer Engine), not {model.transformer_impl}"
+        )
+    if model.fp8 == "delayed" and training.recompute != "none":
+        raise UserError(
+            f"{fp8} cannot go with --recompute {training.recompute}: use --fp8 current, or --recompute none"
+        )
+    if config.data.pad_rows == "dynamic":
+        raise UserError(
+            f"{fp8} needs rows of a multiple of {FP8_UNIT} tokens on each rank, not --pad-rows dynamic: use full"
+        )
+    tp = parallel.tp_size
+    query = model.num_attention_heads * model.kv_channels
+    key_value = 2 * model.num_query_groups * model.kv_channels
+    tokens = training.micro_batch_size * config.data.seq_length
+    sizes = {
+        f"--hidden-size {model.hidden_size}": model.hidden_size,
+        f"--ffn-hidden-size {model.ffn_hidden_size} / --tp-size {tp}": model.ffn_hidden_size // tp,
+        f"query channels / --tp-size {tp}": query // tp,
+        f"query, key and value channels / --tp-size {tp}": (query + key_value) // tp,
+        f"--micro-batch-size {training.micro_batch_size} * --seq-length {config.data.seq_length} / (cp "
+        f"{parallel.cp_size} * tp {tp})": tokens // (parallel.cp_size * tp),
+    }
+    for what, size in sizes.items():
+        if size % FP8_UNIT:
+            nearest = nearest_multiple(size, FP8_UNIT)
+            raise UserError(f"{fp8}: {what} = {size} is not a multiple of {FP8_UNIT}: nearest {nearest}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Attention and rows
+
+
+def _resolve_attention(config: RunConfig, chosen: list[str]) -> None:
+    parallel, model = config.parallel, config.model
+    if parallel.cp_backend == "auto":
+        parallel.cp_backend = support.resolve_backend("auto", has_te=model.transformer_impl == "te")
+        chosen.append(f"--cp-backend {parallel.cp_backend}")
+    request = support.AttentionRequest(
+        backend=parallel.cp_backend,
+        method=_resolve_method(parallel, chosen),
+        qkv_format=config.data.qkv_format,
+        layout=parallel.cp_layout,
+        dtype=config.training.dtype,
+        device=parallel.device,
+        cp_size=parallel.cp_size,
+        a2a_size=parallel.cp_a2a_size,
+        heads_k_stride=parallel.heads_k_stride,
+        head_dim=model.kv_channels,
+        heads=model.num_attention_heads // parallel.tp_size,
+        groups=model.num_query_groups // parallel.tp_size,
+        dropout=model.attention_dropout,
+    )
+    parallel.attention = support.choose(request)
+    if parallel.cp_backend == "te":
+        _check_te_is_installed("--cp-backend te", "--cp-backend native")
+    if parallel.cp_backend == "ring":
+        for package in ("ring_flash_attn", *(["flash_attn"] if parallel.device == "cuda" else [])):
+            if not _is_installed(package):
+                name = package.replace("_", "-")
+                raise UserError(
+                    f"--cp-backend ring needs the package {name}: pip install it, or use --cp-backend native"
+                )
+    if parallel.cp_layout == "auto":
+        parallel.cp_layout = parallel.attention.layout
+        chosen.append(f"--cp-layout {parallel.cp_layout}")
+
+
+def _resolve_method(parallel: ParallelConfig, chosen: list[str]) -> str:
+    """The backend's method, from its own flag; the flags of other backends must be open."""
+    own_flag = support.METHOD_FLAGS[parallel.cp_backend]
+    for flag in dict.fromkeys(support.METHOD_FLAGS.values()):
+        value = getattr(parallel, flag.removeprefix("--").replace("-", "_"))
+        if flag != own_flag and value is not None:
+            owners = " or ".join(backend for backend, theirs in support.METHOD_FLAGS.items() if theirs == flag)
+            raise UserError(f"{flag} {value} belongs to --cp-backend {owners}, not to {parallel.cp_backend}")
+    name = own_flag.removeprefix("--").replace("-", "_")
+    if getattr(parallel, name) is None:
+        setattr(parallel, name, support.methods(parallel.cp_backend)[0])
+        chosen.append(f"{own_flag} {getattr(parallel, name)}")
+    return getattr(parallel, name)
+
+
+def _resolve_packing(data: DataConfig, chosen: list[str]) -> None:
+    if data.packing == "auto":
+        data.packing = resolve_packing("auto", data.qkv_format)
+        chosen.append(f"--packing {data.packing}")
+    legal = PACKINGS[data.qkv_format]
+    if data.packing not in legal:
+        raise UserError(
+            f"--packing {data.packing} is not offered for --qkv-format {data.qkv_format}: use {' or '.join(legal)}"
+        )
+    if data.packing_window is not None and data.packing != "best-fit":
+        raise UserError(
+            f"--packing-window {data.packing_window} is for --packing best-fit, not for {data.packing}, which needs none"
+        )
+
+
+def _resolve_alignment(data: DataConfig, parallel: ParallelConfig, chosen: list[str], resumed: int | None) -> None:
+    """Args: resumed: --document-alignment of the resumed checkpoint, whose packing must be kept."""
+    smallest = document_unit(parallel.cp_layout, parallel.cp_size)
+    if data.document_alignment is None and resumed is not None:
+        if resumed % smallest:
+            raise UserError(
+                f"--cp-size {parallel.cp_size}: layout {parallel.cp_layout} needs documents aligned to a multiple of "
+                f"{smallest}, but the checkpoint's data were packed with --document-alignment {resumed}: use a --cp-size "
+                f"whose alignment divides {resumed}, or --cp-comm-type all_gather --cp-layout contiguous, or start a new "
+                "run from its weights with --load-weights-only"
+            )
+        data.document_alignment = resumed
+        chosen.append(f"--document-alignment {resumed} (the checkpoint's)")
+    if data.document_alignment is None:
+        data.document_alignment = smallest
+        chosen.append(f"--document-alignment {smallest}")
+    if data.document_alignment % smallest:
+        nearest = nearest_multiple(data.document_alignment, smallest)
+        raise UserError(
+            f"--document-alignment {data.document_alignment} is not a multiple of {smallest}, which layout "
+            f"{parallel.cp_layout} over {parallel.cp_size} cp ranks needs: nearest legal value {nearest}"
+        )
+    ranks = parallel.cp_size * parallel.tp_size
+    nearest = nearest_multiple(data.seq_length, math.lcm(data.document_alignment, ranks))
+    for unit, name in ((data.document_alignment, "--document-alignment"), (ranks, "cp * tp =")):
+        if data.seq_length % unit:
+            raise UserError(
+                f"--seq-length {data.seq_length} is not a multiple of {name} {unit}: nearest legal value {nearest}"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+
+def _resolve_batch(training: TrainingConfig, parallel: ParallelConfig, chosen: list[str], resumed: int | None) -> None:
+    """Args: resumed: --global-batch-size of the resumed checkpoint, which must be kept."""
+    unit = training.micro_batch_size * parallel.dp_size
+    if training.global_batch_size is None and resumed is not None:
+        training.global_batch_size = resumed
+        chosen.append(f"--global-batch-size {resumed} (the checkpoint's)")
+    if training.global_batch_size is None:
+        training.global_batch_size = unit * min_microbatches(parallel.pp_size)
+        chosen.append(f"--global-batch-size {training.global_batch_size}")
+    if training.global_batch_size % unit:
+        nearest = nearest_multiple(training.global_batch_size, unit)
+        raise UserError(
+            f"--global-batch-size {training.global_batch_size} does not divide by micro batch "
+            f"{training.micro_batch_size} * dp_replicate {parallel.dp_replicate_size} * dp_shard "
+            f"{parallel.dp_shard_size} = {unit}: nearest legal value {nearest}"
+        )
+
+
+def _resolve_lr_schedule(training: TrainingConfig) -> None:
+    has_decay_end = training.lr_decay_iters is not None
+    if training.lr_decay_iters is None:
+        training.lr_decay_iters = training.train_iters
+    if training.lr_warmup_iters is None:
+        training.lr_warmup_iters = min(20, training.lr_decay_iters // 10)
+    # A run shorter than its warm-up is a trial; a decay that ends inside the warm-up is a mistake.
+    decays = training.lr_decay_style != "constant"
+    if has_decay_end and decays and training.lr_warmup_iters >= training.lr_decay_iters:
+        raise UserError(
+            f"--lr-warmup-iters {training.lr_warmup_iters} leaves nothing of --lr-decay-iters "
+            f"{training.lr_decay_iters}: use at most {training.lr_decay_iters - 1}"
+        )
+    if training.lr_wsd_decay_iters is None:
+        training.lr_wsd_decay_iters = max(1, training.lr_decay_iters // 10)
+    if training.min_lr > training.lr:
+        raise UserError(f"--min-lr {training.min_lr} is above --lr {training.lr}")
+    if training.lr_wsd_decay_iters > training.lr_decay_iters:
+        raise UserError(
+            f"--lr-wsd-decay-iters {training.lr_wsd_decay_iters} is above --lr-decay-iters {training.lr_decay_iters}"
+        )
+
+
+def _resolve_data(data: DataConfig, training: TrainingConfig, chosen: list[str]) -> None:
+    if data.valid_data_path and data.data_split is not None and any(data.data_split[1:]):
+        raise UserError(
+            f"--data-split {format_split(data.data_split)} and --valid-data-path: give one; both name validation data"
+        )
+    if data.data_split is None:
+        data.data_split = (1.0, 0.0, 0.0) if data.valid_data_path else (95.0, 5.0, 0.0)
+    if not data.data_split[1] and training.eval_interval and not data.valid_data_path:
+        raise UserError(
+            f"--data-split {format_split(data.data_split)} leaves nothing to validate on: give VALID a weight or use "
+            "--eval-interval 0"
+        )
+    if data.valid_data_path and not training.eval_interval:
+        raise UserError("--valid-data-path with --eval-interval 0: nothing would be read from it")
+    if any(steps.stop > training.train_iters for steps in data.skip_steps):
+        skips = format_skip_steps(data.skip_steps)
+        raise UserError(f"--skip-steps {skips}: must end before the last step, --train-iters {training.train_iters}")
+    if data.tokenizer_model is not None and data.tokenizer_type != "byte" and not Path(data.tokenizer_model).is_file():
+        raise UserError(f"--tokenizer-model {data.tokenizer_model}: no such file")
+    if data.tokenizer_eod is not None and data.tokenizer_model is None:
+        raise UserError(f"--tokenizer-eod {data.tokenizer_eod} needs --tokenizer-model, a tokenizer.json")
+    _resolve_tokenizer(data, chosen)
+
+
+def _resolve_tokenizer(data: DataConfig, chosen: list[str]) -> None:
+    parts = open_parts(data.data_path, data.json_key)
+    valid = open_parts(data.valid_data_path, data.json_key, "--valid-data-path") if data.valid_data_path else []
+    found = find_tokenizer(
+        parts, valid, tokenizer_type=data.tokenizer_type, model=data.tokenizer_model, eod=data.tokenizer_eod
+    )
+    if found is None:
+        load_sentencepiece()
+    if data.tokenizer_type == "auto":
+        data.tokenizer_type = found.kind if found else "sentencepiece"
+        chosen.append(f"--tokenizer-type {data.tokenizer_type}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Folders and output
+
+
+def _resolve_checkpoint(checkpoint: CheckpointConfig) -> None:
+    if checkpoint.save_final is None:
+        checkpoint.save_final = checkpoint.save_interval > 0
+    if checkpoint.load_weights_only and not checkpoint.load:
+        raise UserError("--load-weights-only needs --load, which names the checkpoint")
+    if checkpoint.load_fallback and not (checkpoint.load or checkpoint.resume):
+        raise UserError("--load-fallback needs --load or --resume")
+    if checkpoint.resume and checkpoint.load and not checkpoint.load_weights_only:
+        raise UserError(
+            "--resume and --load: give one (--resume looks under --save, --load names a checkpoint), or add "
+            "--load-weights-only, for a run that takes weights at its first start and resumes its own checkpoints after"
+        )
+    if checkpoint.resume and not (checkpoint.save or checkpoint.run_dir):
+        raise UserError(
+            "--resume needs --save or --run-dir: without one every start has a new folder and nothing to resume"
+        )
+
+
+def _check_paths(config: RunConfig) -> None:
+    logging = config.logging
+    folders = {
+        "--run-dir": config.checkpoint.run_dir,
+        "--save": config.checkpoint.save,
+        "--data-cache-path": config.data.data_cache_path,
+    }
+    if logging.tensorboard_dir != "none":
+        folders["--tensorboard-dir"] = logging.tensorboard_dir
+    if logging.metrics_file not in (None, "none"):
+        assert logging.metrics_file is not None
+        if Path(logging.metrics_file).is_dir():
+            raise UserError(f"--metrics-file {logging.metrics_file}: is a folder")
+        folders["--metrics-file"] = str(Path(logging.metrics_file).parent)
+    for flag, folder in folders.items():
+        # A filled cache may be read-only; a missing entry is refused when it is needed.
+        if folder is not None and not (flag == "--data-cache-path" and Path(folder).is_dir()):
+            _check_can_be_made(flag, Path(folder))
+
+
+def _check_can_be_made(flag: str, folder: Path) -> None:
+    """Refuse a folder that does not exist and cannot be made, or that exists and cannot be written to."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
+    if not existing.is_dir():
+        raise UserError(f"{flag} {folder}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: no permission to write in {existing}")
+
+
+def _check_outputs(training: TrainingConfig, checkpoint: CheckpointConfig, logging: LoggingConfig) -> None:
+    if training.eval_only and not (checkpoint.load or checkpoint.resume):
+        raise UserError("--eval-only needs --load or --resume: there is nothing trained to validate")
+    if training.eval_only and not training.eval_interval:
+        raise UserError("--eval-only with --eval-interval 0: nothing would be validated")
+    if logging.sample_interval and not logging.sample_tokens:
+        raise UserError(
+            f"--sample-interval {logging.sample_interval} with --sample-tokens 0: there would be nothing to see"
+        )
+    if logging.profile and logging.profile_steps.start > training.train_iters:
+        first = logging.profile_steps.start
+        raise UserError(f"--profile-steps {first}: begins after the last step, --train-iters {training.train_iters}")
+    if logging.tensorboard_dir != "none" and not _is_installed("tensorboard"):
+        raise UserError(
+            "--tensorboard-dir needs the tensorboard package: pip install -r requirements.txt, or --tensorboard-dir none"
+        )
+    if logging.wandb_project and not _is_installed("wandb"):
+        raise UserError("--wandb-project needs the wandb package: pip install wandb, or leave the flag out")

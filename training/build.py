@@ -1,0 +1,198 @@
+"""Builds data, model and pipeline of a run from its configuration. Used by train.py, tools and benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from config.schema import DataConfig, RunConfig
+from cp.attention import build_attention
+from data.batch import BatchPlan
+from data.build import build_dataset, train_tokenizer
+from data.dataset import PackingOptions, SampleDataset
+from data.sources import Part, find_tokenizer, open_parts
+from data.tokenizer import Tokenizer
+from model.config import GPTConfig
+from model.gpt import GPT, Stages, get_chunks
+from model.init import initialise
+from model.layers import build_precision
+from model.transformer import GPTOptions
+from parallel.collectives import WaitClock
+from parallel.fsdp import shard_model
+from parallel.grid import Grid, embedding_group, split_group
+from parallel.pipeline import build_schedule
+from parallel.stages import split_layers
+from parallel.tensor import TensorParallel
+from runtime.distributed import collective_timeout
+from training.step import Pipeline
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Attributes: valid: None without validation."""
+
+    tokenizer: Tokenizer
+    train: SampleDataset
+    valid: SampleDataset | None
+
+    def fingerprints(self) -> dict[str, str | None]:
+        return {
+            "tokenizer": self.tokenizer.fingerprint,
+            "training documents": self.train.fingerprint(),
+            "validation documents": self.valid.fingerprint() if self.valid else None,
+        }
+
+
+def build_tokenizer(data: DataConfig) -> tuple[Tokenizer, list[Part], list[Part]]:
+    """Tokenizer, opened parts of --data-path and of --valid-data-path. Trains the tokenizer if none is given."""
+    parts = open_parts(data.data_path, data.json_key)
+    valid = open_parts(data.valid_data_path, data.json_key, "--valid-data-path") if data.valid_data_path else []
+    tokenizer = find_tokenizer(
+        parts, valid, tokenizer_type=data.tokenizer_type, model=data.tokenizer_model, eod=data.tokenizer_eod
+    )
+    if tokenizer is None:
+        tokenizer = train_tokenizer(
+            parts[0].content, vocab_size=data.tokenizer_vocab_size, cache_path=Path(data.data_cache_path)
+        )
+    return tokenizer, parts, valid
+
+
+def build_data(config: RunConfig) -> RunData:
+    """Tokenizer, training and validation samples. Rank 0 goes first: it fills the cache."""
+    data = config.data
+    tokenizer, parts, valid_parts = build_tokenizer(data)
+    if data.check_data and dist.get_rank() == 0:
+        for part in (*parts, *valid_parts):
+            part.check()
+    packing = PackingOptions(
+        seq_length=data.seq_length,
+        method=data.packing,
+        seed=config.training.seed,
+        alignment=data.alignment,
+        window=data.packing_window,
+        one_document=data.qkv_format == "bshd",
+    )
+    cache_path = Path(data.data_cache_path)
+    train = build_dataset(
+        parts, tokenizer, packing, split=data.data_split, which=0, flag="--data-path", cache_path=cache_path
+    )
+    valid = None
+    if config.training.eval_interval:
+        valid = build_dataset(
+            valid_parts or parts,
+            tokenizer,
+            packing,
+            split=(1.0, 0.0, 0.0) if valid_parts else data.data_split,
+            which=0 if valid_parts else 1,
+            flag="--valid-data-path" if valid_parts else "--data-path",
+            cache_path=cache_path,
+        )
+    return RunData(tokenizer, train, valid)
+
+
+def build_batch_plan(config: RunConfig, grid: Grid) -> BatchPlan:
+    """Which samples this rank reads in each step, and which of their tokens it keeps."""
+    return BatchPlan.from_grid(
+        grid,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        qkv_format=config.data.qkv_format,
+        layout=config.parallel.cp_layout,
+        pad_rows=config.data.pad_rows,
+    )
+
+
+def build_model(
+    config: RunConfig,
+    architecture: GPTConfig,
+    grid: Grid,
+    device: torch.device,
+    clock: WaitClock | None = None,
+) -> GPT | Stages:
+    """The model on this rank, or its stages: built on the meta device, sharded, then filled shard by shard.
+
+    Args:
+        clock: counts the time that native attention waits for other cp ranks.
+    """
+    parallel, model_flags, training = config.parallel, config.model, config.training
+    compute_dtype = COMPUTE_DTYPES[training.dtype]
+    a2a_groups = None
+    if parallel.attention.a2a_size > 1:
+        a2a_groups = split_group(grid, "cp", parallel.attention.a2a_size, timeout=collective_timeout(parallel))
+    attention = build_attention(
+        parallel.attention, head_dim=architecture.kv_channels, a2a_groups=a2a_groups, clock=clock
+    )
+    tp = TensorParallel(grid.group("tp"), parallel.sequence_parallel)
+    bf16_layers = (0, architecture.num_layers - 1) if model_flags.fp8_first_last_bf16 else ()
+    precision = build_precision(model_flags.fp8, group=grid.group("stage"), bf16_layers=bf16_layers)
+    options = GPTOptions(
+        dtype=COMPUTE_DTYPES[training.parameter_dtype],
+        compute_dtype=compute_dtype,
+        recompute=training.recompute,
+        dropout_seed=training.seed,
+        implementation=model_flags.transformer_impl,
+        precision=precision,
+        loss_chunk_size=training.loss_chunk_size,
+        z_loss=training.z_loss,
+    )
+    stages = split_layers(
+        architecture.num_layers,
+        parallel.pp_size * parallel.virtual_stages,
+        first=parallel.first_stage_layers,
+        last=parallel.last_stage_layers,
+    )
+    chunks = []
+    for layers in stages[grid.rank("pp") :: parallel.pp_size]:
+        with torch.device("meta"):
+            chunk = GPT(
+                architecture,
+                attention=attention,
+                cp_group=grid.group("cp"),
+                options=options,
+                tp=tp,
+                layers=layers,
+            )
+        if model_flags.compile:
+            chunk.compile_layers()
+        shard_model(
+            chunk,
+            chunk.layers.values(),
+            grid,
+            device_type=device.type,
+            compute_dtype=compute_dtype,
+            reshard_after_forward=parallel.reshard_after_forward == "on",
+        )
+        chunks.append(chunk)
+    model = chunks[0] if len(chunks) == 1 else Stages(chunks)
+    initialise(model, architecture, seed=training.seed, device=device, tp=tp)
+    return model
+
+
+def build_pipeline(
+    config: RunConfig, model: GPT | Stages, grid: Grid, device: torch.device, num_microbatches: int
+) -> Pipeline | None:
+    """The schedule over the stages of `build_model`; None with one stage."""
+    parallel = config.parallel
+    if parallel.pp_size == 1:
+        return None
+    chunks = get_chunks(model)
+    shards = parallel.cp_size * (parallel.tp_size if parallel.sequence_parallel else 1)
+    tokens = config.training.micro_batch_size * config.data.seq_length // shards
+    schedule = build_schedule(
+        chunks,
+        grid.group("pp"),
+        schedule=parallel.pp_schedule,
+        microbatches=num_microbatches,
+        hidden_shape=(tokens, chunks[0].config.hidden_size),
+        dtype=chunks[0].compute_dtype,
+        device=device,
+    )
+    tied_group = None
+    if chunks[0].config.tie_embeddings:
+        tied_group = embedding_group(grid, timeout=collective_timeout(parallel))
+    return Pipeline(schedule, grid.group("pp"), tied_group)
