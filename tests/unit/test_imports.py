@@ -67,7 +67,7 @@ def test_the_check_sees_a_violation() -> None:
     assert violations("model", "from cp.attention import Attention\nimport torch") == []
 
 
-@pytest.mark.parametrize("module", ["cp.support", "config.arguments", "model.config"])
+@pytest.mark.parametrize("module", ["cp.support", "config.validate", "config.cli", "model.config"])
 def test_flags_are_checked_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

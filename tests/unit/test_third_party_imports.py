@@ -25,7 +25,7 @@ OUTSIDE: dict[str, set[str]] = {
 # Read without torch, so that a refusal comes at once and argparse, docs and tests can read them.
 TORCH_FREE = ["cp/layout.py", "cp/support.py", "data/packing.py", "data/corpus.py", "data/tokenizer.py", "utils/files.py",
               "data/indexed_dataset.py", "data/readers.py", "data/sources.py", "data/blend.py", "data/prepare.py", "data/statistics.py",
-              "model/config.py", "model/names.py", "config/arguments.py", "training/flops.py",
+              "model/config.py", "model/names.py", "config/schema.py", "config/cli.py", "config/validate.py", "utils/logger.py", "training/flops.py",
               "training/lr_schedule.py"]  # fmt: skip
 
 
