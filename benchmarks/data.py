@@ -30,12 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.batch import BatchPlan  # noqa: E402
-from data.corpus import Source  # noqa: E402
 from data.dataset import PackedDataset, PackingOptions  # noqa: E402
 from data.indexed_dataset import IndexedDataset, index_file, write_indexed_dataset  # noqa: E402
 from data.loader import MicrobatchDataset  # noqa: E402
 from data.packing import cut_documents, pack_epoch  # noqa: E402
-from data.sources import train_on  # noqa: E402
+from data.sources import TextSource, train_model  # noqa: E402
 
 VOCAB_SIZE = 32001
 GOALS = {
@@ -180,7 +179,9 @@ def prepare_speed(args: argparse.Namespace) -> dict[str, Any]:
     file = words(work, args.text_documents, 5)
     model = work / "words.model"
     if not model.exists():
-        model.write_bytes(train_on(Source("words", (words(work, 2000, 6),)), vocab_size=8000, flag="--vocab-size"))
+        model.write_bytes(
+            train_model(TextSource("words", (str(words(work, 2000, 6)),)), vocab_size=8000, flag="--vocab-size")
+        )
     size = file.stat().st_size
     texts = [json.loads(line)["text"] for line in file.open()]
     found: dict[str, Any] = {"MB of text": size / 1e6}
@@ -297,7 +298,9 @@ def end_to_end(args: argparse.Namespace) -> dict[str, Any]:
     )
     prefix = out / "corpus"
     if not model.exists():
-        model.write_bytes(train_on(Source("words", (words(work, 2000, 6),)), vocab_size=8000, flag="--vocab-size"))
+        model.write_bytes(
+            train_model(TextSource("words", (str(words(work, 2000, 6)),)), vocab_size=8000, flag="--vocab-size")
+        )
 
     def timed(*command: str) -> dict[str, Any]:
         start = time.perf_counter()

@@ -29,7 +29,7 @@ from config.schema import (
 from cp import support
 from cp.layout import document_unit
 from data.packing import PACKINGS, resolve_packing
-from data.sources import find_tokenizer, open_parts
+from data.sources import find_tokenizer, open_sources
 from data.tokenizer import load_sentencepiece
 from parallel.stages import check_microbatches, min_microbatches, split_layers
 from utils.errors import UserError
@@ -456,8 +456,8 @@ def _resolve_data(data: DataConfig, training: TrainingConfig, chosen: list[str])
 
 
 def _resolve_tokenizer(data: DataConfig, chosen: list[str]) -> None:
-    parts = open_parts(data.data_path, data.json_key)
-    valid = open_parts(data.valid_data_path, data.json_key, "--valid-data-path") if data.valid_data_path else []
+    parts = open_sources(data.data_path, data.json_key)
+    valid = open_sources(data.valid_data_path, data.json_key, "--valid-data-path") if data.valid_data_path else []
     found = find_tokenizer(
         parts, valid, tokenizer_type=data.tokenizer_type, model=data.tokenizer_model, eod=data.tokenizer_eod
     )

@@ -1,4 +1,4 @@
-"""Tokenizer, tokens, splits and sequences of a run, built from its sources once and cached."""
+"""Tokenizer, tokens, splits and samples of a run, built from its sources once and cached."""
 
 from __future__ import annotations
 
@@ -8,64 +8,64 @@ from pathlib import Path
 import numpy as np
 
 from data.blend import whole_weights
-from data.corpus import Source
 from data.dataset import BlendedDataset, PackedDataset, PackingOptions, SampleDataset
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
-from data.sources import Part, Prepared, nothing_in, train_on
+from data.sources import DataSource, PreparedCorpus, TextSource, no_document_error, train_model
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_sentencepiece
 from utils.errors import UserError
 from utils.files import build_once, cache_entry, cache_key
 
-# Changes when the way tokenizers are trained or tokens are written does.
+# Part of the cache keys: raise it when the training of tokenizers or the written tokens change.
 CACHE_VERSION = 3
 
 
-def train_tokenizer(source: Source | Prepared, *, vocab_size: int, cache_path: Path) -> Tokenizer:
-    """A SentencePiece model of a source of text, trained once.
+def train_tokenizer(source: TextSource | PreparedCorpus, *, vocab_size: int, cache_path: Path) -> Tokenizer:
+    """A SentencePiece tokenizer trained on a source of text, cached.
 
     Raises:
-        ValueError: a broken or empty corpus, or one too small for the vocabulary.
+        ValueError: a corrupted or empty source, or one too small for the vocabulary.
     """
-
-    assert isinstance(source, Source), "a prepared corpus has its tokenizer"
+    assert isinstance(source, TextSource), "a prepared corpus has a tokenizer"
 
     def train(folder: Path) -> None:
-        (folder / "tokenizer.model").write_bytes(train_on(source, vocab_size=vocab_size, flag="--tokenizer-vocab-size"))
+        (folder / "tokenizer.model").write_bytes(
+            train_model(source, vocab_size=vocab_size, flag="--tokenizer-vocab-size")
+        )
 
-    key = cache_key(version=CACHE_VERSION, source=source.made_from(), vocab_size=vocab_size)
+    key = cache_key(version=CACHE_VERSION, source=source.cache_facts(), vocab_size=vocab_size)
     folder = build_once(cache_path / "tokenizer" / key, train)
-    load_sentencepiece()  # a missing library is no fault of the cache
+    load_sentencepiece()  # a missing library is refused as such, not as a corrupted cache
     with cache_entry(folder):
         return SentencePieceTokenizer(folder / "tokenizer.model")
 
 
-def build_tokens(source: Source, tokenizer: Tokenizer, *, cache_path: Path) -> IndexedDataset:
-    """The source's documents as token files, each document ended by the end-of-document token.
+def build_tokens(source: TextSource, tokenizer: Tokenizer, *, cache_path: Path) -> IndexedDataset:
+    """Token files of the source, cached; EOD ends each document.
 
     Raises:
-        ValueError: no document in the source, or a broken one.
+        ValueError: no document in the source, or a corrupted one.
     """
 
     def build(folder: Path) -> None:
         documents = (np.append(tokenizer.encode(text), np.int32(tokenizer.eod)) for text in source.texts())
         write_indexed_dataset(folder / "tokens", documents, vocab_size=tokenizer.vocab_size)
 
-    key = cache_key(version=CACHE_VERSION, source=source.made_from(), tokenizer=tokenizer.fingerprint)
+    key = cache_key(version=CACHE_VERSION, source=source.cache_facts(), tokenizer=tokenizer.fingerprint)
     folder = build_once(cache_path / "tokens" / key, build)
     with cache_entry(folder):
         tokens = IndexedDataset(folder / "tokens")
     if not len(tokens):
-        raise nothing_in(source)
+        raise no_document_error(source)
     return tokens
 
 
 def split_documents(num_documents: int, weights: tuple[float, ...]) -> list[np.ndarray]:
-    """Train, validation and test documents, in a fixed mixed order that does not depend on the run's seed.
+    """Train, validation and test documents, drawn with a fixed seed.
 
-    A split with a weight gets at least one document as long as there are enough; the first gets the rest.
+    Each split with a weight gets at least one document where there are enough; the first split gets the rest.
 
     Returns:
-        One ascending array of document numbers a weight.
+        An ascending array of document numbers for each weight.
     """
     if not any(weights[1:]):
         return [np.arange(num_documents), *(np.arange(0) for _ in weights[1:])]
@@ -73,9 +73,8 @@ def split_documents(num_documents: int, weights: tuple[float, ...]) -> list[np.n
     counts = [max(1, round(num_documents * w / sum(weights))) if w else 0 for w in weights]
     if num_documents < sum(w > 0 for w in weights):
         counts = [0] * len(weights)
-    while (
-        weights[0] and sum(counts[1:]) >= num_documents > 0 and max(counts[1:]) > 1
-    ):  # they rounded up to all there is
+    # Rounding up must leave a document to the first split.
+    while weights[0] and sum(counts[1:]) >= num_documents > 0 and max(counts[1:]) > 1:
         counts[1 + int(np.argmax(counts[1:]))] -= 1
     counts[0] = num_documents - sum(counts[1:])
     ends = np.cumsum(counts)
@@ -83,7 +82,7 @@ def split_documents(num_documents: int, weights: tuple[float, ...]) -> list[np.n
 
 
 def cached_split(num_documents: int, weights: tuple[float, ...], *, cache_path: Path) -> list[np.ndarray]:
-    """`split_documents`, kept on disk and memory-mapped: every rank and worker of a node shares one copy."""
+    """`split_documents` from the cache, memory-mapped: ranks and workers of a node share one copy."""
 
     def build(folder: Path) -> None:
         for number, documents in enumerate(split_documents(num_documents, weights)):
@@ -98,7 +97,7 @@ def cached_split(num_documents: int, weights: tuple[float, ...], *, cache_path: 
 
 
 def build_dataset(
-    parts: Sequence[Part],
+    sources: Sequence[DataSource],
     tokenizer: Tokenizer,
     packing: PackingOptions,
     *,
@@ -118,15 +117,17 @@ def build_dataset(
         ValueError: a source has no document or no whole sample in this split.
     """
     name = ("training", "validation", "test")[which]
-    sources = []
-    for part in parts:
-        if isinstance(part.content, Prepared):
-            tokens = part.content.tokens
+    datasets = []
+    for source in sources:
+        if isinstance(source.content, PreparedCorpus):
+            tokens = source.content.tokens
         else:
-            tokens = build_tokens(part.content, tokenizer, cache_path=cache_path)
+            tokens = build_tokens(source.content, tokenizer, cache_path=cache_path)
         documents = cached_split(len(tokens), split, cache_path=cache_path)[which]
         if not len(documents):
-            raise UserError(f"{flag} {part.name}: its {len(tokens)} documents leave no {name} document (--data-split)")
+            raise UserError(
+                f"{flag} {source.name}: its {len(tokens)} documents leave no {name} document (--data-split)"
+            )
         dataset = PackedDataset(
             tokens,
             documents,
@@ -134,15 +135,16 @@ def build_dataset(
             pad_token=tokenizer.eod,
             cache_path=cache_path,
             vocab_size=tokenizer.vocab_size,
-            name=part.name,
+            name=source.name,
         )
         if not dataset.samples_per_epoch:
             raise UserError(
-                f"--seq-length {packing.seq_length}: the {name} documents of {part.name} hold {dataset.num_tokens} tokens, "
+                f"--seq-length {packing.seq_length}: the {name} documents of {source.name} hold {dataset.num_tokens} tokens, "
                 f"not one sequence"
             )
-        sources.append(dataset)
-    if len(sources) == 1:
-        return sources[0]
-    weights = [s.samples_per_epoch if p.weight is None else p.weight for s, p in zip(sources, parts, strict=True)]
-    return BlendedDataset(sources, whole_weights(weights))
+        datasets.append(dataset)
+    if len(datasets) == 1:
+        return datasets[0]
+    pairs = zip(datasets, sources, strict=True)
+    weights = [data.samples_per_epoch if source.weight is None else source.weight for data, source in pairs]
+    return BlendedDataset(datasets, whole_weights(weights))

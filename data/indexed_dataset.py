@@ -2,8 +2,8 @@
 
 `.idx`, little-endian: magic (9 bytes), version u64 = 1, dtype u8, sequences u64, document entries u64,
 lengths i32 [sequences], byte offsets i64 [sequences], document indices i64 [entries], the first 0, the last the
-number of sequences; then, in multimodal files only, modes i8 [sequences]. We write one sequence a document; a file of
-Megatron's may have several, end to end. Both files are memory-mapped when read.
+number of sequences; then, in multimodal files only, modes i8 [sequences]. We write one sequence a document; a document of
+Megatron-LM's may have several, end to end. Both files are memory-mapped.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 FLOATS = {6: "float64", 7: "float32"}
-LONGEST_DOCUMENT = 2**31 - 1  # the index counts a document's tokens in an i32
-CHUNK = 1 << 20  # entries that are looked at in one piece
+MAX_DOCUMENT_TOKENS = 2**31 - 1  # the index holds a document's length as i32
+CHUNK = 1 << 20  # entries that are checked or written at a time
 
 
 def token_dtype(vocab_size: int) -> type:
-    """uint16 where the vocabulary fits, as Megatron-LM decides it, else int32."""
+    """uint16 below 65500 tokens, as in Megatron-LM, else int32."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
@@ -42,10 +42,10 @@ def token_file(prefix: Path) -> Path:
 
 
 def write_index(out: BinaryIO, lengths: np.ndarray, dtype: np.dtype) -> None:
-    """Write an index of documents that lie end to end, a sequence each, in memory that does not grow with their number.
+    """Writes an index of documents that lie end to end, a sequence each, in constant memory.
 
     Args:
-        lengths: [documents] int32 tokens, may be a memory map.
+        lengths: [documents] int32 tokens of each; may be a memory map.
         dtype: of the tokens.
     """
     code = next(c for c, d in DTYPES.items() if d == dtype.type)
@@ -76,14 +76,15 @@ def write_indexed_dataset(prefix: Path, documents: Iterable[np.ndarray], *, voca
 
 
 class IndexedDataset:
-    """Documents of a `.bin/.idx` pair, read through memory maps. Opening looks at the header, the sizes and the last
-    entries only, so it costs the same for any number of documents; each document's place is checked when it is read.
+    """Documents of a `.bin/.idx` pair, read through memory maps.
+
+    Opening checks the header, the sizes and the last entries: constant cost. A document's offset is checked when it is read.
 
     Attributes:
         dtype: of the tokens.
 
     Raises:
-        ValueError: a file that is missing or not what its header says.
+        ValueError: a file is missing or contradicts its header.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -138,7 +139,7 @@ class IndexedDataset:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[documents] tokens of each: the map itself, int32, or where documents have several sequences their sums, int64.
+        """[documents] tokens of each: the map itself, int32; sums, int64, where documents have several sequences.
 
         Raises:
             ValueError: a negative length, or document entries that run backwards.
@@ -153,14 +154,14 @@ class IndexedDataset:
         if len(firsts) == len(self._sequence_lengths) + 1 and all(
             (firsts[at : at + CHUNK] == np.arange(at, min(at + CHUNK, len(firsts)))).all() for at in pieces
         ):
-            self._firsts = None  # a sequence is a document
+            self._firsts = None  # one sequence a document
             return self._sequence_lengths
         if (np.diff(firsts) < 0).any():
             raise UserError(f"{index_file(self.prefix)}: its document entries run backwards")
         sums = np.concatenate(([0], np.cumsum(self._sequence_lengths, dtype=np.int64)))
         return np.diff(sums[firsts])
 
-    # A worker process gets the name and opens its own maps.
+    # Pickled as its prefix: a worker process opens its own maps.
     def __getstate__(self) -> dict:
         return {"prefix": self.prefix}
 
@@ -173,14 +174,14 @@ class IndexedDataset:
 
     @property
     def tokens(self) -> np.ndarray:
-        """All tokens of the `.bin` file, a view of the map; `locate` says where a document's lie."""
+        """All tokens of the `.bin` file, a view of the map."""
         return self._tokens
 
     def locate(self, document: int, start: int, length: int) -> int:
-        """Index into `tokens` of token `start` of a document, after checking that `length` tokens from there are its own.
+        """Index into `tokens` of a document's token `start`; checks that `length` tokens from there lie in the file.
 
         Raises:
-            ValueError: the index points outside the token file; a read past the end of a map is cut short without a word.
+            ValueError: the index points outside the token file (a slice past the end of a map would be short).
         """
         size, whole = self.dtype.itemsize, self.lengths.item(document)
         assert start >= 0 and length >= 0 and start + length <= whole
@@ -203,7 +204,7 @@ class IndexedDataset:
         return begin
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
-        """`length` tokens of a document from token `start` on; a view of the map.
+        """[length] tokens of a document from token `start` on; a view of the map.
 
         Raises:
             ValueError: as `locate`.

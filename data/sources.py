@@ -1,73 +1,204 @@
-"""What `--data-path` names: corpora that data.prepare or Megatron-LM tokenized, or text; and which tokenizer belongs to them.
+"""What `--data-path` names: tokenized corpora (data.prepare's or Megatron-LM's) or text; and the tokenizer that belongs to them.
 
-Beside `<prefix>.bin` and `<prefix>.idx`, data.prepare writes `<prefix>.json`, which says with what tokenizer they were made,
-and a copy of its model. Files of Megatron-LM's have neither: their tokenizer is then given by flags.
+Beside `<prefix>.bin` and `<prefix>.idx`, data.prepare writes `<prefix>.json`, the metadata that names the tokenizer, and a copy of
+its model. Corpora of Megatron-LM have neither: flags give their tokenizer.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data.blend import parse_blend
-from data.corpus import Source, open_source
+from data.files import file_size, file_version, is_remote, match_files
 from data.indexed_dataset import IndexedDataset, index_file, token_file
-from data.readers import BadRecord
+from data.readers import BadRecord, Record, decode_text, detect_format, read_records
 from data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from utils.errors import UserError
 from utils.files import checksum
 
+STDLIB = "the Python standard library"
+# Tests and vendored trees repeat themselves or are absent from some installations.
+STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"})
 
-def facts_file(prefix: Path) -> Path:
+
+# ---------------------------------------------------------------------------------------------------
+# Text
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Documents in text files, in a fixed order.
+
+    Attributes:
+        name: for messages.
+        files: paths or URLs in order. A document is a line of JSON lines, a row of Parquet, or any other file.
+        json_key: JSONL field, or Parquet column, that holds the text.
+        kind: format of every file (`readers.FORMATS`); None: detected for each file.
+        flag: names the source in errors.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    json_key: str = "text"
+    kind: str | None = None
+    flag: str = "--data-path"
+
+    def cache_facts(self) -> list:
+        """Part of a cache key: changes whenever the documents may have changed."""
+        facts: list = [self.json_key]  # without the name: the same files may be named in several ways
+        if self.kind:
+            facts.append(self.kind)
+        if self.name == STDLIB:
+            facts += [STDLIB, platform.python_version()]
+        return facts + [file_version(file) for file in self.files]
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """The format of each file.
+
+        Raises:
+            ValueError: a file's content contradicts its name.
+        """
+        if self.kind or self.name == STDLIB:
+            return (self.kind or "text",) * len(self.files)
+        return tuple(detect_format(file) for file in self.files)
+
+    def texts(self, skip: Callable[[BadRecord], None] | None = None) -> Iterator[str]:
+        """The documents without empty ones.
+
+        Args:
+            skip: called with each bad record, or rest of a file, which is left out; None: bad records are errors.
+
+        Raises:
+            ValueError: a bad record, with file and line, or a file that the system cannot read.
+        """
+        for file, kind in zip(self.files, self.kinds, strict=True):
+            try:
+                for record in read_records(file, kind=kind, json_key=self.json_key):
+                    try:
+                        text = self._decode(file, kind, record)
+                    except BadRecord as error:
+                        if skip is None:
+                            raise
+                        skip(error)
+                        continue
+                    if text:
+                        yield text
+            except BadRecord as error:
+                if skip is None:
+                    raise UserError(f"{self.flag}: {error}") from error
+                skip(error)
+            except OSError as error:
+                raise UserError(f"{self.flag}: {error}") from error
+
+    def _decode(self, file: str, kind: str, record: Record) -> str:
+        try:
+            return decode_text(file, record, kind=kind, json_key=self.json_key)
+        except BadRecord:
+            if self.name == STDLIB and record.content is not None:  # a few of its files declare another encoding
+                return record.content.decode("latin-1")
+            raise
+
+
+def no_document_error(source: TextSource) -> UserError:
+    return UserError(f"{source.flag} {source.name}: no document in it")
+
+
+def open_stdlib() -> TextSource:
+    """The interpreter's standard library, a document a file: real text with a long tail of lengths.
+
+    Raises:
+        ValueError: this interpreter ships no sources.
+    """
+    root = sysconfig.get_path("stdlib")
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in STDLIB_LEFT_OUT]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not found:
+        raise UserError(f"this Python has no standard library sources under {root}; give --data-path")
+    return TextSource(STDLIB, tuple(str(path) for path in sorted(found)))
+
+
+def open_text(data_path: str | None, json_key: str) -> TextSource:
+    """The text behind `--data-path`: a file of text, JSON lines or Parquet, a folder of such files; None: the standard library.
+
+    Raises:
+        ValueError: missing, empty, or a folder without text files.
+    """
+    if data_path is None:
+        return open_stdlib()
+    files = match_files(data_path) if is_remote(data_path) or os.path.exists(data_path) else []
+    if not files and not os.path.isdir(data_path):
+        name = Path(data_path).name
+        raise UserError(f"--data-path {data_path}: no such file or folder, and no {name}.idx of a prepared corpus")
+    filled = tuple(file for file in files if file_size(file))
+    if not filled:
+        raise UserError(
+            f"--data-path {data_path}: the file is empty"
+            if files == [data_path]
+            else f"--data-path {data_path}: no text in this folder (no .txt, .md, .jsonl, .parquet or the like)"
+        )
+    return TextSource(data_path, filled, json_key)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Prepared corpora
+
+
+def metadata_file(prefix: Path) -> Path:
     """`<prefix>.json`."""
     return Path(f"{prefix}.json")
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedCorpus:
     """A tokenized corpus.
 
     Attributes:
-        facts: of its `<prefix>.json`; empty where there is none.
+        metadata: content of `<prefix>.json`; empty without that file.
     """
 
     prefix: Path
     tokens: IndexedDataset
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
     def tokenizer(self) -> Tokenizer | None:
-        """The one it was made with, from the copy beside it; None where it does not say.
+        """The corpus's tokenizer, from the model beside it; None: the metadata name none.
 
         Raises:
-            ValueError: the copy is missing or another one.
+            ValueError: the model is missing or another one.
         """
-        said = self.facts.get("tokenizer")
-        if said is None:
+        named = self.metadata.get("tokenizer")
+        if named is None:
             return None
-        model = said["model"]
-        found = load_tokenizer(
-            said["type"], None if model is None else str(self.prefix.parent / Path(model).name), said["eod"]
-        )
-        if found.fingerprint != said["fingerprint"]:
+        model = None if named["model"] is None else str(self.prefix.parent / Path(named["model"]).name)
+        found = load_tokenizer(named["type"], model, named["eod"])
+        if found.fingerprint != named["fingerprint"]:
             raise UserError(
-                f"{facts_file(self.prefix)}: the {said['type']} model beside it is not the tokenizer that it was made with"
+                f"{metadata_file(self.prefix)}: the {named['type']} model beside it is not the tokenizer that it was made with"
             )
         return found
 
-    def check(self) -> None:
-        """Read both files whole and compare them with what data.prepare wrote.
+    def verify(self) -> None:
+        """Reads both files whole and compares their checksums with the metadata.
 
         Raises:
-            ValueError: a file is not as it was written, or the corpus does not say how it was.
+            ValueError: a file differs, or the metadata hold no checksums.
         """
-        sums = self.facts.get("checksums")
+        sums = self.metadata.get("checksums")
         if sums is None:
             raise UserError(
-                f"--check-data: {facts_file(self.prefix)} has no checksums; data.prepare writes them with a corpus"
+                f"--check-data: {metadata_file(self.prefix)} has no checksums; data.prepare writes them with a corpus"
             )
         for kind, path in (("bin", token_file(self.prefix)), ("idx", index_file(self.prefix))):
             size, digest = checksum(path)
@@ -78,128 +209,142 @@ class Prepared:
                 )
 
 
-@dataclass(frozen=True)
-class Part:
-    """One source of `--data-path`, opened. Attributes: weight, None: by its size; content."""
-
-    name: str
-    weight: Fraction | None
-    content: Prepared | Source
-
-    def check(self) -> None:
-        """Raises ValueError if the files are not as they were written, or nothing says how they were."""
-        if not isinstance(self.content, Prepared):
-            raise UserError(
-                f"--check-data: {self.name} is text, of which nothing says what it was; data.prepare makes a corpus that does"
-            )
-        self.content.check()
-
-
-def open_parts(words: Sequence[str] | None, json_key: str, flag: str = "--data-path") -> list[Part]:
-    """The sources of a flag; None: the default corpus.
-
-    Raises:
-        ValueError: a blend, file or corpus that is not what it should be.
-    """
-    if words is None:
-        source = open_source(None, json_key)
-        return [Part(source.name, None, source)]
-    parts = []
-    for part in parse_blend(words, flag):
-        path = Path(part.path)
-        if index_file(path).exists():
-            content: Prepared | Source = open_prepared(path)
-        elif path.suffix in (".bin", ".idx") and index_file(path.with_suffix("")).exists():
-            raise UserError(f"{flag} {path}: give the prefix of both files, {path.with_suffix('')}")
-        else:
-            content = open_source(part.path, json_key)
-        parts.append(Part(part.path, part.weight, content))
-    return parts
-
-
-def open_prepared(prefix: Path) -> Prepared:
+def open_prepared(prefix: Path) -> PreparedCorpus:
     """A corpus by its prefix.
 
     Raises:
-        ValueError: broken files.
+        ValueError: corrupted files, or metadata that contradict them.
     """
-    tokens, file = IndexedDataset(prefix), facts_file(prefix)
-    facts: dict[str, Any] = {}
+    tokens, file = IndexedDataset(prefix), metadata_file(prefix)
+    metadata: dict[str, Any] = {}
     if file.exists():
         try:
-            facts = json.loads(file.read_text("utf-8"))
-            counted = (facts["documents"], facts["tokens"])
-            said = facts["tokenizer"]
-            _ = said["type"], said["model"], said["eod"], said["fingerprint"]
+            metadata = json.loads(file.read_text("utf-8"))
+            counted = (metadata["documents"], metadata["tokens"])
+            named = metadata["tokenizer"]
+            _ = named["type"], named["model"], named["eod"], named["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file}: not written by data.prepare ({type(error).__name__}: {error}); remove it to read the corpus without"
             ) from error
-        if counted != (len(tokens), len(tokens.tokens)):
+        held = (len(tokens), len(tokens.tokens))
+        if counted != held:
             raise UserError(
-                f"{file}: says {counted[0]} documents and {counted[1]} tokens, but the files hold {len(tokens)} and {len(tokens.tokens)}"
+                f"{file}: says {counted[0]} documents and {counted[1]} tokens, but the files hold {held[0]} and {held[1]}"
             )
-    return Prepared(prefix, tokens, facts)
+    return PreparedCorpus(prefix, tokens, metadata)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The flag
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One opened source of `--data-path`. Attributes: weight, None: by its size; content."""
+
+    name: str
+    weight: Fraction | None
+    content: PreparedCorpus | TextSource
+
+    def verify(self) -> None:
+        """Raises ValueError: the files differ from their checksums, or have none."""
+        if not isinstance(self.content, PreparedCorpus):
+            raise UserError(f"--check-data: {self.name} is raw text, which has no checksums; run data.prepare")
+        self.content.verify()
+
+
+def open_sources(words: Sequence[str] | None, json_key: str, flag: str = "--data-path") -> list[DataSource]:
+    """The sources that a flag names; None: the standard library.
+
+    Raises:
+        ValueError: a blend, file or corpus is missing or corrupted.
+    """
+    if words is None:
+        source = open_stdlib()
+        return [DataSource(source.name, None, source)]
+    sources = []
+    for part in parse_blend(words, flag):
+        path = Path(part.path)
+        if index_file(path).exists():
+            content: PreparedCorpus | TextSource = open_prepared(path)
+        elif path.suffix in (".bin", ".idx") and index_file(path.with_suffix("")).exists():
+            raise UserError(f"{flag} {path}: give the prefix of both files, {path.with_suffix('')}")
+        else:
+            content = open_text(part.path, json_key)
+        sources.append(DataSource(part.path, part.weight, content))
+    return sources
 
 
 def find_tokenizer(
-    parts: Sequence[Part], others: Sequence[Part] = (), *, tokenizer_type: str, model: str | None, eod: str | None
+    sources: Sequence[DataSource],
+    others: Sequence[DataSource] = (),
+    *,
+    tokenizer_type: str,
+    model: str | None,
+    eod: str | None,
 ) -> Tokenizer | None:
-    """The run's tokenizer: the one that flags name, else the one that prepared corpora were made with.
+    """The run's tokenizer: the one that flags name, else the one of the prepared corpora.
 
     Args:
-        parts, others: what is trained on, and what is read beside it.
+        sources, others: training and validation sources.
 
     Returns:
-        None: SentencePiece, to be trained on the only source there is, which is text.
+        None: SentencePiece, to be trained on the only source, which is text.
 
     Raises:
-        ValueError: none is named, or one that a corpus was not made with.
+        ValueError: no tokenizer is named, or a corpus was made with another one.
     """
-    chosen: Tokenizer | None = None
-    by = "the flags"
+    chosen, by = None, "the flags"
     if tokenizer_type == "byte" or model is not None:
         chosen = load_tokenizer(tokenizer_type, model, eod)
-    for part in (*parts, *others):
-        own = part.content.tokenizer() if isinstance(part.content, Prepared) else None
+    unnamed = None
+    for source in (*sources, *others):
+        if not isinstance(source.content, PreparedCorpus):
+            continue
+        own = source.content.tokenizer()
         if own is None:
+            unnamed = unnamed or source.name
             continue
         if tokenizer_type not in ("auto", own.kind):
             raise UserError(
-                f"--tokenizer-type {tokenizer_type}: {part.name} was made with a tokenizer of type {own.kind}"
+                f"--tokenizer-type {tokenizer_type}: {source.name} was made with a tokenizer of type {own.kind}"
             )
         if chosen is None:
-            chosen, by = own, part.name
+            chosen, by = own, source.name
         elif own.fingerprint != chosen.fingerprint:
-            raise UserError(f"--data-path: {part.name} was made with another tokenizer than that of {by}")
+            raise UserError(f"--data-path: {source.name} was made with another tokenizer than that of {by}")
     if chosen is not None:
         return chosen
-    nameless = next((part.name for part in (*parts, *others) if isinstance(part.content, Prepared)), None)
-    if nameless is not None:
+    if unnamed is not None:
         raise UserError(
-            f"--data-path {nameless} holds tokens and does not say whose: give its --tokenizer-model, or --tokenizer-type byte"
+            f"--data-path {unnamed} holds tokens and does not say whose: give its --tokenizer-model, or --tokenizer-type byte"
         )
-    if len(parts) > 1:
+    if len(sources) > 1:
         raise UserError(
-            f"--data-path: {len(parts)} sources of text need one tokenizer: give --tokenizer-model, or --tokenizer-type byte"
+            f"--data-path: {len(sources)} sources of text need one tokenizer: give --tokenizer-model, or --tokenizer-type byte"
         )
     if tokenizer_type == "huggingface":
         raise UserError("--tokenizer-type huggingface needs --tokenizer-model, a tokenizer.json")
     return None
 
 
-def train_on(
-    source: Source, *, vocab_size: int, flag: str, skip: Callable[[BadRecord], None] | None = None, **options: int
+def train_model(
+    source: TextSource, *, vocab_size: int, flag: str, skip: Callable[[BadRecord], None] | None = None, **options: int
 ) -> bytes:
-    """A SentencePiece model of the source's texts; `skip` as `Source.texts`, `options` as `train_sentencepiece`.
+    """A SentencePiece model of the source's texts.
+
+    Args:
+        flag: names the vocabulary's size in errors.
+        skip: as `TextSource.texts`.
+        options: as `train_sentencepiece`.
 
     Raises:
-        ValueError: a broken or empty corpus, or one too small for the vocabulary.
+        ValueError: a corrupted or empty source, or one too small for the vocabulary.
     """
-    fault: list[UserError] = []
+    fault: list[UserError] = []  # SentencePiece turns what its iterator raises into an error of its own
 
-    def texts() -> Iterator[str]:
-        # SentencePiece turns what its iterator raises into an error of its own.
+    def read_texts() -> Iterator[str]:
         found = False
         try:
             for text in source.texts(skip):
@@ -209,10 +354,10 @@ def train_on(
             fault.append(error)
             raise
         if not found:
-            fault.append(nothing_in(source))
+            fault.append(no_document_error(source))
 
     try:
-        return train_sentencepiece(texts(), vocab_size=vocab_size, **options)
+        return train_sentencepiece(read_texts(), vocab_size=vocab_size, **options)
     except (RuntimeError, ValueError) as error:
         if fault:
             raise fault[0] from None
@@ -220,7 +365,3 @@ def train_on(
             f"{flag} {vocab_size}: no such model can be trained on {source.name}; "
             f"choose a smaller one or --tokenizer-type byte (SentencePiece: {str(error).splitlines()[-1]})"
         ) from error
-
-
-def nothing_in(source: Source) -> UserError:
-    return UserError(f"{source.flag} {source.name}: no document in it")

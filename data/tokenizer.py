@@ -1,10 +1,11 @@
-"""Tokenizers: raw bytes, a SentencePiece model, or a Hugging Face `tokenizer.json`. All have one token that ends a document."""
+"""Tokenizers: raw bytes, a SentencePiece model, or a Hugging Face `tokenizer.json`; each has one end-of-document token (EOD)."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -14,12 +15,11 @@ import numpy as np
 from utils.errors import UserError
 
 TOKENIZER_TYPES = ("sentencepiece", "huggingface", "byte")
-LONGEST_PIECE = 1 << 20  # bytes
-NUM_THREADS = (
-    2  # of loading, the smaller part of training; the same pieces for any number, but it stands in the model's bytes
-)
-SPACE = "\u2581"  # what SentencePiece writes for a space inside its pieces
-# What published tokenizers call the token that ends a document; the first that a tokenizer.json has is taken.
+MAX_PIECE_BYTES = 1 << 20
+# Threads of SentencePiece's loading. The pieces do not depend on it, but the model's bytes, and so its fingerprint, hold it.
+NUM_THREADS = 2
+SPACE = "\u2581"  # SentencePiece's sign for a space
+# EOD tokens of published tokenizers; the first that a tokenizer.json has is taken.
 EOD_TOKENS = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -32,9 +32,12 @@ EOD_TOKENS = (
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline asks of a tokenizer.
+    """Text to ids and back.
 
-    `kind` is of `TOKENIZER_TYPES`; `eod` the id that ends every document; `fingerprint` changes whenever the same text could get other ids.
+    Attributes:
+        kind: of `TOKENIZER_TYPES`.
+        eod: id of the end-of-document token.
+        fingerprint: changes whenever the same text could get other ids.
     """
 
     kind: str
@@ -43,18 +46,18 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, int32, without an end-of-document token."""
+        """[n] int32 ids of the text, without EOD."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each, on one thread, in less time."""
+        """`encode` of each text, faster, on one thread."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes, and 256 for the end of a document."""
+    """UTF-8 bytes, and 256 as EOD."""
 
     kind = "byte"
     vocab_size = 257
@@ -72,10 +75,10 @@ class ByteTokenizer:
 
 
 def load_sentencepiece() -> ModuleType:
-    """The library, imported where it is needed: byte tokens do without.
+    """The sentencepiece library.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: not installed.
     """
     try:
         import sentencepiece
@@ -86,8 +89,15 @@ def load_sentencepiece() -> ModuleType:
     return sentencepiece
 
 
+def _read_model(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"--tokenizer-model {file}: {error.strerror}") from error
+
+
 class SentencePieceTokenizer:
-    """A SentencePiece model file; its end-of-sentence piece ends a document.
+    """A SentencePiece model file; its end-of-sentence piece is the EOD.
 
     Raises:
         ValueError: not a SentencePiece model, or one without an end-of-sentence piece.
@@ -97,10 +107,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, model_file: Path) -> None:
         sentencepiece = load_sentencepiece()
-        try:
-            model = model_file.read_bytes()
-        except OSError as error:
-            raise UserError(f"--tokenizer-model {model_file}: {error.strerror}") from error
+        model = _read_model(model_file)
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -110,7 +117,7 @@ class SentencePieceTokenizer:
             raise UserError(f"--tokenizer-model {model_file}: has no end-of-sentence piece to end documents with")
         self.vocab_size = self.processor.vocab_size()
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
-        # The library cannot tell a text's own U+2581 from a space; byte pieces, where the model has them, can.
+        # The library takes a text's own U+2581 for a space; the model's byte pieces, if it has them, tell the two apart.
         ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._space_sign = ids if all(self.processor.is_byte(i) for i in ids) else None
 
@@ -133,13 +140,13 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json` of the Hugging Face `tokenizers` library; no template's special tokens are added.
+    """A `tokenizer.json` of the Hugging Face `tokenizers` library, without its template's special tokens.
 
     Args:
-        eod: the token that ends a document; None: the first of `EOD_TOKENS` that it has.
+        eod: the EOD token; None: the first of `EOD_TOKENS` in the file.
 
     Raises:
-        ValueError: not such a file, or no such token in it.
+        ValueError: not a tokenizer.json, or no such token in it.
     """
 
     kind = "huggingface"
@@ -151,18 +158,15 @@ class HuggingFaceTokenizer:
             raise UserError(
                 f"--tokenizer-model {file} needs the package tokenizers ({error}): pip install -r requirements.txt"
             ) from error
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"--tokenizer-model {file}: {error.strerror}") from error
+        content = _read_model(file)
         try:
             self.processor = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises plain Exception
+        except Exception as error:  # the library raises no narrower type
             raise UserError(f"--tokenizer-model {file}: not a Hugging Face tokenizer.json ({error})") from error
-        # What the file says for training on short texts: a corpus keeps its whole documents, unpadded.
+        # Documents stay whole and unpadded, whatever the file sets for short texts.
         self.processor.no_truncation()
         self.processor.no_padding()
-        # A document that quotes a special token holds its characters, not its id: else any text could end a document.
+        # A quoted special token is its characters, not its id: else any text could end a document.
         self.processor.encode_special_tokens = True
         ids = self.processor.get_vocab(with_added_tokens=True)
         wanted = (eod,) if eod is not None else EOD_TOKENS
@@ -171,17 +175,17 @@ class HuggingFaceTokenizer:
             raise UserError(
                 f"--tokenizer-model {file}: has no token {' or '.join(wanted)} to end documents with; name its own with --tokenizer-eod"
             )
-        self.processor.add_special_tokens([found])  # also where the file has it as an ordinary token
+        self.processor.add_special_tokens([found])  # the file may have it as an ordinary token
         self.eod = ids[found]
         self.vocab_size = max(ids.values()) + 1  # ids may have holes
-        # The number changes when `encode` does.
+        # Raise the number when `encode` changes.
         self.fingerprint = hashlib.sha256(content + found.encode() + b"2").hexdigest()[:16]
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.processor.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # encode_batch of the library starts threads; processes are what we share work over.
+        # The library's encode_batch starts threads; our workers are processes.
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -196,7 +200,7 @@ def load_tokenizer(tokenizer_type: str, model: str | None, eod: str | None = Non
         eod: as `HuggingFaceTokenizer`'s.
 
     Raises:
-        ValueError: a model missing, unreadable, or where none belongs.
+        ValueError: a model is missing, unreadable, or not allowed for the type.
     """
     if tokenizer_type == "byte":
         if model is not None:
@@ -211,18 +215,30 @@ def load_tokenizer(tokenizer_type: str, model: str | None, eod: str | None = Non
     return SentencePieceTokenizer(Path(model))
 
 
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """How a process loads the tokenizer. Attributes: kind, model, eod of `load_tokenizer`."""
+
+    kind: str
+    model: str | None
+    eod: str | None
+
+    def load(self) -> Tokenizer:
+        return load_tokenizer(self.kind, self.model, self.eod)
+
+
 def resolve_tokenizer_type(tokenizer_type: str, model: str | None) -> str:
-    """`auto` told by the model file's name."""
+    """`auto` resolved by the name of the model file."""
     if tokenizer_type != "auto":
         return tokenizer_type
     return "huggingface" if model is not None and model.endswith(".json") else "sentencepiece"
 
 
 def _training_pieces(texts: Iterable[str], size: int = 1000) -> Iterator[str]:
-    """Texts cut at line ends, long lines also before spaces, into pieces of about `size` characters, which SentencePiece trains on.
+    """Texts cut into pieces of about `size` characters for SentencePiece: at line ends, in long lines before spaces.
 
-    It counts words, each with the space before it, so where a line is cut changes next to nothing. Without a space it is cut
-    every 10 * `size` characters: SentencePiece leaves out, without a word, what is longer than `LONGEST_PIECE`.
+    SentencePiece counts words with the space before them, so these cuts change its counts little. A line without spaces is cut
+    every 10 * `size` characters: SentencePiece silently leaves out pieces longer than `MAX_PIECE_BYTES`.
     """
     for text in texts:
         buffer = ""
@@ -252,10 +268,10 @@ def train_sentencepiece(
     """A BPE model with byte fallback that reproduces any text exactly (no normalisation, no added space).
 
     Args:
-        input_sentence_size: pieces of about 1000 characters to hold in memory and train on, drawn at random, always the same; 0: all.
+        input_sentence_size: number of pieces of about 1000 characters to train on, drawn with a fixed seed; 0: all.
     """
-    # Said only where it is given: the model holds it, and caches and runs tell models apart by their bytes.
-    drawn = dict(input_sentence_size=input_sentence_size, shuffle_input_sentence=True) if input_sentence_size else {}
+    # Only set where it is given: the model's bytes, and so its fingerprint, hold these options.
+    sampling = dict(input_sentence_size=input_sentence_size, shuffle_input_sentence=True) if input_sentence_size else {}
     model = io.BytesIO()
     load_sentencepiece().SentencePieceTrainer.train(
         sentence_iterator=_training_pieces(texts),
@@ -268,13 +284,13 @@ def train_sentencepiece(
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
         allow_whitespace_only_pieces=True,
-        max_sentence_length=LONGEST_PIECE,
+        max_sentence_length=MAX_PIECE_BYTES,
         num_threads=num_threads,
         minloglevel=2,
         unk_id=0,
         eos_id=1,
         bos_id=-1,
         pad_id=-1,
-        **drawn,
+        **sampling,
     )
     return model.getvalue()

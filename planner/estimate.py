@@ -9,7 +9,7 @@ import numpy as np
 from config.schema import DataConfig, RunConfig
 from cp.layout import attention_pairs, balance
 from data.packing import pack_epoch
-from data.sources import Prepared, find_tokenizer, open_parts
+from data.sources import PreparedCorpus, find_tokenizer, open_sources
 from model.config import GPTConfig, count_parameters
 from parallel.stages import split_layers
 from planner.communication import step_bytes
@@ -63,7 +63,7 @@ def data_of(data: DataConfig) -> tuple[int, np.ndarray | None]:
 
     Nothing is tokenized or trained: a tokenizer that would be trained counts as --tokenizer-vocab-size.
     """
-    parts = open_parts(data.data_path, data.json_key)
+    parts = open_sources(data.data_path, data.json_key)
     found = find_tokenizer(
         parts,
         [],
@@ -72,7 +72,7 @@ def data_of(data: DataConfig) -> tuple[int, np.ndarray | None]:
         eod=data.tokenizer_eod,
     )
     prepared = [
-        np.asarray(p.content.tokens.lengths[:1_000_000], np.int64) for p in parts if isinstance(p.content, Prepared)
+        np.asarray(p.content.tokens.lengths[:1_000_000], np.int64) for p in parts if isinstance(p.content, PreparedCorpus)
     ]
     return found.vocab_size if found else data.tokenizer_vocab_size, np.concatenate(prepared) if prepared else None
 

@@ -13,7 +13,7 @@ from cp.attention import build_attention
 from data.batch import BatchPlan
 from data.build import build_dataset, train_tokenizer
 from data.dataset import PackingOptions, SampleDataset
-from data.sources import Part, find_tokenizer, open_parts
+from data.sources import DataSource, find_tokenizer, open_sources
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig
 from model.gpt import GPT, Stages, get_chunks
@@ -48,10 +48,10 @@ class RunData:
         }
 
 
-def build_tokenizer(data: DataConfig) -> tuple[Tokenizer, list[Part], list[Part]]:
+def build_tokenizer(data: DataConfig) -> tuple[Tokenizer, list[DataSource], list[DataSource]]:
     """Tokenizer, opened parts of --data-path and of --valid-data-path. Trains the tokenizer if none is given."""
-    parts = open_parts(data.data_path, data.json_key)
-    valid = open_parts(data.valid_data_path, data.json_key, "--valid-data-path") if data.valid_data_path else []
+    parts = open_sources(data.data_path, data.json_key)
+    valid = open_sources(data.valid_data_path, data.json_key, "--valid-data-path") if data.valid_data_path else []
     tokenizer = find_tokenizer(
         parts, valid, tokenizer_type=data.tokenizer_type, model=data.tokenizer_model, eod=data.tokenizer_eod
     )
@@ -68,7 +68,7 @@ def build_data(config: RunConfig) -> RunData:
     tokenizer, parts, valid_parts = build_tokenizer(data)
     if data.check_data and dist.get_rank() == 0:
         for part in (*parts, *valid_parts):
-            part.check()
+            part.verify()
     packing = PackingOptions(
         seq_length=data.seq_length,
         method=data.packing,

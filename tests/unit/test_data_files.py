@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from data.build import build_tokens, cached_split, split_documents, train_tokenizer
-from data.corpus import Source, open_source, stdlib_source
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
+from data.sources import TextSource, open_stdlib, open_text
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from utils.files import build_once
 
@@ -58,58 +58,58 @@ def test_sources(tmp_path: Path) -> None:
     (tmp_path / "two.jsonl").write_text('{"text": "a"}\n\n{"text": "b", "id": 1}\n{"text": ""}\n')
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    assert list(open_source(str(tmp_path / "one.txt"), "text").texts()) == ["one"]
-    assert list(open_source(str(tmp_path / "two.jsonl"), "text").texts()) == ["a", "b"]
-    assert list(open_source(str(tmp_path), "text").texts()) == ["one", "a", "b"]
+    assert list(open_text(str(tmp_path / "one.txt"), "text").texts()) == ["one"]
+    assert list(open_text(str(tmp_path / "two.jsonl"), "text").texts()) == ["a", "b"]
+    assert list(open_text(str(tmp_path), "text").texts()) == ["one", "a", "b"]
     for name, words in (("missing", "no such file"), ("empty.txt", "is empty")):
         with pytest.raises(ValueError, match=words):
-            open_source(str(tmp_path / name), "text")
+            open_text(str(tmp_path / name), "text")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="no text"):
-        open_source(str(tmp_path / "folder"), "text")
+        open_text(str(tmp_path / "folder"), "text")
 
 
 @pytest.mark.parametrize("line", ['{"text": 5}', '{"txt": "x"}', "[1]", "{broken", '{"text": "\\ud8'])
 def test_bad_records_are_named_by_file_and_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
-        list(open_source(str(tmp_path / "bad.jsonl"), "text").texts())
+        list(open_text(str(tmp_path / "bad.jsonl"), "text").texts())
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="not UTF-8"):
-        list(open_source(str(tmp_path / "latin.txt"), "text").texts())
+        list(open_text(str(tmp_path / "latin.txt"), "text").texts())
 
 
 def test_the_default_corpus_is_there_and_leaves_installed_packages_out() -> None:
-    source = stdlib_source()
+    source = open_stdlib()
     assert len(source.files) > 200
-    assert not any("site-packages" in file.parts for file in source.files)
-    assert list(source.files) == sorted(source.files)
+    assert not any("site-packages" in Path(file).parts for file in source.files)
+    assert list(source.files) == sorted(source.files, key=Path)
 
 
 def test_a_source_that_changes_is_another_source(tmp_path: Path) -> None:
     file = tmp_path / "one.txt"
     file.write_text("one")
-    before = open_source(str(file), "text").made_from()
+    before = open_text(str(file), "text").cache_facts()
     file.write_text("one and more")
-    assert open_source(str(file), "text").made_from() != before
+    assert open_text(str(file), "text").cache_facts() != before
 
 
 def test_a_source_is_told_by_its_files_and_how_they_are_read(tmp_path: Path, monkeypatch) -> None:
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text("one")
     monkeypatch.chdir(tmp_path)
-    before = open_source("one.txt", "text").made_from()
-    assert open_source(f"../{tmp_path.name}/one.txt", "text").made_from() == before  # however it is spelled
-    assert open_source("one.txt", "body").made_from() != before
-    assert open_source("two.txt", "text").made_from() != before
-    assert Source("one.txt", (Path("one.txt"),), kind="jsonl").made_from() != before
+    before = open_text("one.txt", "text").cache_facts()
+    assert open_text(f"../{tmp_path.name}/one.txt", "text").cache_facts() == before  # however it is spelled
+    assert open_text("one.txt", "body").cache_facts() != before
+    assert open_text("two.txt", "text").cache_facts() != before
+    assert TextSource("one.txt", ("one.txt",), kind="jsonl").cache_facts() != before
     stat = (tmp_path / "one.txt").stat()
     os.utime(tmp_path / "one.txt", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # as long as before
-    assert open_source("one.txt", "text").made_from() != before
-    assert stdlib_source().made_from() != Source("all", stdlib_source().files).made_from()
+    assert open_text("one.txt", "text").cache_facts() != before
+    assert open_stdlib().cache_facts() != TextSource("all", open_stdlib().files).cache_facts()
 
 
 TEXT = 'def f(x):\n\treturn "grüße, 世界 🎉"  # two  spaces\r\n\n    x = 1\n' * 3
@@ -129,7 +129,7 @@ def test_a_file_that_is_no_model_and_a_corpus_too_small_are_refused(tmp_path: Pa
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         SentencePieceTokenizer(tmp_path / "m.model")
     (tmp_path / "small.txt").write_text("ab")
-    source = open_source(str(tmp_path / "small.txt"), "text")
+    source = open_text(str(tmp_path / "small.txt"), "text")
     with pytest.raises(ValueError, match="--tokenizer-vocab-size 4096"):
         train_tokenizer(source, vocab_size=4096, cache_path=tmp_path)
 
@@ -188,7 +188,7 @@ def test_what_killed_builders_left_is_removed_after_a_day(tmp_path: Path) -> Non
 @pytest.mark.parametrize("how", ["missing", "cut"])
 def test_broken_entries_of_the_cache_are_named_and_what_to_remove(tmp_path: Path, part: str, how: str) -> None:
     (tmp_path / "d.txt").write_text(TEXT * 20)
-    source, cache = open_source(str(tmp_path / "d.txt"), "text"), tmp_path / "cache"
+    source, cache = open_text(str(tmp_path / "d.txt"), "text"), tmp_path / "cache"
 
     def build() -> None:
         build_tokens(source, train_tokenizer(source, vocab_size=300, cache_path=cache), cache_path=cache)

@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import data.corpus_writer as writer_module
+import data.encode as encode_module
 import data.prepare as prepare_module
 from data.indexed_dataset import HEADER, IndexedDataset, index_file, write_indexed_dataset
-from data.prepare import Corpus, build_parser, main, prepare
+from data.prepare import CorpusWriter, PrepareOptions, build_parser, main, parse_options, prepare, write_tokens
 from data.sources import open_prepared
 from data.statistics import count_duplicates, length_histogram, padding_shares
 from data.tokenizer import (
@@ -38,7 +40,7 @@ TEXTS = [f"document {n}: " + "grüße, 世界 🎉\n" * (n % 7) + "x" * (37 * n 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch) -> None:
-    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 400)
+    monkeypatch.setattr(encode_module, "BATCH_BYTES", 400)
 
 
 def lines_of(texts: list[str], key: str = "text") -> bytes:
@@ -72,7 +74,7 @@ def corpus_in(folder: Path) -> Path:
 
 
 def run(*flags: str):
-    return prepare(build_parser().parse_args([str(f) for f in flags]))
+    return prepare(parse_options(PrepareOptions, build_parser(), [str(f) for f in flags]))
 
 
 def texts_in(prefix: Path, end: int | None = 256) -> list[str]:
@@ -126,7 +128,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch, af
     (corpus / "ba.jsonl.gz").write_bytes(gzip.compress(lines_of(TEXTS[:5]))[:-9])  # its end is cut off
     whole = run("--input", corpus, "--output-prefix", tmp_path / "whole", *flags)
     assert whole.bad == 2 and [Path(s.split(":")[0]).name for s in whole.shown] == ["a.jsonl", "ba.jsonl.gz"]
-    real, calls = Corpus.add, []
+    real, calls = CorpusWriter.add, []
 
     def add(self, *done) -> None:
         real(self, *done)
@@ -136,11 +138,11 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch, af
             for output in self.outputs.values():
                 output.write(b"more than was told")
                 output.flush()
-            monkeypatch.setattr(Corpus, "save", lambda self: None)
+            monkeypatch.setattr(CorpusWriter, "save", lambda self: None)
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(Corpus, "add", add)
+        patch.setattr(CorpusWriter, "add", add)
         with pytest.raises(Stop):
             run("--input", corpus, "--output-prefix", tmp_path / "p", *flags)
     monkeypatch.undo()
@@ -155,7 +157,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch, af
     )
 
 
-@pytest.mark.parametrize("place", ["add", "prepare"])
+@pytest.mark.parametrize("place", ["add", "write_tokens"])
 def test_interrupted_between_any_two_lines_it_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch, place: str
 ) -> None:
@@ -165,12 +167,12 @@ def test_interrupted_between_any_two_lines_it_goes_on_to_the_same_bytes(
     flags = ("--input", file, *BYTE, "--workers", 0, "--on-error", "skip")
     whole, code = (
         run(*flags, "--output-prefix", tmp_path / "whole"),
-        {"add": Corpus.add, "prepare": prepare}[place].__code__,
+        {"add": CorpusWriter.add, "write_tokens": write_tokens}[place].__code__,
     )
     left = 0
 
     def in_the_loop(frame) -> bool:
-        return place == "add" or frame.f_locals.get("task") is not None
+        return place == "add" or frame.f_locals.get("batch") is not None
 
     def count(frame, event: str, _):
         nonlocal left
@@ -203,14 +205,14 @@ def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path: Path) -> None:
     corpus = corpus_in(tmp_path / "in")
     flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "2"]
     code = textwrap.dedent(f"""
-        import multiprocessing, os, sys, data.prepare as p
-        p.BATCH_BYTES, p.SAVE_EVERY, real, n = 400, 0.0, p.Corpus.add, []
+        import multiprocessing, os, sys, data.encode, data.prepare as p
+        data.encode.BATCH_BYTES, p.SAVE_EVERY, real, n = 400, 0.0, p.CorpusWriter.add, []
         def add(self, *a):
             real(self, *a); n.append(1)
             if len(n) == 8:
                 print(*[c.pid for c in multiprocessing.active_children()], flush=True)
                 os.kill(os.getpid(), 9)
-        p.Corpus.add = add
+        p.CorpusWriter.add = add
         p.main({flags!r})
     """)
     killed = subprocess.run(
@@ -239,7 +241,7 @@ def test_a_dead_worker_ends_the_run_at_once(tmp_path: Path, monkeypatch) -> None
     def die(self, task) -> None:
         os._exit(3)
 
-    monkeypatch.setattr(prepare_module.Encoder, "__call__", die)  # the workers are forked
+    monkeypatch.setattr(encode_module.Encoder, "__call__", die)  # the workers are forked
     start = time.monotonic()
     with pytest.raises(ValueError, match="a worker died"):
         run("--input", corpus_in(tmp_path / "in"), "--output-prefix", tmp_path / "p", *BYTE, "--workers", 2)
@@ -328,7 +330,7 @@ def test_half_a_corpus_of_other_inputs_is_not_gone_on_with(tmp_path: Path, monke
     corpus = corpus_in(tmp_path / "in")
     flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "0"]
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(writer_module, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(flags) == 130
     (corpus / "a.jsonl").write_bytes(lines_of(["another"]))
     capsys.readouterr()
@@ -338,7 +340,7 @@ def test_half_a_corpus_of_other_inputs_is_not_gone_on_with(tmp_path: Path, monke
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     flags = ["--input", str(corpus_in(tmp_path / "in")), "--output-prefix", str(tmp_path / "p"), *BYTE]
-    first = Corpus(tmp_path / "p", dtype=np.dtype(np.uint16), key="k", overwrite=False)
+    first = CorpusWriter(tmp_path / "p", dtype=np.dtype(np.uint16), key="k", overwrite=False)
     command = [sys.executable, "-m", "data.prepare", *flags]
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert second.returncode == 2 and "another process is writing it" in second.stderr
@@ -373,7 +375,7 @@ def test_killed_between_any_two_renames_it_is_finished_by_the_same_command(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        patch.setattr(prepare_module.shutil, "rmtree", remove)
+        patch.setattr(writer_module.shutil, "rmtree", remove)
         with pytest.raises(Stop):
             main([*flags, str(prefix)])
     if index_file(prefix).exists() and not overwrite:  # the last rename was done
@@ -503,7 +505,7 @@ def test_train_tokenizer(tmp_path: Path, capsys) -> None:
     corpus, model = corpus_in(tmp_path / "in"), tmp_path / "m.model"
     flags = ["train-tokenizer", "--input", str(corpus), "--output", str(model), "--vocab-size", "400"]
     assert main(flags) == 0 and SentencePieceTokenizer(model).vocab_size == 400
-    assert main(flags) == 2 and "there already" in capsys.readouterr().err
+    assert main(flags) == 2 and "exists already" in capsys.readouterr().err
     assert main([*flags[:-1], "100000", "--output", str(tmp_path / "n.model")]) == 2
     assert "--vocab-size 100000" in capsys.readouterr().err and not (tmp_path / "n.model").exists()
     with (corpus / "a.jsonl").open("ab") as out:

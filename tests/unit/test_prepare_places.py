@@ -11,10 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import data.prepare as prepare_module
-from data.corpus import open_source
+import data.corpus_writer as writer_module
+import data.encode as encode_module
+from data.corpus_writer import Progress
 from data.indexed_dataset import write_indexed_dataset
-from data.prepare import Progress, main
+from data.prepare import InputOptions, find_inputs, main
+from data.readers import FileOffset
+from data.sources import open_text
 from data.tokenizer import train_sentencepiece
 from tests.unit.test_prepare import BYTE, TEXTS, files_of, lines_of, run, texts_in, zstd
 
@@ -87,7 +90,7 @@ def test_files_of_the_users_are_replaced_only_when_told(tmp_path: Path, capsys, 
         "--workers",
         0,
     )
-    assert f"{name} is there already" in refused(capsys, *flags) and contents(tmp_path) == before
+    assert f"{name} exists already" in refused(capsys, *flags) and contents(tmp_path) == before
     run(*flags, "--overwrite")
     assert (tmp_path / name).read_bytes() != before[name]
 
@@ -116,7 +119,7 @@ def begun(folder: Path, prefix: Path, *flags: object) -> tuple:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch) -> None:
-    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 400)
+    monkeypatch.setattr(encode_module, "BATCH_BYTES", 400)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_it_goes_on_however_the_inputs_are_spelled(tmp_path: Path, monkeypatch) 
     flags = begun(tmp_path, tmp_path / "p")
     monkeypatch.chdir(tmp_path)
     resumed = []
-    monkeypatch.setattr(prepare_module, "Progress", lambda **said: resumed.append(said) or Progress(**said))
+    monkeypatch.setattr(writer_module, "Progress", lambda **said: resumed.append(said) or Progress(**said))
     run("--input", "./*.jsonl", "a.jsonl", *flags[2:])
     assert resumed[0]["documents"] > 20 and texts_in(tmp_path / "p") == TEXTS
 
@@ -196,7 +199,7 @@ def test_what_it_writes_into_a_folder_of_inputs_is_no_input(tmp_path: Path, monk
         0,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(writer_module, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main([str(f) for f in flags]) == 130
     whole = run(*flags)
     first = files_of(folder / "p")
@@ -229,13 +232,13 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
         0,
     )
     assert sorted(texts_in(tmp_path / "p")) == ["a", "b", "c"]
-    assert sorted(open_source(str(folder), "text").texts()) == ["a", "b", "c"]
+    assert sorted(open_text(str(folder), "text").texts()) == ["a", "b", "c"]
 
 
 def test_a_run_of_empty_rows_is_several_tasks(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([None] * 3000 + ["end"], pa.string())}), tmp_path / "a.parquet")
-    source = prepare_module.find_inputs([str(tmp_path / "a.parquet")], json_key="text", kind="auto")
-    tasks = list(prepare_module._tasks(source, Progress(), "skip"))
+    source = find_inputs(InputOptions(input=(str(tmp_path / "a.parquet"),)))
+    tasks = list(encode_module.read_record_batches(source, 0, FileOffset(), skip_bad=True))
     assert max(len(t.records) for t in tasks) <= 400 / 100 + 1 and sum(len(t.records) for t in tasks) == 3001
 
 

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import fsspec.implementations.local
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import data.readers as readers_module
-from data.corpus import Source, open_source
 from data.prepare import main
-from data.readers import BadRecord, Place, format_of, read_records, text_of
+from data.readers import BadRecord, FileOffset, decode_text, detect_format, read_records
+from data.sources import TextSource, open_text
 from tests.unit.test_prepare import BYTE, TEXTS, lines_of, run, texts_in, zstd
 
 
@@ -52,14 +53,11 @@ def test_a_disk_that_fails_ends_the_run_also_with_skip(
     """Counted as bad records, the rest of a corpus would be missing without a word."""
     data = lines_of(TEXTS * 50)
     (tmp_path / name).write_bytes({".gz": gzip.compress, ".zst": zstd}.get(Path(name).suffix, bytes)(data))
-    real = Path.open
-    monkeypatch.setattr(
-        Path,
-        "open",
-        lambda self, *mode, **more: (
-            real(self, *mode, **more) if self.name != name else Failing(real(self, "rb"), code, 100)
-        ),
-    )
+
+    def open_failing(path: str, mode: str) -> BinaryIO | Failing:
+        return Failing(open(path, mode), code, 100) if Path(path).name == name else open(path, mode)
+
+    monkeypatch.setattr(fsspec.implementations.local, "open", open_failing, raising=False)
     flags = [
         "--input",
         str(tmp_path / name),
@@ -74,7 +72,7 @@ def test_a_disk_that_fails_ends_the_run_also_with_skip(
     assert main([*flags, "--format", "text" if name.endswith("txt") else "jsonl"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert name in said and f"[Errno {code}]" in said and not (tmp_path / "p.idx").exists()
-    source = Source("s", (tmp_path / name,), kind="text" if name.endswith("txt") else "jsonl")
+    source = TextSource("s", (str(tmp_path / name),), kind="text" if name.endswith("txt") else "jsonl")
     with pytest.raises(ValueError, match=rf"--data-path: .*{name}"):
         list(source.texts(skip=lambda error: None))
 
@@ -106,8 +104,8 @@ def test_broken_content_leaves_out_the_rest_of_the_file_and_says_so(tmp_path: Pa
 def test_parquet_is_gone_on_from_any_row(tmp_path: Path, start: int) -> None:
     file, texts = tmp_path / "a.parquet", [f"row {n}" for n in range(3000)]
     pq.write_table(pa.table({"text": texts}), file, row_group_size=700)
-    records = list(read_records(file, kind="parquet", json_key="text", start=Place(start, start)))
-    assert [text_of("a", r, kind="parquet", json_key="text") for r in records] == texts[start:]
+    records = list(read_records(str(file), kind="parquet", json_key="text", start=FileOffset(start, start)))
+    assert [decode_text("a", r, kind="parquet", json_key="text") for r in records] == texts[start:]
     assert [r.number for r in records] == [r.end for r in records] == list(range(start + 1, 3001))
 
 
@@ -115,14 +113,14 @@ def test_two_columns_of_one_name_are_said(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), file)
     with pytest.raises(BadRecord, match="has 2 columns 'text'"):
-        list(read_records(file, kind="parquet", json_key="text"))
+        list(read_records(str(file), kind="parquet", json_key="text"))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.data", "a.jsonl"])
 def test_a_mark_of_utf8_before_json_is_no_text(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + lines_of(["one", "grüße"]))
-    assert format_of(tmp_path / name) == "jsonl"
-    assert list(open_source(str(tmp_path / name), "text").texts()) == ["one", "grüße"]
+    assert detect_format(str(tmp_path / name)) == "jsonl"
+    assert list(open_text(str(tmp_path / name), "text").texts()) == ["one", "grüße"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
@@ -130,4 +128,4 @@ def test_other_encodings_are_not_guessed(tmp_path: Path, encoding: str) -> None:
     """A line of UTF-16 ends in the middle of a character: some would be read, others lost."""
     record = readers_module.Record(json.dumps({"text": "x"}).encode(encoding), 1, 0, 0)
     with pytest.raises(BadRecord, match="not a JSON record in UTF-8"):
-        text_of("a", record, kind="jsonl", json_key="text")
+        decode_text("a", record, kind="jsonl", json_key="text")

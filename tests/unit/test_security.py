@@ -21,7 +21,7 @@ from checkpoint.files import checksums
 from checkpoint.reader import SafeReader, UnsafeCheckpoint
 from checkpoint.saver import Saver, load_checkpoint
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
-from data.sources import open_parts
+from data.sources import open_sources
 from data.tokenizer import load_tokenizer
 from parallel.grid import GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of
@@ -172,7 +172,7 @@ def test_yaml_blends(tmp_path: Path) -> None:
         f"- path: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n  weight: 1\n"
     )
     with pytest.raises(ValueError, match="--data-path"):
-        open_parts([str(tmp_path / "blend.yaml")], "text")
+        open_sources([str(tmp_path / "blend.yaml")], "text")
     assert not (tmp_path / "ran").exists()
 
 
@@ -212,6 +212,6 @@ def test_a_corpus_names_no_tokenizer_elsewhere(tmp_path: Path) -> None:
         },
     }
     (tmp_path / "in" / "c.json").write_text(json.dumps(facts))
-    (part,) = open_parts([str(tmp_path / "in" / "c")], "text")
+    (part,) = open_sources([str(tmp_path / "in" / "c")], "text")
     with pytest.raises(ValueError, match=r"in/secret\.model"):
         part.content.tokenizer()  # type: ignore[union-attr]

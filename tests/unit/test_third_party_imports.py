@@ -23,7 +23,7 @@ OUTSIDE: dict[str, set[str]] = {
     **{room: {"torch", "numpy"} for room in UPPER},
 }
 # Read without torch, so that a refusal comes at once and argparse, docs and tests can read them.
-TORCH_FREE = ["cp/layout.py", "cp/support.py", "data/packing.py", "data/corpus.py", "data/tokenizer.py", "utils/files.py",
+TORCH_FREE = ["cp/layout.py", "cp/support.py", "data/packing.py", "data/files.py", "data/encode.py", "data/corpus_writer.py", "data/tokenizer.py", "utils/files.py",
               "data/indexed_dataset.py", "data/readers.py", "data/sources.py", "data/blend.py", "data/prepare.py", "data/statistics.py",
               "model/config.py", "model/names.py", "config/schema.py", "config/cli.py", "config/validate.py", "utils/logger.py", "training/flops.py",
               "training/lr_schedule.py"]  # fmt: skip
@@ -58,6 +58,7 @@ OPTIONAL = {
     "cp/ring_flash.py": {"ring_flash_attn"},
     "cp/te_attention.py": {"transformer_engine"},
     "model/te_layers.py": {"transformer_engine"},
+    "data/files.py": {"fsspec", "backports"},
     "data/readers.py": {"pyarrow"},
     "data/tokenizer.py": {"tokenizers"},
     "data/prepare.py": {"tqdm"},

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 import data.sources as sources_module
 import utils.files as cache_module
 from data.build import build_tokens, split_documents, train_tokenizer
-from data.corpus import Source, open_source
 from data.dataset import PackedDataset, PackingOptions
 from data.indexed_dataset import HEADER, IndexedDataset, write_indexed_dataset
+from data.sources import TextSource, open_text
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from tests.launch import ROOT
 from utils.files import build_once, cache_key
@@ -93,12 +93,12 @@ def test_a_model_without_an_end_is_refused(tmp_path: Path) -> None:
 # Records and sources
 
 
-def source_of(path: Path, *records: str) -> Source:
+def source_of(path: Path, *records: str) -> TextSource:
     path.write_text("".join(json.dumps({"text": r}) + "\n" for r in records))
-    return open_source(str(path), "text")
+    return open_text(str(path), "text")
 
 
-def tokenizer_of(source: Source, cache: Path, **changes):
+def tokenizer_of(source: TextSource, cache: Path, **changes):
     if changes.get("tokenizer_type") == "byte":
         return ByteTokenizer()
     return train_tokenizer(source, vocab_size=changes.get("vocab_size", 300), cache_path=cache)
@@ -111,7 +111,7 @@ def test_half_a_surrogate_is_named_by_file_and_line(tmp_path: Path, tokenizer_ty
     path = tmp_path / "crawl.jsonl"
     path.write_text(json.dumps({"text": WORDS * 3}) + "\n" + f'{{"text": "half {escape} a pair"}}\n')
     with pytest.raises(ValueError, match=r"crawl\.jsonl:2"):
-        source = open_source(str(path), "text")
+        source = open_text(str(path), "text")
         build_tokens(source, tokenizer_of(source, tmp_path, tokenizer_type=tokenizer_type), cache_path=tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_a_bad_line_is_named_whoever_reads_it_first(tmp_path: Path, tokenizer_ty
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"text": WORDS * 3}) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
-        source = open_source(str(path), "text")
+        source = open_text(str(path), "text")
         build_tokens(source, tokenizer_of(source, tmp_path, tokenizer_type=tokenizer_type), cache_path=tmp_path)
 
 
@@ -137,23 +137,23 @@ def test_a_file_without_a_document_is_a_fault_of_the_data(tmp_path: Path, tokeni
 def test_other_keys_and_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"body": "one\\r\\ntwo", "text": "no"}\r\n  \r\n{"body": "three"}')
-    assert list(open_source(str(path), "body").texts()) == ["one\r\ntwo", "three"]
+    assert list(open_text(str(path), "body").texts()) == ["one\r\ntwo", "three"]
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
-        list(open_source(str(tmp_path / "bad.jsonl"), "text").texts())
+        list(open_text(str(tmp_path / "bad.jsonl"), "text").texts())
 
 
 def test_a_text_file_is_read_to_the_byte(tmp_path: Path) -> None:
     """Line ends are part of a document: what Windows wrote stays."""
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
-    assert list(open_source(str(tmp_path / "a.txt"), "text").texts()) == ["one\r\ntwo\rthree\n"]
+    assert list(open_text(str(tmp_path / "a.txt"), "text").texts()) == ["one\r\ntwo\rthree\n"]
 
 
 def test_a_folder_is_read_in_one_order(tmp_path: Path) -> None:
     for name in ("b/2.txt", "a.md", "b/1.py", "c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"text": "c"}' if name.endswith("l") else name)
-    assert list(open_source(str(tmp_path), "text").texts()) == ["a.md", "b/1.py", "b/2.txt", "c"]
+    assert list(open_text(str(tmp_path), "text").texts()) == ["a.md", "b/1.py", "b/2.txt", "c"]
 
 
 # ---------------------------------------------------------------------------------------------------
