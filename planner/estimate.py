@@ -72,7 +72,9 @@ def data_of(data: DataConfig) -> tuple[int, np.ndarray | None]:
         eod=data.tokenizer_eod,
     )
     prepared = [
-        np.asarray(p.content.tokens.lengths[:1_000_000], np.int64) for p in parts if isinstance(p.content, PreparedCorpus)
+        np.asarray(p.content.tokens.lengths[:1_000_000], np.int64)
+        for p in parts
+        if isinstance(p.content, PreparedCorpus)
     ]
     return found.vocab_size if found else data.tokenizer_vocab_size, np.concatenate(prepared) if prepared else None
 

@@ -49,7 +49,7 @@ class RunData:
 
 
 def build_tokenizer(data: DataConfig) -> tuple[Tokenizer, list[DataSource], list[DataSource]]:
-    """Tokenizer, opened parts of --data-path and of --valid-data-path. Trains the tokenizer if none is given."""
+    """Tokenizer, opened sources of --data-path and of --valid-data-path. Trains the tokenizer if none is given."""
     parts = open_sources(data.data_path, data.json_key)
     valid = open_sources(data.valid_data_path, data.json_key, "--valid-data-path") if data.valid_data_path else []
     tokenizer = find_tokenizer(
