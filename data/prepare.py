@@ -278,12 +278,7 @@ def write_tokens(writer: CorpusWriter, source: TextSource, tokenizer: TokenizerS
 
 
 def _describe_corpus(
-    progress: Progress,
-    source: TextSource,
-    spec: TokenizerSpec,
-    tokenizer: Tokenizer,
-    prefix: Path,
-    append_eod: bool,
+    progress: Progress, source: TextSource, spec: TokenizerSpec, tokenizer: Tokenizer, prefix: Path, append_eod: bool
 ) -> dict[str, Any]:
     """The metadata of `<prefix>.json`, without the checksums."""
     return {
