@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.batch import BatchPlan  # noqa: E402
-from data.dataset import PackedDataset, PackingOptions  # noqa: E402
+from data.dataset import PackedDataset  # noqa: E402
 from data.indexed_dataset import IndexedDataset, index_file, write_indexed_dataset  # noqa: E402
 from data.loader import MicrobatchDataset  # noqa: E402
-from data.packing import cut_documents, pack_epoch  # noqa: E402
+from data.packing import PackingOptions, cut_documents, pack_epoch  # noqa: E402
 from data.sources import TextSource, train_model  # noqa: E402
 
 VOCAB_SIZE = 32001
@@ -108,7 +108,14 @@ def loader(args: argparse.Namespace) -> dict[str, Any]:
 def loading(args: argparse.Namespace, prefix: Path, tokens: IndexedDataset, seq_length: int) -> dict[str, Any]:
     """`loader` at one length."""
     count = min(len(tokens.tokens), args.tokens) // seq_length
-    sequences = PackedDataset(tokens, np.arange(len(tokens)), PackingOptions(seq_length=seq_length, method='best-fit', seed=1, alignment=2), pad_token=0, cache_path=Path(args.work) / 'cache', vocab_size=VOCAB_SIZE)  # fmt: skip
+    sequences = PackedDataset(
+        tokens,
+        np.arange(len(tokens)),
+        PackingOptions(seq_length=seq_length, method="best-fit", seed=1, alignment=2),
+        pad_token=0,
+        cache_path=Path(args.work) / "cache",
+        vocab_size=VOCAB_SIZE,
+    )
     place = dict(micro_batch_size=1, batch_size=1, batch_rank=0, cp_size=1, cp_rank=0)
     rows = MicrobatchDataset(sequences, BatchPlan(global_batch_size=1, qkv_format="thd", layout="zigzag", **place))
     order = (np.random.default_rng(1).permutation(count) * seq_length).tolist()
@@ -257,7 +264,8 @@ MEMORY = """
 import json, sys, time, numpy as np
 from pathlib import Path
 from data.indexed_dataset import IndexedDataset
-from data.dataset import PackedDataset, PackingOptions
+from data.dataset import PackedDataset
+from data.packing import PackingOptions
 def anonymous():
     return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) / 1024
 before = anonymous()

@@ -8,11 +8,10 @@ same row and keeps its own tokens.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,20 +139,13 @@ def _trim_tails(samples: Sequence[PackedSample], *, unit: int) -> list[PackedSam
     return trimmed
 
 
-class RankGrid(Protocol):
-    """Sizes of the grid's axes, and this rank's coordinates (parallel/grid.py)."""
-
-    def size(self, axis: str) -> int: ...
-
-    def rank(self, axis: str) -> int: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
     """Which samples a rank reads, and which of their tokens it keeps.
 
     Attributes:
         batch_size, batch_rank: size and coordinate of the grid's `batch` axis.
+        row_unit: as `build_batch`'s.
         hash_before_step: rows of steps below it carry their hash.
     """
 
@@ -168,34 +160,6 @@ class BatchPlan:
     pad_rows: str = "full"
     row_unit: int | None = None
     hash_before_step: int = 0
-
-    @classmethod
-    def from_grid(
-        cls,
-        grid: RankGrid,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        qkv_format: str,
-        layout: str,
-        pad_rows: str = "full",
-        hash_before_step: int = 0,
-    ) -> BatchPlan:
-        """The plan of this rank; dynamic rows divide by 2 * cp and by cp * tp."""
-        cp_size = grid.size("cp")
-        return cls(
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            batch_size=grid.size("batch"),
-            batch_rank=grid.rank("batch"),
-            cp_size=cp_size,
-            cp_rank=grid.rank("cp"),
-            qkv_format=qkv_format,
-            layout=layout,
-            pad_rows=pad_rows,
-            row_unit=math.lcm(2 * cp_size, cp_size * grid.size("tp")),
-            hash_before_step=hash_before_step,
-        )
 
     @property
     def num_microbatches(self) -> int:

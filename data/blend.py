@@ -32,7 +32,7 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[BlendPa
     """`P`, `0.7 P1 0.3 P2`, `P1 P2` (each as often as it is long) or one YAML file that lists them.
 
     Raises:
-        ValueError: a weight that is no positive number, a mixture of both forms, a source named twice, a broken YAML.
+        UserError: a weight that is no positive number, a mixture of both forms, a source named twice, a broken YAML.
     """
     if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
         return _from_yaml(Path(words[0]), flag)

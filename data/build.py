@@ -23,7 +23,7 @@ def train_tokenizer(source: TextSource | PreparedCorpus, *, vocab_size: int, cac
     """A SentencePiece tokenizer trained on a source of text, cached.
 
     Raises:
-        ValueError: a corrupted or empty source, or one too small for the vocabulary.
+        UserError: a corrupted or empty source, or one too small for the vocabulary.
     """
     assert isinstance(source, TextSource), "a prepared corpus has a tokenizer"
 
@@ -43,7 +43,7 @@ def build_tokens(source: TextSource, tokenizer: Tokenizer, *, cache_path: Path) 
     """Token files of the source, cached; EOD ends each document.
 
     Raises:
-        ValueError: no document in the source, or a corrupted one.
+        UserError: no document in the source, or a corrupted one.
     """
 
     def build(folder: Path) -> None:
@@ -114,7 +114,7 @@ def build_dataset(
         flag: names the sources in errors.
 
     Raises:
-        ValueError: a source has no document or no whole sample in this split.
+        UserError: a source has no document or no whole sample in this split.
     """
     name = ("training", "validation", "test")[which]
     datasets = []

@@ -68,7 +68,7 @@ class CorpusWriter:
         overwrite: replaces a finished corpus, and starts an unfinished one over where it cannot be resumed.
 
     Raises:
-        ValueError: the corpus exists, another process writes it, or its unfinished files are corrupted or of other inputs.
+        UserError: the corpus exists, another process writes it, or its unfinished files are corrupted or of other inputs.
     """
 
     def __init__(self, prefix: Path, *, dtype: np.dtype, key: str, overwrite: bool) -> None:
@@ -110,7 +110,7 @@ class CorpusWriter:
         """Progress of an earlier run; None: nothing was begun, or a finished run left its folder behind.
 
         Raises:
-            ValueError: begun from other inputs, or corrupted.
+            UserError: begun from other inputs, or corrupted.
         """
         file = self.files["progress.json"]
         try:
@@ -202,7 +202,7 @@ def refuse_overwriting(prefix: Path, model: Path | None, inputs: Sequence[str], 
     """Checks that the outputs replace neither inputs nor, without `overwrite`, files that data.prepare did not write.
 
     Raises:
-        ValueError: names the file.
+        UserError: names the file.
     """
     *files, folder = output_files(prefix, model)
     named = [("--input", Path(name)) for name in inputs] + ([("--tokenizer-model", model)] if model else [])

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +18,11 @@ from data.blend import Blend
 from data.indexed_dataset import CHUNK, IndexedDataset
 from data.packing import (
     Epoch,
+    PackingOptions,
     StoredEpoch,
     Windows,
-    concat_epoch,
-    greedy_epoch,
+    build_epoch,
     load_epoch,
-    pack_epoch,
     save_epoch,
     windowed_epoch,
 )
@@ -62,50 +61,6 @@ def padding_sample(length: int, pad_token: int) -> PackedSample:
     return PackedSample(tokens, labels, np.zeros_like(padded), padded, loss_tokens=0)
 
 
-class SampleDataset(Protocol):
-    """Numbered samples without end; `samples_per_epoch` of them come before one repeats."""
-
-    seq_length: int
-    samples_per_epoch: int
-
-    def sample(self, n: int) -> PackedSample: ...
-
-    def empty_sample(self) -> PackedSample:
-        """Only padding: fills the last batch of an evaluation and counts nothing."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Hash of the documents and of what decides their order, flags excepted."""
-        ...
-
-    def state_dict(self, n: int) -> dict[str, Any]:
-        """Position of each source before sample n, as JSON for `load_state_dict`."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError if the state belongs to other sources."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackingOptions:
-    """How documents become samples.
-
-    Attributes:
-        method: of `packing.PACKINGS`.
-        alignment: documents are padded to a multiple of it (best-fit, greedy).
-        window: best-fit packs windows of so many documents; None: all documents of an epoch at once.
-        one_document: attention sees one document a sample (bshd; always with concat), not one a piece.
-    """
-
-    seq_length: int
-    method: str
-    seed: int
-    alignment: int = 1
-    window: int | None = None
-    one_document: bool = False
-
-
 class PackedDataset:
     """Samples of endless epochs over some documents of a token file.
 
@@ -117,7 +72,7 @@ class PackedDataset:
         name: for messages.
 
     Raises:
-        ValueError: as `IndexedDataset.lengths`.
+        UserError: as `IndexedDataset.lengths`.
         CacheNotWritable: the first epoch's index is not cached and cannot be written.
     """
 
@@ -161,14 +116,6 @@ class PackedDataset:
             self._epochs = {number: index}
         return self._epochs[number]
 
-    def _build_epoch(self, number: int) -> StoredEpoch:
-        packing = self.packing
-        options: dict[str, int] = dict(seed=packing.seed, epoch=number, seq_length=packing.seq_length)
-        if packing.method == "concat":
-            return concat_epoch(self.lengths, **options)
-        build = greedy_epoch if packing.method == "greedy" else pack_epoch
-        return build(self.lengths, alignment=packing.alignment, **options)
-
     def _cache_folder(self, **more: int) -> Path:
         assert self.cache_path is not None
         packing = self.packing
@@ -185,28 +132,22 @@ class PackedDataset:
 
     def _load_epoch(self, number: int) -> StoredEpoch:
         if self.cache_path is None or self.num_pieces < MIN_STORED_PIECES:
-            return self._build_epoch(number)
+            return build_epoch(self.lengths, self.packing, number)
         folder = self._cache_folder(epoch=number)
         try:
-            build_once(folder, lambda scratch: save_epoch(self._build_epoch(number), scratch))
+            build_once(folder, lambda scratch: save_epoch(build_epoch(self.lengths, self.packing, number), scratch))
         except (CacheNotWritable, OSError):  # read-only, or a full disk
             if number == 0:  # refused at the start: later, every rank and worker would pay for the index in memory
                 raise
-            return self._build_epoch(number)
+            return build_epoch(self.lengths, self.packing, number)
         with cache_entry(folder):
             return load_epoch(self.packing.method, folder, self.seq_length)
 
     def _load_windows(self, number: int) -> Epoch:
         packing = self.packing
         assert packing.method == "best-fit" and packing.window is not None
-        windows = Windows(
-            lambda documents: self.tokens.lengths[self.documents[documents]],
-            len(self.documents),
-            seed=packing.seed,
-            seq_length=packing.seq_length,
-            alignment=packing.alignment,
-            window=packing.window,
-        )
+        documents = self.documents
+        windows = Windows(lambda numbers: self.tokens.lengths[documents[numbers]], len(documents), packing)
         if self.cache_path is None:
             return windowed_epoch(windows, windows.count_samples(), number)
         folder = self._cache_folder(window=packing.window)
@@ -228,17 +169,18 @@ class PackedDataset:
         return digest.hexdigest()[:16]
 
     def state_dict(self, n: int) -> dict[str, Any]:
+        """Epoch and position of each source before sample n, as JSON."""
         epoch, position = divmod(n, self.samples_per_epoch)
         return {"sequences": n, "sources": [{"name": self.name, "epoch": epoch, "position": position}]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Does nothing: epoch and position of sample n follow from n."""
+        """Does nothing: epoch and position follow from the number of a sample."""
 
     def sample(self, n: int) -> PackedSample:
         """Sample n of the run; every epoch has `samples_per_epoch` of them.
 
         Raises:
-            ValueError: the token file contradicts its index, or holds tokens outside the vocabulary.
+            UserError: the token file contradicts its index, or holds tokens outside the vocabulary.
         """
         epoch, at = divmod(n, self.samples_per_epoch)
         index = self.epoch(epoch)
@@ -252,6 +194,7 @@ class PackedDataset:
         return sample
 
     def empty_sample(self) -> PackedSample:
+        """Only padding: fills the last batch of an evaluation and counts nothing."""
         return padding_sample(self.seq_length, self.pad_token)
 
     def _cut_stream(self, pieces: list[tuple[int, int, int]]) -> PackedSample:
@@ -261,7 +204,7 @@ class PackedDataset:
         return PackedSample(stream[:-1], stream[1:], whole, whole, loss_tokens=self.seq_length)
 
     def _check_vocabulary(self, tokens: np.ndarray, ahead: list[int], pieces: list[tuple[int, int, int]]) -> None:
-        """Check a sample's tokens and the labels that are not among them. Raises ValueError: names id and document."""
+        """Check a sample's tokens and the labels that are not among them. Raises UserError: names id and document."""
         size = self.vocab_size
         # As unsigned numbers, negative ids are very large: one pass finds both faults.
         if size is None or (int(tokens.view(np.uint64).max()) < size and all(0 <= label < size for label in ahead)):
@@ -359,3 +302,6 @@ class BlendedDataset:
         pairs = zip(self.sources, positions, strict=True)
         counts = [source.samples_per_epoch * p["epoch"] + p["position"] for source, p in pairs]
         self.blend = Blend(self.blend.weights, (state["sequences"], counts))
+
+
+SampleDataset = PackedDataset | BlendedDataset

@@ -160,7 +160,7 @@ def encode_in_order(
         workers: processes; 0: this process encodes.
 
     Raises:
-        ValueError: a worker died.
+        UserError: a worker died.
     """
     if not workers:
         encoder = Encoder(tokenizer, source, append_eod)

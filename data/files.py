@@ -42,7 +42,7 @@ def open_store(name: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a file, and the file's path in it.
 
     Raises:
-        ValueError: unknown protocol, or its package is not installed.
+        UserError: unknown protocol, or its package is not installed.
     """
     if not is_remote(name):
         return LocalFileSystem(), os.path.abspath(name)
@@ -122,7 +122,7 @@ def _load_zstd() -> Any:
     fsspec's fallback `zstandard` ends behind the first frame of a file without an error, so the rest would be lost.
 
     Raises:
-        ValueError: not installed.
+        UserError: not installed.
     """
     name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
     try:

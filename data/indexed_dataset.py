@@ -84,7 +84,7 @@ class IndexedDataset:
         dtype: of the tokens.
 
     Raises:
-        ValueError: a file is missing or contradicts its header.
+        UserError: a file is missing or contradicts its header.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -142,7 +142,7 @@ class IndexedDataset:
         """[documents] tokens of each: the map itself, int32; sums, int64, where documents have several sequences.
 
         Raises:
-            ValueError: a negative length, or document entries that run backwards.
+            UserError: a negative length, or document entries that run backwards.
         """
         firsts = self._firsts
         assert firsts is not None
@@ -181,7 +181,7 @@ class IndexedDataset:
         """Index into `tokens` of a document's token `start`; checks that `length` tokens from there lie in the file.
 
         Raises:
-            ValueError: the index points outside the token file (a slice past the end of a map would be short).
+            UserError: the index points outside the token file (a slice past the end of a map would be short).
         """
         size, whole = self.dtype.itemsize, self.lengths.item(document)
         assert start >= 0 and length >= 0 and start + length <= whole
@@ -204,10 +204,6 @@ class IndexedDataset:
         return begin
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
-        """[length] tokens of a document from token `start` on; a view of the map.
-
-        Raises:
-            ValueError: as `locate`.
-        """
+        """[length] tokens of a document from token `start` on; a view of the map. Raises UserError: as `locate`."""
         begin = self.locate(document, start, length)
         return self._tokens[begin : begin + length]

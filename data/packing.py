@@ -35,6 +35,25 @@ def count_microbatches(global_batch_size: int, micro_batch_size: int, data_ranks
     return global_batch_size // (micro_batch_size * data_ranks)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackingOptions:
+    """How documents become samples.
+
+    Attributes:
+        method: of `packing.PACKINGS`.
+        alignment: documents are padded to a multiple of it (best-fit, greedy).
+        window: best-fit packs windows of so many documents; None: all documents of an epoch at once.
+        one_document: attention sees one document a sample (bshd; always with concat), not one a piece.
+    """
+
+    seq_length: int
+    method: str
+    seed: int
+    alignment: int = 1
+    window: int | None = None
+    one_document: bool = False
+
+
 def epoch_rng(seed: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch])
 
@@ -205,18 +224,13 @@ class Windows:
     """
 
     def __init__(
-        self,
-        lengths_of: Callable[[np.ndarray], np.ndarray],
-        num_documents: int,
-        *,
-        seed: int,
-        seq_length: int,
-        alignment: int,
-        window: int,
+        self, lengths_of: Callable[[np.ndarray], np.ndarray], num_documents: int, packing: PackingOptions
     ) -> None:
+        assert packing.window is not None
         self.lengths_of, self.num_documents = lengths_of, num_documents
-        self.seed, self.seq_length, self.alignment, self.window = seed, seq_length, alignment, window
-        self.order = mixed_order(num_documents, seed)
+        self.seed, self.seq_length, self.alignment = packing.seed, packing.seq_length, packing.alignment
+        self.window = packing.window
+        self.order = mixed_order(num_documents, packing.seed)
 
     def __len__(self) -> int:
         return -(-self.num_documents // self.window)
@@ -335,6 +349,17 @@ def concat_epoch(lengths: np.ndarray, *, seed: int, epoch: int, seq_length: int)
 # On disk
 
 StoredEpoch = PackedEpoch | StreamEpoch
+
+
+def build_epoch(lengths: np.ndarray, packing: PackingOptions, number: int) -> StoredEpoch:
+    """An epoch over documents of these lengths, without windows."""
+    options = dict(seed=packing.seed, epoch=number, seq_length=packing.seq_length)
+    if packing.method == "concat":
+        return concat_epoch(lengths, **options)
+    build = greedy_epoch if packing.method == "greedy" else pack_epoch
+    return build(lengths, alignment=packing.alignment, **options)
+
+
 STORED_ARRAYS = {
     "best-fit": ("pieces", "first"),
     "greedy": ("documents", "lengths", "ends"),

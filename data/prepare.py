@@ -161,7 +161,7 @@ def find_inputs(options: InputOptions, left_out: Collection[Path] = ()) -> TextS
         left_out: resolved files and folders that folders and patterns do not stand for.
 
     Raises:
-        ValueError: a pattern matches no file.
+        UserError: a pattern matches no file.
     """
     files: list[str] = []
     for pattern in options.input:
@@ -208,7 +208,7 @@ def prepare(options: PrepareOptions) -> Progress:
     """Tokenizes the inputs into the corpus of the output prefix, or resumes an unfinished one.
 
     Raises:
-        ValueError: a refusal in one line.
+        UserError: a refusal in one line.
         BadRecord: with `--on-error stop`.
     """
     _check_options(options)

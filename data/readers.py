@@ -74,7 +74,7 @@ def detect_format(file: str) -> str:
     """`jsonl`, `text` or `parquet`: by name; files of other names are jsonl if their first line is a JSON object.
 
     Raises:
-        ValueError: a `.json` file that is not JSON lines, or corrupted compression.
+        UserError: a `.json` file that is not JSON lines, or corrupted compression.
     """
     suffix = content_suffix(file)
     if suffix in PARQUET_SUFFIXES:
@@ -145,7 +145,7 @@ def _name_file(file: str, error: OSError) -> OSError:
 
 
 def _load_pyarrow(file: str) -> tuple[Any, Any]:
-    """pyarrow and pyarrow.parquet. Raises ValueError: not installed."""
+    """pyarrow and pyarrow.parquet. Raises UserError: not installed."""
     try:
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError as error:
@@ -198,11 +198,7 @@ def _check_column(pyarrow: Any, file: str, schema: Any, column: str) -> None:
 
 
 def decode_text(file: str, record: Record, *, kind: str, json_key: str) -> str:
-    """A record's text, which may be empty.
-
-    Raises:
-        BadRecord: corrupted JSON, no text under the key, not UTF-8.
-    """
+    """A record's text, which may be empty. Raises BadRecord: corrupted JSON, no text under the key, not UTF-8."""
     content, number = record.content, record.number
     if content is None:
         raise BadRecord(file, number, f"has no text in column {json_key!r}")

@@ -63,11 +63,7 @@ class TextSource:
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
-        """The format of each file.
-
-        Raises:
-            ValueError: a file's content contradicts its name.
-        """
+        """The format of each file. Raises UserError: a file's content contradicts its name."""
         if self.kind or self.name == STDLIB:
             return (self.kind or "text",) * len(self.files)
         return tuple(detect_format(file) for file in self.files)
@@ -79,7 +75,7 @@ class TextSource:
             skip: called with each bad record, or rest of a file, which is left out; None: bad records are errors.
 
         Raises:
-            ValueError: a bad record, with file and line, or a file that the system cannot read.
+            UserError: a bad record, with file and line, or a file that the system cannot read.
         """
         for file, kind in zip(self.files, self.kinds, strict=True):
             try:
@@ -117,7 +113,7 @@ def open_stdlib() -> TextSource:
     """The interpreter's standard library, a document a file: real text with a long tail of lengths.
 
     Raises:
-        ValueError: this interpreter ships no sources.
+        UserError: this interpreter ships no sources.
     """
     root = sysconfig.get_path("stdlib")
     found: list[Path] = []
@@ -133,7 +129,7 @@ def open_text(data_path: str | None, json_key: str) -> TextSource:
     """The text behind `--data-path`: a file of text, JSON lines or Parquet, a folder of such files; None: the standard library.
 
     Raises:
-        ValueError: missing, empty, or a folder without text files.
+        UserError: missing, empty, or a folder without text files.
     """
     if data_path is None:
         return open_stdlib()
@@ -176,7 +172,7 @@ class PreparedCorpus:
         """The corpus's tokenizer, from the model beside it; None: the metadata name none.
 
         Raises:
-            ValueError: the model is missing or another one.
+            UserError: the model is missing or another one.
         """
         named = self.metadata.get("tokenizer")
         if named is None:
@@ -193,7 +189,7 @@ class PreparedCorpus:
         """Reads both files whole and compares their checksums with the metadata.
 
         Raises:
-            ValueError: a file differs, or the metadata hold no checksums.
+            UserError: a file differs, or the metadata hold no checksums.
         """
         sums = self.metadata.get("checksums")
         if sums is None:
@@ -210,11 +206,7 @@ class PreparedCorpus:
 
 
 def open_prepared(prefix: Path) -> PreparedCorpus:
-    """A corpus by its prefix.
-
-    Raises:
-        ValueError: corrupted files, or metadata that contradict them.
-    """
+    """A corpus by its prefix. Raises UserError: corrupted files, or metadata that contradict them."""
     tokens, file = IndexedDataset(prefix), metadata_file(prefix)
     metadata: dict[str, Any] = {}
     if file.exists():
@@ -248,7 +240,7 @@ class DataSource:
     content: PreparedCorpus | TextSource
 
     def verify(self) -> None:
-        """Raises ValueError: the files differ from their checksums, or have none."""
+        """Raises UserError: the files differ from their checksums, or have none."""
         if not isinstance(self.content, PreparedCorpus):
             raise UserError(f"--check-data: {self.name} is raw text, which has no checksums; run data.prepare")
         self.content.verify()
@@ -258,7 +250,7 @@ def open_sources(words: Sequence[str] | None, json_key: str, flag: str = "--data
     """The sources that a flag names; None: the standard library.
 
     Raises:
-        ValueError: a blend, file or corpus is missing or corrupted.
+        UserError: a blend, file or corpus is missing or corrupted.
     """
     if words is None:
         source = open_stdlib()
@@ -293,7 +285,7 @@ def find_tokenizer(
         None: SentencePiece, to be trained on the only source, which is text.
 
     Raises:
-        ValueError: no tokenizer is named, or a corpus was made with another one.
+        UserError: no tokenizer is named, or a corpus was made with another one.
     """
     chosen, by = None, "the flags"
     if tokenizer_type == "byte" or model is not None:
@@ -340,7 +332,7 @@ def train_model(
         options: as `train_sentencepiece`.
 
     Raises:
-        ValueError: a corrupted or empty source, or one too small for the vocabulary.
+        UserError: a corrupted or empty source, or one too small for the vocabulary.
     """
     fault: list[UserError] = []  # SentencePiece turns what its iterator raises into an error of its own
 

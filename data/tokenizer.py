@@ -75,11 +75,7 @@ class ByteTokenizer:
 
 
 def load_sentencepiece() -> ModuleType:
-    """The sentencepiece library.
-
-    Raises:
-        ValueError: not installed.
-    """
+    """The sentencepiece library. Raises UserError: not installed."""
     try:
         import sentencepiece
     except ImportError as error:
@@ -100,7 +96,7 @@ class SentencePieceTokenizer:
     """A SentencePiece model file; its end-of-sentence piece is the EOD.
 
     Raises:
-        ValueError: not a SentencePiece model, or one without an end-of-sentence piece.
+        UserError: not a SentencePiece model, or one without an end-of-sentence piece.
     """
 
     kind = "sentencepiece"
@@ -146,7 +142,7 @@ class HuggingFaceTokenizer:
         eod: the EOD token; None: the first of `EOD_TOKENS` in the file.
 
     Raises:
-        ValueError: not a tokenizer.json, or no such token in it.
+        UserError: not a tokenizer.json, or no such token in it.
     """
 
     kind = "huggingface"
@@ -200,7 +196,7 @@ def load_tokenizer(tokenizer_type: str, model: str | None, eod: str | None = Non
         eod: as `HuggingFaceTokenizer`'s.
 
     Raises:
-        ValueError: a model is missing, unreadable, or not allowed for the type.
+        UserError: a model is missing, unreadable, or not allowed for the type.
     """
     if tokenizer_type == "byte":
         if model is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from config.schema import DataConfig, RunConfig
 from cp.attention import build_attention
 from data.batch import BatchPlan
 from data.build import build_dataset, train_tokenizer
-from data.dataset import PackingOptions, SampleDataset
+from data.dataset import SampleDataset
+from data.packing import PackingOptions
 from data.sources import DataSource, find_tokenizer, open_sources
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig
@@ -97,13 +99,18 @@ def build_data(config: RunConfig) -> RunData:
 
 def build_batch_plan(config: RunConfig, grid: Grid) -> BatchPlan:
     """Which samples this rank reads in each step, and which of their tokens it keeps."""
-    return BatchPlan.from_grid(
-        grid,
+    cp_size = grid.size("cp")
+    return BatchPlan(
         global_batch_size=config.training.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
+        batch_size=grid.size("batch"),
+        batch_rank=grid.rank("batch"),
+        cp_size=cp_size,
+        cp_rank=grid.rank("cp"),
         qkv_format=config.data.qkv_format,
         layout=config.parallel.cp_layout,
         pad_rows=config.data.pad_rows,
+        row_unit=math.lcm(2 * cp_size, cp_size * grid.size("tp")),
     )
 
 

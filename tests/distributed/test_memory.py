@@ -99,10 +99,13 @@ def measured(rank: int, words: str, vocab: int) -> tuple[int, int]:
         tp=args.tp_size,
     )
     grid = build_grid(sizes)
-    plan = BatchPlan.from_grid(
-        grid,
+    plan = BatchPlan(
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,
+        batch_size=grid.size("batch"),
+        batch_rank=grid.rank("batch"),
+        cp_size=args.cp_size,
+        cp_rank=grid.rank("cp"),
         qkv_format="thd",
         layout=args.cp_layout,
     )

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from cp.packed_seq import IGNORE_LABEL
 from data.batch import BatchPlan
-from data.dataset import PackedDataset, PackingOptions
+from data.dataset import PackedDataset
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.loader import build_loader
-from data.packing import best_fit_decreasing, concat_epoch, cut_documents, pack_epoch
+from data.packing import PackingOptions, best_fit_decreasing, concat_epoch, cut_documents, pack_epoch
 from tests.unit.test_packed_rows import Tokens, dataset
 from utils.files import CacheNotWritable
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dataset import PackedDataset, PackingOptions
+from data.dataset import PackedDataset
 from data.indexed_dataset import (
     HEADER,
     MAGIC,
@@ -24,6 +24,7 @@ from data.indexed_dataset import (
     write_index,
     write_indexed_dataset,
 )
+from data.packing import PackingOptions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -12,9 +12,10 @@ import torch
 
 from cp.packed_seq import IGNORE_LABEL
 from data.batch import BatchPlan, build_batch
-from data.dataset import PackedDataset, PackingOptions
+from data.dataset import PackedDataset
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.loader import DataError, build_loader, read_batches, translate_worker_death
+from data.packing import PackingOptions
 
 LENGTHS = [5, 40, 16, 1, 33, 8, 17, 4]
 SEQ, ALIGNMENT, PAD = 16, 4, 9999
@@ -122,7 +123,7 @@ def test_workers_and_a_later_start_give_the_same_batches(tokens: IndexedDataset,
 def test_an_epochs_index_is_cached_once(tokens: IndexedDataset, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("data.dataset.MIN_STORED_PIECES", 0)
     first = dataset(tokens, cache=tmp_path).sample(0)
-    monkeypatch.setattr("data.dataset.pack_epoch", lambda *_, **__: pytest.fail("built again"))
+    monkeypatch.setattr("data.packing.pack_epoch", lambda *_, **__: pytest.fail("built again"))
     again = dataset(tokens, cache=tmp_path).sample(0)
     assert (first.tokens == again.tokens).all()
     monkeypatch.undo()

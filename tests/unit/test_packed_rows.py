@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from cp.layout import LAYOUTS, attention_pairs, balance, document_unit, shard_indices
 from cp.packed_seq import IGNORE_LABEL, build_packed_seq
 from data.batch import Batch, build_batch
-from data.dataset import PackedDataset, PackingOptions
+from data.dataset import PackedDataset
+from data.packing import PackingOptions
 
 
 class Tokens:

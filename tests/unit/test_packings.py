@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cp.packed_seq import IGNORE_LABEL
 from data.packing import (
+    PackingOptions,
     Windows,
     best_fit_decreasing,
     concat_epoch,
@@ -21,6 +22,10 @@ from tests.unit.test_packed_rows import dataset
 from tests.unit.test_packing import covered, log_normal
 
 lengths_lists = st.lists(st.integers(0, 90), min_size=1, max_size=40).filter(any)
+
+
+def windows_of(window: int, **options: int) -> PackingOptions:
+    return PackingOptions(method="best-fit", window=window, **options)
 
 
 def all_pieces(epoch) -> np.ndarray:
@@ -47,7 +52,7 @@ def test_greedy_keeps_order_and_leaves_room_in_the_last_sequence_only(
 def test_every_epoch_has_as_many_sequences(epochs: range) -> None:
     lengths = log_normal(500)
     counts = {len(greedy_epoch(lengths, seed=1, epoch=e, seq_length=1024, alignment=8)) for e in epochs}
-    windows = Windows(lambda d: lengths[d], len(lengths), seed=1, seq_length=1024, alignment=8, window=64)
+    windows = Windows(lambda d: lengths[d], len(lengths), windows_of(64, seed=1, seq_length=1024, alignment=8))
     assert len(counts) == 1 and len({len(windowed_epoch(windows, windows.count_samples(), e)) for e in epochs}) == 1
 
 
@@ -55,7 +60,7 @@ def test_every_epoch_has_as_many_sequences(epochs: range) -> None:
 @settings(max_examples=100, deadline=None)
 def test_windows_hold_every_token_once(lengths: list[int], window: int, epoch: int) -> None:
     array = np.array(lengths)
-    windows = Windows(lambda d: array[d], len(array), seed=3, seq_length=32, alignment=4, window=window)
+    windows = Windows(lambda d: array[d], len(array), windows_of(window, seed=3, seq_length=32, alignment=4))
     index = windowed_epoch(windows, windows.count_samples(), epoch)
     covered(all_pieces(index), array)
     backwards = windowed_epoch(windows, windows.count_samples(), epoch)
@@ -65,7 +70,7 @@ def test_windows_hold_every_token_once(lengths: list[int], window: int, epoch: i
 
 def test_epochs_of_windows_differ_and_are_nearly_as_full() -> None:
     lengths = log_normal(20000)
-    windows = Windows(lambda d: lengths[d], len(lengths), seed=3, seq_length=8192, alignment=8, window=4096)
+    windows = Windows(lambda d: lengths[d], len(lengths), windows_of(4096, seed=3, seq_length=8192, alignment=8))
     counts = windows.count_samples()
     whole = len(pack_epoch(lengths, seed=3, epoch=0, seq_length=8192, alignment=8))
     assert counts.sum() <= 1.005 * whole
@@ -87,7 +92,7 @@ def test_windows_follow_the_seed(monkeypatch) -> None:
     lengths = log_normal(600)
 
     def windows(seed: int) -> Windows:
-        return Windows(lambda d: lengths[d], len(lengths), seed=seed, seq_length=1024, alignment=8, window=60)
+        return Windows(lambda d: lengths[d], len(lengths), windows_of(60, seed=seed, seq_length=1024, alignment=8))
 
     assert set(windows(1).pack(0, 0).pieces[:, 0].tolist()) != set(windows(2).pack(0, 0).pieces[:, 0].tolist())
     orders = [windowed_epoch(windows(s), windows(s).count_samples(), e).order.tolist() for s in (1, 2) for e in (0, 1)]

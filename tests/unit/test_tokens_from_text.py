@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 import data.sources as sources_module
 import utils.files as cache_module
 from data.build import build_tokens, split_documents, train_tokenizer
-from data.dataset import PackedDataset, PackingOptions
+from data.dataset import PackedDataset
 from data.indexed_dataset import HEADER, IndexedDataset, write_indexed_dataset
+from data.packing import PackingOptions
 from data.sources import TextSource, open_text
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from tests.launch import ROOT
