@@ -1,7 +1,7 @@
-"""Write the tables that come from the code into README.md and docs/: `python tools/docs.py [--check]`.
+"""Write the tables that come from the code into docs/: `python tools/docs.py [--check]`.
 
-Flags come from the parser, the backends from cp/support.py. Each table stands between two marker comments. With
-`--check` nothing is written and the exit code says whether anything would change.
+Flags come from config/schema.py, attention backends from cp/support.py. Each table stands between two marker comments. With
+`--check` nothing is written, and exit code 1 says that a table is out of date.
 """
 
 from __future__ import annotations
@@ -12,37 +12,36 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config.arguments import build_parser
-
+from config.schema import RunConfig, fields_of_flags, option
 from cp.support import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
+ON_RESUME = {"model": "no", "fixed": "no", "printed": "yes, printed", "free": "yes"}
 
 
 def flags_table() -> str:
     """A table for each group of flags."""
+    defaults = RunConfig()
     lines: list[str] = []
-    for group in build_parser()._action_groups:
-        actions = [action for action in group._group_actions if action.dest != "help"]
-        if not actions:
-            continue
-        title = "presets" if group.title == "options" else str(group.title).split(":")[0]
-        lines += [f"**{title}**", "", "| flag | default | what it is |", "|---|---|---|"]
-        for action in actions:
-            default = "" if action.default is None else "off" if action.default is False else str(action.default)
-            choices = " " + "\\|".join(map(str, action.choices)) if action.choices else ""
-            lines.append(
-                f"| `{action.option_strings[0]}{choices}` | {default} | {(action.help or '').replace('|', chr(92) + '|')} |"
-            )
-        lines.append("")
-    return "\n".join(lines).rstrip()
+    last_group = ""
+    for group, name, flag in fields_of_flags():
+        if group != last_group:
+            title = str(type(getattr(defaults, group)).__doc__)
+            lines += ["", f"## {title}", "", "| flag | default | sets | may change on resume |", "|---|---|---|---|"]
+            last_group = group
+        default = getattr(getattr(defaults, group), name)
+        text = "" if default in (None, ()) else "off" if default is False else flag.text(default)
+        choices = " " + "\\|".join(flag.choices) if flag.choices else ""
+        sets = flag.help.replace("|", "\\|")
+        lines.append(f"| `{option(name)}{choices}` | {text} | {sets} | {ON_RESUME[flag.on_resume]} |")
+    return "\n".join(lines).strip()
 
 
-TABLES = {"README.md": ("flags", flags_table), "docs/context_parallel.md": ("backends", markdown_table)}
+TABLES = {"docs/flags.md": ("flags", flags_table), "docs/context_parallel.md": ("backends", markdown_table)}
 
 
-def with_table(text: str, name: str, table: str) -> str:
-    """`text` with what stands between the markers of `name` replaced."""
+def replace_table(text: str, name: str, table: str) -> str:
+    """`text` with a new table between the markers of `name`."""
     begin, end = f"<!-- {name}: made by tools/docs.py -->", f"<!-- end of {name} -->"
     head, rest = text.split(begin)
     _, tail = rest.split(end)
@@ -57,7 +56,7 @@ def main() -> int:
     for file, (name, table) in TABLES.items():
         path = ROOT / file
         text = path.read_text()
-        new = with_table(text, name, table())
+        new = replace_table(text, name, table())
         if new != text:
             stale.append(file)
             if not check:

@@ -28,7 +28,7 @@ class _Handler(logging.StreamHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
-            with suppress(OSError, ValueError):  # a stream without a descriptor
+            with suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor
                 _redirect_to_null(self.stream.fileno())
         elif not isinstance(error, ValueError):  # ValueError: the stream is closed
             super().handleError(record)

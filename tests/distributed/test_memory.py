@@ -15,6 +15,7 @@ from config.arguments import model_config, parse_arguments, resolve
 from torch.profiler import ProfilerActivity, profile
 
 import train
+from config.schema import TrainingConfig
 from data.batch import BatchPlan
 from data.dataset import PackedSample
 from parallel.fsdp import clip_grad_norm_
@@ -118,7 +119,7 @@ def measured(rank: int, words: str, vocab: int) -> tuple[int, int]:
         gc.collect()  # what is left of the case before must not be freed in the middle of this one
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
             model = train.build_model(args, config, grid, device)
-            optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+            optimizer = build_optimizer(model, TrainingConfig(lr=1e-3))
             pipeline = train.build_pipeline(args, model, config, grid, device, plan.num_microbatches)
             owned = get_norm_owned_names(model, grid)
             for _ in range(2):

@@ -7,13 +7,13 @@ numbers of labelled tokens, so a wrong divisor or an average where a sum belongs
 from __future__ import annotations
 
 import functools
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 
 from checkpoint.saver import whole_tensors
+from config.schema import RunConfig, TrainingConfig
 from cp.attention import Attention, build_attention
 from cp.packed_seq import build_packed_seq
 from cp.support import AttentionChoice
@@ -32,7 +32,7 @@ from parallel.stages import split_layers
 from parallel.tensor import TensorParallel
 from tests.reference import random_documents, reference_loss, relative_error, worst
 from tests.world import World
-from train import build_pipeline
+from training.build import build_pipeline
 from training.optimizer import build_optimizer
 from training.step import Pipeline, forward_backward, get_norm_owned_names
 
@@ -160,17 +160,12 @@ def device_of(model: GPT | Stages) -> torch.device:
 
 def pipeline_of(model: GPT | Stages, grid: Grid, batches: list[Batch], schedule: str = "1f1b") -> Pipeline | None:
     """As train.py builds it, for these rows."""
-    args = Namespace(
-        pp_size=grid.size("pp"),
-        cp_size=grid.size("cp"),
-        tp_size=grid.size("tp"),
-        micro_batch_size=1,
-        pp_schedule=schedule,
-    )
-    args.seq_length = len(batches[0].tokens) * grid.size("cp")
-    args.distributed_timeout_minutes = args.distributed_startup_timeout_minutes = 5.0
-    args.sequence_parallel = get_chunks(model)[0].tp.sequence_parallel
-    return build_pipeline(args, model, get_chunks(model)[0].config, grid, device_of(model), len(batches))
+    config = RunConfig()
+    config.parallel.pp_size, config.parallel.pp_schedule = grid.size("pp"), schedule
+    config.parallel.cp_size, config.parallel.tp_size = grid.size("cp"), grid.size("tp")
+    config.parallel.sequence_parallel = get_chunks(model)[0].tp.sequence_parallel
+    config.data.seq_length = len(batches[0].tokens) * grid.size("cp")
+    return build_pipeline(config, model, grid, device_of(model), len(batches))
 
 
 def full(model: GPT, grid: Grid, of: str = "weight") -> dict[str, torch.Tensor]:
@@ -191,7 +186,7 @@ def run_steps(
     lr: float = 1e-2,
 ) -> dict:
     """`steps` AdamW steps on the same rows; facts of the first step and of the end."""
-    optimizer = build_optimizer(model, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = build_optimizer(model, TrainingConfig(lr=lr))
     size, rank = grid.size("batch"), grid.rank("batch")
     groups = [rows[i : i + micro_batch] for i in range(0, ROWS, micro_batch)]
     mine = groups[rank::size]

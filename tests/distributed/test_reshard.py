@@ -10,6 +10,7 @@ import torch
 from checkpoint.files import read_run_facts
 from checkpoint.resume import check_same_run
 from checkpoint.saver import Saver, load_checkpoint, whole_tensors
+from config.schema import TrainingConfig
 from model.gpt import GPT, Stages
 from parallel.fsdp import sharded_parameters
 from parallel.grid import Grid
@@ -29,7 +30,7 @@ def world():
 
 
 def optimizer_of(model: GPT | Stages) -> torch.optim.AdamW:
-    return build_optimizer(model, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    return build_optimizer(model, TrainingConfig(lr=1e-2))
 
 
 def moments(model: GPT | Stages, optimizer: torch.optim.AdamW, grid: Grid) -> dict[str, torch.Tensor]:

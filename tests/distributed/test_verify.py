@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-from argparse import Namespace
 from contextlib import contextmanager
 from unittest import mock
 
@@ -13,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from config.arguments import parse_arguments, resolve
 
 import cp.native_a2a
 import cp.native_all_gather
 import cp.native_p2p
 import data.batch
+from config.schema import RunConfig
 from parallel.collectives import Gather, RingShift
 from parallel.grid import Grid, GridSizes, build_grid
+from tests.flags import resolve_config
 from tests.launch import ROOT, SMALL, environment, write_corpus
 from tests.world import World
 from tools.verify import Verifier, cells_of
@@ -41,10 +41,8 @@ def flags(tmp_path_factory) -> list[str]:
     return [*FLAGS, "--data-path", str(write_corpus(folder)), "--data-cache-path", str(folder / "cache")]
 
 
-def resolved(flags: list[str]) -> Namespace:
-    args = parse_arguments(flags)
-    resolve(args, world_size=4, local_world_size=4, cuda_devices=lambda: 0)
-    return args
+def resolved(flags: list[str]) -> RunConfig:
+    return resolve_config(*flags, world=4)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -169,10 +167,10 @@ def grid_of(dp_shard: int, cp_size: int) -> Grid:
 
 
 @functools.cache
-def sound_verifier(flags: tuple[str, ...]) -> tuple[Verifier, Namespace]:
+def sound_verifier(flags: tuple[str, ...]) -> tuple[Verifier, RunConfig]:
     """One that has passed the layout unbroken, and so holds one rank's outcomes from before anything is broken."""
     args = resolved([*flags])
-    verifier = Verifier(args, grid_of(1, 4), torch.device("cpu"), layers=2, sequences=1)
+    verifier = Verifier(args, grid_of(1, 4), torch.device("cpu"), layers=2, samples=1)
     report = verifier.verify(args)
     assert dist.get_rank() or (report is not None and report.passed), report
     return verifier, args
@@ -221,7 +219,7 @@ def test_broken_libraries_are_found(world: World, flags: list[str], library: str
 
 def all_cells(rank: int, flags: list[str], dp_shard: int, cp_size: int) -> list[tuple[str, bool]] | None:
     args = resolved([*flags, "--cp-size", str(cp_size), "--global-batch-size", str(dp_shard)])
-    verifier = Verifier(args, grid_of(dp_shard, cp_size), torch.device("cpu"), layers=1, sequences=None)
+    verifier = Verifier(args, grid_of(dp_shard, cp_size), torch.device("cpu"), layers=1, samples=None)
     reports = [verifier.verify(run) for run in cells_of(args)]
     return None if rank else [(report.title, report.passed) for report in reports if report is not None]
 

@@ -13,21 +13,26 @@ Steps are counted from 1 and from the start of this process.
 
 from __future__ import annotations
 
+import runpy
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.distributed as dist
 
-import train
 from checkpoint import saver
+from data import loader
 from parallel.fsdp import local_tensor
+from training import evaluate as validation
+from training import step as training_step
 
+# train.py takes these names when it is run, after the faults are in place.
 forward_backward, evaluate, read_batches, publish, real_time = (
-    train.forward_backward, train.evaluate, train.read_batches, saver.publish, time.time
+    training_step.forward_backward, validation.evaluate, loader.read_batches, saver.publish, time.time
 )  # fmt: skip
 
 
@@ -42,7 +47,7 @@ def nan(step: int, rank: int) -> None:
             print(f"injected: NaN in the gradient of {name} on rank {rank}", flush=True)
         return out
 
-    train.forward_backward = with_nan
+    training_step.forward_backward = with_nan
 
 
 def flip(step: int, rank: int, number: int) -> None:
@@ -56,19 +61,19 @@ def flip(step: int, rank: int, number: int) -> None:
             print(f"injected: a flipped bit in {name} on rank {rank}", flush=True)
         return forward_backward(model, *args, **kwargs)
 
-    train.forward_backward = with_flip
+    training_step.forward_backward = with_flip
 
 
 def hang(step: int, rank: int) -> None:
-    def hanging(loader):
-        for number, batch in enumerate(read_batches(loader)):
-            if number // loader.sampler.num_microbatches + 1 == step and dist.get_rank() == rank:
+    def hanging(batches):
+        for number, batch in enumerate(read_batches(batches)):
+            if number // batches.sampler.num_microbatches + 1 == step and dist.get_rank() == rank:
                 print(f"injected: rank {rank} hangs", flush=True)
                 while True:
                     time.sleep(1)
             yield batch
 
-    train.read_batches = hanging
+    loader.read_batches = hanging
 
 
 def slow(rank: int, seconds: float) -> None:
@@ -77,7 +82,7 @@ def slow(rank: int, seconds: float) -> None:
             time.sleep(seconds)
         return forward_backward(*args, **kwargs)
 
-    train.forward_backward = slowly
+    training_step.forward_backward = slowly
 
 
 def slow_eval(seconds: float) -> None:
@@ -91,7 +96,7 @@ def slow_eval(seconds: float) -> None:
 
         return evaluate(model, each(), *args, **kwargs)
 
-    train.evaluate = slowly
+    validation.evaluate = slowly
 
 
 def slow_save(seconds: float) -> None:
@@ -123,4 +128,5 @@ if __name__ == "__main__":
     for word in sys.argv[1:at]:
         name, *values = word.split(":")
         FAULTS[name](*(float(v) if "." in v else int(v) for v in values))  # type: ignore[operator]
-    train.run(sys.argv[at + 1 :])
+    sys.argv[:] = [str(ROOT / "train.py"), *sys.argv[at + 1 :]]
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from argparse import Namespace
 from collections.abc import Callable
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from config.arguments import parse_arguments, resolve
 
 import tools.verify
+from config.schema import RunConfig
 from cp.layout import shard_indices
 from cp.ring_flash import load_library
 from parallel.grid import Grid, GridSizes, build_grid
+from tests.flags import resolve_config
 from tests.launch import SMALL, write_corpus
 from tests.world import World
 from tools.verify import Verifier, cells_of
@@ -65,12 +65,8 @@ def grid_of(cp_size: int) -> Grid:
     return build_grid(GridSizes(cp=cp_size))
 
 
-def resolved(flags: list[str], cp_size: int) -> Namespace:
-    args = parse_arguments([*flags, "--cp-size", str(cp_size), "--global-batch-size", "1"])
-    resolve(
-        args, world_size=cp_size, local_world_size=cp_size, cuda_devices=lambda: cp_size
-    )  # the one card, told as so many
-    return args
+def resolved(flags: list[str], cp_size: int) -> RunConfig:
+    return resolve_config(*flags, "--cp-size", str(cp_size), "--global-batch-size", "1", world=cp_size, cuda=cp_size)
 
 
 def all_cells(rank: int, flags: list[str], cp_size: int, device: str) -> list[tuple[str, bool, float]]:
@@ -83,19 +79,19 @@ def all_cells(rank: int, flags: list[str], cp_size: int, device: str) -> list[tu
         libraries = tools.verify.LIBRARIES
         if importlib.util.find_spec("ring_flash_attn") is not None:
             load_library("cpu")
-    verifier = Verifier(args, grid_of(cp_size), torch.device(device), layers=1, sequences=1)
+    verifier = Verifier(args, grid_of(cp_size), torch.device(device), layers=1, samples=1)
     with mock.patch.object(tools.verify, "CUDA_LIBRARIES", libraries):
         # Transformer Engine last: a kernel that breaks the device's memory fails every cell after it.
-        runs = sorted(cells_of(args), key=lambda run: run.attention.backend == "te")
+        runs = sorted(cells_of(args), key=lambda run: run.parallel.attention.backend == "te")
         return [cell for run in runs for cell in one_cell(verifier, run)]
 
 
-def one_cell(verifier: Verifier, run: Namespace) -> list[tuple[str, bool, float]]:
+def one_cell(verifier: Verifier, run: RunConfig) -> list[tuple[str, bool, float]]:
     """Its title, whether it passed and by how much; an error fails this cell and leaves the others."""
     try:
         report = verifier.verify(run)
     except Exception as error:
-        what = f"{run.attention.backend} {run.attention.method} {run.qkv_format} {run.dtype}"
+        what = f"{run.parallel.attention.backend} {run.attention.method} {run.qkv_format} {run.dtype}"
         return [(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", False, float("inf"))]
     return [] if report is None else [(report.title, report.passed, max(line.ratio for line in report.lines))]
 

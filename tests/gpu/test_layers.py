@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from checkpoint.saver import Saver, load_checkpoint
+from config.schema import TrainingConfig
 from cp.attention import build_attention
 from cp.support import AttentionChoice
 from model.config import FP8_RECIPES
@@ -119,7 +120,7 @@ def resumed(rank: int, device: str, first: str, second: str, fp8: str, folder: s
     rows, losses = rows_of("thd"), []
     for implementation, start in ((first, None), (second, Path(folder) / "step_0000002")):
         model = model_on(device, implementation, implementation if implementation == "te" else "native", fp8)
-        optimizer = build_optimizer(model, lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        optimizer = build_optimizer(model, TrainingConfig(lr=LR))
         if start is None:
             steps_with(model, optimizer, rows, 2)
             Saver(Path(folder), model, optimizer, grid()).save(2, {})

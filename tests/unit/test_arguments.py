@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from config.arguments import build_parser, model_config, parse_arguments, resolve
 
+from config.cli import build_parser, parse_arguments
+from config.validate import resolve
+from model.config import GPTConfig
 from runtime.distributed import Launch, read_launch
-
-
-def resolved(*flags: str, world: int = 1, local: int | None = None, cuda: int = 0) -> argparse.Namespace:
-    args = parse_arguments(flags)
-    resolve(args, world_size=world, local_world_size=local or world, cuda_devices=lambda: cuda)
-    return args
-
+from tests.flags import flatten, resolve_config, resolved
 
 REFUSALS = [
     (["--cp-sise", "2"], 1, ["unknown flag --cp-sise", "--cp-size"]),
@@ -213,8 +209,8 @@ def test_what_the_environment_says(monkeypatch) -> None:
 
 
 def test_auto_says_what_it_chose() -> None:
-    args = parse_arguments(["--cp-size", "2", "--global-batch-size", "4"])
-    chosen = resolve(args, world_size=8, local_world_size=4, cuda_devices=lambda: 0)
+    config = parse_arguments(["--cp-size", "2", "--global-batch-size", "4"])
+    chosen = resolve(config, world_size=8, local_world_size=4, cuda_devices=lambda: 0)
     for words in ("--device cpu", "--dtype fp32", "--dp-shard-size 4", "--cp-backend native", "--document-alignment 4",
                   "--packing best-fit", "--reshard-after-forward on"):  # fmt: skip
         assert any(words in line for line in chosen), (words, chosen)
@@ -223,7 +219,7 @@ def test_auto_says_what_it_chose() -> None:
 def test_presets(tmp_path: Path) -> None:
     preset = tmp_path / "p.yaml"
     preset.write_text("hidden-size: 128\nqk_norm: true\ntie-embeddings: false\nlr: 1.0e-3\nseq-length: 512\n")
-    args = parse_arguments(["--seq-length", "1024", "--config", str(preset)])
+    args = flatten(parse_arguments(["--seq-length", "1024", "--config", str(preset)]))
     assert (args.hidden_size, args.qk_norm, args.tie_embeddings, args.lr, args.seq_length) == (
         128,
         True,
@@ -270,9 +266,7 @@ def test_contiguous_takes_documents_of_any_length() -> None:
 
 def test_a_run_that_goes_on_keeps_the_checkpoints_alignment() -> None:
     def on(facts: dict, *flags: str, world: int) -> int:
-        args = parse_arguments(flags)
-        resolve(args, world_size=world, local_world_size=world, cuda_devices=lambda: 0, goes_on_from=facts)
-        return args.document_alignment
+        return resolve_config(*flags, world=world, resumed=facts).data.document_alignment
 
     facts = {"--document-alignment": 8}
     assert on(facts, "--cp-size", "2", world=2) == on(facts, "--cp-size", "4", world=4) == on(facts, world=1) == 8
@@ -306,14 +300,12 @@ def test_a_final_checkpoint_is_the_default_unless_there_are_none() -> None:
 
 
 def test_a_scaling_that_is_off_leaves_no_trace_in_the_model() -> None:
-    sizes = dict(vocab_size=10, padded_vocab_size=16)
-    plain = model_config(resolved(), **sizes)
-    assert model_config(resolved("--rope-scaling-factor", "3"), **sizes) == plain
-    assert (
-        model_config(resolved("--rope-scaling", "linear", "--rope-scaling-factor", "3"), **sizes).rope_scaling_factor
-        == 3
-    )
-    assert model_config(resolved("--rope-scaling", "llama3"), **sizes).rope_original_seq_length == 8192
+    def architecture(*flags: str) -> GPTConfig:
+        return resolve_config(*flags).model.architecture(vocab_size=10)
+
+    assert architecture("--rope-scaling-factor", "3") == architecture()
+    assert architecture("--rope-scaling", "linear", "--rope-scaling-factor", "3").rope_scaling_factor == 3
+    assert architecture("--rope-scaling", "llama3").rope_original_seq_length == 8192
 
 
 def test_the_default_batch_is_the_smallest_that_the_layout_can_work_on() -> None:
@@ -323,24 +315,20 @@ def test_the_default_batch_is_the_smallest_that_the_layout_can_work_on() -> None
         ("--micro-batch-size 3 --pp-size 2", 4, 12),
     ):  # fmt: skip
         assert resolved(*flags.split(), world=world).global_batch_size == wanted
-    args = parse_arguments([])
-    resolve(args, world_size=2, local_world_size=2, cuda_devices=lambda: 0, goes_on_from={"--global-batch-size": 6})
-    assert args.global_batch_size == 6
+    assert resolve_config(world=2, resumed={"--global-batch-size": 6}).training.global_batch_size == 6
 
 
 def test_transformer_engine_is_the_default_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA, in bf16, installed; what is asked for and not there is refused with the line that installs it."""
     real = importlib.util.find_spec
 
-    def resolve_on(installed: bool, *flags: str) -> argparse.Namespace:
+    def resolve_on(installed: bool, *flags: str) -> SimpleNamespace:
         monkeypatch.setattr(
             importlib.util,
             "find_spec",
             lambda name: (object() if installed else None) if "transformer" in name else real(name),
         )
-        args = parse_arguments(flags)
-        resolve(args, world_size=1, local_world_size=1, cuda_devices=lambda: 1)
-        return args
+        return resolved(*flags, cuda=1)
 
     args = resolve_on(True)
     assert (args.transformer_impl, args.cp_backend, args.attention.backend, args.cp_comm_type) == (

@@ -7,11 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
-from config.arguments import build_parser, parse_arguments, parse_split, resolve
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from config.cli import build_parser, parse_arguments
+from config.schema import parse_split
+from config.validate import resolve
 from cp.layout import LAYOUTS
+from tests.flags import flatten, resolved
 
 ACTIONS = [action for action in build_parser()._actions if action.dest not in ("help", "config")]
 NUMBERS = [action.option_strings[0] for action in ACTIONS if action.type in (int, float)]
@@ -23,12 +26,6 @@ ZERO_IS_LEGAL = {
     "--keep-checkpoints", "--hidden-dropout", "--attention-dropout", "--check-weights-interval", "--sample-interval",
     "--max-skipped-in-a-row", "--timing-log-level",
 }  # fmt: skip
-
-
-def resolved(*flags: str, world: int = 1, local: int | None = None, cuda: int = 0) -> argparse.Namespace:
-    args = parse_arguments(flags)
-    resolve(args, world_size=world, local_world_size=local or world, cuda_devices=lambda: cuda)
-    return args
 
 
 def refusal(*flags: str, world: int = 1, local: int | None = None) -> str | None:
@@ -237,9 +234,10 @@ def test_open_defaults() -> None:
 
 @pytest.mark.parametrize("world", [1, 4])
 def test_nothing_is_left_on_auto(world: int) -> None:
-    args = parse_arguments(["--cp-size", str(world)])
-    before = vars(args).copy()
-    chosen = " ".join(resolve(args, world_size=world, local_world_size=world, cuda_devices=lambda: 0))
+    config = parse_arguments(["--cp-size", str(world)])
+    before = config.flags()
+    chosen = " ".join(resolve(config, world_size=world, local_world_size=world, cuda_devices=lambda: 0))
+    args = flatten(config)
     for name, value in vars(args).items():
         assert value != "auto", name
         if before.get(name) == "auto":  # said in the banner
@@ -312,16 +310,16 @@ def test_a_preset_takes_every_choice_as_it_is_written(action: argparse.Action, t
     """`on` and `off` among them, which YAML reads as true and false."""
     for choice in action.choices or ():
         flags = preset(tmp_path, f"{action.option_strings[0][2:]}: {choice}\n")
-        assert getattr(parse_arguments(flags), action.dest) == choice
+        assert parse_arguments(flags).flags()[action.dest] == choice
 
 
 @pytest.mark.parametrize("action", [a for a in ACTIONS if a.type in (int, float)], ids=lambda a: a.dest)
 def test_the_command_line_wins_over_a_preset_number(action: argparse.Action, tmp_path: Path) -> None:
     flag = action.option_strings[0]
     flags = preset(tmp_path, f"{flag[2:].replace('-', '_')}: 3\n")
-    assert getattr(parse_arguments(flags), action.dest) == 3
-    assert getattr(parse_arguments([flag, "5", *flags]), action.dest) == 5
-    assert getattr(parse_arguments([*flags, f"{flag}=5"]), action.dest) == 5
+    assert parse_arguments(flags).flags()[action.dest] == 3
+    assert parse_arguments([flag, "5", *flags]).flags()[action.dest] == 5
+    assert parse_arguments([*flags, f"{flag}=5"]).flags()[action.dest] == 5
     for text in ("true", "[3]", "{a: 1}", "many", "", "3 4"):
         message = refusal(*preset(tmp_path, f"{flag[2:]}: {text}\n"))
         assert message is not None and flag[2:] in message, (text, message)
@@ -331,8 +329,8 @@ def test_the_command_line_wins_over_a_preset_number(action: argparse.Action, tmp
 def test_the_command_line_wins_over_a_preset_switch(flag: str, tmp_path: Path) -> None:
     dest = flag[2:].replace("-", "_")
     on, off = preset(tmp_path, f"{flag[2:]}: true\n"), f"--no-{flag[2:]}"
-    assert getattr(parse_arguments(on), dest) is True
-    assert getattr(parse_arguments([off, *on]), dest) is False
+    assert parse_arguments(on).flags()[dest] is True
+    assert parse_arguments([off, *on]).flags()[dest] is False
 
 
 @pytest.mark.parametrize(
@@ -355,7 +353,4 @@ def test_presets_that_cannot_be_meant_are_refused(text: str | bytes, words: list
 
 
 def test_an_empty_preset_changes_nothing(tmp_path: Path) -> None:
-    plain = vars(parse_arguments([]))
-    assert {k: v for k, v in vars(parse_arguments(preset(tmp_path, "# nothing\n"))).items() if k != "config"} == {
-        k: v for k, v in plain.items() if k != "config"
-    }
+    assert parse_arguments(preset(tmp_path, "# nothing\n")) == parse_arguments([])

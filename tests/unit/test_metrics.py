@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from metrics.log import ROW_FACTS, MetricsLog, open_metrics_file
+from config.schema import LoggingConfig, TrainingConfig
+from metrics.log import ROW_COUNTS, MetricsLog, StepResult, open_metrics_file
+from metrics.timers import Timers
 from model.config import GPTConfig
 
 
@@ -44,17 +47,20 @@ def log(path: Path) -> MetricsLog:
         padded_vocab_size=8,
     )  # fmt: skip
     return MetricsLog(
-        config=config, world_size=2, is_writer=True, train_iters=4, log_interval=2, peak_tflops=100.0, cp_clock=None, metrics_file=path,
-        keep_before=None,
-    )  # fmt: skip
+        architecture=config,
+        training=TrainingConfig(train_iters=4),
+        logging=LoggingConfig(log_interval=2),
+        control_group=SimpleNamespace(size=lambda: 2, rank=lambda: 0),  # type: ignore[arg-type]
+        timers=Timers(0, torch.device("cpu")),
+        peak_tflops=100.0,
+        metrics_file=path,
+    )
 
 
 def step(metrics: MetricsLog, number: int, loss: float) -> None:
-    facts = torch.tensor([90.0, 95.0, 95.0**2, 100.0, 1.5, 1.0], dtype=torch.float64)
-    assert len(facts) == len(ROW_FACTS)
-    metrics.step(
-        number, loss=torch.tensor(loss), grad_norm=torch.tensor(1.0), lr=0.1, facts=facts, data_time=0.0, memory=5
-    )
+    counts = torch.tensor([90.0, 95.0, 95.0**2, 100.0, 1.5, 1.0], dtype=torch.float64)
+    assert len(counts) == len(ROW_COUNTS)
+    metrics.step(StepResult(number, torch.tensor(loss), torch.tensor(1.0), 0.1, counts, data_time=0.0, memory=5))
 
 
 def test_a_record_a_step_with_real_tokens(tmp_path: Path) -> None:

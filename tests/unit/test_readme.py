@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from config.arguments import build_parser, parse_arguments, resolve
 
+from config.cli import build_parser, parse_arguments
+from config.validate import resolve
 from data.prepare import build_parser as prepare_parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -57,9 +58,9 @@ def test_files_that_the_readme_names_exist() -> None:
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_presets_are_legal(preset: Path) -> None:
-    args = parse_arguments(["--config", str(preset)])
-    ranks = 8 if args.dtype == "bf16" else 1  # for a GPU node, or for a laptop
-    resolve(args, world_size=ranks, local_world_size=ranks, cuda_devices=lambda: ranks if ranks > 1 else 0)
+    config = parse_arguments(["--config", str(preset)])
+    ranks = 8 if config.training.dtype == "bf16" else 1  # for a GPU node, or for a laptop
+    resolve(config, world_size=ranks, local_world_size=ranks, cuda_devices=lambda: ranks if ranks > 1 else 0)
 
 
 def test_tables_are_those_of_the_code() -> None:

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from config.schema import LoggingConfig, TrainingConfig
 from data.batch import build_batch
 from data.dataset import PackedSample
 from metrics import log as metrics_module
 from metrics.banner import describe_sequences
-from metrics.log import EVERYTHING, ROW_FACTS, MetricsLog, open_metrics_file, row_facts
+from metrics.log import APPEND_ONLY, ROW_COUNTS, MetricsLog, StepResult, count_rows, open_metrics_file
 from metrics.tensorboard import TensorBoardWriter
+from metrics.timers import Timers
 from model.config import GPTConfig
 from tests.unit.test_packed_rows import dataset
 from training.flops import PEAK_TFLOPS, known_peak_tflops, training_flops
@@ -48,28 +50,42 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def log(path: Path | None, **changes) -> MetricsLog:
-    options = dict(
-        config=CONFIG, world_size=4, is_writer=True, train_iters=10, log_interval=4, peak_tflops=None, cp_clock=None, metrics_file=path,
-        keep_before=None,
-    )  # fmt: skip
-    return MetricsLog(**(options | changes))  # type: ignore[arg-type]
-
-
-FACTS = dict(loss_tokens=90.0, real_tokens=95.0, squared_lengths=1000.0, row_tokens=200.0, cp_balance=3.0, rows=2.0)
-
-
-def step(log: MetricsLog, number: int, *, loss: float = 2.0, data_time: float = 0.0) -> None:
-    facts = torch.tensor([FACTS[name] for name in ROW_FACTS], dtype=torch.float64)
-    log.step(
-        number,
-        loss=torch.tensor(loss),
-        grad_norm=torch.tensor(0.5),
-        lr=0.25,
-        facts=facts,
-        data_time=data_time,
-        memory=3 * 2**30,
+def log(
+    path: Path | None,
+    *,
+    rank: int = 0,
+    train_iters: int = 10,
+    log_interval: int = 4,
+    on_nonfinite: str = "stop",
+    **more,
+) -> MetricsLog:
+    """The log of rank `rank` of four."""
+    return MetricsLog(
+        architecture=CONFIG,
+        training=TrainingConfig(train_iters=train_iters, on_nonfinite=on_nonfinite),
+        logging=LoggingConfig(log_interval=log_interval),
+        control_group=SimpleNamespace(size=lambda: 4, rank=lambda: rank),  # type: ignore[arg-type]
+        timers=Timers(0, torch.device("cpu")),
+        metrics_file=path,
+        **more,
     )
+
+
+COUNTS = dict(loss_tokens=90.0, real_tokens=95.0, squared_lengths=1000.0, row_tokens=200.0, cp_balance=3.0, rows=2.0)
+
+
+def step(
+    log: MetricsLog,
+    number: int,
+    *,
+    loss: float = 2.0,
+    data_time: float = 0.0,
+    memory: int = 3 * 2**30,
+    skipped: int = 0,
+) -> None:
+    counts = torch.tensor([COUNTS[name] for name in ROW_COUNTS], dtype=torch.float64)
+    loss_, norm = torch.tensor(loss), torch.tensor(0.5)
+    log.step(StepResult(number, loss_, norm, 0.25, counts, data_time, memory, skipped_steps=skipped))
 
 
 def read(path: Path) -> list[dict]:
@@ -84,11 +100,11 @@ def test_facts_of_rows() -> None:
         row = PackedSample(np.zeros(total, int), labels, np.array(lengths), np.array(padded))
         return build_batch([row], cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag")
 
-    got = row_facts([replace(batch([3, 5, 0], [4, 6, 2]), cp_balance=1.25), batch([8], [8])])
+    got = count_rows([replace(batch([3, 5, 0], [4, 6, 2]), cp_balance=1.25), batch([8], [8])])
     wanted = dict(
         loss_tokens=2 + 7, real_tokens=8 + 8, squared_lengths=9 + 25 + 64, row_tokens=12 + 8, cp_balance=2.25, rows=2
     )
-    assert dict(zip(ROW_FACTS, got.tolist(), strict=True)) == wanted and got.dtype == torch.float64
+    assert dict(zip(ROW_COUNTS, got.tolist(), strict=True)) == wanted and got.dtype == torch.float64
 
 
 def test_one_steps_record_by_hand(tmp_path: Path, clock: Clock) -> None:
@@ -158,7 +174,7 @@ def test_waits_of_attention_are_shared_out(tmp_path: Path, clock: Clock, capsys)
 
 
 def test_only_the_writer_writes(tmp_path: Path, clock: Clock, capsys) -> None:
-    out = log(tmp_path / "folder" / "m.jsonl", is_writer=False)
+    out = log(tmp_path / "folder" / "m.jsonl", rank=1)
     clock.now += 1.0
     step(out, 1)
     out.validation(1, 2.0, 10)
@@ -167,7 +183,7 @@ def test_only_the_writer_writes(tmp_path: Path, clock: Clock, capsys) -> None:
 
 
 def test_a_rank_that_does_not_write_stops_too(clock: Clock) -> None:
-    out = log(None, is_writer=False)
+    out = log(None, rank=1)
     clock.now += 1.0
     with pytest.raises(FloatingPointError, match="step 1"):
         step(out, 1, loss=float("nan"))
@@ -193,19 +209,9 @@ def test_each_source_of_a_blend_is_told_by_itself(tmp_path: Path, clock: Clock, 
 
 
 def test_steps_that_are_passed_over_do_not_end_a_run_that_takes_them(clock: Clock, capsys) -> None:
-    out = log(None, takes_nonfinite=True, log_interval=1)
+    out = log(None, on_nonfinite="skip", log_interval=1)
     clock.now += 1.0
-    facts = torch.tensor([FACTS[name] for name in ROW_FACTS], dtype=torch.float64)
-    out.step(
-        1,
-        loss=torch.tensor(math.nan),
-        grad_norm=torch.tensor(0.5),
-        lr=0.25,
-        facts=facts,
-        data_time=0.0,
-        memory=1,
-        skipped_steps=1,
-    )
+    step(out, 1, loss=math.nan, skipped=1)
     assert "skipped 1" in capsys.readouterr().out
 
 
@@ -285,7 +291,7 @@ def test_a_file_that_another_run_writes_is_only_added_to(tmp_path: Path) -> None
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"ste')  # it is in the middle of a line
     before = path.stat().st_ino
-    with open_metrics_file(path, EVERYTHING) as out, path.open("a") as its:
+    with open_metrics_file(path, APPEND_ONLY) as out, path.open("a") as its:
         its.write('p": 2}\n')
         its.flush()
         out.write('{"step": 2, "validation_loss": 1.5}\n')
@@ -308,10 +314,10 @@ def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:
 
 def test_what_became_of_the_documents() -> None:
     packed = describe_sequences(dataset([8, 17, 16, 3], seq_length=16, alignment=4))[0]
-    assert "4 documents, 44 tokens -> 3 sequences of 16" in packed
-    assert "91.67% full" in packed and "1 documents longer than a sequence cut" in packed  # 16 is not longer than 16
+    assert "4 documents, 44 tokens -> 3 samples of 16" in packed
+    assert "91.67% full" in packed and "1 documents longer than a sample cut" in packed  # 16 is not longer than 16
     stream = describe_sequences(dataset([8, 17, 16, 3], seq_length=16, alignment=4, packing="concat"))[0]
-    assert "2 sequences of 16; 12 tokens" in stream and "left over" in stream
+    assert "2 samples of 16; 12 tokens" in stream and "unused" in stream
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from config.arguments import parse_arguments
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from checkpoint.files import checksums
 from checkpoint.reader import SafeReader, UnsafeCheckpoint
 from checkpoint.saver import Saver, load_checkpoint
+from config.cli import parse_arguments
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.sources import open_sources
 from data.tokenizer import load_tokenizer

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -15,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from runtime import early, signals
+from runtime import signals
 from runtime.signals import StopRequests
-from tests.launch import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +36,13 @@ def handlers() -> Iterator[None]:
 
 
 def asked(stops: StopRequests, done: int = 7) -> str:
-    stops.start_agreeing()
-    return stops.agreed(done)
+    stops.start_sync()
+    return stops.stop_reason(done)
 
 
 def requests(group: dist.ProcessGroup, stop_file: Path | None = None, **changes) -> StopRequests:
     stops = StopRequests(**(dict(interval=None, duration_minutes=None, started=time.monotonic()) | changes))
-    stops.watch(stop_file, group)
+    stops.watch_file(stop_file, group)
     return stops
 
 
@@ -74,7 +70,7 @@ def test_ctrl_c_asks_only_once_training_has_begun(group) -> None:
 
 
 def test_a_second_ctrl_c_ends_at_once(group, monkeypatch) -> None:
-    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.01)
     stops = requests(group)
     stops.watch_interrupts()
     os.kill(os.getpid(), signal.SIGINT)
@@ -94,7 +90,7 @@ def test_the_stop_file(group, tmp_path: Path) -> None:
 def test_the_stop_file_outlives_a_restart_by_torchrun(group, tmp_path: Path) -> None:
     (tmp_path / "stop").touch()
     stops = StopRequests(interval=None, duration_minutes=None, started=time.monotonic())
-    stops.watch(tmp_path / "stop", group, is_restart=True)
+    stops.watch_file(tmp_path / "stop", group, is_restart=True)
     assert asked(stops) == "the stop file"
 
 
@@ -106,22 +102,6 @@ def test_a_stop_file_that_cannot_be_looked_at_asks_for_nothing(group, tmp_path: 
 
     monkeypatch.setattr(Path, "exists", stale)
     assert asked(stops) == ""
-
-
-@pytest.mark.parametrize("number", early.HELD_BACK)
-def test_what_comes_while_torch_is_imported_is_heard(number: signal.Signals) -> None:
-    code = f"""
-        from runtime.early import hold_back
-        hold_back()
-        import os
-        os.kill(os.getpid(), {int(number)})  # would end the process
-        from runtime.signals import REASONS, StopRequests
-        print(REASONS[StopRequests(interval=None, duration_minutes=None, started=0.0).asked])
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, number.name), done.stderr
 
 
 def test_under_nohup_a_hangup_is_nothing(group) -> None:
@@ -148,8 +128,8 @@ def test_a_signal_comes_before_the_rest(group, tmp_path: Path) -> None:
 
 def test_where_there_is_nothing_to_save_signals_end_the_process(group) -> None:
     stops = requests(group)
-    stops.stand_down()
-    assert {signal.getsignal(number) for number in early.HELD_BACK} == {signal.SIG_DFL}
-    stops.asked = 1  # before
+    stops.restore_handlers()
+    assert {signal.getsignal(number) for number in signals.STOP_SIGNALS} == {signal.SIG_DFL}
+    stops.requested = 1  # before
     with pytest.raises(KeyboardInterrupt):
-        stops.stand_down()
+        stops.restore_handlers()

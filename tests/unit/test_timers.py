@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from metrics.timers import PHASES, Timers, in_words
+from metrics.timers import PHASES, Timers, describe_phases
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def test_a_phase_that_fails_is_left(group) -> None:
         raise ValueError("inside")
 
 
-def test_in_words() -> None:
-    line = in_words({"data": (0.1, 0.2, 3), "optimizer": (0.40, 0.41, 1)}, steps=10)
-    assert line == "ms a step, least..most over ranks: data 10.0..20.0 (slowest: rank 3) | optimizer 40.0..41.0"
+def test_describe_phases() -> None:
+    line = describe_phases({"data": (0.1, 0.2, 3), "optimizer": (0.40, 0.41, 1)}, num_steps=10)
+    assert line == "ms a step, min..max over ranks: data 10.0..20.0 (slowest: rank 3) | optimizer 40.0..41.0"
 
 
 def test_the_slowest_is_who_works_most_and_waits_least(monkeypatch: pytest.MonkeyPatch) -> None:

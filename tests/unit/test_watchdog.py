@@ -12,24 +12,24 @@ import pytest
 import torch.distributed as dist
 
 from runtime import watchdog
-from runtime.watchdog import Watchdog, place_of
+from runtime.watchdog import Watchdog, describe_frame
 
 
 class Peer:
-    """Another rank's record in the store, told again and again until it is silent."""
+    """Another rank's heartbeat in the store, renewed until the rank is silent."""
 
-    def __init__(self, store: dist.Store, rank: int, **facts) -> None:
+    def __init__(self, store: dist.Store, rank: int, **changes) -> None:
         self.store, self.rank, self.ended = store, rank, threading.Event()
-        self.facts = (
-            dict(told=0, step=5, doing="training", place="all_reduce, x.py:1", waits=True, host="node7") | facts
+        self.heartbeat = (
+            dict(count=0, step=5, activity="training", place="all_reduce, x.py:1", waits=True, host="node7") | changes
         )
         self.thread = threading.Thread(target=self.run)
         self.tell()
         self.thread.start()
 
     def tell(self) -> None:
-        self.facts["told"] += 1
-        self.store.set(str(self.rank), json.dumps(self.facts))
+        self.heartbeat["count"] += 1
+        self.store.set(str(self.rank), json.dumps(self.heartbeat))
 
     def run(self) -> None:
         while not self.ended.wait(0.01):
@@ -50,8 +50,8 @@ def peers() -> Iterator[list[Peer]]:
 
 def watch(store: dist.Store, world_size: int, minutes: float = 0.003) -> tuple[Watchdog, list[str]]:
     said: list[str] = []
-    dog = Watchdog(store, rank=0, world_size=world_size, startup_minutes=minutes, minutes=minutes, on_stuck=said.append)
-    dog.moved("training", 5)
+    dog = Watchdog(store, rank=0, world_size=world_size, startup_minutes=minutes, minutes=minutes, on_hang=said.append)
+    dog.heartbeat("training", 5)
     return dog, said
 
 
@@ -93,24 +93,26 @@ def test_a_silent_rank_is_named(peers: list[Peer]) -> None:
         in_a_collective(dog, call)
         text = wait_for(said)
     assert (
-        "nothing moved for 0.003 minutes (--distributed-startup-timeout-minutes): training, step 5, in all_reduce"
-        in text
+        "no progress for 0.003 minutes (--distributed-startup-timeout-minutes): training, step 5, in all_reduce" in text
     )
     assert "lost rank 2 on node9 (at step 5, in read, data/loader.py:3)" in text and "rank 1" not in text
 
 
 def test_a_rank_that_is_elsewhere_is_named(peers: list[Peer]) -> None:
     store = dist.HashStore()
-    peers += [Peer(store, 1, waits=False, doing="validation", place="place, data/indexed_dataset.py:9"), Peer(store, 2)]
+    peers += [
+        Peer(store, 1, waits=False, activity="validation", place="place, data/indexed_dataset.py:9"),
+        Peer(store, 2),
+    ]
     call = Collective()
     with call:
         dog, said = watch(store, 3)
-        dog.settled()
+        dog.end_startup()
         in_a_collective(dog, call)
         text = wait_for(said)
     assert "(--distributed-timeout-minutes)" in text
     assert (
-        "it waits for rank 1 on node7 (validation, step 5, in place, data/indexed_dataset.py:9)" in text
+        "waits for rank 1 on node7 (validation, step 5, in place, data/indexed_dataset.py:9)" in text
         and "rank 2" not in text
     )
 
@@ -122,14 +124,14 @@ def test_a_rank_that_is_behind_is_named(peers: list[Peer]) -> None:
     with call:
         dog, said = watch(store, 3)
         in_a_collective(dog, call)
-        assert "it waits for rank 2 on node7" in wait_for(said)
+        assert "waits for rank 2 on node7" in wait_for(said)
 
 
-def test_a_rank_that_is_stuck_by_itself_says_so(peers: list[Peer]) -> None:
+def test_a_rank_that_hangs_by_itself_says_so(peers: list[Peer]) -> None:
     store = dist.HashStore()
     peers.append(Peer(store, 1))
     _, said = watch(store, 2)
-    assert "this rank is not waiting for another" in wait_for(said)
+    assert "this rank does not wait for another" in wait_for(said)
 
 
 class Dumb:
@@ -161,7 +163,7 @@ def test_a_store_that_does_not_answer_is_told(monkeypatch) -> None:
         store.end.set()
         dog.stop()
     assert (
-        "nothing moved for 0.003 minutes" in text
+        "no progress for 0.003 minutes" in text
         and "lost the store of the run, on the first node (no answer for 0.1 s" in text
     )
 
@@ -170,35 +172,35 @@ def test_a_store_that_goes_during_the_diagnosis_is_told(peers: list[Peer], monke
     store = dist.HashStore()
     peers.append(Peer(store, 1))
     call, answers = Collective(), []
-    real = Watchdog._everyone
+    real = Watchdog._read_heartbeats
 
     def everyone(self, ranks=None):
         answers.append(real(self, ranks) if len(answers) < 2 else "lost the store of the run, on the first node (gone)")
         return answers[-1]
 
-    monkeypatch.setattr(Watchdog, "_everyone", everyone)
+    monkeypatch.setattr(Watchdog, "_read_heartbeats", everyone)
     with call:
         dog, said = watch(store, 2)
         in_a_collective(dog, call)
         text = wait_for(said)
-    assert text.startswith("nothing moved for 0.003 minutes") and text.endswith(
+    assert text.startswith("no progress for 0.003 minutes") and text.endswith(
         "lost the store of the run, on the first node (gone)"
     )
 
 
 def test_a_diagnosis_that_fails_ends_the_run_all_the_same(monkeypatch) -> None:
-    monkeypatch.setattr(Watchdog, "_why_stuck", lambda self: 1 / 0)
+    monkeypatch.setattr(Watchdog, "_explain_hang", lambda self: 1 / 0)
     _, said = watch(dist.HashStore(), 1)
-    assert "nothing moved for 0.003 minutes: training, step 5; no more is known (ZeroDivisionError" in wait_for(said)
+    assert "no progress for 0.003 minutes: training, step 5 (ZeroDivisionError" in wait_for(said)
 
 
-def test_patience_ends_where_rank_0_is_gone(peers: list[Peer]) -> None:
+def test_a_suspended_timeout_ends_when_rank_0_is_gone(peers: list[Peer]) -> None:
     """Others wait for it as long as it prepares data, and is heard of."""
     store = dist.HashStore()
-    peers.append(Peer(store, 0, doing="data preparation", place="encode, data/tokenizer.py:7"))
+    peers.append(Peer(store, 0, activity="data preparation", place="encode, data/tokenizer.py:7"))
     said: list[str] = []
-    dog = Watchdog(store, rank=1, world_size=2, startup_minutes=0.003, minutes=0.003, on_stuck=said.append)
-    with dog.patient("data preparation"):
+    dog = Watchdog(store, rank=1, world_size=2, startup_minutes=0.003, minutes=0.003, on_hang=said.append)
+    with dog.suspend_timeout("data preparation"):
         time.sleep(0.6)
         assert said == []
         peers[0].silence()
@@ -209,27 +211,27 @@ def test_patience_ends_where_rank_0_is_gone(peers: list[Peer]) -> None:
     )
 
 
-def test_movement_and_patience_keep_it_quiet() -> None:
+def test_heartbeats_and_a_suspended_timeout_keep_it_quiet() -> None:
     dog, said = watch(dist.HashStore(), 1)
-    for _ in dog.each(range(40), "validation"):
+    for _ in dog.with_heartbeats(range(40), "validation"):
         time.sleep(0.01)
-    with dog.patient("data preparation"):
+    with dog.suspend_timeout("data preparation"):
         time.sleep(0.4)
     dog.stop()
-    assert said == [] and dog.doing == "data preparation"
+    assert said == [] and dog.activity == "data preparation"
 
 
 def test_no_loss_where_all_are_heard_of(peers: list[Peer]) -> None:
     store = dist.HashStore()
     peers.append(Peer(store, 1))
     dog, _ = watch(store, 2, minutes=0.01)
-    assert dog.find_lost() == ""
+    assert dog.find_lost_ranks() == ""
     peers[0].silence()
-    assert "lost rank 1 on node7" in dog.find_lost()
+    assert "lost rank 1 on node7" in dog.find_lost_ranks()
     dog.stop()
 
 
 def test_places_in_words() -> None:
-    place, waits = place_of(sys._getframe())
+    place, waits = describe_frame(sys._getframe())
     assert place.startswith("test_places_in_words, tests/unit/test_watchdog.py:") and not waits
-    assert place_of(None) == ("Python's start", False)
+    assert describe_frame(None) == ("Python's start", False)

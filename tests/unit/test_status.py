@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from data.loader import DataError
-from metrics.log import NonFinite
-from runtime import status as outcome_module
-from runtime.status import Outcome, StatusFile, lost_a_peer
+from runtime import status as status_module
+from runtime.nonfinite import NonFiniteError
+from runtime.status import RunStatus, StatusFile, is_peer_failure
+from utils.errors import CollectiveError, UserError
+from utils.logger import log
 
 
-def outcome_in(folder: Path, rank: int = 1, attempt: str = "a") -> Outcome:
-    made = Outcome(rank=rank, local_rank=rank)
-    made.status, made.step = StatusFile(folder / "status.json", attempt=attempt, rank=rank), 12
+def status_in(folder: Path, rank: int = 1, attempt: str = "a") -> RunStatus:
+    made = RunStatus(rank=rank, local_rank=rank)
+    made.file, made.step = StatusFile(folder / "status.json", attempt=attempt, rank=rank), 12
     return made
 
 
@@ -43,7 +46,7 @@ def test_a_status_is_whole_or_the_one_before(tmp_path: Path) -> None:
     ],
 )
 def test_an_error_of_this_rank_is_one_line(tmp_path: Path, capsys, error: BaseException, code: int, words: str) -> None:
-    with pytest.raises(SystemExit) as ended, outcome_in(tmp_path, rank=1 if code == 1 else 0):
+    with pytest.raises(SystemExit) as ended, status_in(tmp_path, rank=1 if code == 1 else 0):
         raise error
     assert ended.value.code == code
     said = capsys.readouterr().err
@@ -53,25 +56,38 @@ def test_an_error_of_this_rank_is_one_line(tmp_path: Path, capsys, error: BaseEx
 
 def test_what_all_ranks_know_is_said_once(tmp_path: Path, capsys) -> None:
     for rank in (0, 1):
-        with pytest.raises(SystemExit), outcome_in(tmp_path, rank=rank):
-            raise NonFinite(3, float("nan"), 1.0)
+        with pytest.raises(SystemExit), status_in(tmp_path, rank=rank):
+            raise NonFiniteError(3, float("nan"), 1.0)
     assert capsys.readouterr().err == "train.py: step 3: loss nan, gradient norm 1.0\n"
 
 
 def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), outcome_in(tmp_path):
+    with pytest.raises(ZeroDivisionError), status_in(tmp_path):
         _ = 1 / 0
     assert told(tmp_path)["reason"] == "ZeroDivisionError: division by zero"
 
 
-def test_a_refusal_says_why(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit), outcome_in(tmp_path):
-        raise SystemExit(2) from ValueError("--lr is wrong")
-    assert told(tmp_path)["reason"] == "--lr is wrong"
+def test_a_refusal_says_why(tmp_path: Path, capsys) -> None:
+    for rank in (0, 1):
+        with pytest.raises(SystemExit) as ended, status_in(tmp_path, rank=rank):
+            raise UserError("--lr is wrong")
+        assert ended.value.code == 2
+    assert told(tmp_path)["reason"] == "--lr is wrong" and capsys.readouterr().err == "train.py: --lr is wrong\n"
+
+
+def test_an_io_error_is_one_line_and_a_collective_one_is_printed_once(tmp_path: Path, capsys) -> None:
+    for rank in (0, 1):
+        with pytest.raises(SystemExit) as ended, status_in(tmp_path, rank=rank, attempt=f"a{rank}"):
+            raise CollectiveError("cannot write: No space left on device")
+        assert ended.value.code == 1
+    assert capsys.readouterr().err == "train.py: cannot write: No space left on device\n"
+    with pytest.raises(SystemExit), status_in(tmp_path, rank=1, attempt="b"):
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+    assert capsys.readouterr().err == "train.py: rank 1: [Errno 28] No space left on device: 'metrics.jsonl'\n"
 
 
 def test_an_end_without_an_error_writes_nothing(tmp_path: Path) -> None:
-    with outcome_in(tmp_path):
+    with status_in(tmp_path):
         pass
     assert not (tmp_path / "status.json").exists()
 
@@ -79,14 +95,14 @@ def test_an_end_without_an_error_writes_nothing(tmp_path: Path) -> None:
 def test_the_first_cause_stays(tmp_path: Path, capsys, monkeypatch) -> None:
     """Rank 1 fails; rank 0 only loses it."""
     codes: list[int] = []
-    monkeypatch.setattr(outcome_module.os, "_exit", codes.append)
-    with pytest.raises(SystemExit), outcome_in(tmp_path, rank=1):
+    monkeypatch.setattr(status_module.os, "_exit", codes.append)
+    with pytest.raises(SystemExit), status_in(tmp_path, rank=1):
         raise DataError("no such token")
-    with pytest.raises(RuntimeError, match="gloo"), outcome_in(tmp_path, rank=0):
+    with pytest.raises(RuntimeError, match="gloo"), status_in(tmp_path, rank=0):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     assert codes == [1] and told(tmp_path)["reason"] == "no such token"
     assert "stopped, because rank 1 on" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="gloo"), outcome_in(tmp_path, rank=0, attempt="the next one"):
+    with pytest.raises(RuntimeError, match="gloo"), status_in(tmp_path, rank=0, attempt="the next one"):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     assert told(tmp_path)["reason"].startswith(
         "lost another rank"
@@ -95,11 +111,11 @@ def test_the_first_cause_stays(tmp_path: Path, capsys, monkeypatch) -> None:
 
 @pytest.mark.parametrize("ended", ["done", "requeue"])
 def test_who_dies_after_the_end_does_not_undo_it(tmp_path: Path, ended: str) -> None:
-    outcome_in(tmp_path).status.write(ended, step=20, reason="")  # type: ignore[union-attr]
-    with pytest.raises(ZeroDivisionError), outcome_in(tmp_path):
+    status_in(tmp_path).file.write(ended, step=20, reason="")  # type: ignore[union-attr]
+    with pytest.raises(ZeroDivisionError), status_in(tmp_path):
         _ = 1 / 0
     assert told(tmp_path)["status"] == ended
-    with pytest.raises(ZeroDivisionError), outcome_in(tmp_path, attempt="the next one"):
+    with pytest.raises(ZeroDivisionError), status_in(tmp_path, attempt="the next one"):
         _ = 1 / 0
     assert told(tmp_path)["status"] == "failed" and told(tmp_path)["lost"] is False
 
@@ -116,11 +132,11 @@ class Gone:
 @pytest.mark.parametrize("status", ['{"status": 1}', "[]", "half of", ""])
 def test_a_rank_that_is_stuck_ends_though_nobody_listens(tmp_path: Path, monkeypatch, status: str) -> None:
     codes: list[int] = []
-    monkeypatch.setattr(outcome_module.os, "_exit", codes.append)
+    monkeypatch.setattr(status_module.os, "_exit", codes.append)
     (tmp_path / "status.json").write_text(status)
-    monkeypatch.setattr(outcome_module.sys, "stderr", Gone())
-    monkeypatch.setattr(outcome_module.sys, "stdout", Gone())
-    outcome_in(tmp_path).stuck("torchrun, process 7, is gone")
+    monkeypatch.setattr(status_module.sys, "stderr", Gone())
+    monkeypatch.setattr(status_module.sys, "stdout", Gone())
+    status_in(tmp_path).on_hang("torchrun, process 7, is gone")
     assert (
         codes == [1] and told(tmp_path)["reason"] == "torchrun, process 7, is gone" and told(tmp_path)["lost"] is True
     )
@@ -128,11 +144,11 @@ def test_a_rank_that_is_stuck_ends_though_nobody_listens(tmp_path: Path, monkeyp
 
 def test_a_rank_that_is_stuck_ends_whatever_else_fails(tmp_path: Path, monkeypatch) -> None:
     codes: list[int] = []
-    monkeypatch.setattr(outcome_module.os, "_exit", codes.append)
-    made = outcome_in(tmp_path)
-    monkeypatch.setattr(made, "_fail", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(status_module.os, "_exit", codes.append)
+    made = status_in(tmp_path)
+    monkeypatch.setattr(made, "_write_failure", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        made.stuck("nothing moved")
+        made.on_hang("no progress")
     assert codes == [1]
 
 
@@ -144,9 +160,9 @@ def test_only_lost_peers_are_lost_peers() -> None:
         "No route to host",
         "NCCL error in: x.cpp:1, remote process exited or there was a network error, NCCL version 2.29",
     ):
-        assert lost_a_peer(RuntimeError(words)), words
-    assert not lost_a_peer(RuntimeError("shape mismatch")) and not lost_a_peer(OSError("Broken pipe"))
-    assert not lost_a_peer(
+        assert is_peer_failure(RuntimeError(words)), words
+    assert not is_peer_failure(RuntimeError("shape mismatch")) and not is_peer_failure(OSError("Broken pipe"))
+    assert not is_peer_failure(
         RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error (run with NCCL_DEBUG=INFO for details)")
     )
 
@@ -154,17 +170,18 @@ def test_only_lost_peers_are_lost_peers() -> None:
 def test_a_full_disk_does_not_hide_the_error(tmp_path: Path, capsys) -> None:
     place = tmp_path / "file"
     place.touch()
-    made = outcome_in(place)
+    made = status_in(place)
     with pytest.raises(SystemExit), made:
         raise DataError("first")
     assert "first" in capsys.readouterr().err and os.path.isfile(place)
 
 
-def test_a_run_outlives_the_reader_of_its_log() -> None:
+def test_a_run_outlives_the_reader_of_its_log(monkeypatch) -> None:
     read, write = os.pipe()
-    out = outcome_module.OutlivesItsReader(os.fdopen(write, "w"))
+    out = os.fdopen(write, "w")
+    monkeypatch.setattr(sys, "stdout", out)
     os.close(read)
     for _ in range(3):
-        print("a line", file=out, flush=True)  # type: ignore[arg-type]
+        log("a line")
     assert os.readlink(f"/proc/self/fd/{out.fileno()}") == os.devnull
     out.close()
