@@ -29,17 +29,12 @@ def known_flags() -> set[str]:
 COMMANDS = r"benchmarks/\w+\.py[^`]*|(tools/plan\.py|tools/generate\.py|sbatch --)[^`\n]*"
 
 
-def test_every_flag_is_in_the_readme_and_every_flag_there_exists() -> None:
-    others = {
-        "--max-restarts",
-        "--nproc-per-node",
-        "--index-url",
-        "--help",
-        "--flag",
-        "--no-flag",
-    }  # torchrun's, pip's, argparse's, placeholders
+def test_every_flag_is_in_its_table_and_every_flag_of_the_readme_exists() -> None:
+    # torchrun's, pip's, argparse's, placeholders
+    others = {"--max-restarts", "--nproc-per-node", "--index-url", "--help", "--flag", "--no-flag"}
+    in_table = set(re.findall(r"^\| `(--[a-z0-9-]+)", (ROOT / "docs" / "flags.md").read_text(), re.MULTILINE))
+    assert in_table == known_flags() - {"--config"}
     in_readme = set(re.findall(r"--[a-z][a-z0-9-]+", re.sub(COMMANDS, "", README)))
-    assert known_flags() - in_readme == set()
     of_prepare = {action.option_strings[0] for action in prepare_parser()._actions}
     assert in_readme - known_flags() - of_prepare - others == set()
 
