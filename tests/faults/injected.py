@@ -18,8 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 import torch.distributed as dist
@@ -128,5 +127,6 @@ if __name__ == "__main__":
     for word in sys.argv[1:at]:
         name, *values = word.split(":")
         FAULTS[name](*(float(v) if "." in v else int(v) for v in values))  # type: ignore[operator]
-    sys.argv[:] = [str(ROOT / "train.py"), *sys.argv[at + 1 :]]
+    train = Path(__file__).resolve().parent.parent.parent / "train.py"
+    sys.argv[:] = [str(train), *sys.argv[at + 1 :]]
     runpy.run_path(sys.argv[0], run_name="__main__")
