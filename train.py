@@ -32,7 +32,8 @@ from data.loader import build_loader, read_batches, translate_worker_death
 from metrics.banner import RunSummary, describe_epochs
 from metrics.log import APPEND_ONLY, MetricsLog, StepResult, count_rows
 from metrics.profiler import StepProfiler
-from metrics.tensorboard import Writer, configuration, describe_data, open_writers
+from metrics.run_config import configuration
+from metrics.tensorboard import TensorBoardWriter, describe_data, open_writers
 from metrics.timers import Timers
 from model.config import GPTConfig
 from model.gpt import GPT, Stages
@@ -198,7 +199,7 @@ def open_reports(
     run.status.file = None if eval_only else status_file
     settings = configuration(config, run.argv, architecture, world_size=ranks.launch.world_size)
     keep_before = APPEND_ONLY if eval_only else state.first_step if state.goes_on else None
-    writers: list[Writer] = []
+    writers: list[TensorBoardWriter] = []
     if ranks.is_writer:
         paths.run_dir.mkdir(parents=True, exist_ok=True)
     if ranks.is_writer and not eval_only:

@@ -535,5 +535,7 @@ def _check_outputs(training: TrainingConfig, checkpoint: CheckpointConfig, loggi
         raise UserError(
             "--tensorboard-dir needs the tensorboard package: pip install -r requirements.txt, or --tensorboard-dir none"
         )
+    if logging.wandb_project and logging.tensorboard_dir == "none":
+        raise UserError("--wandb-project copies the TensorBoard files: leave out --tensorboard-dir none")
     if logging.wandb_project and not _is_installed("wandb"):
         raise UserError("--wandb-project needs the wandb package: pip install wandb, or leave the flag out")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from config.schema import LoggingConfig, TrainingConfig
 from data.batch import Batch
-from metrics.tensorboard import Writer, as_floats
+from metrics.tensorboard import TensorBoardWriter, as_floats
 from metrics.timers import Timers, describe_phases
 from model.config import GPTConfig
 from parallel.collectives import WaitClock
@@ -98,7 +98,7 @@ class MetricsLog:
         cp_clock: WaitClock | None = None,
         metrics_file: Path | None = None,
         keep_before: int | None = None,
-        writers: Sequence[Writer] = (),
+        writers: Sequence[TensorBoardWriter] = (),
     ) -> None:
         self.architecture, self.control_group, self.timers = architecture, control_group, timers
         self.world_size, self.is_writer = control_group.size(), control_group.rank() == 0

@@ -1,65 +1,52 @@
-"""Where a run's curves go beside its own metrics file: TensorBoard, Weights & Biases, behind one small interface."""
+"""TensorBoard event files of a run: curves, flags, document lengths, CP balance; Weights & Biases copies them."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from config.schema import RunConfig
 from cp.layout import attention_pairs
 from data.dataset import BlendedDataset, PackedDataset, SampleDataset
-from model.config import GPTConfig, count_parameters
-from parallel.grid import AXES
+from metrics.run_config import flags_as_text
+from utils.names import distinct_suffixes
 
-MOST_LENGTHS = 1_000_000  # in a histogram
-
-
-class Writer(Protocol):
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Curves by name, such as `train/loss`."""
-        ...
-
-    def text(self, name: str, markdown: str) -> None: ...
-
-    def histogram(self, name: str, values: np.ndarray, bins: np.ndarray) -> None:
-        """Args: bins: [n + 1] edges."""
-        ...
-
-    def picture(self, name: str, figure: Any) -> None:
-        """A matplotlib figure, which is closed."""
-        ...
-
-    def close(self) -> None: ...
+MAX_LENGTHS = 1_000_000  # in a histogram
 
 
 class TensorBoardWriter:
-    """Args: keep_before: of a run that goes on: what was written for later steps is hidden."""
+    """Writes event files.
 
-    def __init__(self, folder: Path, keep_before: int | None) -> None:
+    Args:
+        keep_before: steps that a resumed run has done; later steps of an earlier attempt are hidden. None: a new run.
+        wandb_run: from `start_wandb`, which comes before this writer; ends with it.
+    """
+
+    def __init__(self, folder: Path, keep_before: int | None, *, wandb_run: Any = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=None if keep_before is None else keep_before + 1)
+        self.events = SummaryWriter(str(folder), purge_step=None if keep_before is None else keep_before + 1)
+        self.wandb_run = wandb_run
 
     def scalars(self, values: dict[str, float], step: int) -> None:
+        """Add a point to each curve, named such as `train/loss`."""
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            self.events.add_scalar(name, value, step)
 
     def text(self, name: str, markdown: str) -> None:
-        self.writer.add_text(name, markdown)
+        self.events.add_text(name, markdown)
 
     def histogram(self, name: str, values: np.ndarray, bins: np.ndarray) -> None:
+        """Add counts of `values` between the [n + 1] edges `bins`; nothing where all values lie outside."""
         counts, edges = np.histogram(values, bins=bins)
         total = int(counts.sum())
         if total:
-            self.writer.add_histogram_raw(
+            self.events.add_histogram_raw(
                 name,
                 min=float(values.min()),
                 max=float(values.max()),
@@ -70,116 +57,27 @@ class TensorBoardWriter:
                 bucket_counts=counts.tolist(),
             )
 
-    def picture(self, name: str, figure: Any) -> None:
-        self.writer.add_figure(name, figure)
-
     def close(self) -> None:
-        self.writer.close()
+        self.events.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
 
 
-class WandbWriter:
-    """Weights & Biases. One run there for one run directory, also when it goes on.
+def start_wandb(project: str, *, run_dir: Path, settings: dict[str, Any]) -> Any:
+    """Start, or resume, the Weights & Biases run of a run directory: it copies every event file opened from now on."""
+    import wandb  # an optional library
 
-    Args:
-        configuration: flags by name.
-    """
-
-    def __init__(self, project: str, *, folder: Path, configuration: dict[str, Any]) -> None:
-        import wandb  # an optional library
-
-        self.wandb = wandb
-        name = folder.resolve().name
-        number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[
-            :8
-        ]  # runs/a/seed-1 and runs/b/seed-1 are two
-        self.run = wandb.init(
-            project=project, dir=str(folder), name=name, id=f"{name}-{number}", resume="allow", config=configuration
-        )
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
-
-    def text(self, name: str, markdown: str) -> None:
-        self.run.summary[name] = markdown
-
-    def histogram(self, name: str, values: np.ndarray, bins: np.ndarray) -> None:
-        self.run.summary[name] = self.wandb.Histogram(np_histogram=np.histogram(values, bins=bins))
-
-    def picture(self, name: str, figure: Any) -> None:
-        import matplotlib.pyplot as plt
-
-        self.run.log({name: self.wandb.Image(figure)})
-        plt.close(figure)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def flags_as_text(flags: dict[str, Any]) -> str:
-    """A Markdown table of the configuration."""
-    rows = [
-        f"| --{name.replace('_', '-')} | {str(value).replace('|', chr(92) + '|')} |"
-        for name, value in sorted(flags.items())
-    ]
-    return "\n".join(["| flag | value |", "|---|---|", *rows])
-
-
-def length_bins(longest: int) -> np.ndarray:
-    """Edges that double: 1, 2, 4, ... beyond the longest."""
-    return 2.0 ** np.arange(0, math.ceil(math.log2(max(longest, 1) + 1)) + 1)
-
-
-def balance_picture(pairs: np.ndarray, lengths: Sequence[int], layout: str) -> Any:
-    """Work of each cp rank on one row, beside the row's documents.
-
-    Args:
-        pairs: [cp] query-key pairs that each rank computes.
-        lengths: of the row's documents, in tokens.
-
-    Returns:
-        A matplotlib figure.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(2, 1), layout="constrained")
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    left.barh(
-        [0] * len(lengths), lengths, left=starts, color=["#0072B2", "#56B4E9"] * (len(lengths) // 2 + 1), height=0.5
+    name = run_dir.resolve().name
+    digest = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]  # runs/a/seed-1 and runs/b/seed-1 differ
+    return wandb.init(
+        project=project,
+        dir=str(run_dir.resolve()),
+        name=name,
+        id=f"{name}-{digest}",
+        resume="allow",
+        config=settings,
+        sync_tensorboard=True,
     )
-    left.set(title=f"documents of the first row ({len(lengths)})", xlabel="token", yticks=[])
-    mean = pairs.mean()
-    right.bar(np.arange(len(pairs)), pairs / mean, color="#E69F00")
-    right.axhline(1.0, color="black", linewidth=0.8)
-    right.set(
-        title=f"{layout}: most / mean work {pairs.max() / mean:.3f}", xlabel="cp rank", ylabel="attention work / mean"
-    )
-    return figure
-
-
-def as_floats(values: dict[str, Any]) -> dict[str, float]:
-    """What of a record is a number."""
-    return {
-        k: float(v) for k, v in values.items() if isinstance(v, (int, float, torch.Tensor)) and not isinstance(v, bool)
-    }
-
-
-def configuration(
-    config: RunConfig, argv: Sequence[str], architecture: GPTConfig, *, world_size: int
-) -> dict[str, Any]:
-    """What `<run-dir>/config.json` holds: every resolved flag, the grid, the model's size, versions."""
-    return {
-        "flags": config.flags(),
-        "argv": list(argv),
-        "layout": {axis: getattr(config.parallel, f"{axis}_size") for axis in AXES},
-        "parameters": count_parameters(architecture),
-        "vocab_size": architecture.vocab_size,
-        "world_size": world_size,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
 
 
 def open_writers(
@@ -189,35 +87,60 @@ def open_writers(
     run_dir: Path,
     settings: dict[str, Any],
     keep_before: int | None,
-) -> list[Writer]:
-    """Those that the flags ask for, with the configuration written.
+) -> list[TensorBoardWriter]:
+    """The TensorBoard writer with the flags as text, or none. `settings` come from `configuration`."""
+    if tensorboard_dir is None:
+        assert wandb_project is None, "config refuses --wandb-project without TensorBoard"
+        return []
+    wandb_run = None if wandb_project is None else start_wandb(wandb_project, run_dir=run_dir, settings=settings)
+    writer = TensorBoardWriter(tensorboard_dir, keep_before, wandb_run=wandb_run)
+    writer.text("configuration", flags_as_text(settings["flags"]))
+    return [writer]
+
+
+def as_floats(values: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record."""
+    return {
+        k: float(v) for k, v in values.items() if isinstance(v, (int, float, torch.Tensor)) and not isinstance(v, bool)
+    }
+
+
+def length_bins(longest: int) -> np.ndarray:
+    """Edges 1, 2, 4, ... up to the first power of two above `longest`."""
+    return 2.0 ** np.arange(0, math.ceil(math.log2(max(longest, 1) + 1)) + 1)
+
+
+def balance_figure(pairs: np.ndarray, lengths: Sequence[int], layout: str) -> Any:
+    """A matplotlib figure of one row: its documents, and the attention work of each cp rank.
 
     Args:
-        settings: from `configuration`.
-        keep_before: of a run that goes on: its first step; None: a new run.
+        pairs: [cp] query-key pairs of each rank.
+        lengths: tokens of each document.
     """
-    writers: list[Writer] = []
-    if tensorboard_dir is not None:
-        writers.append(TensorBoardWriter(tensorboard_dir, keep_before))
-    if wandb_project is not None:
-        writers.append(WandbWriter(wandb_project, folder=run_dir, configuration=settings))
-    for writer in writers:
-        writer.text("configuration", flags_as_text(settings["flags"]))
-    return writers
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    left.barh([0] * len(lengths), lengths, left=np.cumsum(lengths) - lengths, edgecolor="white")
+    left.set(title=f"documents of the first row ({len(lengths)})", xlabel="token", yticks=[])
+    work = pairs / pairs.mean()
+    right.bar(np.arange(len(work)), work)
+    right.set(title=f"{layout}: max / mean work {work.max():.3f}", xlabel="cp rank", ylabel="attention work / mean")
+    return figure
 
 
-def describe_data(writers: Sequence[Writer], sequences: SampleDataset, *, cp_size: int, layout: str) -> None:
-    """A histogram of document lengths, and the work of cp ranks on the first row."""
-    sources = sequences.sources if isinstance(sequences, BlendedDataset) else [sequences]
-    for source in sources:
-        assert isinstance(source, PackedDataset)
-        every = max(1, len(source.documents) // MOST_LENGTHS)
-        lengths = source.tokens.lengths[source.documents[::every]].astype(np.int64)
-        for writer in writers:
-            writer.histogram(f"data/document_lengths_{Path(source.name).name}", lengths, length_bins(source.longest))
-    row = sequences.sample(0)
-    if cp_size == 1:
-        return
-    pairs = attention_pairs(row.lengths, row.padded_lengths, cp_size=cp_size, layout=layout)
+def describe_data(writers: Sequence[TensorBoardWriter], dataset: SampleDataset, *, cp_size: int, layout: str) -> None:
+    """Write a histogram of each source's document lengths, and a figure of the CP balance of the first row."""
+    sources = dataset.sources if isinstance(dataset, BlendedDataset) else [dataset]
+    packed = [source for source in sources if isinstance(source, PackedDataset)]
+    names = distinct_suffixes([source.name for source in packed])
     for writer in writers:
-        writer.picture("data/cp_balance_of_the_first_row", balance_picture(pairs, row.lengths.tolist(), layout))
+        for name, source in zip(names, packed, strict=True):
+            stride = max(1, len(source.documents) // MAX_LENGTHS)
+            lengths = source.tokens.lengths[source.documents[::stride]].astype(np.int64)
+            writer.histogram(f"data/document_lengths_{name}", lengths, length_bins(source.longest))
+        if cp_size > 1:
+            row = dataset.sample(0)
+            pairs = attention_pairs(row.lengths, row.padded_lengths, cp_size=cp_size, layout=layout)
+            figure = balance_figure(pairs, row.lengths.tolist(), layout)
+            writer.events.add_figure("data/cp_balance_of_the_first_row", figure)

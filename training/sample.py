@@ -15,7 +15,7 @@ from cp.layout import document_unit
 from cp.packed_seq import build_packed_seq
 from data.batch import Batch
 from data.tokenizer import Tokenizer
-from metrics.tensorboard import Writer
+from metrics.tensorboard import TensorBoardWriter
 from model.gpt import GPT, Stages
 from parallel.grid import AXES, Grid, rank_of
 from runtime.distributed import Ranks
@@ -103,7 +103,7 @@ class TextSampler:
     tokenizer: Tokenizer
     config: RunConfig
     ranks: Ranks
-    writers: Sequence[Writer]
+    writers: Sequence[TensorBoardWriter]
 
     def run(self, when: str) -> None:
         """Sample once. Collective. Args: when: such as "before training", for the title."""

@@ -1,16 +1,27 @@
-"""TensorBoard's and Weights & Biases' writers behind one interface, histograms and the picture of the balance."""
+"""TensorBoard's event files, the Weights & Biases run that copies them, histograms and the figure of the CP balance."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metrics.tensorboard import TensorBoardWriter, WandbWriter, as_floats, balance_picture, flags_as_text, length_bins
+from data.dataset import BlendedDataset, PackedDataset, PackingOptions
+from data.indexed_dataset import IndexedDataset, write_indexed_dataset
+from metrics.run_config import flags_as_text
+from metrics.tensorboard import (
+    TensorBoardWriter,
+    as_floats,
+    balance_figure,
+    describe_data,
+    length_bins,
+    open_writers,
+    start_wandb,
+)
 
 
 def test_bins_double_beyond_the_longest() -> None:
@@ -42,39 +53,85 @@ def test_a_resumed_run_hides_what_comes_again(tmp_path: Path) -> None:
     assert [event.step for event in found.Scalars("loss")] == [1, 2, 3, 4]
 
 
-def test_the_picture_shows_each_rank_against_the_mean() -> None:
-    figure = balance_picture(np.array([3.0, 1.0]), [5, 3], "contiguous")
+def test_the_figure_shows_each_rank_against_the_mean() -> None:
+    figure = balance_figure(np.array([3.0, 1.0]), [5, 3], "contiguous")
     left, right = figure.axes
-    assert [bar.get_height() for bar in right.patches] == [1.5, 0.5] and "most / mean work 1.500" in right.get_title()
+    assert [bar.get_height() for bar in right.patches] == [1.5, 0.5] and "max / mean work 1.500" in right.get_title()
     assert [bar.get_width() for bar in left.patches] == [5, 3] and "(2)" in left.get_title()
 
 
-def test_weights_and_biases_get_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a stand-in with the library's names: the package itself needs an account."""
-    calls: list = []
-    run = SimpleNamespace(
-        log=lambda values, step=None: calls.append((values, step)), summary={}, finish=lambda: calls.append("finish")
-    )
-    fake = SimpleNamespace(
-        init=lambda **options: calls.append(options) or run, Histogram=lambda np_histogram: np_histogram, Image=str
-    )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    writer = WandbWriter("project", folder=tmp_path / "one", configuration={"lr": 1})
-    WandbWriter("project", folder=tmp_path / "other" / "one", configuration={})
-    assert calls.pop(1)["id"] != calls[0]["id"]  # one of the same name elsewhere
-    writer.scalars({"train/loss": 2.0}, 3)
-    writer.histogram("lengths", np.array([1, 3]), length_bins(3))
-    writer.picture("balance", balance_picture(np.array([1.0, 1.0]), [5, 3], "zigzag"))
-    writer.text("sample", "words")
+class WandbStandIn:
+    """The names of wandb 0.31 that are used: the package needs an account."""
+
+    def __init__(self, tensorboard_dir: Path) -> None:
+        self.tensorboard_dir = tensorboard_dir
+        self.calls: list[dict[str, Any]] = []
+        self.event_files: list[int] = []
+
+    def init(
+        self,
+        *,
+        project: str | None = None,
+        dir: str | None = None,
+        id: str | None = None,
+        name: str | None = None,
+        config: dict[str, Any] | None = None,
+        resume: str | None = None,
+        sync_tensorboard: bool | None = None,
+    ) -> WandbStandIn:
+        self.calls.append(dict(project=project, dir=dir, id=id, name=name, config=config, resume=resume))
+        assert sync_tensorboard is True
+        self.event_files.append(len(list(self.tensorboard_dir.glob("events.*"))))
+        return self
+
+    def finish(self) -> None:
+        self.calls.append({"finish": True})
+
+
+def test_weights_and_biases_copies_the_event_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = WandbStandIn(tmp_path / "tb")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    settings = {"flags": {"lr": 1}}
+    (writer,) = open_writers(tmp_path / "tb", "p", run_dir=tmp_path / "one", settings=settings, keep_before=None)
+    assert wandb.event_files == [0]  # the run starts before the first event file, or the file would not be copied
+    assert wandb.calls[0]["project"] == "p" and wandb.calls[0]["config"] == settings
+    assert wandb.calls[0]["dir"] == str(tmp_path / "one") and wandb.calls[0]["name"] == "one"
     writer.close()
-    assert (
-        calls[0]["project"] == "project"
-        and calls[0]["id"].startswith("one-")
-        and calls[0]["resume"] == "allow"
-        and calls[0]["config"] == {"lr": 1}
-    )
-    assert calls[1] == ({"train/loss": 2.0}, 3) and calls[-1] == "finish"
-    assert run.summary["sample"] == "words" and run.summary["lengths"][0].tolist() == [1, 1]
+    assert wandb.calls[1] == {"finish": True} and len(list((tmp_path / "tb").glob("events.*"))) == 1
+
+
+def test_one_run_directory_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = WandbStandIn(tmp_path / "tb")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for folder in (tmp_path / "one", tmp_path / "x" / ".." / "one", tmp_path / "other" / "one"):
+        start_wandb("p", run_dir=folder, settings={})
+    first, again, other = (call["id"] for call in wandb.calls)
+    assert first == again != other and first.startswith("one-") and other.startswith("one-")
+    assert [call["resume"] for call in wandb.calls] == ["allow"] * 3
+
+
+def test_without_tensorboard_nothing_is_written(tmp_path: Path) -> None:
+    assert open_writers(None, None, run_dir=tmp_path, settings={"flags": {}}, keep_before=None) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sources_of_one_base_name_have_a_histogram_each(tmp_path: Path) -> None:
+    sources = []
+    for folder, lengths in (("en", [3, 3]), ("de", [5])):
+        prefix = tmp_path / folder / "corpus_text_document"
+        prefix.parent.mkdir()
+        write_indexed_dataset(prefix, [np.arange(n) for n in lengths], vocab_size=100)
+        packing = PackingOptions(seq_length=8, method="best-fit", seed=1, alignment=4)
+        sources.append(PackedDataset(IndexedDataset(prefix), np.arange(len(lengths)), packing, pad_token=0))
+    writer = TensorBoardWriter(tmp_path / "tb", None)
+    describe_data([writer], BlendedDataset(sources, [1, 1]), cp_size=2, layout="zigzag")
+    writer.close()
+    found = EventAccumulator(str(tmp_path / "tb"))
+    found.Reload()
+    names = [f"data/document_lengths_{folder}/corpus_text_document" for folder in ("en", "de")]
+    assert found.Tags()["histograms"] == names
+    assert [found.Histograms(name)[0].histogram_value.num for name in names] == [2, 1]
+    assert found.Tags()["images"] == ["data/cp_balance_of_the_first_row"]
 
 
 def test_only_numbers_are_curves() -> None:
