@@ -177,7 +177,7 @@ def test_a_missing_package_is_said_with_a_way_out(monkeypatch) -> None:
     with pytest.raises(ValueError, match="--tensorboard-dir needs the tensorboard package: pip install"):
         resolved(*byte)
     resolved(*byte, "--tensorboard-dir", "none")
-    with pytest.raises(ValueError, match="--wandb-project copies .*--tensorboard-dir none"):
+    with pytest.raises(ValueError, match=r"--wandb-project copies .*--tensorboard-dir none"):
         resolved(*byte, "--tensorboard-dir", "none", "--wandb-project", "p")
     with pytest.raises(ValueError, match="--cp-backend ring needs the package ring-flash-attn"):
         resolved(*byte, "--cp-backend", "ring", "--dtype", "bf16", "--cp-size", "2", world=2)
