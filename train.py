@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint.files import checkpoints, hold, step_folder
-from checkpoint.resume import Started, find_start, load_start, run_facts
+from checkpoint.files import list_checkpoints, lock_dir, step_folder
+from checkpoint.resume import TrainState, find_start, load_start, run_metadata
 from checkpoint.saver import Saver
 from config.cli import parse_arguments
 from config.schema import RunConfig
@@ -103,7 +103,7 @@ def main(argv: list[str], status: RunStatus) -> None:
         world_size=launch.world_size,
         local_world_size=launch.local_world_size,
         cuda_devices=cuda_device_count,
-        resumed=start.facts if start and not start.weights_only else None,
+        resumed=start.metadata if start and not start.weights_only else None,
     )
     if config.training.dry_run:
         if launch.rank == 0:
@@ -123,7 +123,7 @@ def main(argv: list[str], status: RunStatus) -> None:
     start = broadcast_object(start)  # all ranks take rank 0's view of the file system
     paths = RunPaths.of(config, default_run_dir=broadcast_object(time.strftime("runs/%Y%m%d-%H%M%S")))
     if not config.training.eval_only:
-        status.lock = run_on_rank_zero(lambda: hold(paths.checkpoints))
+        status.lock = run_on_rank_zero(lambda: lock_dir(paths.checkpoints))
     run = Run(config, argv, asked, ranks, paths, status)
 
     # ------------------------------------------------------------------------------------------------
@@ -149,12 +149,12 @@ def main(argv: list[str], status: RunStatus) -> None:
     # Resume
 
     ranks.watchdog.heartbeat("loading")
-    metadata = run_facts(config, architecture, data.tokenizer, data.train)
-    state = Started()
+    metadata = run_metadata(config, architecture, data.tokenizer, data.train)
+    state = TrainState()
     if start is not None:
         group = ranks.checkpoint_group
         state = load_start(start, metadata, model, optimizer, ranks.grid, save=paths.checkpoints, group=group)
-    if state.goes_on:
+    if state.is_resumed:
         data.train.load_state_dict(state.data)
     status.step = state.first_step
 
@@ -188,7 +188,7 @@ def open_reports(
     run: Run,
     architecture: GPTConfig,
     data: RunData,
-    state: Started,
+    state: TrainState,
     timers: Timers,
     cp_clock: WaitClock | None,
 ) -> MetricsLog:
@@ -198,7 +198,7 @@ def open_reports(
     status_file = StatusFile(paths.status, attempt=broadcast_object(uuid.uuid4().hex), rank=ranks.launch.rank)
     run.status.file = None if eval_only else status_file
     settings = configuration(config, run.argv, architecture, world_size=ranks.launch.world_size)
-    keep_before = APPEND_ONLY if eval_only else state.first_step if state.goes_on else None
+    keep_before = APPEND_ONLY if eval_only else state.first_step if state.is_resumed else None
     writers: list[TensorBoardWriter] = []
     if ranks.is_writer:
         paths.run_dir.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def open_reports(
             settings=settings,
             keep_before=keep_before,
         )
-        if writers and not state.goes_on:
+        if writers and not state.is_resumed:
             describe_data(writers, data.train, cp_size=config.parallel.cp_size, layout=config.parallel.cp_layout)
     peak_tflops = config.logging.peak_tflops
     if peak_tflops is None and ranks.device.type == "cuda":
@@ -416,7 +416,7 @@ class Trainer:
             group=self.ranks.checkpoint_group,
             keep=keep,
             asynchronous=self.config.checkpoint.async_save,
-            tell=lambda place: log(f"saved {place}"),
+            on_saved=lambda place: log(f"saved {place}"),
         )
 
     def _explain(self, error: NonFiniteError) -> NonFiniteError:
@@ -458,7 +458,7 @@ def end_run(run: Run, data: RunData, done: int, stop: str, seconds: float) -> No
     """Write status.json and print where everything is. On rank 0."""
     training, paths = run.config.training, run.paths
     is_done = done >= training.train_iters or training.eval_only
-    found = checkpoints(paths.checkpoints)
+    found = list_checkpoints(paths.checkpoints)
     if run.status.file is not None:
         run.status.file.write("done" if is_done else "requeue", step=done, reason=stop)
         with suppress(OSError):

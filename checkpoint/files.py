@@ -1,284 +1,278 @@
-"""Checkpoints as files: which are there, their checksums, how one appears and how old ones go. No torch.
+"""The files of checkpoints: list, verify, publish and remove them. Imports no torch.
 
-    <save>/latest                 the name of the newest, for people and scripts
-    <save>/step_0000200/          .metadata, __<rank>_<n>.distcp   (torch.distributed.checkpoint)
-                        run.json         the run's facts and the step
-                        checksums.json   of every other file
+    <save>/latest                    name of the newest checkpoint, for people and scripts
+    <save>/step_0000200/             .metadata, __<rank>_<n>.distcp   (torch.distributed.checkpoint)
+                        run.json         metadata of the run, with the step
+                        checksums.json   size and checksum of every other file
 
-A checkpoint is written as `.step_0000200.part` and renamed when every rank has written, synced and checked its files: a
-folder called step_* was whole when it got that name. What is wrong with one later is therefore damage, and refused.
+Ranks write into `.step_0000200.part`. When every rank has written, synced and verified its files, one rename publishes the
+checkpoint. A folder named step_* was complete when it got that name; a later fault in one is corruption and is refused.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from utils.errors import UserError
-from utils.files import checksum, sync, write_synced
+from utils.files import FileLock, acquire_lock, checksum, replace_synced, sync, write_synced
 
 RUN_FILE = "run.json"
 SUMS_FILE = "checksums.json"
 LATEST_FILE = "latest"
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
-OLD_FOLDER = re.compile(r"\.(step_\d{7,})\.old")
-LEFT_OVER = re.compile(r"\.step_\d{7,}\.(part|gone)")
+REPLACED_FOLDER = re.compile(r"\.(step_\d{7,})\.old")
+PARTIAL = re.compile(r"\.step_\d{7,}\.(part|gone)|\.latest\.[^/]+")
+LOCK_SECONDS = 30.0  # the processes of a run that ended may take so long to exit
+
+Checksums = dict[str, list]  # {file name: [bytes, checksum]}
 
 
-class DamagedCheckpoint(UserError):
-    """A checkpoint's files are missing or not as they were written. An older one may serve."""
+class CorruptedCheckpoint(UserError):
+    """A file of a checkpoint is missing or differs from what was written. An older checkpoint may load."""
 
 
 def step_folder(save: Path, step: int) -> Path:
+    """The folder of a published checkpoint."""
     return save / f"step_{step:07d}"
 
 
 def scratch_folder(save: Path, step: int) -> Path:
-    """Where a checkpoint is written before it is whole."""
+    """The folder in which ranks write a checkpoint before it is published."""
     return save / f".step_{step:07d}.part"
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step in the name of a folder that `checkpoints` lists."""
+def parse_step(checkpoint: Path) -> int:
+    """Return the step in the name of a folder that `list_checkpoints` returns."""
     return int(re.sub(r"\D", "", checkpoint.name))
 
 
-def checkpoints(save: Path) -> list[Path]:
-    """The checkpoints under `save`, oldest first; a step that was being replaced when its writer died is its old one."""
+def list_checkpoints(save: Path) -> list[Path]:
+    """Return the checkpoints in `save`, oldest first.
+
+    A writer that died while it replaced a step leaves the step's old folder; that folder counts.
+    """
     if not save.is_dir():
         return []
     names = {p.name for p in save.iterdir()}
     found = [name for name in names if STEP_FOLDER.fullmatch(name)]
-    found += [name for name in names if (old := OLD_FOLDER.fullmatch(name)) and old[1] not in names]
-    return sorted((save / name for name in found), key=step_of)
+    found += [name for name in names if (old := REPLACED_FOLDER.fullmatch(name)) and old[1] not in names]
+    return sorted((save / name for name in found), key=parse_step)
+
+
+def list_older(checkpoint: Path) -> list[Path]:
+    """Return the checkpoints beside this one with fewer steps, newest first."""
+    beside = list_checkpoints(checkpoint.parent)
+    return [p for p in reversed(beside) if parse_step(p) < parse_step(checkpoint)]
 
 
 def find_checkpoint(load: Path) -> Path:
-    """The checkpoint that `--load` means: that folder itself, or the newest one under it.
+    """Return the checkpoint that `--load` names: the folder itself, or the newest checkpoint in it.
 
     Raises:
-        ValueError: neither is there.
+        UserError: there is no checkpoint.
     """
     if (load / RUN_FILE).is_file() or STEP_FOLDER.fullmatch(load.name):
         if not load.is_dir():
             raise UserError(f"--load {load}: no such folder")
         return load
-    found = checkpoints(load)
+    found = list_checkpoints(load)
     if not found:
         raise UserError(f"--load {load}: no checkpoint there (neither {RUN_FILE} nor a step_* folder)")
     return found[-1]
 
 
-def older_than(checkpoint: Path) -> list[Path]:
-    """The checkpoints beside this one with fewer steps, newest first."""
-    return [p for p in reversed(checkpoints(checkpoint.parent)) if step_of(p) < step_of(checkpoint)]
+def find_run_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint that `find_checkpoint` returns, or the newest of a run's folder.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    inside = folder / "checkpoints"
+    return find_checkpoint(inside if list_checkpoints(inside) else folder)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading and verifying
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint.
+    """Return the content of a checkpoint's JSON file.
 
     Raises:
-        DamagedCheckpoint: missing or not JSON, naming the file.
+        CorruptedCheckpoint: the file is missing or not JSON.
     """
     try:
         return json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise DamagedCheckpoint(f"{path}: {error.strerror or error}") from error
+        raise CorruptedCheckpoint(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise DamagedCheckpoint(f"{path}: damaged, not JSON any more") from error
+        raise CorruptedCheckpoint(f"{path}: corrupted, not JSON any more") from error
 
 
-def read_run_facts(checkpoint: Path) -> dict[str, Any]:
-    """What the run wrote about itself, with `step`.
+def read_run_metadata(checkpoint: Path) -> dict[str, Any]:
+    """Return the metadata that the run saved with its checkpoint, among them `step`.
 
     Raises:
-        DamagedCheckpoint: `run.json` is missing or damaged.
+        CorruptedCheckpoint: `run.json` is missing, or has no valid step.
     """
-    facts = read_json(checkpoint / RUN_FILE)
-    if not isinstance(facts, dict) or type(facts.get("step")) is not int or facts["step"] < 0:
-        raise DamagedCheckpoint(f"{checkpoint / RUN_FILE}: damaged, says no step")
-    return facts
+    metadata = read_json(checkpoint / RUN_FILE)
+    if not isinstance(metadata, dict) or type(metadata.get("step")) is not int or metadata["step"] < 0:
+        raise CorruptedCheckpoint(f"{checkpoint / RUN_FILE}: corrupted, has no valid step")
+    return metadata
 
 
-# ---------------------------------------------------------------------------------------------------
-# Checksums
-
-
-def checksums(paths: Iterable[Path]) -> dict[str, list]:
-    """{file name: [bytes, checksum]}."""
+def compute_checksums(paths: Iterable[Path]) -> Checksums:
+    """Return size and checksum of each file, by name."""
     return {path.name: list(checksum(path)) for path in paths}
 
 
-def read_checksums(checkpoint: Path) -> dict[str, list]:
-    """{file name: [bytes, checksum]} of every file of a checkpoint.
+def read_checksums(checkpoint: Path) -> Checksums:
+    """Return size and checksum of every file of a checkpoint, as written.
 
     Raises:
-        DamagedCheckpoint: `checksums.json` is missing or damaged.
+        CorruptedCheckpoint: `checksums.json` is missing or corrupted, or names a file outside the folder.
     """
-    sums = read_json(checkpoint / SUMS_FILE)
-    if (
-        not isinstance(sums, dict)
-        or RUN_FILE not in sums
-        or not all(isinstance(v, list) and len(v) == 2 for v in sums.values())
-    ):
-        raise DamagedCheckpoint(f"{checkpoint / SUMS_FILE}: damaged")
-    outside = [name for name in sums if name in ("", ".", "..") or "/" in name or "\0" in name]
-    if outside:
-        raise DamagedCheckpoint(f"{checkpoint / SUMS_FILE}: names {outside[0]!r}, which is no file of this folder")
+    path = checkpoint / SUMS_FILE
+    sums = read_json(path)
+    if not isinstance(sums, dict) or RUN_FILE not in sums:
+        raise CorruptedCheckpoint(f"{path}: corrupted, does not list {RUN_FILE}")
+    for name, value in sums.items():
+        if not isinstance(value, list) or [type(x) for x in value] != [int, str]:
+            raise CorruptedCheckpoint(f"{path}: corrupted, has no size and checksum of {name!r}")
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise CorruptedCheckpoint(f"{path}: names {name!r}, which is no file of this folder")
     return sums
 
 
-def damage(checkpoint: Path, names: Iterable[str], sums: dict[str, list]) -> list[str]:
-    """One line for each of the named files that is not as it was written."""
-    found = []
+def find_corrupted(checkpoint: Path, names: Iterable[str], sums: Checksums) -> list[str]:
+    """Return an error line for each named file that is missing or differs from its checksum."""
+    errors = []
     for name in names:
         path = checkpoint / name
         size, wanted = sums[name]
         try:
-            got_size, got = checksum(path)
+            found_size, found = checksum(path, like=wanted)
         except OSError as error:
-            found.append(f"{path}: {error.strerror or error}")
+            errors.append(f"{path}: {error.strerror or error}")
             continue
-        if got_size != size:
-            found.append(f"{path}: {got_size} bytes, written were {size}")
-        elif got != wanted:
-            found.append(f"{path}: damaged, its checksum differs from the one in {SUMS_FILE}")
-    return found
+        if found_size != size:
+            errors.append(f"{path}: {found_size} bytes, written were {size}")
+        elif found != wanted:
+            errors.append(f"{path}: corrupted, its checksum differs from the one in {SUMS_FILE}")
+    return errors
 
 
-def unlisted(checkpoint: Path, sums: dict[str, list]) -> list[str]:
-    """One line for each file in the folder that has no checksum."""
+def find_unlisted(checkpoint: Path, sums: Checksums) -> list[str]:
+    """Return an error line for each file of the folder that has no checksum."""
+    listed = {*sums, SUMS_FILE}
     return [
-        f"{checkpoint / name}: {SUMS_FILE} does not list it"
-        for name in _names(checkpoint)
-        if name not in {*sums, SUMS_FILE}
+        f"{checkpoint / name}: {SUMS_FILE} does not list it" for name in _list_names(checkpoint) if name not in listed
     ]
 
 
-def _names(folder: Path) -> list[str]:
-    """Its files, but for what NFS leaves of removed ones that are still open."""
+def _list_names(folder: Path) -> list[str]:
+    """Return a folder's file names, without NFS's placeholders of removed files that are still open."""
     return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".nfs"))
 
 
 # ---------------------------------------------------------------------------------------------------
-# Coming and going
-
-PATIENCE = 30.0  # seconds that a run's processes may take to go after it ended
+# Writing and removing
 
 
-def hold(save: Path) -> IO[str] | None:
-    """The right to write checkpoints there, as long as what is returned is open: two runs would remove each other's half written ones.
+def lock_dir(save: Path) -> FileLock | None:
+    """Lock a folder of checkpoints, until `release()` or the end of this process. Two writers would remove each other's files.
 
     Returns:
-        None where the file system knows no locks, or the folder beside `save` cannot be written in.
+        None where the lock has no effect: no locks on this file system, or the folder above cannot be written.
 
     Raises:
-        ValueError: another process has it.
+        UserError: another run holds the lock for more than `LOCK_SECONDS`.
     """
-    place = save.with_name(f".{save.name}.lock")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file = place.open("a")
-    except OSError:
-        return None
-    until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError as error:
-            if time.monotonic() > until:
-                file.close()
-                raise UserError(
-                    f"--save {save}: another run is writing checkpoints there; end it, or choose another --run-dir"
-                ) from error
-            time.sleep(0.2)
-        except OSError:
-            file.close()
-            return None
+        return acquire_lock(save.with_name(f".{save.name}.lock"), LOCK_SECONDS)
+    except TimeoutError as error:
+        raise UserError(
+            f"--save {save}: another run is writing checkpoints there; end it, or choose another --run-dir"
+        ) from error
 
 
-def clear_left_overs(save: Path) -> None:
-    """Remove what writers that died left half written or half removed."""
+def remove_partial(save: Path) -> None:
+    """Remove the partly written and partly removed files of writers that died."""
     for path in save.iterdir():
-        old = OLD_FOLDER.fullmatch(path.name)
-        if LEFT_OVER.fullmatch(path.name) or (old and (save / old[1]).exists()):
-            with suppress(OSError):  # what is in the way of the next checkpoint is told when that is made
+        replaced = REPLACED_FOLDER.fullmatch(path.name)
+        if PARTIAL.fullmatch(path.name) or (replaced and (save / replaced[1]).exists()):
+            with suppress(OSError):  # a file in the way of the next checkpoint is an error there
                 _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """A folder with all that is in it, or a file of such a name."""
+    """Remove a folder with its content, a file, or a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def publish(scratch: Path, place: Path, *, facts: dict[str, Any], sums: dict[str, list]) -> None:
-    """Turn a folder that every rank has written into the checkpoint `place`, by one rename.
+def publish(scratch: Path, checkpoint: Path, *, run_metadata: dict[str, Any], sums: Checksums) -> None:
+    """Turn a folder that every rank has written into a checkpoint, by one rename.
 
     Args:
-        facts: for run.json.
-        sums: of every file in it, from the ranks that wrote them.
+        run_metadata: for run.json.
+        sums: of every file in `scratch`, computed by the ranks that wrote them.
+
+    Raises:
+        OSError: a file differs in size from what its writer saw, or no rank wrote it.
     """
     for name, (size, _) in sums.items():
-        there = (scratch / name).stat().st_size
-        if there != size:
+        found = (scratch / name).stat().st_size
+        if found != size:
             raise OSError(
-                f"{scratch / name}: {there} bytes on rank 0, its writer saw {size}; is the folder shared by all nodes?"
+                f"{scratch / name}: {found} bytes on rank 0, its writer saw {size}; is the folder shared by all nodes?"
             )
-    unknown = [name for name in _names(scratch) if name not in sums]
+    unknown = [name for name in _list_names(scratch) if name not in sums]
     if unknown:
         raise OSError(f"{scratch / unknown[0]}: no rank says that it wrote this file")
-    write_synced(scratch / RUN_FILE, json.dumps(facts, indent=1))
-    write_synced(scratch / SUMS_FILE, json.dumps(sums | checksums([scratch / RUN_FILE]), indent=1))
+    write_synced(scratch / RUN_FILE, json.dumps(run_metadata, indent=1))
+    write_synced(scratch / SUMS_FILE, json.dumps(sums | compute_checksums([scratch / RUN_FILE]), indent=1))
     sync(scratch)
-    old = place.with_name(f".{place.name}.old")
-    if place.exists():  # the same step saved before, by a run that went on from an earlier one
+    old = checkpoint.with_name(f".{checkpoint.name}.old")
+    if checkpoint.exists():  # a run that resumed from an earlier step saves this step again
         shutil.rmtree(old, ignore_errors=True)
-        place.rename(old)  # which `checkpoints` lists until the new one has its name
-    scratch.rename(place)
-    sync(place.parent)
+        checkpoint.rename(old)  # `list_checkpoints` returns the old folder until the new one has its name
+    scratch.rename(checkpoint)
+    sync(checkpoint.parent)
     shutil.rmtree(old, ignore_errors=True)
-    latest = place.with_name(LATEST_FILE)
-    beside = place.with_name(f".{LATEST_FILE}.part")
-    write_synced(beside, place.name + "\n")
-    beside.replace(latest)
-    sync(place.parent)
+    replace_synced(checkpoint.with_name(LATEST_FILE), checkpoint.name + "\n")
 
 
-def prune(save: Path, keep: int, newest: Path, complain: Callable[[str], object] = print) -> list[str]:
-    """Remove all but the `keep` newest checkpoints, and never `newest`, which was just written. 0 keeps all.
+def prune(save: Path, keep: int, newest: Path, log_error: Callable[[str], object] = print) -> list[str]:
+    """Remove all but the `keep` newest checkpoints; 0 keeps all. Return the names of the removed ones.
 
     Args:
-        complain: called with a line for each that cannot be removed, as one that somebody reads; the new one is whole all the same.
-
-    Returns:
-        The names of those that went.
+        newest: just written, never removed.
+        log_error: called with a line for each checkpoint that cannot be removed, which is no reason to stop.
     """
-    gone = []
-    for path in checkpoints(save)[:-keep] if keep else []:
+    removed = []
+    for path in list_checkpoints(save)[:-keep] if keep else []:
         if path != newest:
             doomed = path.with_name(f".{path.name.strip('.').removesuffix('.old')}.gone")
             try:
-                path.rename(doomed)  # a half removed one must not look whole
+                path.rename(doomed)  # a partly removed checkpoint must not look complete
                 _remove(doomed)
-                gone.append(path.name)
+                removed.append(path.name)
             except OSError as error:
-                complain(f"could not remove the old checkpoint {path}: {error.strerror or error}")
-    return gone
+                log_error(f"could not remove the old checkpoint {path}: {error.strerror or error}")
+    return removed
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Give a damaged checkpoint a name under which no run finds it: as the newest it would be taken for one, and kept for one."""
+def quarantine(checkpoint: Path) -> Path:
+    """Rename a corrupted checkpoint to step_N.damaged, so that no run loads it, counts it or keeps it. Return the new path."""
     place = checkpoint.with_name(f"{checkpoint.name.strip('.')}.damaged")
     _remove(place)
     return checkpoint.rename(place)

@@ -1,14 +1,14 @@
-"""A run's weights and optimiser state in checkpoints of torch.distributed.checkpoint, by canonical parameter name.
+"""Save and load weights and optimizer state with torch.distributed.checkpoint, by canonical parameter name.
 
-Saved under any layout, loaded under any other. `checkpoint/files.py` says what lies in the folder.
+A checkpoint of any parallel layout loads into any other. `checkpoint/files.py` describes the folder.
 """
 
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,25 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from checkpoint.files import (
-    DamagedCheckpoint,
-    checksums,
-    clear_left_overs,
-    damage,
+    Checksums,
+    CorruptedCheckpoint,
+    compute_checksums,
+    find_corrupted,
+    find_unlisted,
     prune,
     publish,
     read_checksums,
-    read_run_facts,
+    read_run_metadata,
+    remove_partial,
     scratch_folder,
     step_folder,
-    sync,
-    unlisted,
 )
-from checkpoint.reader import SafeReader
+from checkpoint.reader import SafeReader, UnsafeCheckpoint
 from model.gpt import GPT
 from model.init import local_rows
 from model.names import tp_dim
@@ -43,10 +43,11 @@ from parallel.collectives import sum_over
 from parallel.fsdp import local_tensor, sharded_parameters
 from parallel.grid import Grid, device_mesh
 from utils.errors import UserError
+from utils.files import sync
 
 
 def _ensure_optimizer_state(optimizer: torch.optim.AdamW) -> None:
-    """Give AdamW the state it makes at its first step, so that there is something to load into."""
+    """Allocate the state that AdamW allocates at its first step, to load into."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
@@ -58,14 +59,14 @@ def _ensure_optimizer_state(optimizer: torch.optim.AdamW) -> None:
 
 
 def whole_tensor(name: str, x: Tensor, shape: Sequence[int], grid: Grid, mesh: DeviceMesh) -> DTensor:
-    """This rank's part of a parameter, or of what has its shape, as the part of a canonical tensor that it is; shares storage.
+    """Return a DTensor of the canonical tensor in which `x` is this rank's shard; shares storage.
 
-    Two tp ranks that saved their parts under one name as plain tensors would load wrong without a word. The mesh is
-    ordered (dp_replicate, tp, fsdp): a cut of the rows by tp and then by fsdp is contiguous.
+    A plain tensor of one name on two tp ranks would load wrong silently. The mesh is ordered (dp_replicate, tp, fsdp):
+    rows sharded by tp and then by fsdp are contiguous.
 
     Args:
-        x: plain, this rank's shard.
-        shape: of its tp rank's parameter.
+        x: this rank's shard of a parameter, or of optimizer state with its shape.
+        shape: of the parameter on this tp rank, before fsdp shards it.
         mesh: from `checkpoint_mesh`.
     """
     dim = tp_dim(name)
@@ -78,14 +79,15 @@ def whole_tensor(name: str, x: Tensor, shape: Sequence[int], grid: Grid, mesh: D
 
 
 def checkpoint_mesh(grid: Grid, device_type: str) -> DeviceMesh:
+    """Return the mesh over which checkpoints shard tensors."""
     return device_mesh(grid, ("dp_replicate", "tp", "fsdp"), device_type)
 
 
 def whole_tensors(parts: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
-    """Every named tensor of the model, whole, in host memory, on every rank: for checks and small models. Collective.
+    """Gather every tensor of the model in host memory on every rank, for tests and small models. Collective.
 
     Args:
-        parts: this rank's, by canonical name, each with its parameter's shape.
+        parts: this rank's tensors by canonical name, each with its parameter's shape.
     """
     mine = {}
     for name, x in parts.items():
@@ -113,7 +115,7 @@ def whole_tensors(parts: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a rank holds of a tensor of the state: its shard, and the shape of its tp rank's parameter."""
+    """This rank's shard of a tensor, and the shape of the tp rank's parameter; `()` for a scale of 8-bit layers."""
 
     name: str
     local: Tensor
@@ -121,7 +123,7 @@ class _Part:
 
 
 def _parts(model: nn.Module, optimizer: torch.optim.AdamW | None) -> dict[str, dict[str, _Part]]:
-    """This rank's part of the state: {"weight" or the optimiser's key: {canonical name: part}}."""
+    """Return this rank's shards: {"weight", "fp8" or a key of the optimizer: {canonical name: part}}."""
     parameters = sharded_parameters(model)
     parts = {"weight": {name: _Part(name, local_tensor(p.detach()), tuple(p.shape)) for name, p in parameters.items()}}
     if optimizer is not None:
@@ -129,17 +131,14 @@ def _parts(model: nn.Module, optimizer: torch.optim.AdamW | None) -> dict[str, d
         for name, parameter in parameters.items():
             for key, x in optimizer.state[parameter].items():
                 parts.setdefault(key, {})[name] = _Part(name, local_tensor(x.detach()), tuple(x.shape))
-    if optimizer is not None:
         scales = {n: x for m in model.modules() if isinstance(m, GPT) for n, x in m.precision.state(m).items()}
-        if scales:
-            parts["fp8"] = {
-                name: _Part(name, x, ()) for name, x in scales.items()
-            }  # the same on every rank that has them
+        if scales:  # equal on every rank that has them
+            parts["fp8"] = {name: _Part(name, x, ()) for name, x in scales.items()}
     return parts
 
 
 def _state(parts: Mapping[str, Mapping[str, _Part]], grid: Grid, mesh: DeviceMesh) -> dict[str, Any]:
-    """Everything that is saved, or loaded in place, by canonical name. A tied weight's copies are equal, so either may be written."""
+    """Return the state dict to save, or to load in place. The copies of a tied weight are equal, so either is written."""
     whole = {
         key: {
             name: whole_tensor(name, p.local, p.shape, grid, mesh) if p.shape else p.local for name, p in named.items()
@@ -155,10 +154,10 @@ def _state(parts: Mapping[str, Mapping[str, _Part]], grid: Grid, mesh: DeviceMes
 
 
 def trained_state(model: nn.Module, optimizer: torch.optim.AdamW | None, grid: Grid) -> dict[str, Any]:
-    """Weights and optimiser state as torch.distributed.checkpoint saves and loads them; shares storage with both.
+    """Return the state dict for torch.distributed.checkpoint; shares storage with model and optimizer.
 
     Args:
-        optimizer: None leaves its state out.
+        optimizer: None leaves out its state.
     """
     parts = _parts(model, optimizer)
     device = next(iter(parts["weight"].values())).local.device
@@ -166,9 +165,9 @@ def trained_state(model: nn.Module, optimizer: torch.optim.AdamW | None, grid: G
 
 
 def _first_cause(error: CheckpointException) -> tuple[int, BaseException]:
-    """The lowest rank that failed inside the library, and why; one that says what the system said comes first.
+    """Return the rank that failed and its error: the lowest rank with an OSError, else the lowest rank.
 
-    On a full disk a rank may get the system's error, or PyTorch's archive writer, which says only that it could not write.
+    On a full disk a rank gets an OSError, or an error of PyTorch's archive writer without the system's reason.
     """
     rank = min(error.failures, key=lambda r: (not isinstance(error.failures[r][0], OSError), r))
     cause = error.failures[rank][0]
@@ -178,14 +177,14 @@ def _first_cause(error: CheckpointException) -> tuple[int, BaseException]:
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time. Every method is collective: all ranks call it in the same order.
+    """Write the checkpoints of a run, one at a time. Every method is collective: all ranks call it in the same order.
 
     Args:
         save: folder of the checkpoints, shared by all nodes.
-        group: over all ranks, for host memory (gloo), used by nothing else: an asynchronous save talks over it.
-        keep: how many checkpoints stay; 0: all.
-        asynchronous: write a copy in the background while training goes on; a second save waits for the first.
-        tell: called on rank 0 with each checkpoint that is whole; in the background where saving is.
+        group: gloo, over all ranks, for nothing else: a save in the background communicates over it.
+        keep: number of newest checkpoints that stay; 0: all.
+        asynchronous: write a copy of the state in a background thread; the next save waits for it.
+        on_saved: called on rank 0 with each published checkpoint, in the thread that saves.
     """
 
     def __init__(
@@ -198,49 +197,44 @@ class Saver:
         group: dist.ProcessGroup | None = None,
         keep: int = 0,
         asynchronous: bool = False,
-        tell: Callable[[Path], None] | None = None,
+        on_saved: Callable[[Path], None] | None = None,
     ) -> None:
         self.save_dir, self.model, self.optimizer, self.grid, self.group = save, model, optimizer, grid, group
-        self.keep, self.asynchronous, self.tell = keep, asynchronous, tell
-        self._copies: dict[
-            tuple[str, str], Tensor
-        ] = {}  # kept: new (pinned) memory at every save would cost more than the copy
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self.keep, self.asynchronous, self.on_saved = keep, asynchronous, on_saved
+        # Kept: allocating (pinned) memory at every save takes longer than the copy.
+        self._copies: dict[tuple[str, str], Tensor] = {}
+        # Python waits for the thread at its exit: a run that ends with an error still finishes the save in progress.
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
 
-    def save(self, step: int, facts: dict[str, Any]) -> None:
-        """Write step_<step>; in the background, return when the state has been copied.
+    def save(self, step: int, run_metadata: dict[str, Any]) -> None:
+        """Write step_<step>. An asynchronous save returns when the state is copied.
 
         Args:
-            facts: JSON, for run.json, beside the step.
+            run_metadata: JSON for run.json; `step` is added.
 
         Raises:
-            OSError: on every rank, what could not be written, of this save or of the one before.
+            OSError: on every rank, of this save or of the asynchronous one before.
         """
         self.wait()
         parts = _parts(self.model, self.optimizer)
         if not self.asynchronous:
-            self._write(parts, step, facts)
+            self._write(parts, step, run_metadata)
             return
         parts = {key: {name: self._copy(key, part) for name, part in named.items()} for key, named in parts.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies must be complete before the next step writes
-        # Not a daemon: a run that ends for a reason of its own still finishes the save under way.
-        self._thread = threading.Thread(target=self._write_in_background, args=(parts, step, facts), name="checkpoint")
-        self._thread.start()
+        self._pending = self._background.submit(self._write, parts, step, run_metadata)
 
     def wait(self) -> None:
-        """Until the save under way, if any, is whole.
+        """Wait for the save in the background, if there is one.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the save failed.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def _copy(self, key: str, part: _Part) -> _Part:
         place = (key, part.name)
@@ -248,24 +242,18 @@ class Saver:
             self._copies[place] = torch.empty_like(part.local, device="cpu", pin_memory=part.local.is_cuda)
         return replace(part, local=self._copies[place].copy_(part.local, non_blocking=True))
 
-    def _write_in_background(self, parts: dict[str, dict[str, _Part]], step: int, facts: dict[str, Any]) -> None:
-        try:
-            self._write(parts, step, facts)
-        except BaseException as error:  # raised to the caller by `wait`
-            self._error = error
-
-    def _write(self, parts: dict[str, dict[str, _Part]], step: int, facts: dict[str, Any]) -> None:
+    def _write(self, parts: dict[str, dict[str, _Part]], step: int, run_metadata: dict[str, Any]) -> None:
         device = next(iter(parts["weight"].values())).local.device
         state = _state(parts, self.grid, checkpoint_mesh(self.grid, device.type))
         place, scratch = step_folder(self.save_dir, step), scratch_folder(self.save_dir, step)
         self._on_rank_zero(lambda: self._make_empty(scratch))
         try:
             dcp.save(state, storage_writer=dcp.FileSystemWriter(scratch), process_group=self.group)
-            sums = self._check_own_files(scratch)
-            self._on_rank_zero(lambda: self._publish(scratch, place, facts | {"step": step}, sums))
+            sums = self._checksum_files(scratch)
+            self._on_rank_zero(lambda: self._publish(scratch, place, run_metadata | {"step": step}, sums))
         except (CheckpointException, OSError) as error:
             if dist.get_rank() == 0:
-                shutil.rmtree(scratch, ignore_errors=True)  # a full disk gets its room back
+                shutil.rmtree(scratch, ignore_errors=True)  # frees space on a full disk
             if isinstance(error, CheckpointException):
                 rank, cause = _first_cause(error)
                 if isinstance(cause, OSError):
@@ -275,19 +263,19 @@ class Saver:
 
     def _make_empty(self, scratch: Path) -> None:
         self.save_dir.mkdir(parents=True, exist_ok=True)
-        clear_left_overs(self.save_dir)
+        remove_partial(self.save_dir)
         scratch.mkdir()
 
-    def _check_own_files(self, scratch: Path) -> dict[str, list]:
-        """Sync this rank's files and read them once; every rank's checksums, on rank 0."""
+    def _checksum_files(self, scratch: Path) -> Checksums:
+        """Sync this rank's files and read them once. Return the checksums of every rank's files."""
         rank = dist.get_rank()
         mine = [p for p in scratch.iterdir() if p.name.startswith(f"__{rank}_")]
         mine += [scratch / ".metadata"] if rank == 0 else []
         failure, own = None, {}
         try:
             for path in mine:
-                sync(path)  # the library syncs before its last bytes have left the buffer
-            own = checksums(mine)
+                sync(path)  # the library syncs before it flushes its last bytes
+            own = compute_checksums(mine)
         except OSError as error:
             failure = str(error)
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -297,14 +285,14 @@ class Saver:
                 raise OSError(f"cannot write {scratch}: rank {number}: {failure}")
         return {name: value for _, sums in gathered for name, value in sums.items()}
 
-    def _publish(self, scratch: Path, place: Path, facts: dict[str, Any], sums: dict[str, list]) -> None:
-        publish(scratch, place, facts=facts, sums=sums)
-        if self.tell is not None:
-            self.tell(place)
+    def _publish(self, scratch: Path, place: Path, run_metadata: dict[str, Any], sums: Checksums) -> None:
+        publish(scratch, place, run_metadata=run_metadata, sums=sums)
+        if self.on_saved is not None:
+            self.on_saved(place)
         prune(self.save_dir, self.keep, place)
 
     def _on_rank_zero(self, work: Callable[[], None]) -> None:
-        """`work()` on rank 0; its OSError on every rank."""
+        """Call `work()` on rank 0; raise its OSError on every rank."""
         failure: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
@@ -320,24 +308,15 @@ class Saver:
 # Loading
 
 
-def stored_names(checkpoint: Path) -> frozenset[str]:
-    """What a checkpoint holds; nothing where its index cannot be read, which loading will say."""
-    try:
-        return frozenset(SafeReader(checkpoint).read_metadata().state_dict_metadata)
-    except Exception:
-        return frozenset()
-
-
-def _own_damage(checkpoint: Path) -> list[str]:
-    """Of this rank's share of the files, what is wrong with them: a line each."""
+def _verify_share(checkpoint: Path) -> list[str]:
+    """Verify this rank's share of the files. Return an error line for each corrupted file."""
     try:
         sums = read_checksums(checkpoint)
-    except ValueError as error:
+    except CorruptedCheckpoint as error:
         return [str(error)]
     rank = dist.get_rank()
-    return damage(checkpoint, sorted(sums)[rank :: dist.get_world_size()], sums) + (
-        unlisted(checkpoint, sums) if rank == 0 else []
-    )
+    errors = find_corrupted(checkpoint, sorted(sums)[rank :: dist.get_world_size()], sums)
+    return errors + find_unlisted(checkpoint, sums) if rank == 0 else errors
 
 
 def load_checkpoint(
@@ -348,44 +327,43 @@ def load_checkpoint(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> int:
-    """Load weights and optimiser state in place, each rank its shard, from any layout. Collective. Returns the step.
+    """Load weights and optimizer state in place, each rank its shard, from any layout. Collective. Return the step.
 
-    Every file's checksum is verified meanwhile, each by one rank.
+    Meanwhile every file's checksum is verified, each by one rank.
 
     Args:
-        optimizer: None loads the weights alone.
+        optimizer: None loads only weights.
         group: as `Saver`'s.
 
     Raises:
-        DamagedCheckpoint: a file is missing or is not as it was written; the weights are then no longer what they were.
-        ValueError: it lacks a tensor of this model, or holds it in another shape.
+        CorruptedCheckpoint: a file is missing or corrupted. Weights may be overwritten then.
+        UserError: the checkpoint lacks a tensor of this model, or has it in another shape.
     """
     state = trained_state(model, optimizer, grid)
-    if (
-        "fp8" in state
-    ):  # layers that the writer had in bf16 start with fresh scales; the banner says that the flag changed
-        stored = stored_names(checkpoint)
-        state["fp8"] = {name: scale for name, scale in state["fp8"].items() if f"fp8.{name}" in stored}
-        if not state["fp8"]:
-            del state["fp8"]
-    failure: CheckpointException | None = None
     reader = SafeReader(checkpoint)
+    if scales := state.pop("fp8", None):
+        # Layers that the checkpoint has in bf16 start with fresh scales; the banner prints the changed flag.
+        with suppress(OSError, UnsafeCheckpoint):  # which loading raises, too
+            stored = reader.read_metadata().state_dict_metadata
+            known = {name: scale for name, scale in scales.items() if f"fp8.{name}" in stored}
+            state |= {"fp8": known} if known else {}
+    failure: CheckpointException | None = None
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(_own_damage, checkpoint)
+        verified = pool.submit(_verify_share, checkpoint)
         try:
             dcp.load(state, storage_reader=reader, process_group=group)
-        except CheckpointException as error:  # what damage did to the library is told as damage
+        except CheckpointException as error:  # corruption, where it is the cause, is raised first
             failure = error
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, checked.result(), group=group)
+        dist.all_gather_object(found, verified.result(), group=group)
     lines = list(dict.fromkeys(line for part in found for line in part))
     if lines:
-        raise DamagedCheckpoint(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from failure
+        raise CorruptedCheckpoint(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from failure
     if failure is not None:
         rank, cause = _first_cause(failure)
         raise UserError(f"cannot load {checkpoint}: rank {rank}: {reader.refused or cause}") from failure
     if optimizer is not None:
-        # What has a parameter's shape was filled in place; scalars come back as new objects.
+        # Tensors of a parameter's shape are loaded in place; scalars are new objects.
         for name, parameter in sharded_parameters(model).items():
             optimizer.state[parameter].update({k: v for k, v in state["optimizer"][name].items() if not v.dim()})
-    return int(read_run_facts(checkpoint)["step"])
+    return int(read_run_metadata(checkpoint)["step"])

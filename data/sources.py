@@ -197,7 +197,7 @@ class PreparedCorpus:
                 f"--check-data: {metadata_file(self.prefix)} has no checksums; data.prepare writes them with a corpus"
             )
         for kind, path in (("bin", token_file(self.prefix)), ("idx", index_file(self.prefix))):
-            size, digest = checksum(path)
+            size, digest = checksum(path, like=sums[kind][1])
             if [size, digest] != list(sums[kind]):
                 raise UserError(
                     f"{path}: {size} bytes and checksum {digest[:12]}, but data.prepare wrote {sums[kind][0]} bytes, checksum "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint.resume import Started
+from checkpoint.resume import TrainState
 from config.schema import RunConfig, format_skip_steps
 from data.dataset import BlendedDataset, PackedDataset, SampleDataset
 from data.packing import StreamEpoch
@@ -68,7 +68,7 @@ class RunSummary:
     ranks: Ranks
     peak_tflops: float | None
     data: RunData
-    state: Started
+    state: TrainState
     paths: RunPaths
 
     def print(self) -> None:
@@ -133,7 +133,7 @@ class RunSummary:
     def _describe_start(self) -> str:
         if self.state.checkpoint is None:
             return "fresh"
-        if self.state.goes_on:
+        if self.state.is_resumed:
             return f"step {self.state.first_step}, from {self.state.checkpoint}"
         return f"step 0, weights from {self.state.checkpoint}"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint.files import checkpoints, read_run_facts
+from checkpoint.files import list_checkpoints, read_run_metadata
 from checkpoint.saver import Saver, load_checkpoint
 from parallel.grid import GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of, rows_of, steps_of
@@ -53,7 +53,7 @@ def write(rank: int, folder: Path, store: Path, asynchronous: bool) -> None:
     saver = Saver(
         folder, model, optimizer, grid, group=dist.new_group(backend="gloo"), keep=KEEP, asynchronous=asynchronous
     )
-    found = checkpoints(folder)
+    found = list_checkpoints(folder)
     first = load_checkpoint(found[-1], model, optimizer, grid) if found else 0
     for step in range(first + 1, 10**6):
         steps_of(model, optimizer, grid, rows_of("thd"), 1)
@@ -65,10 +65,10 @@ def read(folder: Path) -> None:
     grid = build_grid(GridSizes())
     model = built(grid, config_of(hidden_size=96, ffn_hidden_size=256), "fp32")
     optimizer = optimizer_of(model)
-    newest = checkpoints(folder)[-1]
+    newest = list_checkpoints(folder)[-1]
     step = load_checkpoint(newest, model, optimizer, grid)
     counted = {int(state["step"]) for state in optimizer.state.values()}
-    assert counted == {step} == {read_run_facts(newest)["step"]}, (counted, step)
+    assert counted == {step} == {read_run_metadata(newest)["step"]}, (counted, step)
     latest = folder / (folder / "latest").read_text().strip()
     assert latest.is_dir(), f"latest names {latest.name}, which is not there"
     load_checkpoint(latest, model, optimizer, grid)
@@ -90,7 +90,7 @@ def main(folder: Path, trials: int) -> None:
     draw = random.Random(20)
     for trial in range(trials):
         store = folder / f".store_{trial}"
-        found = checkpoints(folder)
+        found = list_checkpoints(folder)
         previous = (
             int(found[-1].name.split("_")[1]) + 1 if found else 1
         )  # the first one whole, then in the middle of another

@@ -1,10 +1,11 @@
-"""Look into checkpoints: what they hold, whether they are whole, where two differ. One process, no GPU, no flags of the run.
+"""Inspect, verify and compare checkpoints: one process, no GPU, none of the run's flags.
 
-    python tools/checkpoint.py inspect DIR
-    python tools/checkpoint.py verify DIR
-    python tools/checkpoint.py diff DIR DIR
+    python tools/checkpoint.py inspect DIR     step, metadata, tensors, files
+    python tools/checkpoint.py verify DIR      every file's checksum
+    python tools/checkpoint.py diff DIR DIR    metadata and tensors that differ
 
-DIR is a step_* folder, or a folder of some, whose newest is meant. Exit code 1: damaged (verify), different (diff).
+DIR is a checkpoint (step_*), or a folder of checkpoints or of a run, whose newest checkpoint is taken.
+Exit code 1: corrupted (verify), different (diff), or not readable.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,48 +23,44 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from checkpoint.files import damage, find_checkpoint, read_checksums, read_run_facts, unlisted
+from checkpoint.files import find_corrupted, find_run_checkpoint, find_unlisted, read_checksums, read_run_metadata
 from checkpoint.reader import SafeReader
 from utils.errors import UserError
 
 
-def tensors_of(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
-    """Name -> size and dtype of everything that is stored, without reading it."""
-    stored = SafeReader(checkpoint).read_metadata().state_dict_metadata
-    other = [name for name, what in stored.items() if not isinstance(what, TensorStorageMetadata)]
-    if other:
-        raise UserError(f"{checkpoint}: {other[0]} is not a tensor; no checkpoint of train.py")
-    return {name: what for name, what in stored.items() if isinstance(what, TensorStorageMetadata)}
+def read_tensor_index(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+    """Return size, dtype and shards of every stored tensor, by name.
+
+    Raises:
+        OSError, UnsafeCheckpoint: the index cannot be read.
+    """
+    return SafeReader(checkpoint).read_metadata().state_dict_metadata
 
 
 def read_tensor(checkpoint: Path, name: str, like: TensorStorageMetadata) -> Tensor:
-    """One whole tensor, put together from its shards."""
+    """Read one tensor, assembled from its shards."""
     state = {name: torch.empty(like.size, dtype=like.properties.dtype)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="torch.distributed is disabled", category=UserWarning
-        )  # which is what no_dist asks for
+    with warnings.catch_warnings():  # of no_dist, that there is no process group
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         dcp.load(state, storage_reader=SafeReader(checkpoint), no_dist=True)
     return state[name]
 
 
 def inspect(checkpoint: Path) -> int:
-    facts, tensors = read_run_facts(checkpoint), tensors_of(checkpoint)
-    print(f"{checkpoint}: step {facts['step']}")
-    for name, value in facts.items():
-        if name != "step":
-            print(f"  {name:<32} {value}")
+    """Print step, metadata, tensors and files of a checkpoint."""
+    metadata, tensors = read_run_metadata(checkpoint), read_tensor_index(checkpoint)
+    print(f"{checkpoint}: step {metadata.pop('step')}")
+    for name, value in metadata.items():
+        print(f"  {name:<32} {value}")
     for part in sorted({name.split(".")[0] for name in tensors}):
-        mine = {name: what for name, what in tensors.items() if name.split(".")[0] == part}
-        elements = sum(what.size.numel() for what in mine.values())
-        size = sum(what.size.numel() * what.properties.dtype.itemsize for what in mine.values())
-        print(f"{part}: {len(mine)} tensors, {elements:,} numbers, {size / 2**20:,.1f} MiB")
-        for name, what in sorted(mine.items()):
-            if part == "model":
-                print(
-                    f"  {name:<56} {str(what.properties.dtype).removeprefix('torch.'):<9} {list(what.size)} in {len(what.chunks)} parts"
-                )
-    files = {p.name: p.stat().st_size for p in sorted(checkpoint.iterdir())}
+        stored = {name: tensor for name, tensor in sorted(tensors.items()) if name.split(".")[0] == part}
+        elements = sum(tensor.size.numel() for tensor in stored.values())
+        size = sum(tensor.size.numel() * tensor.properties.dtype.itemsize for tensor in stored.values())
+        print(f"{part}: {len(stored)} tensors, {elements:,} numbers, {size / 2**20:,.1f} MiB")
+        for name, tensor in stored.items() if part == "model" else ():
+            dtype = str(tensor.properties.dtype).removeprefix("torch.")
+            print(f"  {name:<56} {dtype:<9} {list(tensor.size)} in {len(tensor.chunks)} parts")
+    files = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir())}
     print(f"files: {len(files)}, {sum(files.values()) / 2**20:,.1f} MiB")
     for name, size in files.items():
         print(f"  {name:<56} {size:,} bytes")
@@ -73,77 +68,72 @@ def inspect(checkpoint: Path) -> int:
 
 
 def verify(checkpoint: Path) -> int:
+    """Print a line for each corrupted file. Return 1 if there is one."""
     sums = read_checksums(checkpoint)
-    found = damage(checkpoint, sorted(sums), sums) + unlisted(checkpoint, sums)
-    for line in found:
+    errors = find_corrupted(checkpoint, sorted(sums), sums) + find_unlisted(checkpoint, sums)
+    for line in errors:
         print(line)
-    print(
-        f"{checkpoint}: {'DAMAGED' if found else 'whole'}, {len(sums)} files, {sum(size for size, _ in sums.values()):,} bytes"
-    )
-    return 1 if found else 0
+    size = sum(size for size, _ in sums.values())
+    print(f"{checkpoint}: {'CORRUPTED' if errors else 'whole'}, {len(sums)} files, {size:,} bytes")
+    return 1 if errors else 0
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Of one tensor: elements that differ, the largest absolute difference, and the Frobenius norm's over that of the first."""
+def compare_tensors(a: Tensor, b: Tensor) -> str | None:
+    """Return how two tensors differ; None: equal bits, up to the kind of NaN.
 
-    count: int
-    largest: float
-    relative: float
-
-
-def difference(a: Tensor, b: Tensor) -> Difference | None:
-    """None: the same bits."""
+    The relative difference is the Frobenius norm of the difference over that of `a`.
+    """
     same = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
     if bool(same.all()):
         return None
     a, b = a.double(), b.double()
-    size = a.norm().item()
-    return Difference(int((~same).sum()), (a - b).abs().max().item(), (a - b).norm().item() / (size or 1.0))
+    relative = (a - b).norm().item() / (a.norm().item() or 1.0)
+    largest = (a - b).abs().max().item()
+    return f"{int((~same).sum()):,} of {a.numel():,} differ, at most by {largest:.3e}, relative {relative:.3e}"
 
 
-def differences(first: Path, second: Path) -> Iterator[str]:
-    """A line for each fact or tensor that differs."""
-    facts: list[dict[str, Any]] = [read_run_facts(p) for p in (first, second)]
-    for name in dict.fromkeys([*facts[0], *facts[1]]):
-        values = [f.get(name, "missing") for f in facts]
-        if values[0] != values[1]:
-            yield f"{name}: {values[0]} | {values[1]}"
-    ours, theirs = tensors_of(first), tensors_of(second)
-    for name in sorted({*ours, *theirs}):
-        if name not in ours or name not in theirs:
-            yield f"{name}: only in {first if name in ours else second}"
+def find_differences(first: Path, second: Path) -> Iterator[str]:
+    """Yield a line for each name of the metadata, and each tensor, that differs."""
+    run, other_run = read_run_metadata(first), read_run_metadata(second)
+    for name in dict.fromkeys([*run, *other_run]):
+        value, other = run.get(name, "missing"), other_run.get(name, "missing")
+        if value != other:
+            yield f"{name}: {value} | {other}"
+    index, other_index = read_tensor_index(first), read_tensor_index(second)
+    for name in sorted({*index, *other_index}):
+        if name not in index or name not in other_index:
+            yield f"{name}: only in {first if name in index else second}"
             continue
-        shapes = [(list(t[name].size), t[name].properties.dtype) for t in (ours, theirs)]
-        if shapes[0] != shapes[1]:
-            yield f"{name}: {shapes[0]} | {shapes[1]}"
+        kind, other = ((list(tensor.size), tensor.properties.dtype) for tensor in (index[name], other_index[name]))
+        if kind != other:
+            yield f"{name}: {kind} | {other}"
             continue
-        found = difference(read_tensor(first, name, ours[name]), read_tensor(second, name, theirs[name]))
-        if found is not None:
-            total = ours[name].size.numel()
-            yield f"{name}: {found.count:,} of {total:,} differ, at most by {found.largest:.3e}, relative {found.relative:.3e}"
+        tensors = read_tensor(first, name, index[name]), read_tensor(second, name, other_index[name])
+        if (difference := compare_tensors(*tensors)) is not None:
+            yield f"{name}: {difference}"
 
 
 def diff(first: Path, second: Path) -> int:
+    """Print every difference. Return 1 if there is one."""
     count = 0
-    for count, line in enumerate(differences(first, second), 1):  # noqa: B007 (counted for the summary)
+    for line in find_differences(first, second):
         print(line)
-    print(f"{count} differences" if count else "no difference: the same facts and the same bits")
+        count += 1
+    print(f"{count} differences" if count else "no difference: the same metadata and the same bits")
     return 1 if count else 0
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, folders in (("inspect", 1), ("verify", 1), ("diff", 2)):
-        commands.add_parser(name).add_argument("folders", metavar="DIR", nargs=folders, type=Path)
+    for command, folders in ((inspect, 1), (verify, 1), (diff, 2)):
+        added = commands.add_parser(command.__name__, help=command.__doc__.split(".")[0])
+        added.add_argument("folders", metavar="DIR", nargs=folders, type=Path)
+        added.set_defaults(run=command)
     args = parser.parse_args(argv)
     try:
-        found = [find_checkpoint(folder) for folder in args.folders]
-        if args.command == "diff":
-            return diff(*found)
-        return inspect(*found) if args.command == "inspect" else verify(*found)
-    except ValueError as error:
+        return args.run(*map(find_run_checkpoint, args.folders))
+    except (UserError, OSError) as error:
         print(f"tools/checkpoint.py: {str(error).removeprefix('--load ')}", file=sys.stderr)
         return 1
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from checkpoint.files import checkpoints, find_checkpoint, read_run_facts
+from checkpoint.files import find_checkpoint, list_checkpoints, read_run_metadata
 from checkpoint.saver import load_checkpoint
 from data.blend import parse_blend
 from data.indexed_dataset import index_file
@@ -44,7 +44,7 @@ def find_in(folder: Path) -> Path:
         ValueError: none there.
     """
     inside = folder / "checkpoints"
-    return find_checkpoint(inside if checkpoints(inside) else folder)
+    return find_checkpoint(inside if list_checkpoints(inside) else folder)
 
 
 def config_of(facts: dict[str, Any], checkpoint: Path) -> GPTConfig:
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--prompt-file {flags.prompt_file}: no such file")
         prompts.append(flags.prompt_file.read_text("utf-8"))
     checkpoint = find_in(flags.load)
-    facts = read_run_facts(checkpoint)
+    facts = read_run_metadata(checkpoint)
     config, tokenizer = config_of(facts, checkpoint), tokenizer_of(flags, checkpoint, facts["tokenizer"])
     kind = ("cuda" if cuda_device_count() else "cpu") if flags.device == "auto" else flags.device
     device, _ = initialise_distributed(Launch(), kind, timeout=timedelta(minutes=10))

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpoint.files import checkpoints, find_checkpoint, read_run_facts
+from checkpoint.files import find_checkpoint, list_checkpoints, read_run_metadata
 from checkpoint.saver import load_checkpoint
 from config.cli import parse_arguments
 from config.schema import RunConfig
@@ -78,7 +78,7 @@ def newest_before(folders: list[Path], step: int) -> Path:
     Raises:
         UserError: there is none in these folders.
     """
-    found = [(int(read_run_facts(place)["step"]), place) for folder in folders for place in checkpoints(folder)]
+    found = [(int(read_run_metadata(place)["step"]), place) for folder in folders for place in list_checkpoints(folder)]
     before = [one for one in found if one[0] < step]
     if not before:
         where = " or ".join(map(str, folders))

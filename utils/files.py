@@ -1,11 +1,9 @@
-"""Files and folders that are whole or not there at all, also after a loss of power."""
+"""Atomic files and folders, checksums, locks, and a cache that is built once."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import tempfile
@@ -17,46 +15,61 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
+from filelock import FileLock, Timeout
 
 from utils.errors import UserError
 
-WORDS_PER_PAGE = 512  # of 8 bytes
-WAIT_SECONDS = (
-    900.0  # for another process that builds the same; then it is built here too, which costs time and memory only
-)
-LEFT_AFTER = 86400.0  # seconds in which nothing was written to an unfinished folder, whose builder is then dead
+WAIT_SECONDS = 900.0  # for another process that builds the same entry; after that this process builds a second copy
+ABANDONED_SECONDS = 86400.0  # an unfinished folder without a write for so long belongs to a dead builder
 
 
 def cache_key(**made_from: Any) -> str:
-    """A short hash of everything that a cached thing depends on."""
+    """A short hash of everything that a cache entry depends on."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def checksum(path: Path) -> tuple[int, str]:
-    """Size in bytes and a checksum of a file: SHA-256 over its size and the sum of each page's 64-bit words.
+# ---------------------------------------------------------------------------------------------------
+# Checksums
 
-    Finds every change of one word in a page for certain, others but for one in 2^64, at the speed of memory: a CRC of the
-    same file takes longer than loading it (benchmarks/checkpoint.py).
+
+def checksum(path: Path, *, like: str = "xxh3_128:") -> tuple[int, str]:
+    """Return a file's size in bytes and its checksum, `<algorithm>:<hex>`.
+
+    Args:
+        like: a checksum whose algorithm is used. Without a prefix: the one of files from before xxh3_128.
+
+    Raises:
+        OSError: the file cannot be read.
     """
-    digest = hashlib.sha256()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        digest.update(size.to_bytes(8, "little"))
-        words = size // 8
-        if words:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                data = np.frombuffer(mapped, "<u8", count=words)
-                pages = words // WORDS_PER_PAGE * WORDS_PER_PAGE
-                digest.update(data[:pages].reshape(-1, WORDS_PER_PAGE).sum(1, dtype=np.uint64).tobytes())
-                digest.update(data[pages:].tobytes())
-                del data  # the map cannot be closed while something looks into it
-        file.seek(words * 8)
-        digest.update(file.read())
-    return size, digest.hexdigest()
+        if ":" not in like:
+            return size, legacy_page_sum(path)
+        return size, f"xxh3_128:{hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}"
+
+
+def legacy_page_sum(path: Path) -> str:
+    """Return the SHA-256 over a file's size and the sum of each 4 KiB page's 64-bit words.
+
+    Only for checksums that are on disk already: a sum misses swapped words.
+    """
+    digest = hashlib.sha256(path.stat().st_size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        while block := file.read(1024 * 4096):
+            pages = len(block) // 4096
+            words = np.frombuffer(block, "<u8", count=pages * 512).reshape(pages, 512)
+            digest.update(words.sum(1, dtype=np.uint64).tobytes())
+            digest.update(block[pages * 4096 :])
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Writes that survive a loss of power
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, survive a loss of power."""
+    """Flush a file's bytes, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -65,6 +78,7 @@ def sync(path: Path) -> None:
 
 
 def write_synced(path: Path, text: str) -> None:
+    """Write a UTF-8 file and flush it to the disk."""
     with path.open("w", encoding="utf-8") as out:
         out.write(text)
         out.flush()
@@ -72,7 +86,7 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_synced(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it there: a reader sees the old one or the new one."""
+    """Replace a file by one rename: a reader sees the old content or the new."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # ranks on several hosts may have the same pid
     try:
         write_synced(scratch, text)
@@ -83,36 +97,47 @@ def replace_synced(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-@contextmanager
-def _first_in_line(path: Path) -> Iterator[None]:
-    """Until the end, or the death, of one process in here the others wait, unless `path` appears or the file system has no locks."""
-    lock = path.with_name(f".{path.name}.lock")
-    with lock.open("w") as file:
-        started = time.monotonic()
-        while not path.is_dir() and time.monotonic() - started < WAIT_SECONDS:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-            except OSError:
-                break
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+# ---------------------------------------------------------------------------------------------------
+# Locks
+
+
+def acquire_lock(path: Path, timeout: float) -> FileLock | None:
+    """Lock a file until `release()` or the end of this process.
+
+    Args:
+        timeout: seconds to wait for another holder.
+
+    Returns:
+        None where the file cannot be opened or the file system has no locks: the lock has no effect there.
+
+    Raises:
+        TimeoutError: another holder kept the lock.
+    """
+    lock = FileLock(path, timeout=timeout, poll_interval=0.1, fallback_to_soft=False)  # a soft lock outlives a kill
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise
+    except OSError:
+        return None
+    return lock
+
+
+# ---------------------------------------------------------------------------------------------------
+# A cache of folders
 
 
 class CacheNotWritable(UserError):
-    """What a cache lacks cannot be put there."""
+    """A missing cache entry cannot be written."""
 
 
 @contextmanager
 def cache_entry(folder: Path) -> Iterator[None]:
-    """Around the opening of what `build_once` made.
+    """Turn an error while a cache entry is opened into a refusal.
 
     Raises:
-        ValueError: it is broken; what to do.
+        UserError: the entry is broken; remove its folder.
     """
     try:
         yield
@@ -123,51 +148,62 @@ def cache_entry(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync_folder(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        sync(path)
+@contextmanager
+def _builder_lock(path: Path) -> Iterator[None]:
+    """Let one process at a time build `path`; without effect after `WAIT_SECONDS` or where there are no locks."""
+    file = path.with_name(f".{path.name}.lock")
+    lock = None
+    with suppress(TimeoutError):
+        lock = acquire_lock(file, WAIT_SECONDS)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()  # while locked: a waiter that has the removed file open opens the next one
+        if lock is not None:
+            lock.release()
 
 
-def _remove_left_behind(folder: Path) -> None:
-    """What builders that were killed left in a folder of the cache."""
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the unfinished folders of builders that were killed."""
     for left in folder.glob(".*.*"):
-        with suppress(OSError):  # another builder may remove it, too
-            if left.is_dir() and time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > LEFT_AFTER:
+        with suppress(OSError):  # another builder may remove the same folder
+            newest = max(p.stat().st_mtime for p in (left, *left.iterdir()))
+            if time.time() - newest > ABANDONED_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
 
 
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:
-    """`path`, made by `build(empty folder)` if it is not there yet.
+    """Return the folder `path`, made by `build(empty folder)` where it does not exist.
 
-    The folder is built beside its place and renamed into it, so it is never seen half made, not even after a loss of power.
-    Whoever comes second, in this job or another, waits for the first one's and uses it.
+    The folder is built under another name and renamed, so no reader sees an unfinished one, even after a loss of power.
+    Other processes, of this job or another, wait for the first one's folder and use it.
 
     Raises:
-        CacheNotWritable: it is not there, and its folder cannot be written in.
+        CacheNotWritable: the folder is missing and cannot be made there.
     """
     if path.is_dir():
         return path
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_first_in_line(path))
+            stack.enter_context(_builder_lock(path))
             if path.is_dir():
                 return path
-            _remove_left_behind(path.parent)
+            _remove_abandoned(path.parent)
             scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         except OSError as error:
             text = f"--data-cache-path: {path} is not there yet and cannot be made ({error.strerror})"
             raise CacheNotWritable(f"{text}; fill the cache once where it can be written") from error
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        build(scratch)
+        scratch.chmod(0o755)
+        for file in (*scratch.iterdir(), scratch):
+            sync(file)
         try:
-            build(scratch)
-            scratch.chmod(0o755)
-            _sync_folder(scratch)
-            try:
-                os.rename(scratch, path)
-            except OSError:
-                if not path.is_dir():
-                    raise
-            sync(path.parent)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            os.rename(scratch, path)
+        except OSError:
+            if not path.is_dir():  # without a lock another builder may be first
+                raise
+        sync(path.parent)
     return path

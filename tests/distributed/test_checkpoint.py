@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from checkpoint.files import DamagedCheckpoint, checkpoints, read_checksums
+from checkpoint.files import CorruptedCheckpoint, list_checkpoints, read_checksums
 from checkpoint.saver import Saver, load_checkpoint
 from model.precision import Precision
 from tests.distributed.test_model_parity import built, config_of, full, grid_of, rows_of, steps_of
@@ -51,19 +51,25 @@ def saved_beside_training(rank: int, folder: str) -> dict:
     told: list[str] = []
     group = dist.new_group(backend="gloo")
     saver = Saver(
-        Path(folder), model, optimizer, grid, group=group, asynchronous=True, tell=lambda place: told.append(place.name)
+        Path(folder),
+        model,
+        optimizer,
+        grid,
+        group=group,
+        asynchronous=True,
+        on_saved=lambda place: told.append(place.name),
     )
     before = full(model, grid) | moments(model, optimizer, grid)
 
     def late(*args, **kwargs):
-        assert threading.current_thread().name == "checkpoint" and go_on.wait(60)
+        assert threading.current_thread().name.startswith("checkpoint") and go_on.wait(60)
         return held(*args, **kwargs)
 
     dcp.save = late
     try:
         saver.save(1, {})
         steps_of(model, optimizer, grid, rows_of("thd"), 2)
-        unfinished = checkpoints(Path(folder)) == [] and not told
+        unfinished = list_checkpoints(Path(folder)) == [] and not told
         dist.barrier()
         go_on.set()
         saver.save(3, {})  # waits for the first
@@ -72,7 +78,7 @@ def saved_beside_training(rank: int, folder: str) -> dict:
         saver.wait()
     finally:
         dcp.save = held
-    names = [p.name for p in checkpoints(Path(folder))]
+    names = [p.name for p in list_checkpoints(Path(folder))]
     after = {}
     for step in (1, 3):
         load_checkpoint(Path(folder) / f"step_000000{step}", model, optimizer, grid)
@@ -139,13 +145,13 @@ def test_every_shard_lies_at_its_place_in_the_whole(world: World, tmp_path: Path
     """Read by one process that knows no layout: each tensor of the file is the canonical one, whatever the ranks held of it."""
     wanted = world.run(written_uneven, layout, str(tmp_path))[0]
     place = tmp_path / "step_0000001"
-    stored = {name: what for name, what in tool.tensors_of(place).items() if not name.endswith(".step")}
+    stored = {name: what for name, what in tool.read_tensor_index(place).items() if not name.endswith(".step")}
     assert stored.keys() == wanted.keys() and len(wanted) == 3 * (3 + 4 * 9)
     for name, what in stored.items():
         assert torch.equal(tool.read_tensor(place, name, what), wanted[name]), name
 
 
-def test_keep_checkpoints(world: World, tmp_path: Path) -> None:
+def test_keep_list_checkpoints(world: World, tmp_path: Path) -> None:
     assert sorted(world.run(kept, str(tmp_path))[0]) == ["latest", "step_0000003", "step_0000004"]
 
 
@@ -225,7 +231,7 @@ def test_damage_is_found_on_every_rank_and_names_the_file(world: World, tmp_path
         content = (place / name).read_bytes()
         for do in (flip, Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-1])):
             do(place / name)
-            for words in world.run(wants, str(place), DamagedCheckpoint):
+            for words in world.run(wants, str(place), CorruptedCheckpoint):
                 assert f"{place.name}/{name}:" in words, words
             assert tool.main(["verify", str(place)]) == 1
             (place / name).write_bytes(content)
@@ -288,7 +294,7 @@ def fill(rank: int, folder: str) -> tuple[str, list[str], list[str]]:
             saver.save(step, {})
     except OSError as error:
         dist.barrier()
-        return str(error), [p.name for p in checkpoints(Path(folder))], [p.name for p in Path(folder).iterdir()]
+        return str(error), [p.name for p in list_checkpoints(Path(folder))], [p.name for p in Path(folder).iterdir()]
     raise AssertionError("a disk of 1 MiB held 49 checkpoints")
 
 
@@ -310,7 +316,7 @@ def test_the_tool_tells_where_two_checkpoints_differ(world: World, tmp_path: Pat
     assert tool.main(["diff", str(tmp_path / "a"), str(tmp_path / "c")]) == 1
     assert "model.embedding.weight: ([64, 32], torch.float64) | ([64, 32], torch.float32)" in capsys.readouterr().out
     assert tool.main(["diff", str(tmp_path / "a"), str(tmp_path / "d")]) == 1
-    norm = tool.tensors_of(tmp_path / "a" / "step_0000001")["model.final_norm.weight"]
+    norm = tool.read_tensor_index(tmp_path / "a" / "step_0000001")["model.final_norm.weight"]
     relative = 0.5 / tool.read_tensor(tmp_path / "a" / "step_0000001", "model.final_norm.weight", norm).norm().item()
     assert capsys.readouterr().out.splitlines()[:-1] == [
         "lr: missing | 0.5",

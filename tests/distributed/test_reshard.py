@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.files import read_run_facts
+from checkpoint.files import read_run_metadata
 from checkpoint.resume import check_same_run
 from checkpoint.saver import Saver, load_checkpoint, whole_tensors
 from config.schema import TrainingConfig
@@ -104,4 +104,4 @@ def test_a_step_saved_again_replaces_the_old_one(world: World, tmp_path: Path) -
     world.run(written, "cp 4", str(tmp_path))
     world.run(written, "tp 2 x cp 2", str(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_0000002"]
-    assert read_run_facts(tmp_path / "step_0000002")["layout"] == "tp 2 x cp 2"
+    assert read_run_metadata(tmp_path / "step_0000002")["layout"] == "tp 2 x cp 2"

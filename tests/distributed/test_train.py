@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.files import checkpoints
+from checkpoint.files import list_checkpoints
 from tests.launch import ROOT, SMALL, read_metrics, run_train, train, write_corpus
-from tools.checkpoint import differences
+from tools.checkpoint import find_differences
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ def test_saving_beside_training_changes_nothing_and_keeps_two(base, one_rank, tm
         "2",
     ]
     assert_same_run(train(2, tmp_path, *flags), one_rank["fp64"], 1e-9)
-    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step_0000008", "step_0000010"]
+    assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step_0000008", "step_0000010"]
     start = str(tmp_path / "checkpoints" / "step_0000008")
     assert_same_run(
         [*one_rank["fp64"][:8], *train(0, tmp_path / "on", *base, "--dtype", "fp64", "--load", start)],
@@ -338,7 +338,7 @@ def test_a_damaged_checkpoint_is_refused_and_passed_over_on_demand(base, tmp_pat
     (folder / "step_0000002" / "run.json").unlink()
     result = run_train(0, *load, "--run-dir", str(tmp_path / "b"), "--load-fallback")
     assert result.returncode == 0, result.stderr
-    assert "step 1, from" in result.stdout and result.stdout.count("passed over a damaged checkpoint") == 2, (
+    assert "step 1, from" in result.stdout and result.stdout.count("passed over a corrupted checkpoint") == 2, (
         result.stdout
     )
     losses = [r["loss"] for r in read_metrics(tmp_path / "b" / "metrics.jsonl")]
@@ -363,7 +363,7 @@ def test_a_damaged_checkpoint_is_refused_and_passed_over_on_demand(base, tmp_pat
     assert result.returncode == 0 and "step 1, from" in result.stdout and "step_0000003.damaged" in result.stdout, (
         result.stdout + result.stderr
     )
-    assert [p.name for p in checkpoints(folder)] == ["step_0000004"] and (
+    assert [p.name for p in list_checkpoints(folder)] == ["step_0000004"] and (
         folder / "latest"
     ).read_text() == "step_0000004\n"
 
@@ -383,7 +383,9 @@ def test_weights_alone_start_a_longer_context(base, tmp_path: Path) -> None:
     # Without an update the weights are the checkpoint's, bit for bit, and AdamW has counted three steps of its own.
     differing = [
         line.split(":")[0]
-        for line in differences(tmp_path / "short/checkpoints/step_0000010", tmp_path / "long/checkpoints/step_0000003")
+        for line in find_differences(
+            tmp_path / "short/checkpoints/step_0000010", tmp_path / "long/checkpoints/step_0000003"
+        )
     ]
     assert not [name for name in differing if name.startswith("model.")], differing
     assert {"--seq-length", "model rotary_base", "model rope_scaling", "step"} <= set(differing)
@@ -408,7 +410,7 @@ def test_weights_alone_start_a_longer_context(base, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_data_order_is_the_checkpoints(base, tmp_path: Path) -> None:
+def test_data_order_is_the_list_checkpoints(base, tmp_path: Path) -> None:
     """--document-alignment comes from the checkpoint where it is not given; a layout that cannot keep it is refused."""
     plain = [*base, "--dtype", "fp64", "--train-iters", "2", "--save-interval", "1"]
     at = plain.index("--document-alignment")
@@ -468,7 +470,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(base, tmp_path: Path, as
     assert json.loads((tmp_path / "nonfinite" / f"step_{bad:07d}.json").read_text())["step"] == bad
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["status"] == "failed" and f"step {bad}: loss" in status["reason"]
-    saved = [p.name for p in checkpoints(tmp_path / "checkpoints")]
+    saved = [p.name for p in list_checkpoints(tmp_path / "checkpoints")]
     assert saved == [f"step_{n:07d}" for n in range(1, bad)]
 
 

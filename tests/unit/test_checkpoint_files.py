@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from checkpoint import files as files
-from checkpoint.files import DamagedCheckpoint, checkpoints, checksums, damage, find_checkpoint, prune, publish
-from utils.files import checksum
+from checkpoint import files
+from checkpoint.files import (
+    CorruptedCheckpoint,
+    compute_checksums,
+    find_checkpoint,
+    find_corrupted,
+    list_checkpoints,
+    prune,
+    publish,
+)
+from tests.launch import ROOT
+from utils.errors import UserError
+from utils.files import checksum, legacy_page_sum
 
 
 def made(save: Path, step: int, content: bytes = b"weights") -> Path:
@@ -19,7 +37,7 @@ def made(save: Path, step: int, content: bytes = b"weights") -> Path:
     scratch.mkdir(parents=True)
     (scratch / "__0_0.distcp").write_bytes(content)
     place = files.step_folder(save, step)
-    publish(scratch, place, facts={"step": step}, sums=checksums([scratch / "__0_0.distcp"]))
+    publish(scratch, place, run_metadata={"step": step}, sums=compute_checksums([scratch / "__0_0.distcp"]))
     return place
 
 
@@ -51,14 +69,79 @@ def test_lost_and_exchanged_pages_change_the_checksum(tmp_path: Path) -> None:
     assert len(sums) == 5
 
 
+def _swapped_words(page: bytearray) -> None:
+    page[0:8], page[8:16] = page[8:16], page[0:8]
+
+
+def _rotated_page(page: bytearray) -> None:
+    page[:] = page[8:] + page[:8]
+
+
+def _opposite_changes(page: bytearray) -> None:
+    words = np.frombuffer(page, "<u8")
+    words[3] += 1 << 20
+    words[5] -= 1 << 20
+
+
+@pytest.mark.parametrize("change", [_swapped_words, _rotated_page, _opposite_changes])
+def test_changes_that_keep_a_pages_sum_change_the_checksum(tmp_path: Path, change: Callable[[bytearray], None]) -> None:
+    """The checksum of older checkpoints, a sum of each page's words, sees none of these."""
+    path = tmp_path / "file"
+    page = bytearray(np.random.default_rng(1).bytes(4096))
+    path.write_bytes(page * 3)
+    wanted = checksum(path)
+    changed = bytearray(page)
+    change(changed)
+    assert changed != page
+    path.write_bytes(page + changed + page)
+    assert checksum(path) != wanted
+
+
+OLD = ROOT / "tests" / "assets" / "checkpoint_part6"
+
+
+def test_checksums_of_older_versions_verify(tmp_path: Path) -> None:
+    """The files in the asset were written, and their checksums computed, by an older version."""
+    checkpoint = OLD / "checkpoints" / "step_0000003"
+    sums = files.read_checksums(checkpoint)
+    assert len(sums) == 4 and find_corrupted(checkpoint, sums, sums) == []
+    corpus = json.loads((OLD / "corpus.json").read_text())["checksums"]
+    for suffix, wanted in corpus.items():
+        assert list(checksum(OLD / f"corpus.{suffix}", like=wanted[1])) == wanted
+    for at in (0, 5000, -1):
+        copy = tmp_path / "__0_0.distcp"
+        content = bytearray((checkpoint / copy.name).read_bytes())
+        content[at] ^= 1
+        copy.write_bytes(content)
+        (line,) = find_corrupted(tmp_path, [copy.name], sums)
+        assert "__0_0.distcp: corrupted" in line
+
+
+@pytest.mark.parametrize("size", [0, 7, 4096, 1024 * 4096 + 4096 + 9])
+def test_the_legacy_sum_is_the_same_for_any_size(tmp_path: Path, size: int) -> None:
+    """A second formula for what older versions computed: one pass over the whole file."""
+    content = np.random.default_rng(2).bytes(size)
+    (tmp_path / "file").write_bytes(content)
+    pages = size // 4096
+    sums = np.frombuffer(content, "<u8", count=pages * 512).reshape(pages, 512).sum(1, dtype=np.uint64)
+    whole = size.to_bytes(8, "little") + sums.tobytes() + content[pages * 4096 :]
+    assert legacy_page_sum(tmp_path / "file") == hashlib.sha256(whole).hexdigest()
+
+
+def test_new_checksums_name_their_algorithm(tmp_path: Path) -> None:
+    """The value is the reference implementation's for no bytes: a library that computes another hash is found."""
+    (tmp_path / "file").touch()
+    assert checksum(tmp_path / "file") == (0, "xxh3_128:99aa06d3014798d86001c324468d497f")
+
+
 def test_a_checkpoint_appears_whole_and_latest_names_it(tmp_path: Path) -> None:
     first, second = made(tmp_path, 5), made(tmp_path, 12)
-    assert checkpoints(tmp_path) == [first, second] and find_checkpoint(tmp_path) == second
+    assert list_checkpoints(tmp_path) == [first, second] and find_checkpoint(tmp_path) == second
     assert (tmp_path / "latest").read_text() == "step_0000012\n"
-    assert files.read_run_facts(second) == {"step": 12}
+    assert files.read_run_metadata(second) == {"step": 12}
     assert {p.name for p in second.iterdir()} == {"__0_0.distcp", "run.json", "checksums.json"}
     sums = files.read_checksums(second)
-    assert sums.keys() == {"__0_0.distcp", "run.json"} and damage(second, sums, sums) == []
+    assert sums.keys() == {"__0_0.distcp", "run.json"} and find_corrupted(second, sums, sums) == []
 
 
 def test_a_step_written_again_replaces_the_old_one(tmp_path: Path) -> None:
@@ -72,15 +155,15 @@ def test_a_writer_that_died_between_two_renames_leaves_the_old_one_to_be_found(t
     place = made(tmp_path, 5)
     older = made(tmp_path, 3)
     place.rename(tmp_path / ".step_0000005.old")
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_0000003", ".step_0000005.old"]
-    assert find_checkpoint(tmp_path).name == ".step_0000005.old" and files.older_than(find_checkpoint(tmp_path)) == [
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000003", ".step_0000005.old"]
+    assert find_checkpoint(tmp_path).name == ".step_0000005.old" and files.list_older(find_checkpoint(tmp_path)) == [
         older
     ]
-    files.clear_left_overs(tmp_path)
+    files.remove_partial(tmp_path)
     assert find_checkpoint(tmp_path).name == ".step_0000005.old"
     made(tmp_path, 5)
     (tmp_path / ".step_0000005.old").mkdir()  # and one that died before it removed the old one
-    files.clear_left_overs(tmp_path)
+    files.remove_partial(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_0000003", "step_0000005"]
 
 
@@ -89,8 +172,8 @@ def test_half_written_and_half_removed_folders_are_no_checkpoints(tmp_path: Path
     for name in (".step_0000006.part", ".step_0000004.gone"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text("{}")
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_0000005"]
-    files.clear_left_overs(tmp_path)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000005"]
+    files.remove_partial(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_0000005"]
 
 
@@ -98,47 +181,47 @@ def test_keep(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
         made(tmp_path, step)
     newest = tmp_path / "step_0000010"
-    assert prune(tmp_path, 0, newest) == [] and len(checkpoints(tmp_path)) == 4
+    assert prune(tmp_path, 0, newest) == [] and len(list_checkpoints(tmp_path)) == 4
     assert prune(tmp_path, 2, newest) == ["step_0000001", "step_0000002"]
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_0000003", "step_0000010"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000003", "step_0000010"]
     assert prune(tmp_path, 9, newest) == []
     assert prune(tmp_path, 1, tmp_path / "step_0000003") == []  # what was just written stays, whatever stands above it
 
 
-def test_a_damaged_one_is_found_no_more_once_set_aside(tmp_path: Path) -> None:
+def test_a_quarantined_checkpoint_is_not_found(tmp_path: Path) -> None:
     for _ in range(2):  # the second time its name is taken
         made(tmp_path, 5)
-        assert files.set_aside(made(tmp_path, 7)).name == "step_0000007.damaged"
+        assert files.quarantine(made(tmp_path, 7)).name == "step_0000007.damaged"
         assert find_checkpoint(tmp_path).name == "step_0000005"
 
 
-DAMAGES = {
-    "flipped byte": (lambda p: (p / "__0_0.distcp").write_bytes(b"weighty"), "__0_0.distcp: damaged"),
+CORRUPTIONS = {
+    "flipped byte": (lambda p: (p / "__0_0.distcp").write_bytes(b"weighty"), "__0_0.distcp: corrupted"),
     "cut short": (lambda p: (p / "__0_0.distcp").write_bytes(b"weigh"), "__0_0.distcp: 5 bytes, written were 7"),
     "missing": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp: No such file"),
     "run.json changed": (lambda p: (p / "run.json").write_text('{"step": 6}'), "run.json"),
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damage_names_the_file(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruption_names_the_file(tmp_path: Path, name: str) -> None:
     place = made(tmp_path, 5)
-    do, words = DAMAGES[name]
+    do, words = CORRUPTIONS[name]
     do(place)
     sums = files.read_checksums(place)
-    (line,) = damage(place, sums, sums)
+    (line,) = find_corrupted(place, sums, sums)
     assert words in line and str(place) in line
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"a": 3}', "{}"])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"a": 3}', "{}", '{"run.json": [3, 4], "step": "3"}'])
 def test_broken_json_names_the_file(tmp_path: Path, content: str | None) -> None:
     place = made(tmp_path, 5)
-    for name, read in (("run.json", files.read_run_facts), ("checksums.json", files.read_checksums)):
+    for name, read in (("run.json", files.read_run_metadata), ("checksums.json", files.read_checksums)):
         kept = (place / name).read_text()
         (place / name).unlink()
         if content is not None:
             (place / name).write_text(content)
-        with pytest.raises(DamagedCheckpoint, match=name):
+        with pytest.raises(CorruptedCheckpoint, match=name):
             read(place)
         (place / name).write_text(kept)
 
@@ -146,9 +229,9 @@ def test_broken_json_names_the_file(tmp_path: Path, content: str | None) -> None
 def test_a_file_that_is_not_listed_is_told(tmp_path: Path) -> None:
     place = made(tmp_path, 5)
     sums = files.read_checksums(place)
-    assert files.unlisted(place, sums) == []
+    assert files.find_unlisted(place, sums) == []
     del sums["__0_0.distcp"]
-    assert "__0_0.distcp" in files.unlisted(place, sums)[0]
+    assert "__0_0.distcp" in files.find_unlisted(place, sums)[0]
 
 
 def test_a_file_that_nobody_counted_is_not_published(tmp_path: Path) -> None:
@@ -157,10 +240,10 @@ def test_a_file_that_nobody_counted_is_not_published(tmp_path: Path) -> None:
     (scratch / "a").write_bytes(b"a")
     (scratch / ".nfs0001").write_bytes(b"what NFS keeps of a removed file")
     with pytest.raises(OSError, match="no rank says"):
-        publish(scratch, files.step_folder(tmp_path, 5), facts={}, sums={})
+        publish(scratch, files.step_folder(tmp_path, 5), run_metadata={}, sums={})
     with pytest.raises(OSError, match="its writer saw 9"):
-        publish(scratch, files.step_folder(tmp_path, 5), facts={}, sums={"a": [9, "x"]})
-    assert checkpoints(tmp_path) == []
+        publish(scratch, files.step_folder(tmp_path, 5), run_metadata={}, sums={"a": [9, "x"]})
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_load_names_what_is_not_there(tmp_path: Path) -> None:
@@ -174,41 +257,74 @@ def test_load_names_what_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["null", '"x"', "-5", "true", "1.5"])
-def test_a_step_that_is_none_is_damage(tmp_path: Path, step: str) -> None:
+def test_an_invalid_step_is_corruption(tmp_path: Path, step: str) -> None:
     (tmp_path / "run.json").write_text(f'{{"step": {step}}}')
-    with pytest.raises(DamagedCheckpoint, match="says no step"):
-        files.read_run_facts(tmp_path)
+    with pytest.raises(CorruptedCheckpoint, match="no valid step"):
+        files.read_run_metadata(tmp_path)
 
 
-def test_files_named_like_left_overs_go_too(tmp_path: Path) -> None:
+def test_partial_files_are_removed_like_folders(tmp_path: Path) -> None:
     (tmp_path / ".step_0000021.part").touch()
     (tmp_path / ".step_0000022.part").mkdir()
     (tmp_path / ".step_0000023.gone").symlink_to(tmp_path / "nowhere")
-    files.clear_left_overs(tmp_path)
+    files.remove_partial(tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "step_0000001.damaged").touch()
-    assert files.set_aside(made(tmp_path, 1)).is_dir()
+    assert files.quarantine(made(tmp_path, 1)).is_dir()
 
 
 def test_one_run_at_a_time_writes_checkpoints(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(files, "PATIENCE", 0.3)
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.3)
     save = tmp_path / "run" / "checkpoints"
-    first = files.hold(save)
-    assert first is not None and not save.exists()
-    with pytest.raises(ValueError, match=f"--save {save}: another run is writing"):
-        files.hold(save)
-    with files.hold(tmp_path / "run" / "others"):  # type: ignore[union-attr]
-        first.close()
-    files.hold(save).close()  # type: ignore[union-attr]
+    first, other = files.lock_dir(save), files.lock_dir(tmp_path / "run" / "others")
+    assert first is not None and other is not None and not save.exists()
+    with pytest.raises(UserError, match=f"--save {save}: another run is writing"):
+        files.lock_dir(save)
+    first.release()
+    again = files.lock_dir(save)
+    assert again is not None
+    again.release()
+    other.release()
 
 
-def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path: Path, monkeypatch) -> None:
+def test_a_lock_ends_with_a_killed_process(tmp_path: Path, monkeypatch) -> None:
+    """Also while a process that it forked, such as a data worker, is alive."""
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.3)
+    save = tmp_path / "checkpoints"
+    code = f"""
+import os, time
+from pathlib import Path
+from checkpoint.files import lock_dir
+lock = lock_dir(Path({str(save)!r}))
+worker = os.fork()
+if worker:
+    print(worker, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        worker = int(holder.stdout.readline())
+        try:
+            with pytest.raises(UserError, match="another run is writing"):
+                files.lock_dir(save)
+            holder.kill()
+            holder.wait()
+            lock = files.lock_dir(save)
+            assert lock is not None
+            lock.release()
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path: Path, monkeypatch, code: int) -> None:
     def no_locks(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
-    assert files.hold(tmp_path / "checkpoints") is None
-    assert files.hold(Path("/proc/nowhere/checkpoints")) is None
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for _ in range(2):  # and no lock file of the first one keeps out the second
+        assert files.lock_dir(tmp_path / "checkpoints") is None
+    assert files.lock_dir(Path("/proc/nowhere/checkpoints")) is None
 
 
 def test_an_old_one_that_cannot_go_is_told_and_no_more(tmp_path: Path, monkeypatch) -> None:
@@ -226,5 +342,5 @@ def test_an_old_one_that_cannot_go_is_told_and_no_more(tmp_path: Path, monkeypat
     monkeypatch.setattr(files.shutil, "rmtree", busy)
     assert prune(tmp_path, 1, newest, said.append) == ["step_0000003"]
     assert said == [f"could not remove the old checkpoint {tmp_path}/step_0000002: Directory not empty"]
-    files.clear_left_overs(tmp_path)
-    assert checkpoints(tmp_path) == [newest]
+    files.remove_partial(tmp_path)
+    assert list_checkpoints(tmp_path) == [newest]

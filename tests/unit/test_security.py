@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from checkpoint.files import checksums
+from checkpoint.files import compute_checksums
 from checkpoint.reader import SafeReader, UnsafeCheckpoint
 from checkpoint.saver import Saver, load_checkpoint
 from config.cli import parse_arguments
@@ -55,7 +55,7 @@ def rewrite(place: Path, name: str, content: bytes) -> None:
     """A file and its checksum, as whoever made it would."""
     (place / name).write_bytes(content)
     sums = json.loads((place / "checksums.json").read_text())
-    sums |= checksums([place / name])
+    sums |= compute_checksums([place / name])
     (place / "checksums.json").write_text(json.dumps(sums))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import struct
 import subprocess
@@ -18,7 +19,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data.sources as sources_module
-import utils.files as cache_module
 from data.build import build_tokens, split_documents, train_tokenizer
 from data.dataset import PackedDataset
 from data.indexed_dataset import HEADER, IndexedDataset, write_indexed_dataset
@@ -202,7 +202,7 @@ def test_where_locks_are_missing_builders_leave_one_whole_folder(tmp_path: Path,
     def refuse(file, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(cache_module.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     place, together, builds = tmp_path / "thing", threading.Barrier(4), []
 
     def build(folder: Path) -> None:
