@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,7 +35,8 @@ def read_tensor_index(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     Raises:
         OSError, UnsafeCheckpoint: the index cannot be read.
     """
-    return SafeReader(checkpoint).read_metadata().state_dict_metadata
+    # The reader refuses other entries.
+    return cast(dict[str, TensorStorageMetadata], SafeReader(checkpoint).read_metadata().state_dict_metadata)
 
 
 def read_tensor(checkpoint: Path, name: str, like: TensorStorageMetadata) -> Tensor:
@@ -126,10 +128,10 @@ def diff(first: Path, second: Path) -> int:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, folders in ((inspect, 1), (verify, 1), (diff, 2)):
-        added = commands.add_parser(command.__name__, help=command.__doc__.split(".")[0])
-        added.add_argument("folders", metavar="DIR", nargs=folders, type=Path)
-        added.set_defaults(run=command)
+    for run, folders in ((inspect, 1), (verify, 1), (diff, 2)):
+        command = commands.add_parser(run.__name__)
+        command.add_argument("folders", metavar="DIR", nargs=folders, type=Path)
+        command.set_defaults(run=run)
     args = parser.parse_args(argv)
     try:
         return args.run(*map(find_run_checkpoint, args.folders))
