@@ -133,7 +133,9 @@ def run_metadata(
 ) -> dict[str, Any]:
     """Return what a resumed run must share with the run that wrote its checkpoint."""
     metadata = {option(name): value for kind in KEPT for name, value in config.flags(kind).items()}
-    metadata |= {f"model {name}": value for name, value in asdict(architecture).items() if not name.endswith("_dropout")}
+    metadata |= {
+        f"model {name}": value for name, value in asdict(architecture).items() if not name.endswith("_dropout")
+    }
     metadata["weights' dtype"] = config.training.parameter_dtype
     return metadata | {"tokenizer": tokenizer.fingerprint, "training documents": sequences.fingerprint()}
 
