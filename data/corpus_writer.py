@@ -26,11 +26,6 @@ from utils.files import checksum, replace_synced, sync
 SHOWN = 5  # bad records that are shown
 
 
-def part_folder(prefix: Path) -> Path:
-    """`<prefix>.part`."""
-    return Path(f"{prefix}.part")
-
-
 def model_copy(prefix: Path, model: Path) -> Path:
     """Where the tokenizer's model is copied to."""
     return prefix.parent / f"{prefix.name}.tokenizer{model.suffix}"
@@ -73,7 +68,7 @@ class CorpusWriter:
 
     def __init__(self, prefix: Path, *, dtype: np.dtype, key: str, overwrite: bool) -> None:
         self.prefix, self.dtype, self.key = prefix, dtype, key
-        self.folder = part_folder(prefix)
+        self.folder = Path(f"{prefix}.part")
         self.files = {name: self.folder / name for name in ("tokens", "lengths", "progress.json", "lock")}
         if index_file(prefix).exists() and not overwrite:
             raise UserError(f"--output-prefix {prefix}: {index_file(prefix)} exists already; --overwrite replaces it")
@@ -84,7 +79,16 @@ class CorpusWriter:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"--output-prefix {prefix}: another process is writing it") from error
-        self.progress = self._resume(overwrite)
+        try:
+            progress = self._read_progress()
+        except UserError as error:
+            if not overwrite:
+                raise UserError(f"{error}; --overwrite starts over") from error
+            progress = None
+        if progress is None:
+            for name in ("tokens", "lengths", "progress.json"):
+                self.files[name].unlink(missing_ok=True)
+        self.progress = progress or Progress()
         self.outputs: dict[str, BinaryIO] = {}
         for name, size in self._sizes(self.progress).items():
             self.outputs[name] = self.files[name].open("ab")
@@ -92,19 +96,6 @@ class CorpusWriter:
 
     def _sizes(self, progress: Progress) -> dict[str, int]:
         return {"tokens": progress.tokens * self.dtype.itemsize, "lengths": progress.documents * 4}
-
-    def _resume(self, overwrite: bool) -> Progress:
-        try:
-            progress = self._read_progress()
-        except UserError as error:
-            if not overwrite:
-                raise UserError(f"{error}; --overwrite starts over") from error
-            progress = None
-        if progress is not None:
-            return progress
-        for name in ("tokens", "lengths", "progress.json"):
-            self.files[name].unlink(missing_ok=True)
-        return Progress()
 
     def _read_progress(self) -> Progress | None:
         """Progress of an earlier run; None: nothing was begun, or a finished run left its folder behind.
@@ -225,5 +216,5 @@ def refuse_overwriting(prefix: Path, model: Path | None, inputs: Sequence[str], 
 def output_files(prefix: Path, model: Path | None) -> list[Path]:
     """What a run writes, resolved: tokens, index, metadata, the copy of a model, and last the unfinished folder."""
     copy = [] if model is None else [model_copy(prefix, model)]
-    files = [token_file(prefix), index_file(prefix), metadata_file(prefix), *copy, part_folder(prefix)]
+    files = [token_file(prefix), index_file(prefix), metadata_file(prefix), *copy, Path(f"{prefix}.part")]
     return [path.resolve() for path in files]

@@ -204,7 +204,7 @@ class PackedDataset:
         return PackedSample(stream[:-1], stream[1:], whole, whole, loss_tokens=self.seq_length)
 
     def _check_vocabulary(self, tokens: np.ndarray, ahead: list[int], pieces: list[tuple[int, int, int]]) -> None:
-        """Check a sample's tokens and the labels that are not among them. Raises UserError: names id and document."""
+        """Checks a sample's tokens and the labels that are not among them. Raises UserError: names id and document."""
         size = self.vocab_size
         # As unsigned numbers, negative ids are very large: one pass finds both faults.
         if size is None or (int(tokens.view(np.uint64).max()) < size and all(0 <= label < size for label in ahead)):

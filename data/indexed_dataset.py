@@ -64,7 +64,7 @@ def write_index(out: BinaryIO, lengths: np.ndarray, dtype: np.dtype) -> None:
 
 
 def write_indexed_dataset(prefix: Path, documents: Iterable[np.ndarray], *, vocab_size: int) -> None:
-    """Write `<prefix>.bin` and `<prefix>.idx`."""
+    """Writes `<prefix>.bin` and `<prefix>.idx`."""
     dtype = np.dtype(token_dtype(vocab_size))
     lengths = []
     with token_file(prefix).open("wb") as out:
@@ -81,6 +81,7 @@ class IndexedDataset:
     Opening checks the header, the sizes and the last entries: constant cost. A document's offset is checked when it is read.
 
     Attributes:
+        tokens: all tokens of the `.bin` file, a view of the map.
         dtype: of the tokens.
 
     Raises:
@@ -131,9 +132,8 @@ class IndexedDataset:
             end = int(self._offsets[-1]) + int(self._sequence_lengths[-1]) * self.dtype.itemsize
             if end > size:
                 raise UserError(f"{self._token_file}: {size} bytes, but its index points past the end, to byte {end}")
-        self._tokens = (
-            np.memmap(self._token_file, self.dtype, "r").view(np.ndarray) if size else np.empty(0, self.dtype)
-        )
+        mapped = np.memmap(self._token_file, self.dtype, "r") if size else np.empty(0, self.dtype)
+        self.tokens = mapped.view(np.ndarray)
         self._firsts: np.ndarray | None = firsts
         self._documents = entries - 1
 
@@ -172,11 +172,6 @@ class IndexedDataset:
     def __len__(self) -> int:
         return self._documents
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """All tokens of the `.bin` file, a view of the map."""
-        return self._tokens
-
     def locate(self, document: int, start: int, length: int) -> int:
         """Index into `tokens` of a document's token `start`; checks that `length` tokens from there lie in the file.
 
@@ -196,14 +191,14 @@ class IndexedDataset:
                     f"{index_file(self.prefix)}: the sequences of document {document} do not lie end to end"
                 )
         begin = offset // size + start
-        if offset < 0 or offset % size or begin + length > len(self._tokens):
+        if offset < 0 or offset % size or begin + length > len(self.tokens):
             raise UserError(
                 f"{self._token_file}: its index places document {document} at byte {offset}, {whole} tokens, "
-                f"but the file holds {len(self._tokens)} tokens of {size} bytes"
+                f"but the file holds {len(self.tokens)} tokens of {size} bytes"
             )
         return begin
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """[length] tokens of a document from token `start` on; a view of the map. Raises UserError: as `locate`."""
         begin = self.locate(document, start, length)
-        return self._tokens[begin : begin + length]
+        return self.tokens[begin : begin + length]

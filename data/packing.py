@@ -368,7 +368,7 @@ STORED_ARRAYS = {
 
 
 def save_epoch(index: StoredEpoch, folder: Path) -> None:
-    """Write an index's arrays, one .npy file each."""
+    """Writes an index's arrays, one .npy file each."""
     for name, value in vars(index).items():
         if isinstance(value, np.ndarray):
             np.save(folder / f"{name}.npy", value)

@@ -55,6 +55,11 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def new_parser(description: str, command: str = "", epilog: str = "") -> OneLineParser:
+    prog = f"python -m data.prepare {command}".rstrip()
+    return OneLineParser(prog=prog, allow_abbrev=False, description=description, epilog=epilog)
+
+
 def option(help: str, default: Any = MISSING, **argument: Any) -> Any:
     """A dataclass field that is a flag. Args: argument, of `add_argument`; without a default the flag is required."""
     return field(default=default, metadata={"help": help, **argument})
@@ -139,11 +144,9 @@ class TrainTokenizerOptions(InputOptions):
 
 def build_parser() -> argparse.ArgumentParser:
     """The main command's parser, which makes `PrepareOptions`."""
-    parser = OneLineParser(
-        prog="python -m data.prepare",
-        allow_abbrev=False,
-        description="Tokenize documents into <prefix>.bin and <prefix>.idx. One document is a JSONL record, a Parquet row or a text file, "
-        "each file plain, .gz or .zst. The same command resumes where it was stopped.",
+    parser = new_parser(
+        "Tokenize documents into <prefix>.bin and <prefix>.idx. One document is a JSONL record, a Parquet row or a text file, each "
+        "file plain, .gz or .zst. The same command resumes where it was stopped.",
         epilog="also: python -m data.prepare train-tokenizer --help; python -m data.prepare stats --help",
     )
     add_options(parser, PrepareOptions)
@@ -320,11 +323,7 @@ def _prepare_command(words: Sequence[str]) -> None:
 
 
 def _train_tokenizer_command(words: Sequence[str]) -> None:
-    parser = OneLineParser(
-        prog="python -m data.prepare train-tokenizer",
-        allow_abbrev=False,
-        description="Train a SentencePiece BPE model with byte fallback.",
-    )
+    parser = new_parser("Train a SentencePiece BPE model with byte fallback.", "train-tokenizer")
     add_options(parser, TrainTokenizerOptions)
     options = parse_options(TrainTokenizerOptions, parser, words)
     if options.input_sentence_size < 0 or 0 < options.input_sentence_size <= 100:
@@ -362,7 +361,7 @@ def main(words: Sequence[str]) -> int:
         elif words[:1] == ["stats"]:
             from data.statistics import stats_command
 
-            stats_command(words[1:], OneLineParser)
+            stats_command(words[1:], new_parser("What is in a corpus, and what packing makes of it.", "stats"))
         else:
             _prepare_command(words)
     except (BadRecord, ValueError, OSError) as error:

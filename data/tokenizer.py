@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 import numpy as np
 
@@ -20,18 +20,11 @@ MAX_PIECE_BYTES = 1 << 20
 NUM_THREADS = 2
 SPACE = "\u2581"  # SentencePiece's sign for a space
 # EOD tokens of published tokenizers; the first that a tokenizer.json has is taken.
-EOD_TOKENS = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<eod>",
-    "</s>",
-    "<eos>",
-    "<|eos|>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-)
+EOD_TOKENS: tuple[str, ...] = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>", "<|eos|>")
+EOD_TOKENS += ("<\uff5cend\u2581of\u2581sentence\uff5c>",)
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """Text to ids and back.
 
     Attributes:
@@ -45,18 +38,19 @@ class Tokenizer(Protocol):
     eod: int
     fingerprint: str
 
+    @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """[n] int32 ids of the text, without EOD."""
-        ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, faster, on one thread."""
-        ...
+        """`encode` of each text, on one thread."""
+        return [self.encode(text) for text in texts]
 
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str: ...
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes, and 256 as EOD."""
 
     kind = "byte"
@@ -66,9 +60,6 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8", errors="surrogateescape"), np.uint8).astype(np.int32)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -92,7 +83,7 @@ def _read_model(file: Path) -> bytes:
         raise UserError(f"--tokenizer-model {file}: {error.strerror}") from error
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file; its end-of-sentence piece is the EOD.
 
     Raises:
@@ -135,7 +126,7 @@ class SentencePieceTokenizer:
         return self.processor.decode([int(i) for i in ids])
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` of the Hugging Face `tokenizers` library, without its template's special tokens.
 
     Args:
@@ -179,10 +170,6 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.processor.encode(text, add_special_tokens=False).ids, np.int32)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # The library's encode_batch starts threads; our workers are processes.
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.processor.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -239,23 +226,19 @@ def _training_pieces(texts: Iterable[str], size: int = 1000) -> Iterator[str]:
     for text in texts:
         buffer = ""
         for line in text.splitlines(keepends=True):
-            for part in _cut_line(line, size):
-                buffer += part
+            at = 0
+            while at < len(line):
+                end = len(line)
+                if end - at > 2 * size:
+                    space = line.find(" ", at + size, at + 10 * size)
+                    end = at + 10 * size if space < 0 else space
+                buffer += line[at:end]
+                at = end
                 if len(buffer) >= size:
                     yield buffer
                     buffer = ""
         if buffer:
             yield buffer
-
-
-def _cut_line(line: str, size: int) -> Iterator[str]:
-    at = 0
-    while len(line) - at > 2 * size:
-        space = line.find(" ", at + size, at + 10 * size)
-        end = at + 10 * size if space < 0 else space
-        yield line[at:end]
-        at = end
-    yield line[at:]
 
 
 def train_sentencepiece(

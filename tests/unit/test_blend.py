@@ -57,7 +57,7 @@ def test_a_far_place_takes_no_long_way() -> None:
 
 def test_a_state_of_another_blend_is_refused() -> None:
     for counts in ([1, 1], [3], [1, 1, 1]):
-        with pytest.raises(ValueError, match="cannot go on"):
+        with pytest.raises(ValueError, match="cannot resume"):
             Blend([1, 2], (3, counts))
 
 
