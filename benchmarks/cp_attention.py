@@ -11,8 +11,8 @@
    value by the host.
 
 Things that are compared take turns, round by round; a figure is a median over rounds of the slowest rank.
-A `*` marks ring-flash-attn over plain-PyTorch kernels (cp/flash_attn_reference.py), which form whole score
-matrices: their times compare with nothing. Prints tables; a wrong byte count or a host read fails.
+ring-flash-attn runs over PyTorch's flash kernel too (cp/flash_attn_cpu.py). Prints tables; a wrong byte count or a
+host read fails.
 """
 
 from __future__ import annotations
@@ -58,11 +58,9 @@ UNIT = 2 * max(CP_SIZES)  # every layout at every size cuts documents padded to 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CORES = len(os.sched_getaffinity(0))
 LONG, LONG_ROUNDS = 16384, 3  # rows from here on get fewer rounds
-REFERENCE_LIMIT = 8192  # tokens above which the plain-PyTorch kernels' score matrices grow too large
 PROFILED_TOKENS = 16384  # about, of comparison 3
 FASTER_ROUNDS = 7  # at least, of comparison 2
 TIMEOUT = 1800.0
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +93,6 @@ def documents(seq_length: int) -> tuple[int, ...]:
 ALONE = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
 
 
-def over_reference(choice: AttentionChoice) -> bool:
-    """Whether this cell runs over plain PyTorch; ring-flash-attn's dense functions get PyTorch's flash kernel."""
-    return choice.backend == "ring" and choice.qkv_format == "thd"
-
-
 def sent_formula(row: Row, choice: AttentionChoice) -> tuple[int, int]:
     """Bytes that a rank sends in the forward and in the backward pass."""
     return cp_bytes(
@@ -110,71 +103,6 @@ def sent_formula(row: Row, choice: AttentionChoice) -> tuple[int, int]:
         head_dim=row.head_dim,
         item=DTYPES[row.dtype].itemsize,
     )
-
-
-# ---------------------------------------------------------------------------------------------------
-# flash-attn's two dense functions over PyTorch's CPU flash kernel. The library reads the parameters' names.
-
-
-def _flash_attn_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    return_softmax: bool,
-) -> tuple[Tensor, Tensor, None, None]:
-    """q [b, sq, h, d] -> out [b, sq, h, d], lse [b, h, sq]; causal only where square."""
-    assert not causal or q.shape[1] == k.shape[1]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=softmax_scale)
-    return out.transpose(1, 2), lse, None, None
-
-
-def _flash_attn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    rng_state: Tensor | None = None,
-) -> Tensor:
-    """Writes dq, dk and dv."""
-    assert not causal or q.shape[1] == k.shape[1]
-    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, softmax_lse, 0.0, causal, scale=softmax_scale
-    )
-    for target, grad in zip((dq, dk, dv), grads, strict=True):
-        target.copy_(grad.transpose(1, 2))
-    return softmax_lse
-
-
-def use_flash_kernels() -> None:
-    """Give the dense functions of ring-flash-attn PyTorch's flash kernel."""
-    from cp.ring_flash import load_library
-
-    load_library("cpu")
-    for name in ("zigzag_ring_flash_attn", "ring_flash_attn", "stripe_flash_attn"):
-        module: Any = sys.modules[f"ring_flash_attn.{name}"]
-        module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -213,7 +141,6 @@ def shards(row: Row, layout: str) -> tuple[Any, list[Tensor]]:
 def built(row: Row, choice: AttentionChoice) -> tuple[Callable[..., Tensor], WaitClock]:
     if choice.backend == "ring":
         warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-        use_flash_kernels()
     groups = a2a_groups(choice.a2a_size) if choice.a2a_size > 1 else None
     clock = WaitClock()
     return build_attention(choice, head_dim=row.head_dim, a2a_groups=groups, clock=clock), clock
@@ -347,8 +274,7 @@ def table_cells(row: Row, cp_size: int) -> list[AttentionChoice]:
     """The table's cells for this row's format and dtype, without a2a+p2p where nothing is left to ring over."""
     found = cells(device="cpu", cp_size=cp_size, heads=row.heads, groups=row.groups)
     chosen = [c for c, dtype in found if (c.qkv_format, dtype) == (row.qkv_format, row.dtype)]
-    chosen = [c for c in chosen if not (c.method == "a2a+p2p" and c.a2a_size == cp_size)]
-    return [c for c in chosen if not over_reference(c) or row.seq_length <= REFERENCE_LIMIT]
+    return [c for c in chosen if not (c.method == "a2a+p2p" and c.a2a_size == cp_size)]
 
 
 def compare_methods(worlds: dict[int, World], rows: list[Row], rounds: int) -> list[dict]:
@@ -382,10 +308,9 @@ def compare_methods(worlds: dict[int, World], rows: list[Row], rounds: int) -> l
                 sent_bytes=max(sent[choice]),
                 sent_formula=formula,
                 balance=balance(pairs),
-                reference_kernels=over_reference(choice),
                 rounds_s=times[choice],
             )
-            name = f"{choice.backend} {choice.method} {choice.layout}{' *' if entry['reference_kernels'] else ''}"
+            name = f"{choice.backend} {choice.method} {choice.layout}"
             wait = "-" if entry["wait_s"] is None else f"{waiting:.3f}"
             mib = [
                 f"{b / 2**20:.2f}{'' if b == f else ' (!)'}" for b, f in zip(entry["sent_bytes"], formula, strict=True)
@@ -465,10 +390,9 @@ def plot(figures: list[dict], path: Path) -> None:
     panels: dict[tuple, dict[str, dict[int, float]]] = {}
     for entry in figures:
         choice = entry["choice"]
-        if not entry["reference_kernels"]:
-            bars = panels.setdefault((entry["seq_length"], choice["qkv_format"], entry["dtype"]), {})
-            name = f"{choice['backend']} {choice['method']}\n{choice['layout']}"
-            bars.setdefault(name, {})[choice["cp_size"]] = entry["efficiency"]
+        bars = panels.setdefault((entry["seq_length"], choice["qkv_format"], entry["dtype"]), {})
+        name = f"{choice['backend']} {choice['method']}\n{choice['layout']}"
+        bars.setdefault(name, {})[choice["cp_size"]] = entry["efficiency"]
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(12, 3.6 * len(panels)), squeeze=False)
     for axis, ((seq_length, qkv_format, dtype), bars) in zip(axes[:, 0], panels.items(), strict=True):
         for i, size in enumerate(CP_SIZES):

@@ -1,6 +1,6 @@
 """The ring-flash-attn library as a backend (`--cp-backend ring --ring-attn-func ...`), version 0.1.8.
 
-On CUDA over flash-attn; on CPU over `cp/flash_attn_reference.py`, so that the library's own ring logic is
+On CUDA over flash-attn; on CPU over `cp/flash_attn_cpu.py`, so that the library's own ring logic is
 run by every test. What is known of the library and refused in `cp/support.py`: gradients of zigzag, ring and
 stripe are silently wrong in fp32 (a `.to(torch.float32)` that aliases a buffer which is then overwritten), and
 ring's dq is rounded to bf16; no dropout, no windows.
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cp import flash_attn_reference
+from cp import flash_attn_cpu
 from cp.packed_seq import PackedSeq, to_device
 from utils.errors import UserError
 
@@ -42,8 +42,8 @@ def load_library(device_type: str) -> types.ModuleType:
     stand_ins = {"ring_flash_attn.adapters": adapters}
     if device_type == "cpu":
         package = types.ModuleType("flash_attn")
-        package.flash_attn_interface = flash_attn_reference  # type: ignore[attr-defined]
-        stand_ins |= {"flash_attn": package, "flash_attn.flash_attn_interface": flash_attn_reference}
+        package.flash_attn_interface = flash_attn_cpu  # type: ignore[attr-defined]
+        stand_ins |= {"flash_attn": package, "flash_attn.flash_attn_interface": flash_attn_cpu}
     hidden = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
     sys.modules.update(stand_ins)
     try:

@@ -1,4 +1,4 @@
-"""flash-attn's functions take what ring-flash-attn passes them, and our reference of them on the CPU takes the same.
+"""flash-attn's functions take what ring-flash-attn passes them, and our functions on the CPU take the same.
 
 flash-attn's sources are those of the pinned release, which `make setup` unpacks beside the environment; it is not imported.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cp import flash_attn_reference
+from cp import flash_attn_cpu
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FUNCTIONS = ("_flash_attn_forward", "_flash_attn_backward", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
@@ -58,9 +58,9 @@ def passed_by_the_library() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_our_reference_takes_what_flash_attn_takes(name: str) -> None:
+def test_our_functions_take_what_flash_attn_takes(name: str) -> None:
     """In the same order: all of it may be given by place."""
-    ours = list(inspect.signature(getattr(flash_attn_reference, name)).parameters)
+    ours = list(inspect.signature(getattr(flash_attn_cpu, name)).parameters)
     assert ours == arguments_of(name)[: len(ours)]
 
 

@@ -1,0 +1,164 @@
+"""flash-attn's four functions that ring-flash-attn calls, over PyTorch's CPU flash operators.
+
+CPU ranks run the library's own ring logic over them. Signatures, output layouts and mask alignment are flash-attn 2.8's:
+the log-sum-exp is float32, [batch, heads, rows] for the dense functions and [heads, total rows] for the varlen
+functions; a causal mask is aligned to the bottom right. The library reads the parameters' names.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def _check(dropout_p: float, window_left: int, window_right: int, softcap: float, alibi_slopes: Tensor | None) -> None:
+    if dropout_p or (window_left, window_right) != (-1, -1) or softcap or alibi_slopes is not None:
+        raise NotImplementedError("flash-attn on CPU has no dropout, window, softcap or ALiBi")
+
+
+def _mask(q: Tensor, k: Tensor, causal: bool) -> dict:
+    """The operators' mask arguments; q [b, sq, h, d], k [b, sk, h, d]. The operators align their own causal mask to the top left."""
+    rows, columns = q.shape[1], k.shape[1]
+    if not causal or rows == columns:
+        return {"is_causal": causal}
+    hidden = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1)
+    return {"attn_mask": q.new_zeros(rows, columns).masked_fill_(hidden, float("-inf"))}
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """q [b, sq, h, d]; k, v [b, sk, hkv, d] -> out [b, sq, h, d], lse [b, h, sq]."""
+    inputs = (x.transpose(1, 2) for x in (q, k, v))  # [b, h, s, d]
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*inputs, 0.0, scale=scale, **_mask(q, k, causal))
+    return out.transpose(1, 2), lse
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv in the layouts of q, k, v, given the final out and lse of the whole attention."""
+    mask = _mask(q, k, causal)
+    inputs = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *inputs, lse, 0.0, mask.pop("is_causal", False), scale=scale, **mask
+    )
+    return tuple(grad.transpose(1, 2) for grad in grads)
+
+
+def _flash_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, None, None]:
+    """q [b, sq, h, d] -> out [b, sq, h, d], lse [b, h, sq]."""
+    _check(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+    return *_forward(q, k, v, softmax_scale, causal), None, None
+
+
+def _flash_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """Writes dq, dk and dv."""
+    _check(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+    grads = _backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal)
+    for target, grad in zip((dq, dk, dv), grads, strict=True):
+        target.copy_(grad)
+    return softmax_lse
+
+
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> tuple[Tensor, Tensor, None, None]:
+    """q [rows, h, d] -> out [rows, h, d], lse [h, rows]."""
+    _check(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+    out = torch.zeros_like(q)
+    lse = torch.full((q.shape[1], len(q)), float("-inf"), device=q.device)
+    for at_q, at_k in _sequences(cu_seqlens_q, cu_seqlens_k):
+        part, part_lse = _forward(q[None, at_q], k[None, at_k], v[None, at_k], softmax_scale, causal)
+        out[at_q], lse[:, at_q] = part[0], part_lse[0]
+    return out, lse, None, None
+
+
+def _flash_attn_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> Tensor:
+    """Writes dq, dk and dv."""
+    _check(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+    for at_q, at_k in _sequences(cu_seqlens_q, cu_seqlens_k):
+        inputs = (x[None, at] for x, at in ((dout, at_q), (q, at_q), (k, at_k), (v, at_k), (out, at_q)))
+        grads = _backward(*inputs, softmax_lse[None, :, at_q], softmax_scale, causal)
+        dq[at_q], dk[at_k], dv[at_k] = (grad[0] for grad in grads)
+    return softmax_lse
+
+
+def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, slice]]:
+    """Query and key rows of each document that has both."""
+    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    pairs = [(slice(*q[i : i + 2]), slice(*k[i : i + 2])) for i in range(len(q) - 1)]
+    return [(at_q, at_k) for at_q, at_k in pairs if at_q.start < at_q.stop and at_k.start < at_k.stop]
