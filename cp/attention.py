@@ -1,8 +1,8 @@
-"""One call for every context-parallel attention: the registry.
+"""The registry of context-parallel attention: one call for every backend.
 
 attention(q, k, v, packed_seq, group) -> out      # q [t, hq, d]; k, v [t, hkv, d]; t = T / cp
 
-With attention dropout, which only some rows of `cp.support.SUPPORT` offer, `dropout=AttentionDropout(...)` comes with the call.
+Backends that support attention dropout (`cp.support.DROPOUT_DEVICES`) also take `dropout=AttentionDropout(...)`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def build_attention(
     a2a_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     clock: WaitClock | None = None,
 ) -> Attention:
-    """The attention call that `cp.support.choose` chose, with softmax scale 1/sqrt(head_dim).
+    """Build the attention call that `cp.support.choose` selected, with softmax scale 1/sqrt(head_dim).
 
     Args:
-        a2a_groups: for `a2a` and `a2a+p2p`, this rank's neighbours that trade heads and the ring over the rest.
-        clock: counts the waits of `native`; the libraries' cannot be seen.
+        a2a_groups: for `a2a` and `a2a+p2p`: this rank's neighbours that trade heads, and the ring over the rest.
+        clock: measures the waits of `native`; the libraries' waits are not measured.
     """
     scale = head_dim**-0.5
     if choice.backend == "native":
@@ -41,12 +41,12 @@ def build_attention(
             return partial(ring_attention, scale=scale, clock=clock)
         if choice.method == "all_gather":
             return partial(all_gather_attention, scale=scale, heads_k_stride=choice.heads_k_stride, clock=clock)
-        if choice.a2a_size == 1:  # nobody to trade with: the ring that is left over
+        if choice.a2a_size == 1:  # no neighbour to trade with: the ring alone
             return partial(ring_attention, scale=scale, clock=clock)
         assert a2a_groups is not None
         return partial(a2a_attention, scale=scale, a2a_group=a2a_groups[0], ring_group=a2a_groups[1], clock=clock)
     if choice.backend == "pytorch":
-        from cp.pytorch_cp import pytorch_attention  # private names of PyTorch, imported where they are chosen
+        from cp.pytorch_cp import pytorch_attention  # private names of PyTorch, imported only on demand
 
         return partial(
             pytorch_attention, scale=scale, rotate_method=choice.method, load_balance=choice.layout == "zigzag"

@@ -1,7 +1,7 @@
 """flash-attn's four functions that ring-flash-attn calls, over PyTorch's CPU flash operators.
 
-CPU ranks run the library's own ring logic over them. Signatures, output layouts and mask alignment are flash-attn 2.8's:
-the log-sum-exp is float32, [batch, heads, rows] for the dense functions and [heads, total rows] for the varlen
+So CPU ranks run the library's own ring logic. Signatures, output layouts and mask alignment are flash-attn 2.8's: the
+log-sum-exp is float32, [batch, heads, rows] for the dense functions and [heads, total rows] for the varlen
 functions; a causal mask is aligned to the bottom right. The library reads the parameters' names.
 """
 
@@ -19,7 +19,7 @@ def _check(dropout_p: float, window_left: int, window_right: int, softcap: float
 
 
 def _mask(q: Tensor, k: Tensor, causal: bool) -> dict:
-    """The operators' mask arguments; q [b, sq, h, d], k [b, sk, h, d]. The operators align their own causal mask to the top left."""
+    """Mask arguments for q [b, sq, h, d], k [b, sk, h, d]; the operators align their causal mask to the top left."""
     rows, columns = q.shape[1], k.shape[1]
     if not causal or rows == columns:
         return {"is_causal": causal}

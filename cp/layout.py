@@ -1,11 +1,11 @@
-"""Which context-parallel rank owns which token: pure functions on numpy arrays, each with its inverse.
+"""Context-parallel sharding: which rank owns which token, as pure functions on numpy arrays with their inverses.
 
-- `zigzag` cuts every document into 2*cp chunks and gives rank r the chunks r and 2*cp-1-r, so that each
-  rank does the same share of every document's causal attention (Llama 3, arXiv:2407.21783, section
-  3.3.2; the order of Transformer Engine's DUAL_CHUNK_SWAP).
-- `contiguous` cuts the row into cp equal parts wherever that falls; documents may have any length.
-- `doc_contiguous` cuts every document into cp equal parts, rank r takes part r.
-- `striped` deals the tokens of every document out one by one (Striped Attention, arXiv:2311.09431).
+- `zigzag` cuts every document into 2*cp chunks and gives rank r the chunks r and 2*cp-1-r, so that all ranks have the
+  same share of every document's causal attention (Llama 3, arXiv:2407.21783, section 3.3.2; the order of Transformer
+  Engine's DUAL_CHUNK_SWAP).
+- `contiguous` cuts the row into cp equal parts; documents may have any length.
+- `doc_contiguous` cuts every document into cp equal parts; rank r takes part r.
+- `striped` deals every document's tokens out one by one (Striped Attention, arXiv:2311.09431).
 
 A BSHD row is the special case in which every document is one sequence.
 """
@@ -20,12 +20,12 @@ LAYOUTS = ("zigzag", "contiguous", "doc_contiguous", "striped")
 
 
 def document_unit(layout: str, cp_size: int) -> int:
-    """Tokens that a document's padded length must be a multiple of."""
+    """The number of tokens that must divide each document's padded length."""
     return {"zigzag": 2 * cp_size, "contiguous": 1, "doc_contiguous": cp_size, "striped": cp_size}[layout]
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenation of arange(start, start + length) over all pairs, without a Python loop. int64."""
+    """Concatenate arange(start, start + length) over all pairs. int64."""
     starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
     values = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
     values += np.arange(len(values))
@@ -33,16 +33,16 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def shard_indices(padded_lengths: np.ndarray, *, cp_size: int, cp_rank: int, layout: str) -> np.ndarray:
-    """Positions in the row of the tokens that `cp_rank` owns, in the order in which it stores them.
+    """Positions in the row of the tokens that `cp_rank` owns, in its storage order.
 
     Args:
-        padded_lengths: [documents] storage length of each document; they fill the row.
+        padded_lengths: [documents] stored tokens of each document; their sum is T.
 
     Returns:
         [T / cp_size] int64.
 
     Raises:
-        ValueError: a length that the layout cannot cut, or an unknown layout.
+        UserError: a length that the layout cannot cut, or an unknown layout.
     """
     if layout not in LAYOUTS:
         raise UserError(f"unknown layout {layout!r}")
@@ -70,26 +70,29 @@ def shard_indices(padded_lengths: np.ndarray, *, cp_size: int, cp_rank: int, lay
     if layout == "doc_contiguous":
         return ranges(first, chunk)
     second = start + (2 * cp_size - 1 - cp_rank) * chunk
-    # [documents, 2] flattened: a document's two chunks lie side by side in this rank's storage.
+    # [documents, 2] flattened: a document's two chunks are adjacent in this rank's storage.
     return ranges(np.stack((first, second), 1).ravel(), np.repeat(chunk, 2))
 
 
-def unshard_indices(padded_lengths: np.ndarray, *, cp_size: int, layout: str) -> np.ndarray:
-    """Inverse of `shard_indices`: concatenated shards (rank 0 first) indexed with it give the row back. [T] int64."""
-    owned = np.concatenate(
-        [shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout) for rank in range(cp_size)]
-    )
-    inverse = np.empty_like(owned)
-    inverse[owned] = np.arange(len(owned))
+def invert(order: np.ndarray) -> np.ndarray:
+    """The inverse permutation: x[order][invert(order)] is x."""
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
     return inverse
 
 
+def unshard_indices(padded_lengths: np.ndarray, *, cp_size: int, layout: str) -> np.ndarray:
+    """The inverse of `shard_indices`: [T] int64 indices into the concatenated shards that restore the row's order."""
+    shards = [shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout) for rank in range(cp_size)]
+    return invert(np.concatenate(shards))
+
+
 def attention_pairs(lengths: np.ndarray, padded_lengths: np.ndarray, *, cp_size: int, layout: str) -> np.ndarray:
-    """Causal (query, key) pairs of real tokens that each rank computes: the work to balance. [cp_size] int64."""
+    """Causal (query, key) pairs of real tokens that each rank computes, [cp_size] int64: the work to balance."""
     lengths, padded_lengths = np.asarray(lengths, np.int64), np.asarray(padded_lengths, np.int64)
     start = np.cumsum(padded_lengths) - padded_lengths
     position = np.arange(padded_lengths.sum()) - np.repeat(start, padded_lengths)
-    # A real query at position p of its document attends to p + 1 keys; padding is not computed.
+    # A real query at position p of its document attends to p + 1 keys. Padding costs nothing.
     work = np.where(position < np.repeat(lengths, padded_lengths), position + 1, 0)
     return np.array(
         [
@@ -100,6 +103,6 @@ def attention_pairs(lengths: np.ndarray, padded_lengths: np.ndarray, *, cp_size:
 
 
 def balance(pairs: np.ndarray) -> float:
-    """max / mean of the ranks' work; 1.0 is perfect, and what an empty row counts as."""
+    """max / mean of the ranks' work; 1.0 is perfect. An empty row has 1.0."""
     mean = float(np.mean(pairs))
     return float(np.max(pairs)) / mean if mean else 1.0

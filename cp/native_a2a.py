@@ -1,12 +1,11 @@
 """Ulysses and two-level attention (`--cp-backend native --cp-comm-type a2a | a2a+p2p`).
 
-An all-to-all over the `a2a` ranks trades tokens for heads (DeepSpeed Ulysses, arXiv:2309.14509): each rank
-then holds 1/A of the heads of A ranks' tokens, and attention over those is the ring of the other cp/A
-ranks (USP, arXiv:2405.07719); with A = cp nothing is left to ring over.
+An all-to-all over the A ranks of `a2a_group` trades tokens for heads (DeepSpeed Ulysses, arXiv:2309.14509): each rank
+then holds 1/A of the heads of A ranks' tokens. Attention over these is a ring over the other cp/A ranks (USP,
+arXiv:2405.07719); with A = cp there is no ring.
 
-The token layout is the zigzag of all cp ranks. The A neighbours cp_rank = A*o .. A*o + A-1 together hold the
-chunks that a zigzag over cp/A ranks gives to rank o, so after the exchange a permutation within the rank
-makes the ring's own layout.
+The layout is the zigzag of all cp ranks. The A neighbours cp_rank = A*o .. A*o + A-1 together hold the chunks that a
+zigzag over cp/A ranks gives to rank o. So after the exchange, a permutation within the rank gives the ring's layout.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cp.blocks import Block
 from cp.dropout_attention import AttentionDropout
-from cp.kernels import Block
-from cp.layout import shard_indices
+from cp.layout import invert, shard_indices
 from cp.native_p2p import build_ring_blocks, ring_attention_blocks
 from cp.packed_seq import PackedSeq, to_device
 from parallel.collectives import WaitClock, all_to_all
 
 
 @dataclass(frozen=True, eq=False)
-class _Plan:
-    """`order` [t * A]: exchanged rows (neighbour by neighbour) -> the ring's storage order; None: it is the same."""
+class _Exchange:
+    """The ring's blocks; `order` [t * A] takes exchanged tokens, by neighbour, to the ring's order; None: the same."""
 
     order: Tensor | None
     inverse: Tensor | None
@@ -53,7 +52,7 @@ def _permute(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
 
 
 def kv_copies(kv_heads: int, a2a_size: int) -> int:
-    """How often each key/value head is repeated so that every rank gets whole ones: the least that works."""
+    """Copies of each key/value head, at least one, so that every rank gets whole heads."""
     return a2a_size // math.gcd(kv_heads, a2a_size)
 
 
@@ -65,21 +64,20 @@ def build_exchange(
     ring_rank: int,
     device: torch.device,
     with_dropout: bool = False,
-) -> _Plan:
+) -> _Exchange:
+    """Build the permutation and the ring's blocks of this rank; `with_dropout`: they carry `dropout_ids`."""
     padded, cp_size = packed_seq.padded_lengths, a2a_size * ring_size
     neighbours = range(ring_rank * a2a_size, (ring_rank + 1) * a2a_size)
     exchanged = np.concatenate([shard_indices(padded, cp_size=cp_size, cp_rank=r, layout="zigzag") for r in neighbours])
     wanted = shard_indices(padded, cp_size=ring_size, cp_rank=ring_rank, layout="zigzag")
-    # Both list the same tokens of the row: find each wanted one among the exchanged ones.
-    place = np.empty(int(padded.sum()), np.int64)
-    place[exchanged] = np.arange(len(exchanged))
-    order = place[wanted]
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(len(order))
-    same = (order == np.arange(len(order))).all()
-    return _Plan(
-        order=None if same else to_device(order, device),
-        inverse=None if same else to_device(inverse, device),
+    # Both list the same tokens of the row: find each wanted token among the exchanged tokens.
+    index = np.empty(int(padded.sum()), np.int64)
+    index[exchanged] = np.arange(len(exchanged))
+    order = index[wanted]
+    is_same = (order == np.arange(len(order))).all()
+    return _Exchange(
+        order=None if is_same else to_device(order, device),
+        inverse=None if is_same else to_device(invert(order), device),
         blocks=build_ring_blocks(
             packed_seq, cp_size=ring_size, cp_rank=ring_rank, device=device, with_dropout=with_dropout
         ),
@@ -94,7 +92,7 @@ def _tokens_for_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _heads_for_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[A * t, h / A, d] -> [t, h, d]: the way back."""
+    """[A * t, h / A, d] of all neighbours' tokens -> [t, h, d] of this rank's tokens."""
     size = group.size()
     received = all_to_all(x.unflatten(0, (size, -1)), group)  # [A, t, h/A, d]
     return received.transpose(0, 1).flatten(1, 2)
@@ -113,14 +111,14 @@ def a2a_attention(
     clock: WaitClock | None = None,
     dropout: AttentionDropout | None = None,
 ) -> Tensor:
-    """Causal attention within each document of a zigzag row over `group` = a2a_group x ring_group.
+    """Causal attention within each document of a row sharded in zigzag order over `group` = a2a_group x ring_group.
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size; hq divides by the size of `a2a_group`.
         a2a_group: this rank's neighbours, with consecutive cp ranks.
-        ring_group: the ranks at this rank's place among their own neighbours.
-        clock: counts the ring's waits; the all-to-alls have nothing to hide behind and are not on it.
-        dropout: of the probabilities, its heads those of `q`; CPU only.
+        ring_group: the ranks with this rank's index among their own neighbours.
+        clock: measures the ring's waits; the all-to-alls overlap with nothing and are not measured.
+        dropout: of all of q's heads; CPU only.
 
     Returns:
         [t, hq, d]; 0 in padding.
@@ -136,14 +134,13 @@ def a2a_attention(
             device=q.device,
             with_dropout=dropout is not None,
         )
-    plan = packed_seq.cache[key]
+    exchange = packed_seq.cache[key]
     copies = kv_copies(k.shape[1], a2a_group.size())
     if copies > 1:
         k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
     if dropout is not None:  # this rank's share of the heads
         dropout = replace(dropout, first_head=dropout.first_head + a2a_group.rank() * (q.shape[1] // a2a_group.size()))
-    q, k, v = (_permute(_tokens_for_heads(x, a2a_group), plan.order, plan.inverse) for x in (q, k, v))
-    out = ring_attention_blocks(
-        q, k, v, plan.blocks, ring_group, scale=scale, clock=clock, dropout=dropout
-    )  # [A * t, hq / A, d]
-    return _heads_for_tokens(_permute(out, plan.inverse, plan.order), a2a_group)
+    q, k, v = (_permute(_tokens_for_heads(x, a2a_group), exchange.order, exchange.inverse) for x in (q, k, v))
+    # [A * t, hq / A, d]
+    out = ring_attention_blocks(q, k, v, exchange.blocks, ring_group, scale=scale, clock=clock, dropout=dropout)
+    return _heads_for_tokens(_permute(out, exchange.inverse, exchange.order), a2a_group)

@@ -1,16 +1,16 @@
 """Ring attention over the zigzag layout, on PyTorch's flash kernels (`--cp-backend native --cp-comm-type p2p`).
 
-K and V travel the ring once in the forward pass and once in the backward, where the gradients of each
-shard travel behind it and arrive at home after the last hop (Ring Attention, arXiv:2310.01889, with the
-balanced order of Llama 3). The next shard is under way while the present one is computed.
+K and V travel the ring once in the forward pass and once in the backward pass. In the backward pass each shard's
+gradient follows the shard and arrives on its own rank after the last step (Ring Attention, arXiv:2310.01889, with
+Llama 3's balanced layout). The next shard is in flight while the present one is computed.
 
-What rank r computes with the shard of rank j, for each document (chunks of the padded length / 2cp):
+Rank r computes with rank j's shard, for each document (chunks of padded length / 2cp):
 
-    j == r  own chunks r and 2cp-1-r: causal, and square, because they lie in order in storage
-    j <  r  all own queries x the first half of j: all of it is earlier, the second half all later
-    j >  r  own second half x all of j: own first half is earlier than all of j
+    j == r  own chunks r and 2cp-1-r: causal, and square because they are adjacent in storage
+    j <  r  all own queries x the first half of j's shard: all earlier; the second half is all later
+    j >  r  own second half x all of j's shard; the first half is earlier than all of it
 
-Only real tokens take part, so padding costs nothing, and no block is computed that the mask empties.
+Only real tokens take part: padding costs nothing. No fully masked block is computed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cp.dropout_attention import AttentionDropout
-from cp.kernels import (
+from cp.blocks import (
     Block,
     accumulator_dtype,
-    add_rows_,
-    block_backward,
-    block_forward,
+    add_tokens_,
     build_block,
-    fill_rows_,
-    spread_rows,
-    take_rows,
+    fill_tokens_,
+    spread_tokens,
+    take_tokens,
 )
+from cp.dropout_attention import AttentionDropout
+from cp.kernels import block_backward, block_forward
 from cp.packed_seq import PackedSeq
 from parallel.collectives import WaitClock, start_ring_shift
 
@@ -44,19 +43,23 @@ KV_TAG, GRAD_TAG = 0, 1
 def build_ring_blocks(
     packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_dropout: bool = False
 ) -> list[Block | None]:
-    """The block of each ring step: at step s the shard of rank (cp_rank - s) mod cp_size is here.
+    """Build the block of each ring step; at step s, the shard of rank (cp_rank - s) mod cp_size is on this rank.
 
-    `with_dropout` for dropout.
+    All lengths are known on the host, so no step reads a value from the device.
 
-    All lengths are known on the host, so no step asks the device for one. None: nothing to compute.
+    Args:
+        with_dropout: the blocks carry `dropout_ids`.
+
+    Returns:
+        [cp_size] blocks; None where a step computes nothing.
     """
     assert packed_seq.layout == "zigzag"
     lengths = packed_seq.lengths
     chunk = packed_seq.padded_lengths // (2 * cp_size)
-    start = 2 * (np.cumsum(chunk) - chunk)  # of each document in a rank's storage of T / cp rows
+    start = 2 * (np.cumsum(chunk) - chunk)  # of each document in a rank's T / cp tokens
 
     def real(chunk_index: int) -> np.ndarray:
-        """Real tokens that each document has in one of its chunks; chunks fill in order."""
+        """[documents] real tokens in one of each document's chunks; chunks fill in order."""
         return np.clip(lengths - chunk_index * chunk, 0, chunk)
 
     first, second = real(cp_rank), real(2 * cp_size - 1 - cp_rank)
@@ -64,9 +67,9 @@ def build_ring_blocks(
     own_ids = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=cp_rank)[0] if with_dropout else None
     for step in range(cp_size):
         peer = (cp_rank - step) % cp_size
-        places = (
-            None if own_ids is None else (own_ids, packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=peer)[1])
-        )
+        dropout_ids = None
+        if own_ids is not None:
+            dropout_ids = own_ids, packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=peer)[1]
         keys = real(peer) + real(2 * cp_size - 1 - peer)
         if peer == cp_rank:
             segments = (start, first + second, start, keys)
@@ -74,26 +77,26 @@ def build_ring_blocks(
             segments = (start, first + second, start, real(peer))
         else:
             segments = (start + chunk, second, start, keys)
-        blocks.append(build_block(*segments, causal=peer == cp_rank, device=device, places=places))
+        blocks.append(build_block(*segments, causal=peer == cp_rank, device=device, dropout_ids=dropout_ids))
     return blocks
 
 
-def merge_rows_(out: Tensor, lse: Tensor, block: Block, block_out: Tensor, block_lse: Tensor) -> None:
-    """Fold one block's result into the running softmax: out [t, hq, d], lse [t, hq], both in place.
+def merge_tokens_(out: Tensor, lse: Tensor, block: Block, block_out: Tensor, block_lse: Tensor) -> None:
+    """Merge one block's result into the running softmax: out [t, hq, d], lse [t, hq], both in place.
 
-    With w = sigmoid(block_lse - lse): out moves by w towards block_out and lse grows by -log(1 - w).
-    Rows of `block` already hold a finite lse, from the causal block that comes first.
+    With w = sigmoid(block_lse - lse): out = lerp(out, block_out, w), lse -= log(1 - w). The causal block comes first,
+    so the lse of the block's queries is finite.
     """
-    rows = block.q_rows
-    difference = block_lse.to(lse.dtype) - take_rows(lse, rows)
-    weight = torch.sigmoid(difference)[..., None]  # [rows, hq, 1]
-    merged = torch.lerp(take_rows(out, rows), block_out.to(out.dtype), weight)
-    grown = take_rows(lse, rows) + torch.nn.functional.softplus(difference, threshold=60.0)
-    if isinstance(rows, slice):
-        out[rows], lse[rows] = merged, grown
+    tokens = block.q_tokens
+    difference = block_lse.to(lse.dtype) - take_tokens(lse, tokens)
+    weight = torch.sigmoid(difference)[..., None]  # [queries, hq, 1]
+    merged = torch.lerp(take_tokens(out, tokens), block_out.to(out.dtype), weight)
+    grown = take_tokens(lse, tokens) + torch.nn.functional.softplus(difference, threshold=60.0)
+    if isinstance(tokens, slice):
+        out[tokens], lse[tokens] = merged, grown
     else:
-        out.index_copy_(0, rows, merged)
-        lse.index_copy_(0, rows, grown)
+        out.index_copy_(0, tokens, merged)
+        lse.index_copy_(0, tokens, grown)
 
 
 class _RingAttention(torch.autograd.Function):
@@ -117,11 +120,11 @@ class _RingAttention(torch.autograd.Function):
             if block is not None:
                 block_out, block_lse = block_forward(q, kv[0], kv[1], block, scale, dropout)
                 if step == 0:
-                    out = spread_rows(block_out.to(accumulate), block.q_rows, len(q))
-                    lse = spread_rows(block_lse.to(accumulate), block.q_rows, len(q))
+                    out = spread_tokens(block_out.to(accumulate), block.q_tokens, len(q))
+                    lse = spread_tokens(block_lse.to(accumulate), block.q_tokens, len(q))
                 else:
-                    merge_rows_(out, lse, block, block_out, block_lse)
-            elif step == 0:  # no real token here, hence no later block either
+                    merge_tokens_(out, lse, block, block_out, block_lse)
+            elif step == 0:  # no real token on this rank, so every later block is empty too
                 out, lse = q.new_zeros(q.shape, dtype=accumulate), q.new_zeros(q.shape[:2], dtype=accumulate)
             if shift is not None:
                 kv = shift.wait(clock)
@@ -142,15 +145,15 @@ class _RingAttention(torch.autograd.Function):
         dkv_shift = None
         for step, block in enumerate(blocks):
             kv_shift = start_ring_shift(kv, group, tag=KV_TAG) if step + 1 < cp_size else None
-            # Filled before the gradient of the same shard arrives from the rank that had it before.
+            # Filled before the same shard's gradient arrives from the previous rank.
             dkv = torch.empty((2, *k.shape), dtype=accumulate, device=q.device)
             if block is not None:
                 block_dq, block_dk, block_dv = block_backward(
                     dout, q, kv[0], kv[1], out, lse, block, ctx.scale, ctx.dropout
                 )
-                (fill_rows_ if step == 0 else add_rows_)(dq, block.q_rows, block_dq)
-                fill_rows_(dkv[0], block.k_rows, block_dk)
-                fill_rows_(dkv[1], block.k_rows, block_dv)
+                (fill_tokens_ if step == 0 else add_tokens_)(dq, block.q_tokens, block_dq)
+                fill_tokens_(dkv[0], block.k_tokens, block_dk)
+                fill_tokens_(dkv[1], block.k_tokens, block_dv)
             else:
                 dkv.zero_()
                 if step == 0:
@@ -158,7 +161,7 @@ class _RingAttention(torch.autograd.Function):
             if dkv_shift is not None:
                 dkv += dkv_shift.wait(ctx.clock)
             if cp_size > 1:
-                dkv_shift = start_ring_shift(dkv, group, tag=GRAD_TAG)  # the last of these hops ends at home
+                dkv_shift = start_ring_shift(dkv, group, tag=GRAD_TAG)  # the last shift ends on the shard's own rank
             if kv_shift is not None:
                 kv = kv_shift.wait(ctx.clock)
         if dkv_shift is not None:
@@ -177,7 +180,7 @@ def ring_attention_blocks(
     clock: WaitClock | None = None,
     dropout: AttentionDropout | None = None,
 ) -> Tensor:
-    """The ring over `group` with the blocks that `build_ring_blocks` made for it, with places where there is dropout."""
+    """The ring over `group` with its blocks from `build_ring_blocks`; dropout needs blocks `with_dropout`."""
     return _RingAttention.apply(q, k, v, blocks, group, scale, clock, dropout)
 
 
@@ -192,15 +195,15 @@ def ring_attention(
     clock: WaitClock | None = None,
     dropout: AttentionDropout | None = None,
 ) -> Tensor:
-    """Causal attention within each document of a row that is cut over `group` in zigzag order.
+    """Causal attention within each document of a row sharded over `group` in zigzag order.
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size, hkv divides hq.
-        clock: counts the time in which computation waits for a transfer.
+        clock: measures the time that computation waits for transfers.
         dropout: of the probabilities; CPU only.
 
     Returns:
-        [t, hq, d]; 0 in padding. Gradients of padding's q, k and v are 0.
+        [t, hq, d]; 0 in padding, as are the gradients of padding's q, k and v.
     """
     key = ("native_p2p", q.device, dropout is not None)
     if key not in packed_seq.cache:

@@ -1,8 +1,8 @@
-"""`PackedSeq`: the documents of one row. Loader, rope, attention and FLOPs all read this one object.
+"""`PackedSeq`: the documents of one row, which loader, rope, attention and FLOPs read.
 
-A row of T tokens is a concatenation of documents. Each is stored in a padded number of tokens and has
-a real length, at most that; the row's unused tail is a document of real length 0. A BSHD row is the
-case where each document is one sequence of exactly `seq_length` tokens.
+A row of T tokens is a concatenation of documents. Each document has a padded length, its stored tokens, and a real
+length, at most the padded one. The row's unused tail is a document of real length 0. A BSHD row is the case in which
+each document is one sequence of exactly `seq_length` tokens.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from torch import Tensor
 from cp.layout import ranges, shard_indices
 from utils.errors import UserError
 
-# The label of a token that no loss is wanted for.
+# Label of a token without loss.
 IGNORE_LABEL = -100
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PackedSeq:
-    """The documents of a whole row, and the positions of the tokens that this rank holds of it.
+    """The documents of a whole row, and the positions of this rank's tokens.
 
     Attributes:
-        lengths: [documents] int64 on the host, real tokens of each document.
-        padded_lengths: [documents] int64 on the host, stored tokens of each; they add up to T.
-        cu_seqlens: [documents + 1] int32, running sum of `lengths`, of the whole row on every rank.
+        lengths: [documents] int64 on the host, real length of each document.
+        padded_lengths: [documents] int64 on the host, padded length of each document; their sum is T.
+        cu_seqlens: [documents + 1] int32, running sum of `lengths`; of the whole row on every rank.
         cu_seqlens_padded: [documents + 1] int32, running sum of `padded_lengths`.
         max_seqlen: longest real length.
-        positions: [T / cp_size] int64, index within its document of each token this rank holds.
+        positions: [T / cp_size] int64, index of each of this rank's tokens within its document.
         qkv_format: `thd` or `bshd`.
-        layout: how the row is cut over the cp ranks (`cp.layout`).
-        first_ids: [documents] int64 on the host, the number in the whole run of each document's first token; a token's is that
-            plus its position. It names a token whatever the layout, for dropout.
-        cache: what an attention backend prepares for this row, made once and read by every layer.
+        layout: how the row is sharded over the cp ranks (`cp.layout`).
+        first_ids: [documents] int64 on the host, number of each document's first token in the whole run. On every
+            layout a token's id is this number plus its position: dropout masks are functions of ids.
+        cache: what attention backends prepare for this row, made once and read by every layer.
     """
 
     lengths: np.ndarray
@@ -53,7 +53,7 @@ class PackedSeq:
 
     @property
     def row_length(self) -> int:
-        """T, tokens in the row, padding included."""
+        """T: stored tokens of the row, padding included."""
         return int(self.padded_lengths.sum())
 
     def move(self, move_tensor: Any) -> PackedSeq:
@@ -71,19 +71,16 @@ class PackedSeq:
         )
 
     def token_ids_and_positions(self, *, cp_size: int, cp_rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and positions of the tokens that a cp rank holds, [T / cp_size] int64 each."""
+        """Ids and positions of a cp rank's tokens, [T / cp_size] int64 each."""
         owned = shard_indices(self.padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=self.layout)
-        return ranges(self.first_ids, self.padded_lengths)[owned], ranges(
-            np.zeros_like(self.padded_lengths), self.padded_lengths
-        )[owned]
+        positions = ranges(np.zeros_like(self.padded_lengths), self.padded_lengths)
+        return ranges(self.first_ids, self.padded_lengths)[owned], positions[owned]
 
     def padding(self, *, cp_size: int, cp_rank: int) -> np.ndarray:
-        """Which tokens that a cp rank holds are padding, [T / cp_size] bool."""
+        """Which of a cp rank's tokens are padding, [T / cp_size] bool."""
         owned = shard_indices(self.padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=self.layout)
-        return (
-            ranges(np.zeros_like(self.padded_lengths), self.padded_lengths)
-            >= np.repeat(self.lengths, self.padded_lengths)
-        )[owned]
+        positions = ranges(np.zeros_like(self.padded_lengths), self.padded_lengths)
+        return (positions >= np.repeat(self.lengths, self.padded_lengths))[owned]
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -108,31 +105,28 @@ def build_packed_seq(
     layout: str = "zigzag",
     first_ids: np.ndarray | None = None,
 ) -> tuple[PackedSeq, np.ndarray]:
-    """Describe a row and say which of its tokens this rank holds.
+    """Describe a row, and select this rank's tokens.
 
     Args:
-        lengths: [documents] real lengths; 0 is legal (a tail).
-        padded_lengths: [documents] stored lengths.
-        first_ids: as `PackedSeq`'s; None: places in the row.
+        lengths: [documents] real lengths; 0 for the tail.
+        padded_lengths: [documents] padded lengths.
+        first_ids: as in `PackedSeq`; None: positions in the row.
 
     Returns:
-        The `PackedSeq` (CPU tensors) and the [T / cp_size] int64 indices into the row of this rank's tokens.
+        The `PackedSeq` with CPU tensors, and the [T / cp_size] int64 indices of this rank's tokens in the row.
 
     Raises:
-        ValueError: a real length above its padded one, or a padded one that the layout cannot cut.
+        UserError: a real length above its padded length, or a padded length that the layout cannot cut.
     """
     lengths, padded_lengths = np.asarray(lengths, np.int64), np.asarray(padded_lengths, np.int64)
     if lengths.shape != padded_lengths.shape or lengths.ndim != 1:
         raise UserError(f"{lengths.shape} real lengths beside {padded_lengths.shape} padded ones")
-    real, padded = (
-        lengths.tolist(),
-        padded_lengths.tolist(),
-    )  # a row has few documents, for which Python's numbers are quicker
+    real, padded = lengths.tolist(), padded_lengths.tolist()  # Python's ints are faster for a row's few documents
     if not all(0 <= a <= b for a, b in zip(real, padded, strict=True)):
         raise UserError("a document's real length must lie between 0 and its padded length")
     owned = shard_indices(padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=layout)
     starts = np.array([0, *accumulate(padded)][:-1], np.int64)
-    starts_of = np.repeat(starts, padded_lengths)
+    starts_of = np.repeat(starts, padded_lengths)  # [T]
     packed_seq = PackedSeq(
         lengths=lengths,
         padded_lengths=padded_lengths,

@@ -1,11 +1,10 @@
 """PyTorch's own context parallelism as a backend (`--cp-backend pytorch`), BSHD.
 
-The public `torch.distributed.tensor.experimental.context_parallel` patches scaled_dot_product_attention and
-cuts whole buffers; on CPU it fails, since the CPU flash operator has no sharding rule. The templated ring
-beneath it works with any flash operator, forward and backward, and takes shards as they are: it is what
-this file calls, on the CPU and on CUDA.
+The public `torch.distributed.tensor.experimental.context_parallel` patches scaled_dot_product_attention and shards
+whole buffers; on CPU it fails, because the CPU flash operator has no sharding rule. The templated ring beneath takes
+any flash operator, forward and backward, and takes shards: this file calls it on CPU and on CUDA.
 
-All private names of PyTorch are imported here and nowhere else.
+No other file imports private names of PyTorch's context parallelism.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ aten = torch.ops.aten
 SEQUENCE_DIM = 2  # of [b, h, s, d]
 
 PRIVATE_MODULE = "torch.distributed.tensor.experimental._context_parallel._attention"
-# What is called there, with the parameters that it is called with.
+# The functions that this file calls, with the leading parameters that it passes.
 _SHARDS = ("query", "key", "value")
 PRIVATE_FUNCTIONS = {
     "_templated_ring_attention": ("group", "seq_dim", "op", *_SHARDS, "is_causal"),
@@ -49,12 +48,12 @@ PRIVATE_OPTIONS = ("rotate_method", "enable_load_balance", "convert_to_f32")
 
 
 def load_private() -> Any:
-    """The module of PyTorch's ring, checked to have what this file uses.
+    """Import the module of PyTorch's ring, and check the names that this file uses.
 
     Raises:
-        ValueError: another PyTorch moved or changed something; names what.
+        UserError: this PyTorch moved or changed a name.
     """
-    advice = f"in PyTorch {torch.__version__}: use --cp-backend native, or mend cp/pytorch_cp.py"
+    advice = f"in PyTorch {torch.__version__}: use --cp-backend native, or adapt cp/pytorch_cp.py"
     try:
         module = importlib.import_module(PRIVATE_MODULE)
     except ImportError as error:
@@ -77,7 +76,7 @@ torch_cp = load_private()
 
 @contextmanager
 def _options(rotate_method: str, load_balance: bool, convert_to_f32: bool) -> Iterator[None]:
-    """PyTorch's options are globals of the process: set for one call, put back after."""
+    """Set PyTorch's process-wide options for one call, and restore them."""
     options = torch_cp._cp_options
     before = options.rotate_method, options.enable_load_balance, options.convert_to_f32
     try:
@@ -122,7 +121,7 @@ class _TemplatedRing(torch.autograd.Function):
         load_balance: bool,
     ) -> Tensor:
         operator: Any = _cpu_forward if q.device.type == "cpu" else aten._scaled_dot_product_flash_attention
-        # fp64 must not pass through PyTorch's float32 accumulators.
+        # convert_to_f32 is off in fp64: PyTorch's accumulators would be float32.
         ctx.options = (rotate_method, load_balance, q.dtype != torch.float64)
         with _options(*ctx.options):
             out, lse, *rest = torch_cp._templated_ring_attention(

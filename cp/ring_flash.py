@@ -1,12 +1,11 @@
 """The ring-flash-attn library as a backend (`--cp-backend ring --ring-attn-func ...`), version 0.1.8.
 
-On CUDA over flash-attn; on CPU over `cp/flash_attn_cpu.py`, so that the library's own ring logic is
-run by every test. What is known of the library and refused in `cp/support.py`: gradients of zigzag, ring and
-stripe are silently wrong in fp32 (a `.to(torch.float32)` that aliases a buffer which is then overwritten), and
-ring's dq is rounded to bf16; no dropout, no windows.
+The library runs over flash-attn on CUDA, over `cp/flash_attn_cpu.py` on CPU. `cp/support.py` refuses its known faults:
+gradients of zigzag, ring and stripe are silently wrong in fp32 (a `.to(torch.float32)` aliases a buffer that is then
+overwritten), and ring rounds dq to bf16. No dropout, no windows.
 
-The library takes one cu_seqlens, so padding is computed here, as the end of its document: causally that
-changes no real token. A row's tail is a document of its own.
+The library takes one cu_seqlens, so padding is computed as the end of its document: with a causal mask it changes no
+real token. The row's tail is a document of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,15 +23,21 @@ from cp import flash_attn_cpu
 from cp.packed_seq import PackedSeq, to_device
 from utils.errors import UserError
 
+DENSE_FUNCTIONS = {
+    "zigzag": "zigzag_ring_flash_attn_func",
+    "ring": "ring_flash_attn_func",
+    "stripe": "stripe_flash_attn_func",
+}
+VARLEN_FUNCTIONS = {"zigzag": "zigzag_ring_flash_attn_varlen_func", "ring": "ring_flash_attn_varlen_func"}
+
 
 def load_library(device_type: str) -> types.ModuleType:
-    """Import ring_flash_attn without its adapters for transformers, which ask for names that no current one has.
+    """Import ring_flash_attn without its adapters for transformers, which import names that current releases lack.
 
-    For the duration of the import only, an empty module stands where the adapters would be, and on a CPU the
-    reference kernels where flash-attn would be.
+    During the import only, an empty module replaces the adapters, and on CPU `cp.flash_attn_cpu` replaces flash-attn.
 
     Raises:
-        ValueError: the library, or on CUDA flash-attn, is not installed.
+        UserError: the library, or on CUDA flash-attn, is not installed.
     """
     if "ring_flash_attn" in sys.modules:
         return sys.modules["ring_flash_attn"]
@@ -59,35 +63,27 @@ def load_library(device_type: str) -> types.ModuleType:
         sys.modules.update(hidden)
 
 
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """Arguments of the varlen functions for this row, prepared once."""
-
-    arguments: dict[str, Any]
-
-
-def _plan(
+def _varlen_arguments(
     library: types.ModuleType, function: str, packed_seq: PackedSeq, group: dist.ProcessGroup, device: torch.device
-) -> _Plan:
+) -> dict[str, Any]:
+    """The varlen functions' arguments for this row."""
     padded = packed_seq.padded_lengths
     cu_seqlens = torch.zeros(len(padded) + 1, dtype=torch.int32)
     cu_seqlens[1:] = torch.from_numpy(padded.cumsum())
     if function == "llama3":
-        # On the CPU, where its .item() calls cost nothing.
+        # On the CPU, where the function's .item() calls do not synchronise.
         cu_q, cu_k, max_q, max_k, k_slice = library.llama3_flash_attn_prepare_cu_seqlens(
             cu_seqlens, True, group.rank(), group.size()
         )
-        return _Plan(
-            dict(
-                cu_seqlens_q=to_device(cu_q.numpy(), device),
-                cu_seqlens_k=to_device(cu_k.numpy(), device),
-                max_seqlen_q=max_q,
-                max_seqlen_k=max_k,
-                local_k_slice=k_slice,
-            )
+        return dict(
+            cu_seqlens_q=to_device(cu_q.numpy(), device),
+            cu_seqlens_k=to_device(cu_k.numpy(), device),
+            max_seqlen_q=max_q,
+            max_seqlen_k=max_k,
+            local_k_slice=k_slice,
         )
     local = to_device((cu_seqlens // group.size()).numpy(), device)
-    return _Plan(dict(cu_seqlens=local, max_seqlen=int(padded.max()) // group.size()))
+    return dict(cu_seqlens=local, max_seqlen=int(padded.max()) // group.size())
 
 
 def ring_flash_attention(
@@ -104,7 +100,7 @@ def ring_flash_attention(
     """Causal attention within each document by one of the library's functions.
 
     Args:
-        q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size, in the layout that `function` needs.
+        q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size, in the function's layout.
         function: `zigzag`, `llama3`, `ring` (THD) or `zigzag`, `ring`, `stripe` (BSHD).
 
     Returns:
@@ -113,19 +109,15 @@ def ring_flash_attention(
     library = load_library(q.device.type)
     common = dict(causal=True, softmax_scale=scale, group=group)
     if packed_seq.qkv_format == "bshd":
-        names = {
-            "zigzag": "zigzag_ring_flash_attn_func",
-            "ring": "ring_flash_attn_func",
-            "stripe": "stripe_flash_attn_func",
-        }
         sequences = len(packed_seq.lengths)
         q, k, v = (x.unflatten(0, (sequences, -1)).contiguous() for x in (q, k, v))  # [b, s / cp, h, d]
-        return getattr(library, names[function])(q, k, v, **common).flatten(0, 1)
+        return getattr(library, DENSE_FUNCTIONS[function])(q, k, v, **common).flatten(0, 1)
     key = ("ring_flash", function, q.device)
     if key not in packed_seq.cache:
-        packed_seq.cache[key] = _plan(library, function, packed_seq, group, q.device)
-    arguments = packed_seq.cache[key].arguments
+        packed_seq.cache[key] = _varlen_arguments(library, function, packed_seq, group, q.device)
+    arguments = packed_seq.cache[key]
     if function == "llama3":
         return library.llama3_flash_attn_varlen_func(q, k, v, heads_k_stride=heads_k_stride, **arguments, **common)
-    names = {"zigzag": "zigzag_ring_flash_attn_varlen_func", "ring": "ring_flash_attn_varlen_func"}
-    return getattr(library, names[function])(q.contiguous(), k.contiguous(), v.contiguous(), **arguments, **common)
+    return getattr(library, VARLEN_FUNCTIONS[function])(
+        q.contiguous(), k.contiguous(), v.contiguous(), **arguments, **common
+    )

@@ -1,7 +1,7 @@
-"""Transformer Engine's attention, with its own context parallelism over cp ranks (`--cp-backend te`). CUDA only.
+"""Transformer Engine's attention with its own context parallelism (`--cp-backend te`). CUDA only.
 
-`--cp-comm-type p2p | all_gather | a2a | a2a+p2p` are its own rings, gathers and exchanges. Its order of tokens over the ranks
-(DualChunkSwap, per document in THD) is our zigzag, index for index.
+`--cp-comm-type p2p | all_gather | a2a | a2a+p2p` select Transformer Engine's own methods. Its token order over the cp
+ranks (DualChunkSwap, per document in THD) is our zigzag, index for index.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from cp.packed_seq import PackedSeq, to_device
 
 
 class TEAttention:
-    """The attention call on one `DotProductAttention`, made when the heads at hand are known.
+    """The attention call on one `DotProductAttention` per set of head counts, built at its first call.
 
     Args:
         method: value of `--cp-comm-type`.
-        groups: for a2a+p2p, the neighbours that trade heads and the ring over the rest.
+        groups: for `a2a+p2p`: the neighbours that trade heads, and the ring over the rest.
     """
 
     def __init__(self, method: str, groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None) -> None:
-        # One neighbour to trade heads with is none: the ring alone, for which Transformer Engine takes one group and its own name.
+        # a2a+p2p without neighbours is the ring alone, which Transformer Engine knows as p2p with one group.
         self.method, self.groups = "p2p" if method == "a2a+p2p" and groups is None else method, groups
         self.modules: dict[tuple[int, int, int], te.DotProductAttention] = {}
 
     def _module(self, heads: int, kv_heads: int, head_dim: int, group: dist.ProcessGroup) -> te.DotProductAttention:
-        """Of one tp rank's heads, which is all that it is told of tensor parallelism."""
+        """The module for one tp rank's heads; it knows nothing else of tensor parallelism."""
         key = (heads, kv_heads, head_dim)
         if key not in self.modules:
             dpa = te.DotProductAttention(heads, head_dim, num_gqa_groups=kv_heads, attention_dropout=0.0)
@@ -45,9 +45,8 @@ class TEAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:
         """q [t, hq, d]; k, v [t, hkv, d] -> [t, hq, d], 0 in padding."""
-        with te.autocast(
-            enabled=False
-        ):  # --fp8 is of the matrices; and one module serves all layers, which its scaling could not
+        # --fp8 covers the matrices only. All layers share this module, which delayed scaling could not serve.
+        with te.autocast(enabled=False):
             return self._attend(q, k, v, packed_seq, group)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:
@@ -57,8 +56,8 @@ class TEAttention:
             q4, k4, v4 = (x.unflatten(0, (sequences, -1)) for x in (q, k, v))  # [b, s / cp, h, d]
             out = dpa(q4, k4, v4, qkv_format="bshd", attn_mask_type="causal")  # [b, s / cp, hq * d]
             return out.reshape(q.shape)
-        # What the kernels leave in rows of padding, of the output and of the gradients, is nowhere promised; NaN there would reach
-        # weights through the rows' zero gradients. masked_fill stops it both ways.
+        # The kernels leave padding undefined, in the output and in the gradients. NaN there would reach the weights
+        # through zero gradients: masked_fill stops NaN in both directions.
         padding = self._padding(packed_seq, group, q.device) if is_padded(packed_seq) else None
         if padding is not None:
             q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
@@ -66,11 +65,11 @@ class TEAttention:
         return out if padding is None else out.masked_fill(padding, 0)
 
     def _padding(self, packed_seq: PackedSeq, group: dist.ProcessGroup, device: torch.device) -> Tensor:
-        """[t, 1, 1] bool, made once a row."""
+        """[t, 1, 1] bool, cached per row."""
         key = ("te padding", device)
         if key not in packed_seq.cache:
-            rows = packed_seq.padding(cp_size=group.size(), cp_rank=group.rank())
-            packed_seq.cache[key] = to_device(rows, device)[:, None, None]
+            padding = packed_seq.padding(cp_size=group.size(), cp_rank=group.rank())
+            packed_seq.cache[key] = to_device(padding, device)[:, None, None]
         return packed_seq.cache[key]
 
 
@@ -79,9 +78,10 @@ def is_padded(packed_seq: PackedSeq) -> bool:
 
 
 def thd_arguments(packed_seq: PackedSeq) -> dict:
-    """What a packed row is told to `DotProductAttention`: real and stored lengths, of the whole row on every cp rank.
+    """`DotProductAttention`'s arguments for a packed row: real and padded lengths, of the whole row on every cp rank.
 
-    `pad_between_seqs` is never left to be guessed: padding behind the last document only is taken for none (TE issue 3331).
+    `pad_between_seqs` is set explicitly: the default detection misses padding after the last document only
+    (TransformerEngine issue 3331).
     """
     real, stored = packed_seq.lengths, packed_seq.padded_lengths
     longest = int(stored[real > 0].max(initial=int(np.min(stored))))  # a multiple of 2 * cp, as every stored length

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from config.schema import RunConfig
-from cp.kernels import accumulator_dtype
+from cp.blocks import accumulator_dtype
 from cp.packed_seq import PackedSeq, build_packed_seq
 from model.config import GPTConfig
 from model.gpt import GPT

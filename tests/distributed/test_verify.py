@@ -65,7 +65,7 @@ def stale_kv():
 def missing_merge():
     """What comes after the first block is dropped."""
     nothing = lambda out, lse, block, block_out, block_lse: None  # noqa: E731
-    with mock.patch("cp.native_p2p.merge_rows_", nothing), mock.patch("cp.native_all_gather.merge_rows_", nothing):
+    with mock.patch("cp.native_p2p.merge_tokens_", nothing), mock.patch("cp.native_all_gather.merge_tokens_", nothing):
         yield
 
 
