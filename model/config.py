@@ -1,29 +1,32 @@
-"""What a GPT of ours is made of. No torch import."""
+"""The model's shape and constants. No torch import."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What the backward pass may compute again instead of keeping it (model/transformer.py).
+# Activations that the backward pass recomputes (model/transformer.py).
 RECOMPUTE = ("none", "selective", "full")
-# How Transformer Engine finds the scale of an 8-bit tensor: delayed, from the largest values of steps before; current, from the tensor
-# itself; block, from each block of it (model/te_layers.py).
+# How Transformer Engine scales an FP8 tensor (model/te_layers.py): delayed, by amax of earlier steps; current, by the
+# tensor's own amax; block, by the amax of each block.
 FP8_RECIPES = ("none", "delayed", "current", "block")
-# How rotary positions reach beyond the length that was trained on (model/rope.py).
+# How rotary positions extend beyond the trained length (model/rope.py).
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
-    """Smallest multiple of `divisible_by` that holds the vocabulary. It never depends on tp: tp must divide it."""
+    """Smallest multiple of `divisible_by` that holds the vocabulary. Independent of tp, which must divide it."""
     return -(-vocab_size // divisible_by) * divisible_by
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Shape and constants of the model; the layout of a run is no part of it.
+    """Shape and constants of the model, independent of the layout.
 
-    `kv_channels` is the size of one head. `num_query_groups` is the number of key/value heads. Columns
-    `vocab_size .. padded_vocab_size` of the output take no part in the softmax.
+    Attributes:
+        num_query_groups: key/value heads.
+        kv_channels: channels of one head.
+        padded_vocab_size: rows of the embedding; outputs from `vocab_size` on take no part in the softmax.
+        rope_original_seq_length: tokens of the trained length, for `llama3` scaling.
     """
 
     num_layers: int
@@ -51,12 +54,12 @@ class GPTConfig:
 
     @property
     def query_size(self) -> int:
-        """Channels of all query heads together."""
+        """Channels of all query heads."""
         return self.num_attention_heads * self.kv_channels
 
     @property
     def qkv_size(self) -> int:
-        """Rows of the fused QKV weight: for each group its query heads, its key head, its value head."""
+        """Rows of the fused QKV weight: per group its query heads, its key head, its value head."""
         return self.num_query_groups * (self.queries_per_group + 2) * self.kv_channels
 
 

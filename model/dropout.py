@@ -1,4 +1,4 @@
-"""Dropout of the residual stream's additions, the same on every layout (`parallel/keyed_random.py`)."""
+"""Dropout before each addition to the residual stream, equal on every layout (`parallel/keyed_random.py`)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from parallel.keyed_random import keep_mask, key_of
 
 
 class HiddenDropout(nn.Module):
-    """Zero a share of the channels of each token in training, and scale the others by 1 / (1 - rate).
+    """Zero each channel of each token with probability `rate` in training, and scale the others by 1 / (1 - rate).
 
     Args:
-        name: of the place in the whole model; masks of different places have nothing in common.
+        name: of the module in the whole model; masks of different names are independent.
     """
 
     def __init__(self, rate: float, *, seed: int, name: str) -> None:
@@ -20,7 +20,7 @@ class HiddenDropout(nn.Module):
         self.rate, self.key = rate, key_of(seed, f"dropout {name}")
 
     def forward(self, x: Tensor, token_ids: Tensor | None) -> Tensor:
-        """x [t, h], of the tokens `token_ids` [t]."""
+        """x [t, h] of the tokens `token_ids` [t]; None: no dropout."""
         if not self.rate or not self.training:
             return x
         assert token_ids is not None

@@ -44,7 +44,7 @@ class GPT(nn.Module):
         attention: from `cp.attention.build_attention`.
         cp_group: the ranks that hold the other shards of the row.
         tp: the ranks that share each matrix; None: this rank alone.
-        layers: numbers of this stage's layers; None: all. The first layer's stage holds the embedding, the last layer's the output.
+        layers: numbers of this stage's layers; None: all. The first stage holds the embedding, the last the output.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""Cross-entropy from hidden states, a chunk of tokens at a time, so that full logits never exist.
+"""Cross-entropy from hidden states, one chunk of tokens at a time: full logits never exist.
 
-Over tp ranks each holds the columns of its part of the vocabulary; the ranks exchange two numbers a token.
+Each tp rank holds the columns of its part of the vocabulary; the ranks exchange two numbers a token.
 
-The gradients of a chunk are formed while its logits are at hand and kept in place of them ([t, h] and
-[V, h] instead of [t, V]); the matrix products are the three that any cross-entropy needs, none twice.
+A chunk's gradients are formed while its logits exist, and kept instead of them: [t, h] and [V, h] instead of [t, V].
+The matrix products are the three that any cross-entropy needs; none is repeated.
 """
 
 from __future__ import annotations
@@ -27,36 +27,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         z_loss: float,
         tp: TensorParallel,
-        wants_grad: bool,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        first = tp.rank * len(weight)  # of this rank's columns
+        first = tp.rank * len(weight)  # this rank's first column
         vocab_size = min(max(vocab_size - first, 0), len(weight))  # padded columns take no part in the softmax
         real_weight = weight[:vocab_size]
-        # A row may have a million tokens: what is reported must not depend on how it is cut.
+        # float64 sums: a row may have a million tokens, and the reported loss must not depend on its chunks.
         cross_entropy = hidden.new_zeros((), dtype=torch.float64)
         penalty = hidden.new_zeros((), dtype=torch.float64)
-        grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wants_grad else None
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_grad else None
         for start in range(0, len(hidden), chunk_size):
-            rows = slice(start, start + chunk_size)
-            counted = labels[rows, None] != IGNORE_LABEL  # [c, 1]
-            target = labels[rows, None] - first  # [c, 1]
+            chunk = slice(start, start + chunk_size)
+            counted = labels[chunk, None] != IGNORE_LABEL  # [c, 1]
+            target = labels[chunk, None] - first  # [c, 1]
             is_mine = (target >= 0) & (target < vocab_size)
             target = target * is_mine
-            logits = (hidden[rows] @ real_weight.T).to(dtype)  # [c, V]
+            logits = (hidden[chunk] @ real_weight.T).to(dtype)  # [c, V]
             if vocab_size:
-                log_probs = torch.log_softmax(logits, -1)  # of this rank's columns alone
+                log_probs = torch.log_softmax(logits, -1)  # over this rank's columns only
                 log_sum = logits[:, :1] - log_probs[:, :1]  # [c, 1] log(Z)
                 at_target = log_probs.gather(1, target) * is_mine
-            else:  # nothing but padded columns here
-                log_probs, log_sum, at_target = (
-                    logits,
-                    logits.new_full((len(logits), 1), -torch.inf),
-                    logits.new_zeros(len(logits), 1),
-                )
+            else:  # this rank holds padded columns only
+                log_probs, log_sum = logits, logits.new_full((len(logits), 1), -torch.inf)
+                at_target = logits.new_zeros(len(logits), 1)
             if tp.size > 1:
-                log_probs, log_sum, at_target = _over_ranks(log_probs, log_sum, at_target, is_mine, tp)
+                log_probs, log_sum, at_target = _reduce_over_tp(log_probs, log_sum, at_target, is_mine, tp)
             cross_entropy -= (at_target * counted).sum(dtype=torch.float64)
             if z_loss:
                 penalty += z_loss * (log_sum.square() * counted).sum(dtype=torch.float64)
@@ -69,14 +66,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if vocab_size:
                 grad.scatter_add_(1, target, -is_mine.to(dtype))
             grad = grad.to(hidden.dtype)
-            # Rows that do not count are zeroed on the narrow side, [c, h] instead of [c, V].
-            torch.mul(grad @ real_weight, counted, out=grad_hidden[rows])
-            counted_hidden = hidden[rows] * counted
+            # Tokens without loss are zeroed in [c, h], which is narrower than [c, V].
+            torch.mul(grad @ real_weight, counted, out=grad_hidden[chunk])
+            counted_hidden = hidden[chunk] * counted
             if grad_weight.dtype == grad.dtype:
                 grad_weight[:vocab_size].addmm_(grad.T, counted_hidden)
             else:
                 grad_weight[:vocab_size] += grad.T @ counted_hidden
-        if wants_grad:
+        if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(cross_entropy)
@@ -86,7 +83,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale: Tensor, _: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        # In the accumulator's precision first: 1 / tokens rounded to bf16 would be off by up to 0.4 %.
+        # Scaled before the cast: 1 / tokens rounded to bf16 would be off by up to 0.4 %.
         return (
             (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype),
             (grad_weight * scale).to(ctx.weight_dtype),
@@ -94,20 +91,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def _over_ranks(
+def _reduce_over_tp(
     log_probs: Tensor, log_sum: Tensor, at_target: Tensor, is_mine: Tensor, tp: TensorParallel
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From log-probabilities within each rank's columns to those over all columns. Every rank gets the same bits.
+    """Renormalise from each rank's columns to the whole vocabulary. Every rank gets the same bits.
 
     Returns:
         log_probs [c, V / tp], log_sum [c, 1] and at_target [c, 1] of the whole vocabulary.
     """
-    logit = torch.where(is_mine, at_target + log_sum, 0.0)  # the target's, on the rank that has it
-    everyones = tp.gather_columns(torch.cat((log_sum, logit), 1))  # [c, 2 * tp]
-    whole = torch.logsumexp(everyones[:, ::2], 1, keepdim=True)
+    logit = torch.where(is_mine, at_target + log_sum, 0.0)  # the target's, on its rank; 0 on others
+    gathered = tp.gather_columns(torch.cat((log_sum, logit), 1))  # [c, 2 * tp]
+    whole = torch.logsumexp(gathered[:, ::2], 1, keepdim=True)
     shift = torch.where(log_sum == -torch.inf, 0.0, log_sum - whole)
     # In place: a new tensor of this size would cost more than the sum.
-    return log_probs.add_(shift), whole, everyones[:, 1::2].sum(1, keepdim=True) - whole
+    return log_probs.add_(shift), whole, gathered[:, 1::2].sum(1, keepdim=True) - whole
 
 
 def chunked_cross_entropy(
@@ -120,19 +117,20 @@ def chunked_cross_entropy(
     z_loss: float = 0.0,
     tp: TensorParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the labelled tokens of -log p(label), plus `z_loss` * log(Z)^2 (PaLM, arXiv:2204.02311).
+    """Sum over labelled tokens of -log p(label), plus `z_loss` * log(Z)^2 (PaLM, arXiv:2204.02311).
 
     Args:
         hidden: [t, h] after the final norm.
         weight: [padded vocabulary / tp, h], this rank's rows; rows from `vocab_size` on get gradient 0.
-        labels: [t] int64; `IGNORE_LABEL` where no loss is wanted.
+        labels: [t] int64; `IGNORE_LABEL` for tokens without loss.
         chunk_size: tokens whose logits exist at a time.
-        tp: ranks that share the vocabulary; the gradient of `hidden` is then this rank's part of a sum over them.
+        tp: the ranks that share the vocabulary; each rank's gradient of `hidden` is a partial sum over tp.
 
     Returns:
-        The sum to differentiate, a scalar in fp32 (fp64 for fp64 inputs), and the cross-entropy part of it without a gradient, in fp64.
+        The sum to differentiate, a scalar in fp32 (fp64 for fp64 inputs), and its cross-entropy part in fp64 without
+        gradient.
     """
-    # Inside a Function a weight asks for its gradient under no_grad too, so that is decided here.
+    # Inside a Function, inputs require gradients under no_grad too, so grad mode is read here.
     return _ChunkedCrossEntropy.apply(
         hidden, weight, labels, vocab_size, chunk_size, z_loss, tp or TensorParallel(), torch.is_grad_enabled()
     )

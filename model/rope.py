@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Llama 3.1's: frequencies that turn less than this often over the original length are slowed, those above the second are not.
+# Llama 3.1: frequencies with fewer turns over the original length are scaled, those with more than the second are not.
 LLAMA3_TURNS = (1.0, 4.0)
 
 
@@ -21,12 +21,13 @@ def rotary_frequencies(
     original_seq_length: int = 0,
     device: torch.device | None = None,
 ) -> Tensor:
-    """[head_dim / 2] float64 radians a position: base^(-2i/d), slowed for contexts longer than were trained on.
+    """[head_dim / 2] float64 radians a position: base^(-2i/d), scaled for contexts beyond the trained length.
 
     Args:
-        scaling: `none`; `linear`, all by the factor (position interpolation, arXiv:2306.15595); `llama3`, those that turn less than
-            once over the original length by the factor, those that turn more than four times not at all, a mixture between (Llama 3.1).
-        original_seq_length: tokens, of `llama3`.
+        scaling: `none`; `linear` divides all by the factor (position interpolation, arXiv:2306.15595); `llama3` divides
+            frequencies with less than one turn over the original length, keeps those with more than four, and
+            interpolates between (Llama 3.1).
+        original_seq_length: tokens of the trained length, for `llama3`.
     """
     frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     if scaling == "none":
@@ -41,9 +42,9 @@ def rotary_frequencies(
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, once a microbatch.
+    """cos and sin of position * frequency, made once a microbatch.
 
-    Angles are taken in float64: in float32 the angle of position 1,000,000 is off by 0.06.
+    Angles are float64: in float32 the angle of position 1,000,000 is off by 0.06.
 
     Args:
         positions: [t] int64, restarting at each document.
@@ -58,7 +59,7 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [t, ..., d] turned by the angles of [t, d/2] tables; computed in the tables' dtype, returned in x's."""
+    """x [t, ..., d] rotated by the angles of [t, d/2] tables; computed in the tables' dtype, returned in x's."""
     shape = (len(cos), *([1] * (x.dim() - 2)), cos.shape[1])
     cos, sin = cos.view(shape), sin.view(shape)
     first, second = x.to(cos.dtype).chunk(2, -1)  # [t, ..., d/2] each
@@ -74,7 +75,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotary(torch.autograd.Function):
-    """A rotation's gradient is the rotation back, so nothing but the tables is kept."""
+    """The gradient is the inverse rotation, so only the tables are saved."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
@@ -89,8 +90,8 @@ class _Rotary(torch.autograd.Function):
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [t, ..., d] rotated by its token's position; a new contiguous tensor."""
-    if torch.compiler.is_compiling():  # which fuses plain operations, and could not see into the function
+    """x [t, ..., d] rotated by its tokens' positions; a new contiguous tensor."""
+    if torch.compiler.is_compiling():  # the compiler fuses plain operations but not an autograd Function
         shape = (len(cos), *([1] * (x.dim() - 2)), cos.shape[1])
         cos, sin = cos.view(shape), sin.view(shape)
         first, second = x.to(cos.dtype).chunk(2, -1)

@@ -1,7 +1,7 @@
-"""The layers of `torch_layers.py` on Transformer Engine modules: the same names, parameters, shapes and call. CUDA only.
+"""The layers of `torch_layers.py` on Transformer Engine modules: same names, parameters, shapes and calls. CUDA only.
 
-Imported where `--transformer-impl te` asks for it. Parameters are the canonical ones, so that sharding, initial weights, the gradient
-norm and checkpoints know nothing of Transformer Engine. What it is told of tensor parallelism are the grid's own groups.
+Imported only for `--transformer-impl te`. Parameters are canonical: sharding, initial weights, gradient norm and
+checkpoints need no knowledge of Transformer Engine. The modules take the grid's own tp group.
 """
 
 from __future__ import annotations
@@ -35,51 +35,47 @@ __all__ = [
 ]
 
 
-LARGEST_OFFSET = 2**31 - 1  # elements that the rotary kernel can count
+LARGEST_OFFSET = 2**31 - 1  # the rotary kernel counts elements in 32 bits
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype) -> tuple[Tensor]:
-    """Angles for the fused kernel, once a microbatch: position * frequency, taken in float64 and turned back below 2 pi.
+    """Angles for the fused kernel, made once a microbatch: position * frequency modulo 2 pi, in float64.
 
-    Its own table is of float32 angles by position, of which that of position 1,000,000 is off by 0.06; and it would need to know which
-    tokens a rank holds. So the whole row is told as one sequence, with an angle for each token.
+    Transformer Engine's own table holds float32 angles by position: at position 1,000,000 the angle is off by 0.06, and
+    the kernel would need the cp layout. So the kernel gets the row as one sequence with one angle a token.
 
     Args:
         positions: [t] int64, restarting at each document.
         frequencies: [head_dim / 2] float64.
 
     Returns:
-        One tensor [t, 1, 1, head_dim] fp32; both halves of a head turn by the same angles.
+        One tensor [t, 1, 1, head_dim] fp32; both halves of a head have the same angles.
     """
     angle = (positions.to(torch.float64)[:, None] * frequencies).remainder(2 * math.pi).to(torch.float32)
     return (torch.cat((angle, angle), -1)[:, None, None],)
 
 
 def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """x [t, g, n, d] rotated by its token's position; a new contiguous tensor.
+    """x [t, g, n, d] rotated by its tokens' positions; a new contiguous tensor.
 
-    The kernel counts elements from the first token's in 32 bits, so a longer row is given to it in parts.
+    Rows beyond the kernel's 32-bit element count are rotated in parts.
     """
     most = LARGEST_OFFSET // max(x.stride(0), x[0].numel())
     if len(x) > most:
-        return torch.cat(
-            [
-                apply_rotary(part, part_angles)
-                for part, part_angles in zip(x.split(most), angles.split(most), strict=True)
-            ]
-        )
+        parts = zip(x.split(most), angles.split(most), strict=True)
+        return torch.cat([apply_rotary(part, part_angles) for part, part_angles in parts])
     return te_rope.apply_rotary_pos_emb(x, angles, tensor_format="sbhd", fused=True)
 
 
-def _parallel(tp: TensorParallel) -> dict:
-    """What every module of Transformer Engine is told of the ranks that share it."""
+def _parallel_options(tp: TensorParallel) -> dict:
+    """Tensor-parallel options of every Transformer Engine module."""
     if tp.size == 1:
         return {"tp_group": None, "tp_size": 1, "sequence_parallel": False}
     return {"tp_group": tp.group, "tp_size": tp.size, "sequence_parallel": tp.sequence_parallel}
 
 
 def _device() -> str:
-    """Where parameters are made, as Transformer Engine compares it: a `torch.device` is never its "meta"."""
+    """The default device as a string: Transformer Engine compares with "meta", which a `torch.device` never equals."""
     return str(torch.get_default_device())
 
 
@@ -95,20 +91,19 @@ class RowParallelLinear(te.Linear):
 
     def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
         tp.divide(in_features, "inputs")
-        mode = "row" if tp.size > 1 else None
         super().__init__(
             in_features,
             out_features,
             bias=False,
             params_dtype=dtype,
-            parallel_mode=mode,
+            parallel_mode="row" if tp.size > 1 else None,
             device=_device(),
-            **_parallel(tp),
+            **_parallel_options(tp),
         )
 
 
 class LayerNormLinear(te.LayerNormLinear):
-    """RMSNorm, then a column-parallel linear map: the block in front of attention."""
+    """RMSNorm, then a column-parallel linear map: the QKV projection."""
 
     def __init__(
         self, in_features: int, out_features: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
@@ -123,17 +118,17 @@ class LayerNormLinear(te.LayerNormLinear):
             params_dtype=dtype,
             parallel_mode="column" if tp.size > 1 else None,
             device=_device(),
-            **_parallel(tp),
+            **_parallel_options(tp),
         )
 
 
-class _Joined(torch.autograd.Function):
-    """Rows of the first weight above those of the second, as a tensor that is there already or as a new one."""
+class _Fuse(torch.autograd.Function):
+    """Concatenate the rows of two weights, or return the cached result `fused`."""
 
     @staticmethod
-    def forward(ctx, first: Tensor, second: Tensor, joined: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx, first: Tensor, second: Tensor, fused: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.rows = len(first), len(second)
-        return torch.cat((first, second)) if joined is None else joined.detach()
+        return torch.cat((first, second)) if fused is None else fused.detach()
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
@@ -143,9 +138,9 @@ class _Joined(torch.autograd.Function):
 class LayerNormMLP(FusedWeights):
     """RMSNorm, then SwiGLU: fc2(silu(gate(x)) * up(x)) (arXiv:2002.05202). Gate and up are two tensors.
 
-    Transformer Engine's module wants them as one, the gate's rows above the up's. They are joined once a step: a shard of the joined
-    tensor would be a piece of both, which no checkpoint of another layout could read. Its backward pass holds on to what it was given, also
-    where it is computed again; so the copy, of the weights' bytes in the compute dtype, stays for the step.
+    Transformer Engine's module takes one tensor, the gate's rows first. The parameters stay two, because a shard of the
+    fused tensor would mix both, which no checkpoint of another layout could read. The tensor is fused once a step: the
+    module's backward pass and recomputation keep their inputs, so the copy in the compute dtype lives for the step.
     """
 
     def __init__(
@@ -167,23 +162,22 @@ class LayerNormMLP(FusedWeights):
             params_dtype=dtype,
             set_parallel_mode=tp.size > 1,
             device="meta",
-            **_parallel(tp),
+            **_parallel_options(tp),
         )
-        self.hidden = (
-            module,
-        )  # from nn.Module, in a tuple: its own parameters stay on the meta device, ours stand in for them
+        # A tuple hides the module from nn.Module: its own parameters stay on the meta device and ours replace them.
+        self.hidden = (module,)
 
     def forward(self, x: Tensor) -> Tensor:
         weights: dict[str, Tensor] = dict(self.named_parameters())
-        for fused, parts in TE_FUSED.items():  # fc1_weight [2 * ffn / tp, h]
-            joined = _Joined.apply(*(weights.pop(part.removeprefix("mlp.")) for part in parts), self.fused)
-            weights[fused.removeprefix("mlp.")] = joined
+        for name, parts in TE_FUSED.items():  # fc1_weight [2 * ffn / tp, h]
+            fused = _Fuse.apply(*(weights.pop(part.removeprefix("mlp.")) for part in parts), self.fused)
+            weights[name.removeprefix("mlp.")] = fused
             if self.is_cached and self.fused is None:
-                self.fused = joined.detach()
+                self.fused = fused.detach()
         return functional_call(self.hidden[0], weights, (x,))
 
 
-# Value of --fp8 -> its recipe, and the function that says whether it can run here.
+# Value of --fp8 -> its recipe, and the function that checks whether this GPU supports the recipe.
 RECIPES = {
     "delayed": (te_recipe.DelayedScaling, te.is_fp8_available),
     "current": (te_recipe.Float8CurrentScaling, te.is_fp8_available),
@@ -192,44 +186,44 @@ RECIPES = {
 
 
 class FP8(Precision):
-    """The matrices of attention and MLP in 8 bits, by Transformer Engine's recipes; all else stays as it is.
+    """The matrices of attention and MLP in FP8 by a Transformer Engine recipe; all else is unchanged.
 
-    With delayed scaling the largest values are reduced at the end of an `autocast` that holds each module once. So there is one around all
-    layers, and a layer that is computed again would be outside it: refused with `--recompute`. The others keep nothing, and each
-    layer has its own.
+    Delayed scaling reduces amax when an `autocast` exits, which must contain each module once. So one autocast
+    surrounds all layers; a recomputed layer would run outside, and `--recompute` is refused. The other recipes keep no
+    state, and each layer has its own autocast.
 
     Args:
         name: of `RECIPES`.
-        group, bf16_layers: as `model.layers.build_precision`.
+        group, bf16_layers: as in `model.layers.build_precision`.
 
     Raises:
-        ValueError: one line, with Transformer Engine's reason.
+        UserError: the GPU or its software lacks the recipe; gives Transformer Engine's reason.
     """
 
     def __init__(self, name: str, *, group: dist.ProcessGroup, bf16_layers: Collection[int]) -> None:
         recipe, available = RECIPES[name]
-        can, reason = available(return_reason=True)
-        if not can:
+        is_available, reason = available(return_reason=True)
+        if not is_available:
             raise UserError(f"--fp8 {name}: {reason}; use --fp8 none")
         self.recipe, self.group, self.bf16_layers = recipe(), group, frozenset(bf16_layers)
         self.delayed = name == "delayed"
 
     def model_context(self) -> AbstractContextManager:
-        return self._on() if self.delayed else nullcontext()
+        return self._autocast() if self.delayed else nullcontext()
 
     def layer_context(self, number: int) -> AbstractContextManager:
         if number in self.bf16_layers:
             return te.autocast(enabled=False)
-        return nullcontext() if self.delayed else self._on()
+        return nullcontext() if self.delayed else self._autocast()
 
-    def _on(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager:
         return te.autocast(enabled=True, recipe=self.recipe, amax_reduction_group=self.group)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Of delayed scaling: for each module its scales [n] and the largest values of steps before [history, n], forward and backward.
+        """Delayed scaling's state per module: scales [n] and amax histories [history, n], forward and backward.
 
-        Collective over the group. A weight is put in 8 bits again in the backward pass, after the forward pass's values were reduced, so
-        the row of the step to come holds what each rank alone has seen; the next reduction would take the largest, and so does this.
+        Collective over the group. The backward pass quantises weights again after the forward amax was reduced, so the
+        histories' next row differs between ranks. This takes its maximum over the group, as the next reduction would.
         """
         found: dict[str, Tensor] = {}
         for name, module, gemms in self._modules(model) if self.delayed else ():
@@ -237,8 +231,8 @@ class FP8(Precision):
                 module.fp8_meta["num_gemms"] = gemms
                 module.init_fp8_meta_tensors(self.recipe)
             for key in ("scaling_fwd", "scaling_bwd"):
-                of_key = module.fp8_meta[key]
-                found |= {f"{name}.{key}.scale": of_key.scale, f"{name}.{key}.amax_history": of_key.amax_history}
+                meta = module.fp8_meta[key]
+                found |= {f"{name}.{key}.scale": meta.scale, f"{name}.{key}.amax_history": meta.amax_history}
         if found and self.group.size() > 1:
             seen = [history[0] for name, history in found.items() if name.endswith("amax_history")]
             largest = torch.cat(seen)
@@ -247,7 +241,7 @@ class FP8(Precision):
         return found
 
     def _modules(self, model: nn.Module) -> Iterator[tuple[str, te.Linear | te.LayerNormLinear | te.LayerNormMLP, int]]:
-        """(name, module, how many matrices it has) of all that compute in 8 bits."""
+        """(name, module, number of matrices) of all modules that compute in FP8."""
         for name, module in model.named_modules():
             if name.startswith("layers.") and int(name.split(".")[1]) in self.bf16_layers:
                 continue

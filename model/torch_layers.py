@@ -1,8 +1,8 @@
 """The model's layers in plain PyTorch, for any device.
 
-`te_layers.py` offers the same names with the same parameters on Transformer Engine modules, so that
-`transformer.py` is written once. Parameter names are Transformer Engine's where it has one name for
-the same matrix; `model/names.py` maps the only one it fuses further.
+`te_layers.py` offers the same names and parameters on Transformer Engine modules, so `transformer.py` is written once.
+Parameter names are Transformer Engine's where its parameter is the same matrix; `model/names.py` maps the parameter
+that it fuses further.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class RowParallelLinear(nn.Module):
 
 
 class LayerNormLinear(nn.Module):
-    """RMSNorm, then a column-parallel linear map: the block in front of attention."""
+    """RMSNorm, then a column-parallel linear map: the QKV projection."""
 
     def __init__(
         self, in_features: int, out_features: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
@@ -100,7 +100,7 @@ class LayerNormMLP(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of a [padded vocabulary, hidden] table, of which this rank holds 1/tp; the result is the residual stream."""
+    """Lookup in a [padded vocabulary, hidden] table, 1/tp of its rows on each rank; returns the residual stream."""
 
     def __init__(self, padded_vocab_size: int, hidden_size: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
         super().__init__()
@@ -113,6 +113,6 @@ class VocabParallelEmbedding(nn.Module):
         if self.tp.size == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.tp.rank * len(self.weight)
-        mine = (local >= 0) & (local < len(self.weight))
-        # One rank's row and zeros of the others: their sum is exact.
-        return self.tp.exit_parallel_region(F.embedding(local * mine, self.weight) * mine[:, None])
+        is_own = (local >= 0) & (local < len(self.weight))
+        # Each token is one rank's row plus the other ranks' zeros: the sum is exact.
+        return self.tp.exit_parallel_region(F.embedding(local * is_own, self.weight) * is_own[:, None])

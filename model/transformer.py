@@ -57,7 +57,7 @@ class RowContext(NamedTuple):
 
     Attributes:
         rotary: tables of this rank's tokens, from the layers' `rotary_tables`.
-        token_ids: of the tokens in this rank's residual stream, [t], or [t / tp] with sequence parallelism; None: no hidden dropout.
+        token_ids: of this rank's residual stream, [t], or [t / tp] with sequence parallelism; None: no hidden dropout.
     """
 
     packed_seq: PackedSeq
@@ -66,7 +66,7 @@ class RowContext(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245) with rotary positions over the cp group; each tp rank holds 1/tp of the groups.
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions over the cp group; 1/tp of the groups a tp rank.
 
     Args:
         number: of the layer in the whole model; names the dropout masks.
@@ -170,5 +170,5 @@ class TransformerLayer(nn.Module):
 
 
 def checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args) with activation checkpointing. Dropout masks are functions of token ids, so no RNG state is kept."""
+    """function(*args), recomputed in the backward pass. Dropout masks are functions of ids: no RNG state is kept."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

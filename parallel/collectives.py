@@ -1,4 +1,4 @@
-"""Communication primitives that take their group."""
+"""Communication primitives; each takes its group."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# PyTorch 2.13 renamed both and warns of the old names, the only ones that 2.11 has.
+# PyTorch 2.13 renamed both and deprecates the old names; 2.11 has only the old names.
 all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class WaitClock:
-    """Seconds that computation stood still for a transfer, summed up until read.
+    """Seconds that computation waited for transfers, summed until read.
 
-    On CUDA a wait blocks the stream, not the host, so events around it are kept and read later.
+    On CUDA a wait blocks the stream, not the host, so CUDA events around the wait are read later.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class WaitClock:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def wait(self, works: Sequence[dist.Work], *, cuda: bool) -> None:
-        """Wait for all of `works`, on the clock."""
+        """Wait for all of `works`, and add the time."""
         if cuda:
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             before.record()
@@ -41,7 +41,7 @@ class WaitClock:
         self._seconds += time.perf_counter() - start
 
     def read(self) -> float:
-        """Seconds since the last reading. On CUDA call it after a synchronisation."""
+        """Seconds since the last call. On CUDA, call this after a synchronisation."""
         seconds = self._seconds + sum(before.elapsed_time(after) for before, after in self._events) / 1000
         self._seconds = 0.0
         self._events.clear()
@@ -58,22 +58,22 @@ def _wait(works: Sequence[dist.Work], clock: WaitClock | None, *, cuda: bool) ->
 
 @dataclass
 class RingShift:
-    """A transfer under way: `sent` goes to the next rank of the ring, `received` comes from the previous."""
+    """A transfer in flight: `sent` goes to the next rank of the ring, `received` comes from the previous rank."""
 
     sent: Tensor
     received: Tensor
     works: list[dist.Work]
 
     def wait(self, clock: WaitClock | None = None) -> Tensor:
-        """The received tensor, once it is there (on CUDA: once the current stream may read it)."""
+        """Wait for the received tensor (on CUDA, the current stream waits)."""
         _wait(self.works, clock, cuda=self.received.is_cuda)
         return self.received
 
 
 def start_ring_shift(x: Tensor, group: dist.ProcessGroup, *, tag: int = 0) -> RingShift:
-    """Send contiguous `x` to the next rank of `group` and receive the same shape from the previous one.
+    """Send contiguous `x` to the next rank of `group`, and receive the same shape from the previous rank.
 
-    Returns at once. Transfers that may be under way together take different tags.
+    Returns at once. Transfers in flight together need different tags.
     """
     size, rank = group.size(), group.rank()
     following = dist.get_global_rank(group, (rank + 1) % size)
@@ -113,27 +113,27 @@ def _all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x [size, ...]: slice i goes to rank i; slice i of the result came from rank i. Its own inverse, also for gradients."""
+    """x [size, ...]: slice i goes to rank i, the result's slice i comes from rank i. Self-inverse, for gradients too."""
     return _AllToAll.apply(x, group) if group.size() > 1 else x
 
 
 @dataclass
 class Gather:
-    """An all-gather under way. `gathered` [size * n, ...] holds every rank's [n, ...], rank by rank."""
+    """An all-gather in flight. `gathered` [size * n, ...] holds every rank's [n, ...], rank by rank."""
 
     sent: Tensor
     gathered: Tensor
     work: dist.Work | None
 
     def wait(self, clock: WaitClock | None = None) -> Tensor:
-        """The gathered tensor, once it is there."""
+        """Wait for the gathered tensor."""
         if self.work is not None:
             _wait([self.work], clock, cuda=self.gathered.is_cuda)
         return self.gathered
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Gather:
-    """Gather contiguous `x` from every rank of the group; returns at once. No gradient."""
+    """Gather contiguous `x` [n, ...] from every rank of the group. Returns at once. No gradient."""
     if group.size() == 1:
         return Gather(x, x, None)
     gathered = x.new_empty((group.size() * len(x), *x.shape[1:]))
@@ -142,7 +142,7 @@ def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Gather:
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x [size * n, ...] contiguous: the i-th [n, ...], summed over the ranks, on rank i. No gradient."""
+    """x [size * n, ...] contiguous -> [n, ...]: rank i gets slice i, summed over the ranks. No gradient."""
     if group.size() == 1:
         return x
     out = x.new_empty((len(x) // group.size(), *x.shape[1:]))

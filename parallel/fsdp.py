@@ -1,7 +1,7 @@
 """Sharded data parallelism on the grid: FSDP2 over `fsdp` = dp_shard x cp, replicated over dp_replicate.
 
-Gradients are *sums* over both: the loss is divided by the step's global token count before the backward
-pass, so FSDP2's own averaging is switched off (divide factor 1, plain sums on the wire).
+Gradients are sums over both axes: the loss is divided by the step's global token count before the backward pass.
+So FSDP2's averaging is off (divide factor 1, plain sums on the wire).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def shard_model(
     compute_dtype: torch.dtype,
     reshard_after_forward: bool,
 ) -> None:
-    """Shard `model` in place, one gather unit for each of `layers` and one, the root, for the rest.
+    """Shard `model` in place: each of `layers` is an FSDP unit, the root is the unit of all other parameters.
 
-    Parameters keep their dtype; the forward and backward pass see `compute_dtype`; gradients are reduced and
-    accumulated in the parameters' dtype. On a grid of one data-parallel rank that needs no cast, this does
-    nothing: FSDP2 would still copy every weight and gradient once a step.
+    Parameters keep their dtype; forward and backward see `compute_dtype`; gradients are reduced and accumulated in the
+    parameters' dtype. With one data-parallel rank and no cast this does nothing, because FSDP2 would still copy every
+    weight and gradient once a step.
     """
     parameter_dtype = next(model.parameters()).dtype
     if grid.size("loss") == 1 and compute_dtype == parameter_dtype:
@@ -53,7 +53,7 @@ def shard_model(
 
 
 def set_last_microbatch(model: nn.Module, is_last: bool, *, reshard_between: bool) -> None:
-    """Reduce gradients in the next backward pass only if it is the step's last."""
+    """Reduce gradients in the next backward pass only if the microbatch is the step's last."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last)
         model.set_is_last_backward(is_last)
@@ -61,9 +61,9 @@ def set_last_microbatch(model: nn.Module, is_last: bool, *, reshard_between: boo
 
 
 def reshard_model(model: nn.Module) -> None:
-    """Free gathered weights after a forward pass that no backward pass follows.
+    """Free gathered weights after a forward pass without backward.
 
-    Until then `model.parameters()` yields the gathered weights, which are not those that the optimiser knows.
+    Before this call `model.parameters()` yields the gathered weights instead of the optimizer's shards.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -71,7 +71,7 @@ def reshard_model(model: nn.Module) -> None:
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by name, as the optimiser holds them."""
+    """The parameters by name, as the optimizer holds them."""
     parameters = dict(model.named_parameters())
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         assert all(isinstance(p, DTensor) for p in parameters.values()), (
@@ -96,13 +96,13 @@ def local_grads(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
 def clip_grad_norm_(
     parameters: Mapping[str, nn.Parameter], grid: Grid, *, max_norm: float, owned: Collection[str]
 ) -> Tensor:
-    """L2 norm of the whole model's gradient, every weight counted once, and gradients scaled to `max_norm`.
+    """Scale gradients to `max_norm` by the L2 norm of the whole model's gradient, in which every weight counts once.
 
-    Squares are summed over `fsdp` (the shards) and `model` (the parts), not over dp_replicate (the copies).
+    Squares are summed over `fsdp` (shards) and `model` (pp x tp), not over dp_replicate (replicas).
 
     Args:
         parameters: by canonical name.
-        max_norm: 0 turns clipping off; the norm is still returned. A norm that is not finite leaves gradients as they are.
+        max_norm: 0: no clipping, the norm is still returned. A non-finite norm leaves gradients unchanged.
         owned: names of the weights that this rank counts; other ranks of `model` may hold copies.
 
     Returns:

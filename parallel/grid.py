@@ -1,8 +1,8 @@
-"""The process grid: five axes, the groups along them, and nothing else.
+"""The process grid: five axes and the process groups along them.
 
-The rank arithmetic is plain Python, so it is tested without torch.distributed; `build_grid` then
-makes one `ProcessGroup` an axis with `torch.distributed.new_group`. Axis order is Megatron-LM's
-default (`tp` has stride 1), with its data-parallel axis cut into dp_replicate x dp_shard.
+The rank arithmetic is plain Python, tested without torch.distributed; `build_grid` makes one `ProcessGroup` an axis
+with `torch.distributed.new_group`. Axis order is Megatron-LM's default (`tp` has stride 1), with the data-parallel axis
+split into dp_replicate x dp_shard.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from utils.errors import UserError
 # Outer to inner. The innermost axis has stride 1.
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
-# Axes that several parts of the suite use together.
+# Products of axes.
 DERIVED_AXES: dict[str, tuple[str, ...]] = {
-    "fsdp": ("dp_shard", "cp"),  # parameters are sharded over it
-    "batch": ("dp_replicate", "dp_shard"),  # each coordinate reads its own rows
+    "fsdp": ("dp_shard", "cp"),  # parameters are sharded
+    "batch": ("dp_replicate", "dp_shard"),  # each coordinate reads its own samples
     "loss": ("dp_replicate", "dp_shard", "cp"),  # tokens are counted, gradients summed
-    "stage": ("dp_replicate", "dp_shard", "cp", "tp"),  # holds the same layers
-    "model": ("pp", "tp"),  # the gradient norm adds the parts of one replica
+    "stage": ("dp_replicate", "dp_shard", "cp", "tp"),  # ranks with the same layers
+    "model": ("pp", "tp"),  # the shards of one replica, which the gradient norm sums
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridSizes:
-    """How many ranks each axis has. All at least 1."""
+    """Ranks along each axis, at least 1."""
 
     pp: int = 1
     dp_replicate: int = 1
@@ -99,7 +99,7 @@ def ranks_along(sizes: GridSizes, axis: str) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Grid:
-    """This process's place on the grid, and its group along every axis and derived axis."""
+    """This process's coordinates on the grid, and its group along every axis and derived axis."""
 
     sizes: GridSizes
     global_rank: int

@@ -44,7 +44,7 @@ def build_schedule(
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
     class NumberedStage(PipelineStage):
-        """Sets the number as an attribute on the host: reading it from an argument would synchronise with the device."""
+        """Sets the number as an attribute: reading it from an argument would synchronise with the device."""
 
         def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
             self.submod.microbatch = fwd_chunk_id  # type: ignore[assignment]

@@ -1,9 +1,9 @@
-"""Tensor and sequence parallelism: how the residual stream enters and leaves a pair of cut matrices.
+"""Tensor and sequence parallelism: entering and leaving the region between two sharded matrices.
 
-A column-parallel matrix holds 1/tp of the outputs, a row-parallel one 1/tp of the inputs (Megatron-LM,
-arXiv:1909.08053). With sequence parallelism (arXiv:2205.05198) the residual stream between them holds 1/tp
-of the tokens: entering gathers them, leaving sums and cuts them; without it every rank holds all tokens,
-entering costs nothing forward and leaving sums.
+A column-parallel matrix holds 1/tp of the outputs, a row-parallel matrix 1/tp of the inputs (Megatron-LM,
+arXiv:1909.08053). With sequence parallelism (arXiv:2205.05198) the residual stream outside the region holds 1/tp of the
+tokens: entering gathers tokens, leaving reduce-scatters them. Without, every rank holds all tokens: entering is the
+identity in the forward pass, leaving is an all-reduce.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x
 
 
-class _GatherRows(torch.autograd.Function):
-    """[t / tp, ...] -> [t, ...]; backward: the sum over the ranks of the gradient of this rank's rows."""
+class _GatherTokens(torch.autograd.Function):
+    """[t / tp, ...] -> [t, ...]; backward: reduce-scatter."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
@@ -42,7 +42,7 @@ class _GatherRows(torch.autograd.Function):
         return reduce_scatter(grad.contiguous(), ctx.group), None
 
 
-class _SumScatterRows(torch.autograd.Function):
+class _ReduceScatterTokens(torch.autograd.Function):
     """[t, ...] partial sums -> [t / tp, ...] of their sum; backward: gather."""
 
     @staticmethod
@@ -56,7 +56,7 @@ class _SumScatterRows(torch.autograd.Function):
 
 
 class _Copy(torch.autograd.Function):
-    """The same x on every rank, each of which uses it in part; backward: the sum of the parts' gradients."""
+    """Identity; backward: all-reduce of the ranks' partial gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
@@ -69,7 +69,7 @@ class _Copy(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Partial sums -> their sum on every rank; backward: every part gets the sum's gradient."""
+    """All-reduce of partial sums; backward: identity."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
@@ -82,10 +82,10 @@ class _Sum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """The ranks that share each matrix, and whether they share the tokens between the matrices too.
+    """The ranks that share each matrix, and whether they also shard the residual stream.
 
     Args:
-        group: of the `tp` axis; None: this rank alone.
+        group: of the `tp` axis; None: one rank.
         sequence_parallel: the residual stream holds 1/tp of the tokens.
     """
 
@@ -101,24 +101,28 @@ class TensorParallel:
         return 0 if self.group is None else self.group.rank()
 
     def divide(self, size: int, what: str) -> int:
-        """1/tp of a size that must divide."""
+        """size / tp.
+
+        Raises:
+            UserError: tp does not divide the size.
+        """
         if size % self.size:
             raise UserError(f"{what} {size} does not divide by the {self.size} tensor-parallel ranks")
         return size // self.size
 
     @torch.compiler.disable
     def enter_parallel_region(self, x: Tensor) -> Tensor:
-        """The residual stream (or its norm) in front of a column-parallel matrix: [t, h] of all tokens."""
+        """Input of a column-parallel matrix: [t / tp, h] or [t, h] -> [t, h] of all tokens."""
         if self.group is None or self.size == 1:
             return x
-        return (_GatherRows if self.sequence_parallel else _Copy).apply(x, self.group)
+        return (_GatherTokens if self.sequence_parallel else _Copy).apply(x, self.group)
 
     @torch.compiler.disable
     def exit_parallel_region(self, x: Tensor) -> Tensor:
-        """What a row-parallel matrix made, [t, h] partial sums, on its way to the residual stream."""
+        """Output of a row-parallel matrix: [t, h] partial sums -> the residual stream, [t / tp, h] or [t, h]."""
         if self.group is None or self.size == 1:
             return x
-        return (_SumScatterRows if self.sequence_parallel else _Sum).apply(x, self.group)
+        return (_ReduceScatterTokens if self.sequence_parallel else _Sum).apply(x, self.group)
 
     def gather_columns(self, x: Tensor) -> Tensor:
         """[n, c / tp] of each rank -> [n, c]. No gradient."""
@@ -129,7 +133,7 @@ class TensorParallel:
 
 @torch.no_grad()
 def sum_gradients_(gradients: Iterable[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum each gradient over the group, in one message. Collective: the same shapes on every rank."""
+    """Sum each gradient over the group in one all-reduce. Collective: the same shapes on every rank."""
     gradients = list(gradients)
     if group.size() == 1 or not gradients:
         return
