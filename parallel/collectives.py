@@ -113,7 +113,7 @@ def _all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x [size, ...]: slice i goes to rank i, the result's slice i comes from rank i. Self-inverse, for gradients too."""
+    """x [size, ...]: slice i goes to rank i, the result's slice i comes from rank i. Self-inverse, with gradients."""
     return _AllToAll.apply(x, group) if group.size() > 1 else x
 
 
