@@ -1,13 +1,20 @@
-"""PyTorch's private ring: what `--cp-backend pytorch` uses of it is there, and a move is told in one line."""
+"""Private names of PyTorch: what `--cp-backend pytorch` and the checkpoint reader use is there."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import pickle
+import pickletools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 import cp.pytorch_cp as backend
+from checkpoint.reader import ALLOWED, FIELDS, SafeReader, UnsafeCheckpoint
 
 
 def test_this_pytorch_has_what_is_used() -> None:
@@ -37,3 +44,28 @@ def test_a_module_that_moved_is_named(monkeypatch) -> None:
     monkeypatch.setattr(backend, "PRIVATE_MODULE", "torch.distributed.no_such_place")
     with pytest.raises(ValueError, match=r"torch\.distributed\.no_such_place is gone"):
         backend.load_private()
+
+
+def test_records_of_a_checkpoint_have_the_fields_that_the_reader_checks() -> None:
+    """A new field of a record is looked at before it is ignored: it may choose how bytes are read."""
+    ignored = {"Metadata": {"planner_data", "storage_meta"}}
+    for kind, fields in FIELDS.items():
+        found = {field.name for field in dataclasses.fields(kind)}
+        assert found - ignored.get(kind.__name__, set()) == set(fields), kind.__name__
+
+
+def test_an_index_of_this_pytorch_names_what_the_reader_allows(tmp_path: Path) -> None:
+    state = {"a": torch.ones(3, dtype=torch.float64), "b": torch.zeros((), dtype=torch.bfloat16)}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    metadata = SafeReader(tmp_path).read_metadata()
+    whole = pickle.loads((tmp_path / ".metadata").read_bytes())
+    assert metadata.state_dict_metadata == whole.state_dict_metadata and metadata.storage_data == whole.storage_data
+    assert metadata.version == whole.version
+    names = [arg for op, arg, _ in pickletools.genops((tmp_path / ".metadata").read_bytes()) if "UNICODE" in op.name]
+    assert {name for module, name in ALLOWED if "metadata" in module} <= set(names)
+    loaded = {name: torch.full_like(x, 7) for name, x in state.items()}
+    dcp.load(loaded, storage_reader=SafeReader(tmp_path), no_dist=True)
+    assert all(torch.equal(loaded[name], x) for name, x in state.items())
+    dcp.save({"a": "text"}, checkpoint_id=tmp_path / "text", no_dist=True)
+    with pytest.raises(UnsafeCheckpoint, match="BytesStorageMetadata"):
+        SafeReader(tmp_path / "text").read_metadata()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
 import json
 import os
@@ -14,7 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from checkpoint.files import compute_checksums
 from checkpoint.reader import SafeReader, UnsafeCheckpoint
@@ -27,6 +36,7 @@ from parallel.grid import GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of
 from tests.distributed.test_reshard import optimizer_of
 from tools import checkpoint as checkpoint_tool
+from utils.errors import UserError
 
 
 class Mark:
@@ -134,6 +144,82 @@ def test_an_index_changes_no_class(tmp_path: Path, target: type) -> None:
     pickle.loads((tmp_path / ".metadata").read_bytes())
     assert target.marked == 7  # the trap works
     del target.marked
+
+
+def index_that_builds(target: bytes, state: bytes) -> bytes:
+    """A pickle that applies the opcode BUILD with `state` to the object that the opcodes `target` push."""
+    return b"\x80\x02" + target + state + b"b."
+
+
+ATTRIBUTES = pickle.dumps((None, {"marked": 7}), protocol=2)[2:-1]
+ENTRIES = pickle.dumps({"_value_": 7}, protocol=2)[2:-1]
+MEMBER = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nK\x00\x85R"
+
+
+def test_an_index_changes_no_enum_member(tmp_path: Path) -> None:
+    """BUILD writes into the `__dict__` of any object: an allowed call must not return one that the process shares."""
+    (tmp_path / ".metadata").write_bytes(index_that_builds(MEMBER, ENTRIES))
+    with pytest.raises(UnsafeCheckpoint):
+        SafeReader(tmp_path).read_metadata()
+    assert _MEM_FORMAT_ENCODING(0)._value_ == 0
+    pickle.loads((tmp_path / ".metadata").read_bytes())
+    assert _MEM_FORMAT_ENCODING(0)._value_ == 7  # the trap works
+    _MEM_FORMAT_ENCODING(0)._value_ = 0
+
+
+@pytest.mark.parametrize(
+    "name", ["torch Size", "torch float32", "torch.serialization _get_layout", "torch nn", "builtins eval"]
+)
+def test_an_index_changes_no_global(tmp_path: Path, name: str) -> None:
+    module, attribute = name.split()
+    shared = getattr(importlib.import_module(module), attribute)
+    (tmp_path / ".metadata").write_bytes(index_that_builds(f"c{module}\n{attribute}\n".encode(), ATTRIBUTES))
+    with pytest.raises(UnsafeCheckpoint):
+        SafeReader(tmp_path).read_metadata()
+    assert not hasattr(shared, "marked")
+
+
+def test_a_class_that_is_changed_in_the_index_is_another_in_the_next(saved: tuple) -> None:
+    """Stand-ins are made anew: what one index does to a class reaches neither the library's class nor another index."""
+    place, load = saved
+    content = (place / ".metadata").read_bytes()
+    change = Changes(MetadataIndex, __getattribute__=torch.Size, fqn="other").index()[2:-1]
+    rewrite(place, ".metadata", content[:2] + change + b"0" + content[2:])  # the change, dropped, then the honest index
+    with contextlib.suppress(UserError):
+        load(place)
+    rewrite(place, ".metadata", content)
+    assert load(place) == 3
+
+
+@pytest.mark.parametrize("field", ["transform_descriptors", "offset", "length"])
+def test_entries_of_other_types(saved: tuple, field: str) -> None:
+    """A transform would choose an extension of the library by name."""
+    place, load = saved
+    metadata = index_of(place)
+    setattr(next(iter(metadata.storage_data.values())), field, ("zstd",))
+    rewrite(place, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(UserError, match=f"holds tuple where {'NoneType' if field.startswith('t') else 'int'}"):
+        load(place)
+
+
+def test_text_that_is_a_subclass_of_text(saved: tuple) -> None:
+    """Only exact types: a subclass could answer the check with one value and the library with another."""
+    place, load = saved
+    metadata = index_of(place)
+    name, tensor = metadata.state_dict_metadata.popitem()
+    metadata.state_dict_metadata[np.str_(name)] = tensor
+    rewrite(place, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"numpy\."):
+        load(place)
+
+
+def test_an_index_that_contains_itself(tmp_path: Path) -> None:
+    chunks: list = []
+    chunks.append(chunks)
+    tensor = TensorStorageMetadata(TensorProperties(), torch.Size([1]), chunks)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"x": tensor}, storage_data={})))
+    with pytest.raises(UnsafeCheckpoint, match="holds list where ChunkStorageMetadata"):
+        SafeReader(tmp_path).read_metadata()
 
 
 def test_a_path_that_is_no_text(saved: tuple) -> None:
