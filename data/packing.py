@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -128,16 +128,6 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     return bin_of
 
 
-class Epoch(Protocol):
-    """The samples of one epoch."""
-
-    def __len__(self) -> int: ...
-
-    def sample_pieces(self, n: int) -> np.ndarray:
-        """[pieces, 3] int64 document, start, length of sample n."""
-        ...
-
-
 @dataclass(frozen=True)
 class PackedEpoch:
     """Samples of one epoch as lists of pieces.
@@ -154,6 +144,7 @@ class PackedEpoch:
         return len(self.first) - 1
 
     def sample_pieces(self, n: int) -> np.ndarray:
+        """[pieces, 3] int64 document, start, length of sample n."""
         return self.pieces[self.first[n] : self.first[n + 1]]
 
 
@@ -318,7 +309,7 @@ class StreamEpoch:
         return (int(self.ends[-1]) if len(self.ends) else 0) - len(self) * self.seq_length
 
     def sample_pieces(self, n: int) -> np.ndarray:
-        """As `Epoch.sample_pieces`, `lookahead` included."""
+        """As `PackedEpoch.sample_pieces`, `lookahead` included."""
         begin, end = n * self.seq_length, (n + 1) * self.seq_length + self.lookahead
         low, high = np.searchsorted(self.ends, [begin, end - 1], side="right")
         here = slice(low, high + 1)
@@ -349,6 +340,7 @@ def concat_epoch(lengths: np.ndarray, *, seed: int, epoch: int, seq_length: int)
 # On disk
 
 StoredEpoch = PackedEpoch | StreamEpoch
+Epoch = StoredEpoch | WindowedEpoch
 
 
 def build_epoch(lengths: np.ndarray, packing: PackingOptions, number: int) -> StoredEpoch:

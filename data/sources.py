@@ -199,10 +199,8 @@ class PreparedCorpus:
         for kind, path in (("bin", token_file(self.prefix)), ("idx", index_file(self.prefix))):
             size, digest = checksum(path, like=sums[kind][1])
             if [size, digest] != list(sums[kind]):
-                raise UserError(
-                    f"{path}: {size} bytes and checksum {digest[:12]}, but data.prepare wrote {sums[kind][0]} bytes, checksum "
-                    f"{sums[kind][1][:12]}"
-                )
+                was = f"{sums[kind][0]} bytes and checksum {sums[kind][1]}"
+                raise UserError(f"{path}: {size} bytes and checksum {digest}, but data.prepare wrote {was}")
 
 
 def open_prepared(prefix: Path) -> PreparedCorpus:

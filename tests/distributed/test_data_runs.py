@@ -1,4 +1,4 @@
-"""train.py on prepared corpora: blends, other packings, validation data, skipped steps, resumed anywhere, broken data."""
+"""train.py on prepared corpora: blends, other packings, validation data, skipped steps, resumed anywhere, corrupted data."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_validation_data_of_its_own(base, corpora, tmp_path: Path) -> None:
     assert [r["step"] for r in metrics if "validation_loss" in r] == [2]
 
 
-def test_skipped_steps_are_not_read_and_the_others_are_as_they_were(base, corpora, tmp_path: Path) -> None:
+def test_skipped_steps_are_not_read_and_the_others_do_not_change(base, corpora, tmp_path: Path) -> None:
     """With no learning, a step's loss depends on its sequences alone."""
     flags = [*base, *blend(corpora), "--lr", "0", "--min-lr", "0", "--weight-decay", "0"]
     whole, skipped = (
@@ -219,7 +219,7 @@ def test_a_dead_data_worker_ends_the_run_within_seconds(base, corpora, tmp_path:
 
 
 def test_a_read_only_cache_that_is_filled_is_used(base, corpora, tmp_path: Path) -> None:
-    """Written by one job, read by others that may not write it, over the ends of epochs too; what is not in it is said."""
+    """One job fills the cache; jobs without write permission use it, past the ends of epochs too; a missing first epoch is refused."""
     cache = tmp_path / "cache"
     flags = [*FLAGS, "--device", "cpu", *blend(corpora)]
     read_only = "mock.patch('tempfile.mkdtemp', side_effect=PermissionError(13, 'Permission denied'))"

@@ -35,7 +35,7 @@ def test_every_prefix_has_its_shares_to_within_a_sequence(weights: list[int], co
 
 @given(weights, st.lists(st.integers(0, 3 * BLOCK), min_size=1, max_size=6), st.integers(0, 2 * BLOCK))
 @settings(max_examples=40, deadline=None)
-def test_any_place_can_be_read_first_or_gone_on_from(weights: list[int], places: list[int], stop: int) -> None:
+def test_any_sample_can_be_read_first_or_resumed_from(weights: list[int], places: list[int], stop: int) -> None:
     forwards = Blend(weights)
     wanted = {n: forwards.at(n) for n in sorted(places)}
     jumping = Blend(weights)
@@ -130,14 +130,14 @@ def test_sequences_come_from_their_sources_in_their_order() -> None:
     assert data.fingerprint() != blended([5, 3, 2]).fingerprint()
 
 
-def test_fingerprints_tell_sources_and_their_order_apart() -> None:
+def test_fingerprints_depend_on_sources_and_their_order() -> None:
     a, b, c = (dataset(lengths, seq_length=32, alignment=4) for lengths in ([5, 40], [40, 5], [5, 41]))
     prints = [BlendedDataset(sources, [2, 1]).fingerprint() for sources in ([a, b], [b, a], [a, c], [c, b])]
     assert len(set(prints)) == 4 and prints[0] == BlendedDataset([a, b], [2, 1]).fingerprint()
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 100, BLOCK + 3])
-def test_a_state_is_a_few_numbers_and_goes_on_exactly(stop: int) -> None:
+def test_a_state_is_small_and_resumes_exactly(stop: int) -> None:
     whole, resumed = blended([5, 3, 1]), blended([5, 3, 1])
     state = whole.state_dict(stop)
     assert state["sequences"] == stop and len(state["sources"]) == 3

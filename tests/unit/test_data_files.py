@@ -36,7 +36,7 @@ def test_documents_come_back(tmp_path: Path, vocab_size: int) -> None:
     assert data.read(2, 100, 7).tolist() == documents[2][100:107].tolist()
 
 
-def test_broken_files_are_refused(tmp_path: Path) -> None:
+def test_corrupted_files_are_refused(tmp_path: Path) -> None:
     write_indexed_dataset(tmp_path / "t", [np.arange(10)], vocab_size=100)
     index, tokens = (tmp_path / "t.idx").read_bytes(), (tmp_path / "t.bin").read_bytes()
     for broken, words in (
@@ -97,7 +97,7 @@ def test_a_source_that_changes_is_another_source(tmp_path: Path) -> None:
     assert open_text(str(file), "text").cache_facts() != before
 
 
-def test_a_source_is_told_by_its_files_and_how_they_are_read(tmp_path: Path, monkeypatch) -> None:
+def test_a_cache_key_depends_on_files_and_options(tmp_path: Path, monkeypatch) -> None:
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text("one")
     monkeypatch.chdir(tmp_path)
@@ -186,7 +186,7 @@ def test_what_killed_builders_left_is_removed_after_a_day(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("part", ["split", "tokens", "tokenizer"])
 @pytest.mark.parametrize("how", ["missing", "cut"])
-def test_broken_entries_of_the_cache_are_named_and_what_to_remove(tmp_path: Path, part: str, how: str) -> None:
+def test_corrupted_cache_entries_are_named(tmp_path: Path, part: str, how: str) -> None:
     (tmp_path / "d.txt").write_text(TEXT * 20)
     source, cache = open_text(str(tmp_path / "d.txt"), "text"), tmp_path / "cache"
 

@@ -270,7 +270,7 @@ def test_a_cache_that_cannot_be_written_does_not_end_a_run_at_an_epochs_border(
 
 @pytest.mark.parametrize("packing", ["best-fit", "greedy", "concat", "windows"])
 @pytest.mark.parametrize("how", ["missing", "empty", "cut", "zeroed", "other"])
-def test_a_broken_index_is_named_and_what_to_remove(
+def test_a_corrupted_index_is_named(
     tokens: IndexedDataset, tmp_path: Path, monkeypatch, packing: str, how: str
 ) -> None:
     monkeypatch.setattr("data.dataset.MIN_STORED_PIECES", 0)
@@ -292,8 +292,8 @@ def test_a_broken_index_is_named_and_what_to_remove(
     on_disk(tokens, tmp_path, **changes)
 
 
-def test_fingerprints_tell_contents_and_documents_apart(tmp_path: Path) -> None:
-    """Not only lengths: a corpus tokenized anew has much the same."""
+def test_fingerprints_depend_on_content_and_documents(tmp_path: Path) -> None:
+    """Lengths alone are not enough: another tokenizer gives similar ones."""
     for name, shift in (("a", 0), ("b", 1)):
         write_indexed_dataset(tmp_path / name, (np.arange(n) + shift for n in LENGTHS), vocab_size=2000)
     a, b = (IndexedDataset(tmp_path / name) for name in "ab")
@@ -302,7 +302,7 @@ def test_fingerprints_tell_contents_and_documents_apart(tmp_path: Path) -> None:
     changed[sum(LENGTHS[:8])] += 1  # the first token of a document in the middle
     changed.tofile(tmp_path / "b.bin")
     assert on_disk(IndexedDataset(tmp_path / "b")).fingerprint() != on_disk(a).fingerprint()
-    for name, more in (("c", 0), ("d", 1)):  # what the first 64 tokens of documents do not tell
+    for name, more in (("c", 0), ("d", 1)):  # beyond the first 64 tokens of documents
         write_indexed_dataset(tmp_path / name, [np.arange(n + more) for n in (70, 90)], vocab_size=2000)
     ends = [PackedDataset(IndexedDataset(tmp_path / name), np.arange(2), PackingOptions(seq_length=16, method='best-fit', seed=1, alignment=4), pad_token=0).fingerprint() for name in "cd"]  # fmt: skip
     assert ends[0] != ends[1]

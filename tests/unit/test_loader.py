@@ -1,4 +1,4 @@
-"""Labels, tails and the order of sequences, on a token file where token 100*d + i is token i of document d."""
+"""Labels, tails and the order of samples, on a token file where token 100*d + i is token i of document d."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_dynamic_rows_hold_the_same_documents_without_tails(tokens: IndexedDatas
     assert empty.packed_seq.row_length == 4 and empty.loss_tokens == 0
 
 
-def test_row_hashes_tell_rows_apart(tokens: IndexedDataset) -> None:
+def test_row_hashes_differ_between_rows(tokens: IndexedDataset) -> None:
     data = dataset(tokens)
 
     def row_hash(n: int, cp_rank: int = 0, changed: bool = False) -> int | None:
@@ -210,7 +210,7 @@ def test_row_hashes_tell_rows_apart(tokens: IndexedDataset) -> None:
     assert row_hash(0) != row_hash(1) and row_hash(0) != row_hash(0, changed=True)
 
 
-def test_a_worker_that_dies_while_the_rank_computes_is_told_the_same(tokens: IndexedDataset) -> None:
+def test_a_worker_that_dies_while_the_rank_computes_is_reported_the_same(tokens: IndexedDataset) -> None:
     """PyTorch raises from its handler of SIGCHLD, so in the middle of whatever the rank does, not where it asks for a batch."""
     plan = BatchPlan(
         global_batch_size=2,

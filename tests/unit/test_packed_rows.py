@@ -119,7 +119,7 @@ def test_work_of_every_layout_by_brute_force(data) -> None:
 def test_balance_is_the_slowest_rank_over_the_mean() -> None:
     assert balance(np.array([3, 1])) == 1.5
     assert balance(np.array([4, 0, 0, 0])) == 4.0
-    assert balance(np.array([0, 0])) == 1.0  # an empty row keeps nobody waiting
+    assert balance(np.array([0, 0])) == 1.0  # an empty row is balanced
     # One full document of 8 over two ranks without load balancing: 1 + .. + 4 = 10 pairs against 26.
     pairs = attention_pairs(np.array([8]), np.array([8]), cp_size=2, layout="doc_contiguous")
     assert pairs.tolist() == [10, 26] and balance(pairs) == 26 / 18
@@ -154,9 +154,7 @@ def test_lengths_that_make_no_row_are_refused(lengths: list, padded: list, words
 def test_a_row_of_padding_alone() -> None:
     packed_seq, owned = build_packed_seq(np.array([0, 0]), np.array([4, 8]), cp_size=2, cp_rank=0)
     assert packed_seq.max_seqlen == 0 and packed_seq.cu_seqlens.tolist() == [0, 0, 0] and len(owned) == 6
-    one_rank, everything = build_packed_seq(
-        np.array([3]), np.array([5]), layout="contiguous"
-    )  # cp 1, rank 0 unless told
+    one_rank, everything = build_packed_seq(np.array([3]), np.array([5]), layout="contiguous")  # defaults: cp 1, rank 0
     assert everything.tolist() == one_rank.positions.tolist() == list(range(5))
 
 

@@ -88,7 +88,7 @@ def test_every_seed_and_epoch_has_an_order_of_its_own() -> None:
 
 
 def test_windows_follow_the_seed(monkeypatch) -> None:
-    """In who is dealt into which, in the order of windows, and within each in who is packed with whom."""
+    """The seed decides the documents of a window, the order of windows, and which documents share a sample."""
     lengths = log_normal(600)
 
     def windows(seed: int) -> Windows:
@@ -139,7 +139,7 @@ def one_by_one(sizes: np.ndarray, capacity: int) -> list[int]:
 @given(st.lists(st.integers(1, 24), max_size=80), st.sampled_from([24, 25, 60]))
 @settings(max_examples=300, deadline=None)
 def test_items_of_one_size_at_once_are_placed_as_one_by_one(sizes: list[int], capacity: int) -> None:
-    """Losses that were written down rest on who shares a sequence with whom."""
+    """Golden losses depend on which documents share a sample."""
     assert best_fit_decreasing(np.array(sizes, int), capacity).tolist() == one_by_one(np.array(sizes, int), capacity)
 
 

@@ -1,4 +1,4 @@
-"""data.prepare: every format to the same tokens, whatever the workers; stopped, killed and broken at any place."""
+"""data.prepare: every format gives the same tokens for any number of workers; stopped, killed or failed runs resume."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("after", [1, 3, 10, 23])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch, after: int, workers: int) -> None:
-    """Whatever else was written when it stopped, as a kill between two reports would leave it."""
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch, after: int, workers: int) -> None:
+    """Bytes written after the last saved progress are dropped."""
     corpus, flags = corpus_in(tmp_path / "in"), ("--workers", workers, "--on-error", "skip", *BYTE)
     with (corpus / "a.jsonl").open("ab") as out:
         out.write(b"broken\n")
@@ -136,7 +136,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch, af
         if len(calls) == after:
             self.save()
             for output in self.outputs.values():
-                output.write(b"more than was told")
+                output.write(b"after the last save")
                 output.flush()
             monkeypatch.setattr(CorpusWriter, "save", lambda self: None)
             raise Stop
@@ -158,9 +158,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch, af
 
 
 @pytest.mark.parametrize("place", ["add", "write_tokens"])
-def test_interrupted_between_any_two_lines_it_goes_on_to_the_same_bytes(
-    tmp_path: Path, monkeypatch, place: str
-) -> None:
+def test_a_run_interrupted_at_any_line_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch, place: str) -> None:
     """Ctrl-C comes at any line: of writing and counting a task, and of the loop around it."""
     file = tmp_path / "a.jsonl"
     file.write_bytes(lines_of(TEXTS[:5]) + b"broken\n" + lines_of(["", *TEXTS[5:8]]))
@@ -201,7 +199,7 @@ def test_interrupted_between_any_two_lines_it_goes_on_to_the_same_bytes(
     assert interrupted > 30
 
 
-def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_worker_and_resumes(tmp_path: Path) -> None:
     corpus = corpus_in(tmp_path / "in")
     flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "2"]
     code = textwrap.dedent(f"""
@@ -270,7 +268,7 @@ def test_a_bad_record_stops_the_run_with_file_and_line(tmp_path: Path, capsys, l
     assert not (tmp_path / "p.idx").exists()
 
 
-def test_who_was_stopped_by_a_bad_record_goes_on_with_skip(tmp_path: Path) -> None:
+def test_a_run_stopped_by_a_bad_record_resumes_with_skip(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS[:60]) + b"broken\n" + lines_of(TEXTS[60:]))
     flags = ["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "1"]
     assert main(flags) == 2
@@ -315,7 +313,7 @@ def test_a_compressed_file_that_ends_early_is_an_error(tmp_path: Path, capsys, n
     assert "cannot be read on" in capsys.readouterr().err
 
 
-def test_what_is_there_is_not_written_over(tmp_path: Path, capsys) -> None:
+def test_a_finished_corpus_is_not_overwritten(tmp_path: Path, capsys) -> None:
     corpus = corpus_in(tmp_path / "in")
     flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "0"]
     assert main(flags) == 0
@@ -326,7 +324,7 @@ def test_what_is_there_is_not_written_over(tmp_path: Path, capsys) -> None:
     assert texts_in(tmp_path / "p") == ["another", *TEXTS[20:]]
 
 
-def test_half_a_corpus_of_other_inputs_is_not_gone_on_with(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_corpus_begun_from_other_inputs_is_not_resumed(tmp_path: Path, monkeypatch, capsys) -> None:
     corpus = corpus_in(tmp_path / "in")
     flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "p"), *BYTE, "--workers", "0"]
     with monkeypatch.context() as patch:
@@ -397,7 +395,7 @@ def test_killed_between_any_two_renames_it_is_finished_by_the_same_command(
         (["--input", ".", *BYTE, "--no-such-flag"], "--no-such-flag"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(tmp_path: Path, capsys, flags: list[str], words: str) -> None:
+def test_refusals_are_one_line(tmp_path: Path, capsys, flags: list[str], words: str) -> None:
     assert main([*flags, "--output-prefix", str(tmp_path / "p")]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
@@ -521,7 +519,7 @@ def test_train_tokenizer(tmp_path: Path, capsys) -> None:
 
 @pytest.mark.parametrize("between", [" ", ""])
 def test_a_corpus_of_one_long_line_trains(tmp_path: Path, between: str) -> None:
-    """SentencePiece leaves out, without a word, what is longer than a MiB."""
+    """SentencePiece silently leaves out pieces longer than a MiB."""
     words = np.random.default_rng(0).choice(["ring", "of", "ranks", "turns", "once", "世界"], 400_000).tolist()
     (tmp_path / "a.jsonl").write_bytes(lines_of([between.join(words)]))
     flags = [

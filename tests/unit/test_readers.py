@@ -1,4 +1,4 @@
-"""Files as they are found: broken content is counted, what the system cannot read always ends the run; any row can be gone on from."""
+"""Input files: corrupted content is counted, files that the system cannot read end the run, reading resumes at any row."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Failing:
 def test_a_disk_that_fails_ends_the_run_also_with_skip(
     tmp_path: Path, monkeypatch, capsys, name: str, code: int
 ) -> None:
-    """Counted as bad records, the rest of a corpus would be missing without a word."""
+    """Counted as bad records, the rest of a corpus would be missing silently."""
     data = lines_of(TEXTS * 50)
     (tmp_path / name).write_bytes({".gz": gzip.compress, ".zst": zstd}.get(Path(name).suffix, bytes)(data))
 
@@ -78,7 +78,7 @@ def test_a_disk_that_fails_ends_the_run_also_with_skip(
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_broken_content_leaves_out_the_rest_of_the_file_and_says_so(tmp_path: Path, name: str) -> None:
+def test_corrupted_content_leaves_out_the_rest_of_the_file(tmp_path: Path, name: str) -> None:
     """The first part of it is kept."""
     texts = [random.Random(n).randbytes(500).hex() for n in range(4000)]
     if name.endswith("parquet"):
@@ -101,7 +101,7 @@ def test_broken_content_leaves_out_the_rest_of_the_file_and_says_so(tmp_path: Pa
 
 
 @pytest.mark.parametrize("start", [0, 1, 6, 7, 1023, 1024, 1025, 2500, 2999, 3000])
-def test_parquet_is_gone_on_from_any_row(tmp_path: Path, start: int) -> None:
+def test_parquet_resumes_at_any_row(tmp_path: Path, start: int) -> None:
     file, texts = tmp_path / "a.parquet", [f"row {n}" for n in range(3000)]
     pq.write_table(pa.table({"text": texts}), file, row_group_size=700)
     records = list(read_records(str(file), kind="parquet", json_key="text", start=FileOffset(start, start)))
@@ -109,7 +109,7 @@ def test_parquet_is_gone_on_from_any_row(tmp_path: Path, start: int) -> None:
     assert [r.number for r in records] == [r.end for r in records] == list(range(start + 1, 3001))
 
 
-def test_two_columns_of_one_name_are_said(tmp_path: Path) -> None:
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), file)
     with pytest.raises(BadRecord, match="has 2 columns 'text'"):

@@ -1,4 +1,4 @@
-"""From files to tokens: text comes back byte for byte, what is cached is right, what is broken is said."""
+"""From files to tokens: text round-trips byte for byte, caches hold the right content, corrupted files are refused."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_half_a_surrogate_is_named_by_file_and_line(tmp_path: Path, tokenizer_ty
 
 @pytest.mark.parametrize("tokenizer_type", ["byte", "sentencepiece"])
 @pytest.mark.parametrize("line", ['{"text": 5}', "{broken", "[]"])
-def test_a_bad_line_is_named_whoever_reads_it_first(tmp_path: Path, tokenizer_type: str, line: str) -> None:
+def test_a_bad_line_is_named_by_its_first_reader(tmp_path: Path, tokenizer_type: str, line: str) -> None:
     """Training a model reads the corpus too, and blames the vocabulary for everything."""
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"text": WORDS * 3}) + "\n" + line + "\n")
@@ -238,7 +238,7 @@ def in_turn(count: int, place: Path, build: Callable[[Path], None]) -> None:
         t.join()
 
 
-def test_a_place_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "thing").write_text("a file where the folder should be")
     with pytest.raises((OSError, ValueError)):
         build_once(tmp_path / "thing", lambda folder: None)

@@ -1,4 +1,4 @@
-"""Where data.prepare reads and writes: never over its inputs, on from what is there or anew, in folders with links and its own output."""
+"""Files that data.prepare reads and writes: inputs are never overwritten; unfinished corpora resume or start over; links are followed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refused(capsys, *flags: object) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------
-# What is there
+# Existing files
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_tokenizer_is_not_written_over(tmp_path: Path, capsys, linked: bool)
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.bin", "p.idx", "p.tokenizer.model"])
-def test_files_of_the_users_are_replaced_only_when_told(tmp_path: Path, capsys, name: str) -> None:
+def test_user_files_are_replaced_only_with_overwrite(tmp_path: Path, capsys, name: str) -> None:
     (tmp_path / "spm.model").write_bytes(train_sentencepiece(TEXTS, vocab_size=300))
     (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS))
     (tmp_path / name).write_text('{"my": "notes"}')
@@ -105,11 +105,11 @@ def test_a_folder_is_no_prefix(tmp_path: Path, capsys, monkeypatch, prefix: str)
 
 
 # ---------------------------------------------------------------------------------------------------
-# On from what is there, or anew
+# Resume or start over
 
 
 def begun(folder: Path, prefix: Path, *flags: object) -> tuple:
-    """Half a corpus, and the flags that go on with it."""
+    """An unfinished corpus; returns the flags that resume it."""
     (folder / "a.jsonl").write_bytes(lines_of(TEXTS[:60]) + b"broken\n" + lines_of(TEXTS[60:]))
     flags = ("--input", folder / "a.jsonl", "--output-prefix", prefix, *(flags or BYTE), "--workers", 0)
     assert main([str(f) for f in flags]) == 2
@@ -136,7 +136,7 @@ def small_pieces(monkeypatch) -> None:
         ("lengths", b""),
     ],
 )
-def test_what_is_broken_is_named_and_overwritten(tmp_path: Path, capsys, name: str, content: bytes | None) -> None:
+def test_corrupted_progress_is_named_and_overwritten(tmp_path: Path, capsys, name: str, content: bytes | None) -> None:
     flags = begun(tmp_path, tmp_path / "p")
     file = tmp_path / "p.part" / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content is None else content)
@@ -147,7 +147,7 @@ def test_what_is_broken_is_named_and_overwritten(tmp_path: Path, capsys, name: s
 
 
 @pytest.mark.parametrize("change", ["tokenizer", "append_eod", "json_key", "contents", "mtime", "format"])
-def test_half_a_corpus_made_otherwise_is_not_gone_on_with(tmp_path: Path, capsys, change: str) -> None:
+def test_a_corpus_begun_with_other_options_is_not_resumed(tmp_path: Path, capsys, change: str) -> None:
     """Each of these would make a corpus whose first half is another's."""
     for name, size in (("m.model", 300), ("n.model", 310)):
         (tmp_path / name).write_bytes(train_sentencepiece(TEXTS, vocab_size=size))
@@ -168,7 +168,7 @@ def test_half_a_corpus_made_otherwise_is_not_gone_on_with(tmp_path: Path, capsys
     assert "begun from other inputs or flags" in refused(capsys, *flags)
 
 
-def test_it_goes_on_however_the_inputs_are_spelled(tmp_path: Path, monkeypatch) -> None:
+def test_resuming_ignores_the_spelling_of_inputs(tmp_path: Path, monkeypatch) -> None:
     flags = begun(tmp_path, tmp_path / "p")
     monkeypatch.chdir(tmp_path)
     resumed = []
@@ -182,8 +182,8 @@ def test_it_goes_on_however_the_inputs_are_spelled(tmp_path: Path, monkeypatch) 
 
 
 @pytest.mark.parametrize("pattern", ["", "*", "**"])
-def test_what_it_writes_into_a_folder_of_inputs_is_no_input(tmp_path: Path, monkeypatch, pattern: str) -> None:
-    """Stopped, gone on with and repeated."""
+def test_outputs_in_a_folder_of_inputs_are_no_inputs(tmp_path: Path, monkeypatch, pattern: str) -> None:
+    """In a stopped, a resumed and a repeated run."""
     (tmp_path / "spm.model").write_bytes(train_sentencepiece(TEXTS, vocab_size=300))
     folder = tmp_path / "in"
     folder.mkdir()
@@ -242,7 +242,7 @@ def test_a_run_of_empty_rows_is_several_tasks(tmp_path: Path) -> None:
     assert max(len(t.records) for t in tasks) <= 400 / 100 + 1 and sum(len(t.records) for t in tasks) == 3001
 
 
-def test_documents_without_a_token_are_said_in_one_line(tmp_path: Path, capsys) -> None:
+def test_documents_without_a_token_are_refused_in_one_line(tmp_path: Path, capsys) -> None:
     """A tokenizer.json may strip what a text consists of."""
     import tokenizers
 
@@ -265,7 +265,7 @@ def test_documents_without_a_token_are_said_in_one_line(tmp_path: Path, capsys) 
     assert "no token in its 2 documents" in said and not (tmp_path / "p.part").exists()
 
 
-def test_a_corpus_of_megatrons_is_replaced_only_when_told(tmp_path: Path, capsys) -> None:
+def test_a_corpus_of_megatron_is_replaced_only_with_overwrite(tmp_path: Path, capsys) -> None:
     write_indexed_dataset(tmp_path / "p", [np.arange(5)], vocab_size=100)
     (tmp_path / "a.jsonl.zst").write_bytes(zstd(lines_of(TEXTS)))
     before = files_of(tmp_path / "p")
