@@ -18,13 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from config.schema import RunConfig
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
 from config.cli import parse_arguments
+from config.schema import RunConfig
 from config.validate import resolve
 from model.config import GPTConfig
 from planner.estimate import data_of, describe_rows, make_plan, parse_lengths, plan_text, worst_memory

@@ -26,8 +26,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from config.schema import RunConfig
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -36,6 +34,7 @@ from torch import Tensor
 
 from checkpoint.saver import whole_tensors
 from config.cli import parse_arguments
+from config.schema import RunConfig
 from config.validate import resolve
 from cp.attention import build_attention
 from cp.dropout_attention import AttentionDropout

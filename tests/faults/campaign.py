@@ -636,10 +636,10 @@ def _(bench: Bench) -> None:
     run.wait_for_step(6)
     pid = run.rank_pid(1)
     os.kill(pid, signal.SIGSTOP)
-    run.wait_for_line("train.py: rank 0: nothing moved")
+    run.wait_for_line("train.py: rank 0: no progress")
     os.kill(pid, signal.SIGKILL)  # torchrun would, after 30 s
     bench.failed(
-        run, "nothing moved for 0.15 minutes (--distributed-timeout-minutes)", f"lost rank 1 on {platform.node()}"
+        run, "no progress for 0.15 minutes (--distributed-timeout-minutes)", f"lost rank 1 on {platform.node()}"
     )
     bench.expect_status("failed", "lost rank 1")
     bench.finish()
@@ -648,7 +648,7 @@ def _(bench: Bench) -> None:
 @case("a rank that hangs in its data", "pp 2")
 def _(bench: Bench) -> None:
     run = bench.start(*FAIL_FAST, faults=["hang:9:1"])
-    bench.failed(run, "nothing moved for 0.15 minutes", "step 8", "injected.py")
+    bench.failed(run, "no progress for 0.15 minutes", "step 8", "injected.py")
     bench.finish()
 
 

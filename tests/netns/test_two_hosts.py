@@ -159,11 +159,11 @@ def test_a_cut_cable_ends_both_and_the_same_command_goes_on(hosts: Hosts, tmp_pa
     first, second = (re.findall(r"train\.py: .*", log.read_text()) for log in logs)
     print("\n".join(["node 0:", *first, "node 1:", *second]))
     assert any(
-        re.search(r"nothing moved for 0\.25 minutes .*lost rank 1 on .*: dead, stopped or cut off", line)
+        re.search(r"no progress for 0\.25 minutes .*lost rank 1 on .*: dead, stopped or cut off", line)
         for line in first
     ), told(logs)
     assert any(
-        re.search(r"nothing moved for 0\.25 minutes .*lost the store of the run, on the first node", line)
+        re.search(r"no progress for 0\.25 minutes .*lost the store of the run, on the first node", line)
         for line in second
     ), told(logs)
     assert '"status": "failed"' in (run_dir / "status.json").read_text()

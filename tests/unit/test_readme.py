@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -46,9 +47,54 @@ def test_make_targets_run_what_the_readme_says(target: str) -> None:
     assert wanted[target] in said and f"make {target} " in README
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    for name in re.findall(r"`((?:configs|launch|benchmarks|docs|tools|cp|tests)/[\w./-]+)`", README):
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOMS = (
+    "benchmarks", "checkpoint", "config", "configs", "cp", "data", "docs", "launch", "metrics", "model", "parallel",
+    "planner", "runtime", "tests", "tools", "training", "utils",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    for name in re.findall(rf"`((?:{'|'.join(ROOMS)})/[\w./-]*)(?:`| )", page.read_text()):
         assert (ROOT / name).exists(), name
+
+
+def anchors(page: Path) -> set[str]:
+    """Of headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" not in link:
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {name for name in pages if f"({name})" not in index} == set()
+
+
+@pytest.mark.parametrize(
+    "script", sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]), ids=lambda p: p.name
+)
+def test_scripts_find_the_root_before_they_import_from_it(script: Path) -> None:
+    """`python tools/plan.py` begins with tools/ on the path, not with the root."""
+    if "__main__" not in script.read_text():
+        return
+    for statement in ast.parse(script.read_text()).body:
+        if "sys.path.insert" in ast.unparse(statement):
+            return
+        modules = [statement.module] if isinstance(statement, ast.ImportFrom) else []
+        modules += [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else []
+        assert not {str(module).split(".")[0] for module in modules} & set(ROOMS), ast.unparse(statement)
 
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
