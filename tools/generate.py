@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from checkpoint.files import find_checkpoint, list_checkpoints, read_run_metadata
+from checkpoint.files import find_run_checkpoint, read_run_metadata
 from checkpoint.saver import load_checkpoint
 from data.blend import parse_blend
 from data.indexed_dataset import index_file
@@ -35,16 +35,6 @@ from tools.kv_cache import CachedAttention, continue_text
 from utils.errors import UserError, run_tool
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-def find_in(folder: Path) -> Path:
-    """The checkpoint, the newest of a folder of checkpoints, or of a run's folder.
-
-    Raises:
-        ValueError: none there.
-    """
-    inside = folder / "checkpoints"
-    return find_checkpoint(inside if list_checkpoints(inside) else folder)
 
 
 def config_of(facts: dict[str, Any], checkpoint: Path) -> GPTConfig:
@@ -178,7 +168,7 @@ def main(argv: list[str]) -> int:
         if not flags.prompt_file.is_file():
             raise UserError(f"--prompt-file {flags.prompt_file}: no such file")
         prompts.append(flags.prompt_file.read_text("utf-8"))
-    checkpoint = find_in(flags.load)
+    checkpoint = find_run_checkpoint(flags.load)
     facts = read_run_metadata(checkpoint)
     config, tokenizer = config_of(facts, checkpoint), tokenizer_of(flags, checkpoint, facts["tokenizer"])
     kind = ("cuda" if cuda_device_count() else "cpu") if flags.device == "auto" else flags.device

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from checkpoint.files import find_run_checkpoint
 from cp.packed_seq import build_packed_seq
 from model.gpt import GPT
 from model.transformer import GPTOptions
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of
 from tests.launch import ROOT, SMALL, environment, train, write_corpus
-from tools.generate import find_in
 from tools.kv_cache import CachedAttention, choose, continue_text
 
 MODELS = {
@@ -187,9 +187,14 @@ def test_a_run_gives_text(run_dir: Path) -> None:
 
 def test_where_a_checkpoint_is_looked_for(run_dir: Path, tmp_path: Path) -> None:
     newest = run_dir / "checkpoints" / "step_0000003"
-    assert find_in(run_dir) == find_in(run_dir / "checkpoints") == find_in(newest) == newest
+    assert (
+        find_run_checkpoint(run_dir)
+        == find_run_checkpoint(run_dir / "checkpoints")
+        == find_run_checkpoint(newest)
+        == newest
+    )
     with pytest.raises(ValueError, match="--load"):
-        find_in(tmp_path)
+        find_run_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
