@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from cp import support
 from cp.layout import LAYOUTS
 from cp.support import AttentionChoice
-from data.packing import PACKINGS, PAD_ROWS
+from data.packing import PACKINGS, PAD_ROWS, count_microbatches
 from data.tokenizer import TOKENIZER_TYPES
 from model.config import FP8_RECIPES, RECOMPUTE, ROPE_SCALINGS, GPTConfig, padded_vocab_size
 from parallel.stages import PP_SCHEDULES
@@ -543,7 +543,9 @@ class RunConfig:
     @property
     def num_microbatches(self) -> int:
         """Microbatches of a step on each data rank."""
-        return self.training.global_batch_size // (self.training.micro_batch_size * self.parallel.dp_size)
+        return count_microbatches(
+            self.training.global_batch_size, self.training.micro_batch_size, self.parallel.dp_size
+        )
 
     def flags(self, on_resume: OnResume | None = None) -> dict[str, Any]:
         """Values by field name as JSON has them; parsed values as the text of the command line.
