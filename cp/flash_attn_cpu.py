@@ -2,7 +2,8 @@
 
 So CPU ranks run the library's own ring logic. Signatures, output layouts and mask alignment are flash-attn 2.8's: the
 log-sum-exp is float32, [batch, heads, rows] for the dense functions and [heads, total rows] for the varlen
-functions; a causal mask is aligned to the bottom right. The library reads the parameters' names.
+functions; a causal mask is aligned to the bottom right. The library reads the parameters' names. CUDA tensors pass
+through the host, for tests of the library's rings on a GPU without flash-attn.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ def _check(dropout_p: float, window_left: int, window_right: int, softcap: float
 
 def _mask(q: Tensor, k: Tensor, causal: bool) -> dict:
     """Mask arguments for q [b, sq, h, d], k [b, sk, h, d]; the operators align their causal mask to the top left."""
-    rows, columns = q.shape[1], k.shape[1]
-    if not causal or rows == columns:
+    queries, keys = q.shape[1], k.shape[1]
+    if not causal or queries == keys:
         return {"is_causal": causal}
-    hidden = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1)
-    return {"attn_mask": q.new_zeros(rows, columns).masked_fill_(hidden, float("-inf"))}
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device="cpu").triu(keys - queries + 1)
+    return {"attn_mask": torch.zeros(queries, keys, dtype=q.dtype, device="cpu").masked_fill_(hidden, float("-inf"))}
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """q [b, sq, h, d]; k, v [b, sk, hkv, d] -> out [b, sq, h, d], lse [b, h, sq]."""
-    inputs = (x.transpose(1, 2) for x in (q, k, v))  # [b, h, s, d]
+    inputs = (x.cpu().transpose(1, 2) for x in (q, k, v))  # [b, h, s, d]
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*inputs, 0.0, scale=scale, **_mask(q, k, causal))
-    return out.transpose(1, 2), lse
+    return out.transpose(1, 2).to(q.device), lse.to(q.device)
 
 
 def _backward(
@@ -39,11 +40,11 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv in the layouts of q, k, v, given the final out and lse of the whole attention."""
     mask = _mask(q, k, causal)
-    inputs = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    inputs = (x.cpu().transpose(1, 2) for x in (dout, q, k, v, out))
     grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *inputs, lse, 0.0, mask.pop("is_causal", False), scale=scale, **mask
+        *inputs, lse.cpu(), 0.0, mask.pop("is_causal", False), scale=scale, **mask
     )
-    return tuple(grad.transpose(1, 2) for grad in grads)
+    return tuple(grad.transpose(1, 2).to(q.device) for grad in grads)
 
 
 def _flash_attn_forward(

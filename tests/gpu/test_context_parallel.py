@@ -72,7 +72,7 @@ def resolved(flags: list[str], cp_size: int) -> RunConfig:
 def all_cells(rank: int, flags: list[str], cp_size: int, device: str) -> list[tuple[str, bool, float]]:
     """(title, passed, worst error over its floor) of each cell whose library is there; on rank 0.
 
-    Without flash-attn, the rings of ring-flash-attn run over the plain reference of its kernels, on the device's tensors.
+    Without flash-attn, the rings of ring-flash-attn run over `cp.flash_attn_cpu`, through the host.
     """
     args, libraries = resolved(flags, cp_size), tools.verify.CUDA_LIBRARIES
     if not HAS_FLASH_ATTN:
