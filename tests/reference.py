@@ -1,4 +1,4 @@
-"""Attention and documents written independently of `cp/`: what the suite is measured against."""
+"""Reference attention, documents and loss, written independently of `cp/`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def dense_attention(
 ) -> Tensor:
     """Causal attention within each document by an explicit [T, T] mask.
 
-    q [T, hq, d]; k, v [T, hkv, d] of the whole row in order. Rows of padding are 0. kept: [hq, T, T], what probabilities are times.
+    q [T, hq, d]; k, v [T, hkv, d] of the whole row in order. Padding is 0. kept: [hq, T, T] factor of the probabilities.
     """
     document = np.full(int(np.sum(padded_lengths)), -1)
     at = 0
@@ -44,7 +44,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def worst(errors: dict[str, float]) -> float:
-    """The largest; infinite if one is not a number, which `max` would pass over."""
+    """The largest error; infinite if one is NaN, which `max` would skip."""
     return max(error if error == error else float("inf") for error in errors.values())
 
 

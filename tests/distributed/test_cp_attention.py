@@ -73,7 +73,7 @@ def real_rows(documents) -> torch.Tensor:
 
 @functools.cache
 def grid_of(cp_size: int) -> Grid:
-    """Four ranks: cp groups of that size, side by side. Made once in each worker: groups are dear, and stay."""
+    """The grid of cp groups of this size over four ranks. Cached per worker, because groups are never freed."""
     return build_grid(GridSizes(dp_shard=4 // cp_size, cp=cp_size))
 
 
@@ -83,7 +83,7 @@ def a2a_groups(cp_size: int, a2a_size: int):
 
 
 def run_attention(choice: AttentionChoice, documents, tensors) -> list[torch.Tensor]:
-    """Whole out, dq, dk, dv in row order, on every rank; every cp group of the world does the same."""
+    """out, dq, dk, dv of the whole row in order, on every rank; all cp groups compute the same."""
     grid = grid_of(choice.cp_size)
     group, rank = grid.group("cp"), grid.rank("cp")
     groups = a2a_groups(choice.cp_size, choice.a2a_size) if choice.a2a_size > 1 else None
@@ -109,7 +109,7 @@ def run_attention(choice: AttentionChoice, documents, tensors) -> list[torch.Ten
 
 
 def wanted(documents, tensors) -> list[torch.Tensor]:
-    """The same in float64 on one rank."""
+    """out, dq, dk, dv in float64 on one rank."""
     q, k, v, dout = (x.to(torch.float64, copy=True).requires_grad_() for x in tensors)
     out = dense_attention(q, k, v, *documents, scale=HEAD_DIM**-0.5)
     out.backward(dout.detach())
@@ -146,7 +146,7 @@ def test_attention_equals_one_rank(world: World, choice: AttentionChoice, dtype:
 
 
 def bf16_errors(rank: int, choice: AttentionChoice, name: str) -> list[tuple[float, float]]:
-    """Against float64: this choice's error, and one rank's own on the same documents."""
+    """Errors against float64: of this choice, and of one rank on the same documents."""
     documents = documents_for(choice, name)
     tensors = inputs(int(documents[1].sum()), 2, torch.bfloat16)
     real, want = real_rows(documents)[:, None, None], wanted(documents, tensors)
@@ -169,7 +169,7 @@ def test_bf16_is_as_close_as_one_rank(world: World, choice: AttentionChoice, dty
 
 
 def check_isolation(rank: int, choice: AttentionChoice, dtype: str) -> bool:
-    """Other values in document 1 leave outputs and gradients of documents 0 and 2 bit for bit as they were."""
+    """Other values in document 1 change no bit of the outputs and gradients of documents 0 and 2."""
     unit = 2 * choice.cp_size
     documents = np.array([3 * unit - 1, 2 * unit, unit + 1]), np.array([3 * unit, 2 * unit, 3 * unit])
     first = inputs(8 * unit, 2, DTYPES[dtype])
@@ -193,7 +193,7 @@ def test_documents_do_not_see_each_other(world: World, choice: AttentionChoice, 
 
 
 def check_padding_is_inert(rank: int, choice: AttentionChoice) -> bool:
-    """Values in padding change nothing real; where padding is not computed, its results are exactly 0."""
+    """Values in padding change no real token; if padding is not computed, its results are exactly 0."""
     unit = 2 * choice.cp_size
     documents = np.array([unit + 1, min(5, unit), 0]), np.array([2 * unit, unit, 3 * unit])
     real = real_rows(documents)
@@ -224,7 +224,7 @@ def fp32_errors(rank: int, choice: AttentionChoice) -> list[float]:
 
 @pytest.mark.parametrize(("method", "layout"), [("zigzag", "zigzag"), ("ring", "doc_contiguous")])
 def test_the_librarys_fp32_gradients_are_still_wrong(world: World, method: str, layout: str) -> None:
-    """If this fails, a new release mended `.to(torch.float32)`: allow fp32 in cp/support.py."""
+    """If this fails, a new release fixed `.to(torch.float32)`: allow fp32 in cp/support.py."""
     choice = AttentionChoice(backend="ring", method=method, qkv_format="thd", layout=layout, cp_size=4)
     out, *grads = world.run(fp32_errors, choice)[0]
     assert out <= 1e-5 and max(grads) > 0.1

@@ -92,7 +92,7 @@ def a2a_groups(size: int):
 
 
 def recomputed(rank: int, choice: AttentionChoice, dtype: torch.dtype) -> bool:
-    """Two rows, with and without recomputing attention in the backward pass: the same gradients to the bit."""
+    """Two rows, with and without recomputation of attention: bitwise equal gradients."""
     groups = a2a_groups(choice.a2a_size) if choice.a2a_size > 1 else None
     attention = build_attention(choice, head_dim=8, a2a_groups=groups)
     group = grid_of(cp=4).group("cp")

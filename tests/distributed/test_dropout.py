@@ -1,4 +1,4 @@
-"""Dropout whose masks are functions of places: every layout drops what one rank drops, and what is computed again drops the same."""
+"""Dropout masks are functions of token ids: equal on every layout and in recomputation."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_every_layout_drops_what_one_rank_drops(
 
 
 def test_dropout_is_there_and_is_right_on_average() -> None:
-    """The oracle itself: both rates matter, and many seeds together come near to no dropout at all in the first layer's additions."""
+    """The oracle itself: both rates have an effect, and the mean over many seeds is near the loss without dropout."""
     losses = {wanted(2, **change)["loss"] for change in ({}, {"hidden_dropout": 0.0}, {"attention_dropout": 0.0})}
     assert len(losses) == 3
     x = torch.randn(16, 8, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_recomputed_masks_are_the_same(world: World, layout: str, dtype: str) ->
 
 
 def masks(rank: int, layout: str, sequence_parallel: bool) -> dict:
-    """What this rank dropped after the embedding and the MLPs (attention's output is 0 in padding anyhow), and where it stands."""
+    """Masks of this rank after the embedding and the MLPs (attention's output is 0 in padding), and its coordinates."""
     grid = grid_of(layout)
     model = built(grid, config_of(**CONFIG), "fp64", sequence_parallel=sequence_parallel)
     seen: dict[str, torch.Tensor] = {}
@@ -132,7 +132,7 @@ def agreement(a: dict, b: dict) -> list[float]:
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_shards_of_a_row_drop_differently_and_copies_alike(world: World, sequence_parallel: bool) -> None:
-    """cp and sequence-parallel shards hold other tokens; without sequence parallelism tp ranks hold the same ones."""
+    """cp and sequence-parallel shards have different tokens; without sequence parallelism tp ranks have equal tokens."""
     ranks = world.run(masks, "tp 2 x cp 2", sequence_parallel)
     for rank in ranks:
         for name, mask in rank["masks"].items():

@@ -64,7 +64,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 @functools.cache
 def grid_of(layout: str) -> Grid:
-    """Made once in each worker: groups are dear, and stay."""
+    """Cached per worker, because groups are never freed."""
     return build_grid(LAYOUTS[layout])
 
 
@@ -159,7 +159,7 @@ def device_of(model: GPT | Stages) -> torch.device:
 
 
 def pipeline_of(model: GPT | Stages, grid: Grid, batches: list[Batch], schedule: str = "1f1b") -> Pipeline | None:
-    """As train.py builds it, for these rows."""
+    """The pipeline that train.py builds, for these rows."""
     config = RunConfig()
     config.parallel.pp_size, config.parallel.pp_schedule = grid.size("pp"), schedule
     config.parallel.cp_size, config.parallel.tp_size = grid.size("cp"), grid.size("tp")
@@ -241,7 +241,7 @@ def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[Pa
 
 
 def oracle(config: GPTConfig, rows: list[PackedSample], names_and_shapes, steps: int = 1, lr: float = 1e-2) -> dict:
-    """The same rows on one rank in float64, with AdamW steps as `run_steps` takes them: losses, norms, first gradients, last weights."""
+    """One rank in float64 on the same rows and AdamW steps as `run_steps`: losses, norms, first gradients, last weights."""
     weights = {}
     for name, shape in names_and_shapes.items():
         if len(shape) == 1:
@@ -342,7 +342,7 @@ def test_loss_and_gradients_equal_one_rank(
     ids=str,
 )
 def test_model_variants(world: World, changes: dict) -> None:
-    """hidden 33: rows that do not divide by the ranks, so shards are uneven."""
+    """hidden 33: the ranks do not divide the matrices' rows, so shards are uneven."""
     for errors in world.run(check_layout, "dp_shard 2 x cp 2", "fp64", "thd", 1, changes, False):
         assert worst(errors) <= 1e-10, errors
 
@@ -422,7 +422,7 @@ def test_bf16_is_as_close_as_without_cp(world: World) -> None:
 
 
 def compiled_step(rank: int, layout: str, dtype: str, recompute: str) -> tuple[int, dict[str, float]]:
-    """How many graphs were compiled, and errors against the oracle."""
+    """Number of compiled graphs, and errors against the oracle."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config, rows, grid = config_of(qk_norm=True), rows_of("thd"), grid_of(layout)
@@ -472,7 +472,7 @@ def test_recomputed_gradients_are_the_same_bits(world: World, layout: str, sched
 
 
 def collectives(rank: int, layout: str, schedule: str, times: int) -> tuple[int, int, int]:
-    """Of a warm step over `times` rows for each row there is: microbatches, gathers of weights, reductions of gradients."""
+    """Microbatches, weight gathers and gradient reductions of a warm step over `times` copies of the rows."""
     grid = grid_of(layout)
     virtual_stages = 2 if schedule == "interleaved" else 1
     model = built(grid, config_of(num_layers=4), "fp32", virtual_stages=virtual_stages)
@@ -499,7 +499,7 @@ def collectives(rank: int, layout: str, schedule: str, times: int) -> tuple[int,
     [("dp_shard 2 x cp 2", "1f1b"), ("pp 2 x dp_shard 2", "1f1b"), ("pp 2 x dp_shard 2", "interleaved")],
 )
 def test_weights_are_gathered_and_gradients_reduced_once_a_step(world: World, layout: str, schedule: str) -> None:
-    """However many microbatches: a unit of FSDP is each layer of the stage, and the rest of it."""
+    """For any number of microbatches. FSDP units are each layer of the stage, and the root."""
     units = 4 + 1 if schedule == "1f1b" and "pp" not in layout else 2 + 1
     for times in (1, 4):
         microbatches, gathers, reductions = world.run(collectives, layout, schedule, times)[0]
@@ -507,7 +507,7 @@ def test_weights_are_gathered_and_gradients_reduced_once_a_step(world: World, la
 
 
 def check_replicas(rank: int, layout: str, dtype: str) -> tuple[tuple[int, ...], dict[str, bytes]]:
-    """This rank's shard of every weight after ten steps, as bytes, and its place within fsdp and tp."""
+    """Bytes of this rank's shard of every weight after ten steps, and its coordinates along fsdp and tp."""
     grid = grid_of(layout)
     config = config_of()
     model = built(grid, config, dtype)
@@ -566,7 +566,7 @@ def initial_weights(rank: int, layout: str) -> dict:
 
 
 def test_initial_weights_do_not_depend_on_the_layout(world: World) -> None:
-    """640 rows are two and a half blocks, cut over four ranks inside a block."""
+    """640 rows are two and a half blocks; the shards of four ranks end inside a block."""
     wanted = world.run(initial_weights, "dp_replicate 2 x dp_shard 2")[0]
     for layout in ("dp_shard 4", "cp 4", "tp 4", "tp 2 x dp_shard 2", "pp 2 x tp 2"):
         for weights in world.run(initial_weights, layout):

@@ -1,4 +1,4 @@
-"""The backend of tests/gpu on CPU tensors: every call that the suite makes of NCCL, and the model over it."""
+"""The `staged` backend of tests/gpu on CPU tensors: every collective that the suite calls, and the model over it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def world():
 
 
 def calls(rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What each call leaves on this rank, from tensors that say who sent what to whom."""
+    """This rank's result of each collective, from tensors that encode sender and receiver."""
     mine = torch.arange(8).view(4, 2).to(dtype) + 10 * rank
     found = {}
     for name, operation in (("sum", dist.ReduceOp.SUM), ("max", dist.ReduceOp.MAX)):
@@ -75,7 +75,7 @@ def backends_of_parts(rank: int) -> list[str]:
 
 
 def test_parts_of_an_axis_have_its_backend(world: World) -> None:
-    """NCCL, chosen by the device, would refuse several ranks on one card."""
+    """The device's default, NCCL, refuses several ranks on one GPU."""
     assert world.run(backends_of_parts) == [["staged"] * 3] * 4
 
 

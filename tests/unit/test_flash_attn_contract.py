@@ -20,7 +20,7 @@ FUNCTIONS = ("_flash_attn_forward", "_flash_attn_backward", "_flash_attn_varlen_
 
 
 def arguments_of(name: str) -> list[str]:
-    """Of the release, in order."""
+    """The release's parameters, in order."""
     places = [Path(base) / "flash_attn_sources" / "flash_attn_interface.py" for base in (ROOT / ".venv", sys.prefix)]
     found = next((p for p in places if p.is_file()), None)
     if found is None:
@@ -30,7 +30,7 @@ def arguments_of(name: str) -> list[str]:
 
 
 def passed_by_the_library() -> dict[str, set[str]]:
-    """Names of arguments that ring-flash-attn sets, by the function that it asks the defaults of, read off its sources."""
+    """Names of the arguments that ring-flash-attn sets, by function, read from its sources."""
     spec = importlib.util.find_spec("ring_flash_attn")
     assert spec is not None and spec.submodule_search_locations
     found: dict[str, set[str]] = {}
@@ -59,7 +59,7 @@ def passed_by_the_library() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_our_functions_take_what_flash_attn_takes(name: str) -> None:
-    """In the same order: all of it may be given by place."""
+    """In the same order: callers may pass all arguments by position."""
     ours = list(inspect.signature(getattr(flash_attn_cpu, name)).parameters)
     assert ours == arguments_of(name)[: len(ours)]
 
@@ -68,5 +68,5 @@ def test_our_functions_take_what_flash_attn_takes(name: str) -> None:
 def test_flash_attn_takes_what_the_library_passes(name: str) -> None:
     passed = passed_by_the_library()[name]
     assert {"q", "k", "v", "causal", "softmax_scale"} <= passed
-    # It asks first which of the two names of a window there are.
+    # The library first checks which of the two window parameters exists.
     assert passed - {"window_size"} <= set(arguments_of(name))

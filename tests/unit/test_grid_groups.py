@@ -1,4 +1,4 @@
-"""The groups that every rank makes and its place in them, for whole worlds, with a stand-in for torch.distributed.
+"""The groups that every rank creates and joins, for whole worlds, with a stand-in for torch.distributed.
 
 `new_group` is collective: ranks that call it in different orders hang or join the wrong communicator. Here a
 group is the tuple of its ranks, and every rank of the world is asked in turn.
@@ -31,7 +31,7 @@ SHAPES = [shape for world in (1, 2, 3, 4, 6, 8, 12) for shape in factorisations(
 
 
 class StandIn:
-    """torch.distributed as one rank sees it; `made` lists the groups in the order in which they were made."""
+    """torch.distributed of one rank; `made` lists the groups in creation order."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.made = rank, world_size, []
@@ -56,7 +56,7 @@ def sizes_of(shape: tuple[int, ...]) -> GridSizes:
 
 
 def whole_world(sizes: GridSizes, monkeypatch) -> list[tuple[Grid, StandIn]]:
-    """The grid as every rank builds it."""
+    """The grid of every rank."""
     built = []
     for rank in range(sizes.world_size):
         stand_in = StandIn(rank, sizes.world_size)
@@ -89,7 +89,7 @@ def test_every_rank_finds_its_place_in_every_group(shape: tuple[int, ...], monke
 
 
 def test_axes_never_share_a_communicator(monkeypatch) -> None:
-    """fsdp, loss and cp hold the same ranks here; traffic along one must not queue behind another's."""
+    """fsdp, loss and cp have the same ranks here; messages along one axis must not queue behind another axis's."""
     (_, stand_in), *_ = whole_world(sizes_of((1, 1, 1, 4, 1)), monkeypatch)
     assert stand_in.made.count((0, 1, 2, 3)) == sum("cp" in DERIVED_AXES.get(a, (a,)) for a in (*AXES, *DERIVED_AXES))
 
@@ -104,7 +104,7 @@ def test_sizes_that_are_not_the_world_are_refused(monkeypatch) -> None:
 @pytest.mark.parametrize("inner", [1, 2, 4, 8])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8, 1), (1, 2, 1, 8, 1), (1, 1, 2, 8, 2)], ids=str)
 def test_split_groups_cross(shape: tuple[int, ...], inner: int, monkeypatch) -> None:
-    """Neighbours that trade heads, and the ring across them: every pair of cp ranks meets through one of each."""
+    """Neighbours that trade heads, and the ring over the rest: every pair of cp ranks is connected by one of each."""
     sizes = sizes_of(shape)
     orders = set()
     for rank, (grid, _) in enumerate(whole_world(sizes, monkeypatch)):
@@ -120,8 +120,8 @@ def test_split_groups_cross(shape: tuple[int, ...], inner: int, monkeypatch) -> 
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 2, 1), (4, 1, 1, 1, 2), (3, 2, 1, 1, 1)], ids=str)
-def test_the_ends_of_an_axis_meet(shape: tuple[int, ...], monkeypatch) -> None:
-    """The first and the last pipeline stage, which share a tied embedding; those between make the groups too and hold none."""
+def test_the_embedding_group_has_the_first_and_last_stage(shape: tuple[int, ...], monkeypatch) -> None:
+    """The first and last stage share a tied embedding; ranks between create the groups too, and join none."""
     sizes = sizes_of(shape)
     orders = set()
     for rank, (grid, _) in enumerate(whole_world(sizes, monkeypatch)):

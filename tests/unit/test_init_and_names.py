@@ -1,4 +1,4 @@
-"""Initial weights by (seed, name, rows), and the map to Transformer Engine's names."""
+"""Initial weights as a function of (seed, name, rows), and the map to Transformer Engine's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights at step 0: what every shard holds, under every way to cut, and what they look like."""
+"""Weights at step 0: the shards of every layout, and their distribution."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_mean_and_spread() -> None:
 
 
 def test_no_two_weights_are_drawn_alike() -> None:
-    """Same seed and same shape: layers, gate and up, embedding and output differ by name alone."""
+    """Equal seed and shape: layers, gate and up, embedding and output differ because their names differ."""
     rows = {}
     for name, weight in built().items():
         if weight.dim() == 2:
@@ -51,7 +51,7 @@ def test_no_two_weights_are_drawn_alike() -> None:
 
 
 def test_what_is_added_moves_nothing_else() -> None:
-    """More padding, tying, norms on the heads, another depth: what both models have starts the same."""
+    """With more padding, tied embeddings, head norms or more layers, shared weights keep their initial values."""
     plain = built()
     for changes in ({"padded_vocab_size": 1280}, {"tie_embeddings": True}, {"qk_norm": True}):
         other = built(**changes)
@@ -75,7 +75,7 @@ class StandInMesh:
 
 
 class StandInDTensor:
-    """A DTensor as `local_rows` sees it; the shard comes from torch.chunk, which FSDP2 cuts with."""
+    """The part of DTensor that `local_rows` reads; torch.chunk makes the shard, as in FSDP2."""
 
     def __init__(
         self, whole: torch.Tensor, sizes: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple

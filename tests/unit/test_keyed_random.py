@@ -1,4 +1,4 @@
-"""Decisions that depend on their place alone: even, independent, and the same however they are computed."""
+"""Masks as a function of indices: uniform, independent, equal in any order and any parts."""
 
 from __future__ import annotations
 

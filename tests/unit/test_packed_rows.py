@@ -1,4 +1,4 @@
-"""Rows of real sequences under every layout: what cp ranks hold between them is what one rank holds."""
+"""Packed rows under every layout: the cp ranks together hold what one rank holds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data.packing import PackingOptions
 
 
 class Tokens:
-    """A token file in memory in which every token is another number: consecutive ones along a document."""
+    """An in-memory token file of distinct tokens, consecutive along a document."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = np.array(lengths, np.int32)
@@ -43,7 +43,7 @@ def dataset(lengths: list[int], *, seq_length: int, alignment: int, packing: str
 
 
 def held(batch: Batch, counted_only: bool = False) -> Counter:
-    """(position, token, target) of every token a rank holds."""
+    """(position, token, target) of each of a rank's tokens."""
     packed_seq = batch.packed_seq
     assert len(batch.tokens) == len(batch.labels) == len(packed_seq.positions)
     triples = zip(packed_seq.positions.tolist(), batch.tokens.tolist(), batch.labels.tolist(), strict=True)
@@ -160,7 +160,7 @@ def test_a_row_of_padding_alone() -> None:
 
 @pytest.mark.parametrize("real", [1, 2, 3, 5, 7, 8])
 def test_dynamic_rows_are_the_shortest_that_can_be_cut(real: int) -> None:
-    """With contiguous cuts documents have any length: only the row's end is padded, to 2 * cp."""
+    """With the contiguous layout documents have any length: only the row's end is padded, to 2 * cp."""
     data = dataset([real], seq_length=16, alignment=1)
     batches = [
         build_batch(

@@ -1,4 +1,4 @@
-"""Forward passes over stages: what each rank sends and receives never waits in a circle, even where nothing is buffered."""
+"""Forward passes over stages: sends and receives never deadlock, even without buffers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from parallel import pipeline
 
 
 class Group:
-    """As much of a process group as `pipeline_forward` asks for."""
+    """The part of a process group that `pipeline_forward` uses."""
 
     def __init__(self, name: str, rank: int, size: int) -> None:
         self.name, self.rank, self.size = name, lambda: rank, lambda: size

@@ -1,4 +1,4 @@
-"""Layers of pipeline stages, what schedules take, and where tensor parallelism cuts."""
+"""Layers of pipeline stages, microbatches of schedules, and dimensions of tensor-parallel shards."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ def test_stages_hold_the_names_of_the_whole_model(tied: bool) -> None:
     assert len(list(held.parameters())) == len(list(parts[0].parameters())) + len(list(parts[2].parameters()))
 
 
-def test_every_matrix_is_cut_and_no_vector() -> None:
+def test_every_matrix_is_tp_sharded_and_no_vector() -> None:
     with torch.device("meta"):
         model = GPT(CONFIG, attention=None, cp_group=None, options=GPTOptions(dtype=torch.float32))  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         assert is_tp_sharded(name) == (parameter.dim() == 2), name
         assert needs_tp_grad_sum(name, sequence_parallel=True) == (parameter.dim() == 1)
         assert needs_tp_grad_sum(name, sequence_parallel=False) == name.endswith(("q_norm.weight", "k_norm.weight"))
-    # What writes to the residual stream is cut by its inputs, everything else by its outputs.
+    # Matrices that write to the residual stream are sharded by inputs, all others by outputs.
     assert {name for name, _ in model.named_parameters() if tp_dim(name) == 1} == {
         f"layers.{i}.{part}" for i in range(5) for part in ("attention.output.weight", "mlp.fc2_weight")
     }

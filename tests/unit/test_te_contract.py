@@ -20,7 +20,7 @@ PINNED = re.search(r"==([\d.]+)", (ROOT / "requirements-gpu.txt").read_text().sp
 
 
 def sources() -> Path:
-    """Where `make setup` unpacked the wheel, seen from this checkout's environment."""
+    """The folder into which `make setup` unpacked the wheel."""
     found = [p for p in (ROOT / ".venv" / "te_sources", Path(sys.prefix) / "te_sources") if p.is_dir()]
     if not found:
         pytest.fail("the sources of Transformer Engine are not there: make setup unpacks them into .venv/te_sources")
@@ -29,7 +29,7 @@ def sources() -> Path:
 
 @dataclass(frozen=True)
 class Use:
-    """A call of ours: what of Transformer Engine, its method, how many plain arguments, which keywords, and where."""
+    """One of our calls: callee in Transformer Engine, method, number of positional arguments, keywords, location."""
 
     name: str
     method: str
@@ -117,13 +117,13 @@ ALIASES = {
 
 
 def names_in(path: Path) -> set[tuple[str, str]]:
-    """(alias, name) of everything of the package that a file of ours names."""
+    """(alias, name) of each of the package's names that one of our files uses."""
     tree = ast.parse(path.read_text())
     return {(node.value.id, node.attr) for node in ast.walk(tree) if is_te(node)}  # type: ignore[attr-defined]
 
 
 def classes() -> dict[str, tuple[ast.ClassDef, Path]]:
-    """Every class and function of the package; those that the front door exports win over others of the same name."""
+    """Every class and function of the package; the exported one wins over others of the same name."""
     found: dict[str, tuple[ast.ClassDef, Path]] = {}
     root = sources() / "transformer_engine"
     for path in sorted([*(root / "pytorch").glob("**/*.py"), root / "common" / "recipe" / "__init__.py"]):
@@ -189,7 +189,7 @@ def test_what_is_called_through_a_table(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["scaling_fwd", "scaling_bwd", "num_gemms", "amax_history"])
 def test_the_state_of_scaling_has_the_names_that_we_read(name: str) -> None:
-    """They are no arguments; a release that renames them would break checkpoints of --fp8 delayed."""
+    """A release that renames these attributes would break checkpoints of --fp8 delayed."""
     base = (sources() / "transformer_engine" / "pytorch" / "module" / "base.py").read_text()
     assert re.search(rf"\b{name}\b", base)
 
@@ -217,7 +217,7 @@ def test_what_we_call_exists_with_its_keywords(use: Use) -> None:
 
 
 def test_the_uses_were_found() -> None:
-    """A reader that sees nothing would pass everything."""
+    """A reader that finds no use would pass every test."""
     seen = {(use.name, use.method) for use in USES}
     assert seen == {
         ("RMSNorm", "__init__"), ("Linear", "__init__"), ("LayerNormLinear", "__init__"), ("LayerNormMLP", "__init__"),
