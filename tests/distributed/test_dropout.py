@@ -91,7 +91,7 @@ def test_every_layout_drops_what_one_rank_drops(
 
 
 def test_dropout_is_there_and_is_right_on_average() -> None:
-    """The oracle itself: both rates have an effect, and the mean over many seeds is near the loss without dropout."""
+    """Both rates change the oracle's loss; a module's mean output over many seeds is its input."""
     losses = {wanted(2, **change)["loss"] for change in ({}, {"hidden_dropout": 0.0}, {"attention_dropout": 0.0})}
     assert len(losses) == 3
     x = torch.randn(16, 8, dtype=torch.float64)
