@@ -67,9 +67,24 @@ class Flag:
     on_resume: OnResume = "free"
 
 
-def flag(default: Any, help: str, **options: Any) -> Any:
-    """A dataclass field with a `Flag`; options are those of `Flag`."""
-    return field(default=default, metadata={"flag": Flag(help, **options)})
+def flag(default: Any, help: str, bound: Bound | None = None, **options: Any) -> Any:
+    """A dataclass field with a `Flag`; options are those of `Flag`. A resumed run may change its value."""
+    return field(default=default, metadata={"flag": Flag(help, bound=bound, **options)})
+
+
+def printed(default: Any, help: str, bound: Bound | None = None, **options: Any) -> Any:
+    """A flag that a resumed run may change; the change is printed."""
+    return flag(default, help, bound, on_resume="printed", **options)
+
+
+def fixed(default: Any, help: str, bound: Bound | None = None, **options: Any) -> Any:
+    """A flag that a resumed run must keep: the order of the data depends on the value."""
+    return flag(default, help, bound, on_resume="fixed", **options)
+
+
+def model_flag(default: Any, help: str, bound: Bound | None = None, **options: Any) -> Any:
+    """A flag that a resumed run must keep: the weights depend on the value."""
+    return flag(default, help, bound, on_resume="model", **options)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -133,17 +148,11 @@ class ParallelConfig:
     pp_schedule: str = flag(
         "1f1b", "pipeline schedule; interleaved needs --virtual-stages of 2 or more", choices=PP_SCHEDULES
     )
-    virtual_stages: int = flag(1, "pipeline stages on each pp rank", bound=AT_LEAST_ONE)
-    first_stage_layers: int | None = flag(
-        None, "layers of the first stage; default: as many as the others", bound=AT_LEAST_ONE
-    )
-    last_stage_layers: int | None = flag(
-        None, "layers of the last stage; default: as many as the others", bound=AT_LEAST_ONE
-    )
+    virtual_stages: int = flag(1, "pipeline stages on each pp rank", AT_LEAST_ONE)
+    first_stage_layers: int | None = flag(None, "layers of the first stage; default: an equal share", AT_LEAST_ONE)
+    last_stage_layers: int | None = flag(None, "layers of the last stage; default: an equal share", AT_LEAST_ONE)
     dp_replicate_size: int = flag(1, "replicas of the model, each with its own data (HSDP's outer dimension)")
-    dp_shard_size: int = flag(
-        -1, "ranks over which FSDP shards one replica, each with its own data; -1: all ranks that are left"
-    )
+    dp_shard_size: int = flag(-1, "ranks over which FSDP shards a replica; -1: all ranks that are left")
     cp_size: int = flag(1, "context-parallel size: ranks that share each sequence")
     tp_size: int = flag(1, "tensor-parallel size: ranks that share each matrix and its heads")
     sequence_parallel: bool = flag(None, "norms on 1/tp of the tokens; default: on if --tp-size is above 1")
@@ -166,27 +175,21 @@ class ParallelConfig:
         "auto", "how tokens are sharded over cp ranks; auto: the method's best layout", choices=("auto", *LAYOUTS)
     )
     heads_k_stride: int | None = flag(
-        None, "key/value heads that all_gather and llama3 gather at a time; default: 1", bound=AT_LEAST_ONE
+        None, "K/V heads that all_gather and llama3 gather at a time; default: 1", AT_LEAST_ONE
     )
-    cp_a2a_size: int | None = flag(
-        None, "ranks of the all-to-all in a2a+p2p; a divisor of --cp-size", bound=AT_LEAST_ONE
-    )
+    cp_a2a_size: int | None = flag(None, "ranks of the all-to-all in a2a+p2p; a divisor of --cp-size", AT_LEAST_ONE)
     reshard_after_forward: str = flag(
         "auto",
-        "FSDP frees gathered weights between forward and backward: less memory, one more all-gather; auto: off on one node",
+        "FSDP frees weights after forward: less memory, one more all-gather; auto: off on one node",
         choices=("auto", "on", "off"),
     )
     device: str = flag("auto", "device of the ranks; auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
     distributed_timeout_minutes: float = flag(
-        30.0, "minutes without progress of a rank after which the run ends and names the rank", bound=ABOVE_ZERO
+        30.0, "minutes without progress after which the run ends and names the rank", ABOVE_ZERO
     )
-    distributed_startup_timeout_minutes: float = flag(
-        30.0,
-        "the same limit until the first step is done (data preparation on rank 0 may take longer)",
-        bound=ABOVE_ZERO,
-    )
+    distributed_startup_timeout_minutes: float = flag(30.0, "the same limit until the first step is done", ABOVE_ZERO)
     check_weights_interval: int = flag(
-        0, "steps between bitwise comparisons of weights and moments over replicas; 0: off", bound=NOT_NEGATIVE
+        0, "steps between bitwise comparisons of replicas' weights; 0: off", NOT_NEGATIVE
     )
     # What the flags above mean together; set by `resolve`.
     attention: AttentionChoice = field(default=None)  # type: ignore[assignment]
@@ -210,88 +213,53 @@ class ParallelConfig:
 class ModelConfig:
     """model"""
 
-    num_layers: int = flag(6, "transformer layers", bound=AT_LEAST_ONE, on_resume="model")
-    hidden_size: int = flag(256, "channels of the residual stream", bound=AT_LEAST_ONE, on_resume="model")
-    ffn_hidden_size: int = flag(
-        None,
-        "channels inside the MLP; default: 8/3 of --hidden-size, rounded up to a multiple of 16",
-        bound=AT_LEAST_ONE,
-        on_resume="model",
+    num_layers: int = model_flag(6, "transformer layers", AT_LEAST_ONE)
+    hidden_size: int = model_flag(256, "channels of the residual stream", AT_LEAST_ONE)
+    ffn_hidden_size: int = model_flag(
+        None, "channels in the MLP; default: 8/3 of --hidden-size, up to a multiple of 16", AT_LEAST_ONE
     )
-    num_attention_heads: int = flag(4, "query heads", bound=AT_LEAST_ONE, on_resume="model")
-    num_query_groups: int = flag(
-        2, "key/value heads; the number of query heads turns GQA off", bound=AT_LEAST_ONE, on_resume="model"
-    )
-    kv_channels: int = flag(
-        None,
-        "channels of a head; default: --hidden-size / --num-attention-heads",
-        bound=AT_LEAST_ONE,
-        on_resume="model",
-    )
-    rotary_base: float = flag(10000.0, "base of the rotary frequencies", bound=ABOVE_ZERO, on_resume="model")
-    rope_scaling: str = flag(
+    num_attention_heads: int = model_flag(4, "query heads", AT_LEAST_ONE)
+    num_query_groups: int = model_flag(2, "key/value heads; the number of query heads turns GQA off", AT_LEAST_ONE)
+    kv_channels: int = model_flag(None, "channels of a head; default: hidden size / heads", AT_LEAST_ONE)
+    rotary_base: float = model_flag(10000.0, "base of the rotary frequencies", ABOVE_ZERO)
+    rope_scaling: str = model_flag(
         "none",
         "longer contexts than before: linear (positions divided by the factor), llama3 (low frequencies only)",
         choices=ROPE_SCALINGS,
-        on_resume="model",
     )
-    rope_scaling_factor: float = flag(8.0, "factor of --rope-scaling", bound=ABOVE_ZERO, on_resume="model")
-    rope_original_seq_length: int = flag(
-        8192, "sequence length of the earlier training, for llama3", bound=AT_LEAST_ONE, on_resume="model"
-    )
-    norm_epsilon: float = flag(1e-5, "added to the mean square in RMSNorm", bound=ABOVE_ZERO, on_resume="model")
-    qk_norm: bool = flag(False, "RMSNorm on each query and key head", on_resume="model")
-    tie_embeddings: bool = flag(False, "one matrix for input embedding and output", on_resume="model")
-    make_vocab_size_divisible_by: int = flag(
-        128, "the vocabulary is padded to a multiple of this number", bound=AT_LEAST_ONE, on_resume="model"
-    )
-    hidden_dropout: float = flag(
-        0.0, "dropout rate after embedding, attention and MLP; 0: off", bound=FRACTION, on_resume="printed"
-    )
-    attention_dropout: float = flag(
-        0.0, "dropout rate of attention probabilities; 0: off", bound=FRACTION, on_resume="printed"
-    )
-    init_method_std: float = flag(
-        0.02, "standard deviation of the initial weights", bound=ABOVE_ZERO, on_resume="model"
-    )
-    transformer_impl: str = flag(
+    rope_scaling_factor: float = model_flag(8.0, "factor of --rope-scaling", ABOVE_ZERO)
+    rope_original_seq_length: int = model_flag(8192, "sequence length before the scaling, for llama3", AT_LEAST_ONE)
+    norm_epsilon: float = model_flag(1e-5, "added to the mean square in RMSNorm", ABOVE_ZERO)
+    qk_norm: bool = model_flag(False, "RMSNorm on each query and key head")
+    tie_embeddings: bool = model_flag(False, "one matrix for input embedding and output")
+    make_vocab_size_divisible_by: int = model_flag(128, "the vocabulary is padded to a multiple", AT_LEAST_ONE)
+    hidden_dropout: float = printed(0.0, "dropout rate after embedding, attention and MLP; 0: off", FRACTION)
+    attention_dropout: float = printed(0.0, "dropout rate of attention probabilities; 0: off", FRACTION)
+    init_method_std: float = model_flag(0.02, "standard deviation of the initial weights", ABOVE_ZERO)
+    transformer_impl: str = printed(
         "auto",
         "layers: te (Transformer Engine, CUDA only) or torch (plain PyTorch); auto: te if installed, CUDA and bf16",
         choices=TRANSFORMER_IMPLS,
-        on_resume="printed",
     )
-    fp8: str = flag(
+    fp8: str = printed(
         "none",
         "8-bit GEMMs of the te layers; recipe: delayed scaling, current scaling, block scaling; none: off",
         choices=FP8_RECIPES,
-        on_resume="printed",
     )
-    fp8_first_last_bf16: bool = flag(False, "with --fp8: first and last layer stay in bf16", on_resume="printed")
+    fp8_first_last_bf16: bool = printed(False, "with --fp8: first and last layer stay in bf16")
     compile: bool = flag(False, "torch.compile the torch layers except attention; the first steps take minutes")
 
     def architecture(self, vocab_size: int, *, num_layers: int | None = None) -> GPTConfig:
         """The model of resolved flags for a tokenizer's vocabulary; `num_layers` replaces the flag's."""
-        return GPTConfig(
-            num_layers=num_layers or self.num_layers,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            num_query_groups=self.num_query_groups,
-            kv_channels=self.kv_channels,
-            vocab_size=vocab_size,
-            padded_vocab_size=padded_vocab_size(vocab_size, self.make_vocab_size_divisible_by),
-            rotary_base=self.rotary_base,
-            rope_scaling=self.rope_scaling,
-            # Flags that a scaling does not read are not part of the model.
-            rope_scaling_factor=1.0 if self.rope_scaling == "none" else self.rope_scaling_factor,
-            rope_original_seq_length=self.rope_original_seq_length if self.rope_scaling == "llama3" else 0,
-            norm_epsilon=self.norm_epsilon,
-            qk_norm=self.qk_norm,
-            tie_embeddings=self.tie_embeddings,
-            init_std=self.init_method_std,
-            hidden_dropout=self.hidden_dropout,
-            attention_dropout=self.attention_dropout,
-        )
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(self, f.name)}
+        values["num_layers"] = num_layers or self.num_layers
+        values["padded_vocab_size"] = padded_vocab_size(vocab_size, self.make_vocab_size_divisible_by)
+        # Flags that a scaling does not read are not part of the model.
+        if self.rope_scaling == "none":
+            values["rope_scaling_factor"] = 1.0
+        if self.rope_scaling != "llama3":
+            values["rope_original_seq_length"] = 0
+        return GPTConfig(vocab_size=vocab_size, init_std=self.init_method_std, **values)
 
 
 @dataclass
@@ -301,21 +269,20 @@ class DataConfig:
     data_path: list[str] | None = flag(
         None,
         "prefix of a .bin/.idx corpus; text, JSON lines or Parquet (.gz, .zst), or a folder of such files; several: "
-        "WEIGHT PATH WEIGHT PATH ..., or paths only, weighted by size; or a YAML file that lists them; default: Python's "
-        "standard library",
+        "WEIGHT PATH WEIGHT PATH ..., or paths only, weighted by size; or a YAML file that lists them; default: "
+        "Python's standard library",
         metavar="PATH",
     )
     valid_data_path: list[str] | None = flag(
-        None, "validation data, written as --data-path; default: a part of --data-path", metavar="PATH"
+        None, "validation data, as --data-path; default: a part of it", metavar="PATH"
     )
     json_key: str = flag("text", "field of a JSONL record, or Parquet column, that holds the text")
-    data_split: tuple[float, ...] = flag(
+    data_split: tuple[float, ...] = fixed(
         None,
         "weights by which documents are split; default: 95,5,0, or 1,0,0 with --valid-data-path",
         metavar="TRAIN,VALID,TEST",
         parse=parse_split,
         text=format_split,
-        on_resume="fixed",
     )
     data_cache_path: str = flag(".cache", "folder for tokenizers, tokens and packing indices")
     tokenizer_type: str = flag(
@@ -325,47 +292,43 @@ class DataConfig:
     )
     tokenizer_model: str | None = flag(
         None,
-        "SentencePiece model or Hugging Face tokenizer.json; default: the prepared corpus's, or a model trained once on "
-        "the text",
+        "SentencePiece model or Hugging Face tokenizer.json; default: the prepared corpus's, or a model trained once "
+        "on the text",
     )
     tokenizer_eod: str | None = flag(
-        None, "end-of-document token of a tokenizer.json; default: a usual name", metavar="TOKEN"
+        None, "end-of-document token of a tokenizer.json; default: a usual one", metavar="TOKEN"
     )
-    tokenizer_vocab_size: int = flag(4096, "pieces of a SentencePiece model that is trained here", bound=AT_LEAST_ONE)
-    seq_length: int = flag(2048, "tokens of a sample", bound=AT_LEAST_ONE, on_resume="fixed")
-    qkv_format: str = flag(
+    tokenizer_vocab_size: int = flag(4096, "pieces of a SentencePiece model that is trained here", AT_LEAST_ONE)
+    seq_length: int = fixed(2048, "tokens of a sample", AT_LEAST_ONE)
+    qkv_format: str = fixed(
         "thd",
         "thd: packed documents with a mask each; bshd: one stream, one causal mask a sample",
         choices=support.QKV_FORMATS,
-        on_resume="fixed",
     )
-    packing: str = flag(
+    packing: str = fixed(
         "auto",
         "best-fit: documents stay whole if they fit; greedy: in order, cut at a sample's end; concat: one stream, "
         "attention and labels cross documents; auto: best-fit for thd, concat for bshd",
         choices=("auto", *PACKINGS["thd"]),
-        on_resume="fixed",
     )
-    packing_window: int | None = flag(
+    packing_window: int | None = fixed(
         None,
         "best-fit over windows of N random documents, for corpora whose index would be too large; default: one window",
+        AT_LEAST_ONE,
         metavar="N",
-        bound=AT_LEAST_ONE,
-        on_resume="fixed",
     )
     pad_rows: str = flag(
         "full",
         "full: every row has micro-batch * seq-length tokens; dynamic: a row ends with its last document",
         choices=PAD_ROWS,
     )
-    document_alignment: int = flag(
+    document_alignment: int = fixed(
         None,
         "documents are padded to a multiple of this number of tokens; default: the smallest legal, 2 * cp for zigzag",
-        bound=AT_LEAST_ONE,
-        on_resume="fixed",
+        AT_LEAST_ONE,
     )
     num_workers: int = flag(
-        None, "processes that build batches ahead; 0: none; default: 2 on cuda, 0 on cpu", bound=NOT_NEGATIVE
+        None, "processes that build batches ahead; 0: none; default: 2 on cuda, 0 on cpu", NOT_NEGATIVE
     )
     check_data: bool = flag(False, "compare prepared corpora with their checksums before training")
     skip_steps: tuple[range, ...] = flag(
@@ -387,79 +350,63 @@ class DataConfig:
 class TrainingConfig:
     """training"""
 
-    micro_batch_size: int = flag(1, "samples of a row; changes speed and memory only", bound=AT_LEAST_ONE)
-    global_batch_size: int = flag(
+    micro_batch_size: int = flag(1, "samples of a row; changes speed and memory only", AT_LEAST_ONE)
+    global_batch_size: int = fixed(
         None,
         "samples of a step, over all ranks; default: one microbatch for each data rank and pipeline stage",
-        bound=AT_LEAST_ONE,
-        on_resume="fixed",
+        AT_LEAST_ONE,
     )
-    train_iters: int = flag(200, "steps of the whole run", bound=AT_LEAST_ONE)
-    seed: int = flag(1234, "seed of initial weights and data order", bound=NOT_NEGATIVE, on_resume="fixed")
-    dtype: str = flag(
+    train_iters: int = flag(200, "steps of the whole run", AT_LEAST_ONE)
+    seed: int = fixed(1234, "seed of initial weights and data order", NOT_NEGATIVE)
+    dtype: str = printed(
         "auto",
         "dtype of the computation; fp64: weights too; auto: bf16 on cuda, fp32 on cpu",
         choices=("auto", *support.DTYPES),
-        on_resume="printed",
     )
     recompute: str = flag(
         "none",
         "activations computed again in the backward pass: selective (each MLP), full (each layer)",
         choices=RECOMPUTE,
     )
-    loss_chunk_size: int = flag(512, "tokens whose logits exist at a time", bound=AT_LEAST_ONE)
-    z_loss: float = flag(0.0, "weight of log(Z)^2 in the loss; 0: off", bound=NOT_NEGATIVE, on_resume="printed")
-    lr: float = flag(1e-3, "maximum learning rate", bound=NOT_NEGATIVE, on_resume="printed")
-    min_lr: float = flag(1e-4, "learning rate at the end of the decay", bound=NOT_NEGATIVE, on_resume="printed")
-    lr_warmup_iters: int = flag(
-        None,
-        "steps of linear warm-up; default: 20, at most a tenth of --lr-decay-iters",
-        bound=NOT_NEGATIVE,
-        on_resume="printed",
+    loss_chunk_size: int = flag(512, "tokens whose logits exist at a time", AT_LEAST_ONE)
+    z_loss: float = printed(0.0, "weight of log(Z)^2 in the loss; 0: off", NOT_NEGATIVE)
+    lr: float = printed(1e-3, "maximum learning rate", NOT_NEGATIVE)
+    min_lr: float = printed(1e-4, "learning rate at the end of the decay", NOT_NEGATIVE)
+    lr_warmup_iters: int = printed(
+        None, "steps of linear warm-up; default: 20, at most a tenth of the decay", NOT_NEGATIVE
     )
-    lr_decay_iters: int = flag(
-        None, "step at which --min-lr is reached; default: --train-iters", bound=AT_LEAST_ONE, on_resume="printed"
+    lr_decay_iters: int = printed(None, "step at which --min-lr is reached; default: --train-iters", AT_LEAST_ONE)
+    lr_decay_style: str = printed(
+        "cosine", "shape of the decay; wsd: constant, then a decay at the end", choices=LR_DECAY_STYLES
     )
-    lr_decay_style: str = flag(
-        "cosine",
-        "shape of the decay; wsd: constant, then a decay at the end",
-        choices=LR_DECAY_STYLES,
-        on_resume="printed",
+    lr_wsd_decay_iters: int = printed(
+        None, "steps of the decay of wsd; default: a tenth of --lr-decay-iters", NOT_NEGATIVE
     )
-    lr_wsd_decay_iters: int = flag(
-        None,
-        "steps of the decay of wsd; default: a tenth of --lr-decay-iters",
-        bound=NOT_NEGATIVE,
-        on_resume="printed",
-    )
-    weight_decay: float = flag(0.1, "weight decay of matrices; 0: off", bound=NOT_NEGATIVE, on_resume="printed")
-    adam_beta1: float = flag(0.9, "decay of the first moment a step", bound=FRACTION, on_resume="printed")
-    adam_beta2: float = flag(0.95, "decay of the second moment a step", bound=FRACTION, on_resume="printed")
-    adam_eps: float = flag(1e-8, "added to the root of the second moment", bound=ABOVE_ZERO, on_resume="printed")
-    clip_grad: float = flag(1.0, "maximum global gradient norm; 0: off", bound=NOT_NEGATIVE, on_resume="printed")
-    eval_interval: int = flag(100, "steps between validations; 0: off", bound=NOT_NEGATIVE)
-    eval_iters: int = flag(
-        20, "global batches of a validation; at most one pass over the validation data", bound=AT_LEAST_ONE
-    )
+    weight_decay: float = printed(0.1, "weight decay of matrices; 0: off", NOT_NEGATIVE)
+    adam_beta1: float = printed(0.9, "decay of the first moment a step", FRACTION)
+    adam_beta2: float = printed(0.95, "decay of the second moment a step", FRACTION)
+    adam_eps: float = printed(1e-8, "added to the root of the second moment", ABOVE_ZERO)
+    clip_grad: float = printed(1.0, "maximum global gradient norm; 0: off", NOT_NEGATIVE)
+    eval_interval: int = flag(100, "steps between validations; 0: off", NOT_NEGATIVE)
+    eval_iters: int = flag(20, "global batches of a validation; at most one pass over its data", AT_LEAST_ONE)
     dry_run: bool = flag(False, "print memory, FLOPs and bytes of the run (tools/plan.py) and exit")
     eval_only: bool = flag(False, "validate the loaded weights and exit; needs --load or --resume")
     exit_interval: int | None = flag(
-        None, "save and exit after each multiple of this number of steps; default: off", bound=AT_LEAST_ONE
+        None, "save and exit after each multiple of these steps; default: off", AT_LEAST_ONE
     )
     exit_duration_in_mins: float | None = flag(
         None,
-        "save and exit after the step during which this start (also a restart by torchrun) reaches this age; default: off",
-        bound=ABOVE_ZERO,
+        "save and exit after the step during which this start (also a restart by torchrun) reaches this age; default: "
+        "off",
+        ABOVE_ZERO,
     )
     on_nonfinite: str = flag(
         "stop",
-        "a loss or gradient norm that is not finite: stop the run, or skip the update (on CUDA the host then waits in each "
-        "step)",
+        "a loss or gradient norm that is not finite: stop the run, or skip the update (on CUDA the host then waits in "
+        "each step)",
         choices=("stop", "skip"),
     )
-    max_skipped_in_a_row: int = flag(
-        5, "with --on-nonfinite skip: consecutive skipped steps that the run tolerates", bound=NOT_NEGATIVE
-    )
+    max_skipped_in_a_row: int = flag(5, "with --on-nonfinite skip: consecutive skipped steps allowed", NOT_NEGATIVE)
 
     @property
     def parameter_dtype(self) -> str:
@@ -471,45 +418,37 @@ class TrainingConfig:
 class CheckpointConfig:
     """checkpoint"""
 
-    run_dir: str | None = flag(None, "folder of the run: checkpoints, metrics, TensorBoard; default: runs/<date-time>")
+    run_dir: str | None = flag(None, "folder of the run and its outputs; default: runs/<date-time>")
     save: str | None = flag(None, "folder of the checkpoints; default: <run-dir>/checkpoints")
-    save_interval: int = flag(100, "steps between checkpoints; 0: off", bound=NOT_NEGATIVE)
+    save_interval: int = flag(100, "steps between checkpoints; 0: off", NOT_NEGATIVE)
     save_final: bool = flag(None, "save after the last step; default: on, unless --save-interval is 0")
     async_save: bool = flag(False, "write checkpoints in the background, from a copy in host memory")
-    keep_checkpoints: int = flag(
-        0, "newest checkpoints that are kept; 0: all are kept", metavar="N", bound=NOT_NEGATIVE
-    )
+    keep_checkpoints: int = flag(0, "newest checkpoints that are kept; 0: all", NOT_NEGATIVE, metavar="N")
     load: str | None = flag(None, "checkpoint, or folder of checkpoints, to start from; default: none")
     resume: bool = flag(
         False,
-        "continue from the newest checkpoint under --save; without one start fresh (or as --load --load-weights-only says)",
+        "continue from the newest checkpoint under --save; without one start fresh (or as --load --load-weights-only "
+        "says)",
     )
     load_weights_only: bool = flag(
         False,
-        "start a new run from --load's weights: step 0, new optimizer and data; --seq-length and rotary flags may change",
+        "start a new run from --load's weights: step 0, new optimizer and data; --seq-length and rotary flags may "
+        "change",
     )
-    load_fallback: bool = flag(
-        False, "take the newest older checkpoint that is not corrupted if the wanted one is corrupted"
-    )
+    load_fallback: bool = flag(False, "if the checkpoint is corrupted, take the newest older one that is not")
 
 
 @dataclass
 class LoggingConfig:
     """log"""
 
-    verify_steps: int = flag(
-        1,
-        "first steps in which cp ranks compare their rows and replicas their new weights; 0: off",
-        bound=NOT_NEGATIVE,
-    )
-    log_interval: int = flag(10, "steps between log lines", bound=AT_LEAST_ONE)
+    verify_steps: int = flag(1, "first steps in which ranks compare rows and new weights; 0: off", NOT_NEGATIVE)
+    log_interval: int = flag(10, "steps between log lines", AT_LEAST_ONE)
     tensorboard_dir: str | None = flag(None, "TensorBoard folder; default: <run-dir>/tensorboard; none: off")
     metrics_file: str | None = flag(None, "JSON lines, one a step; default: <run-dir>/metrics.jsonl; none: off")
-    peak_tflops: float | None = flag(
-        None, "dense peak of one device for MFU; default: known GPUs, else no MFU", bound=ABOVE_ZERO
-    )
-    sample_tokens: int = flag(48, "tokens of text generated before and after training; 0: off", bound=NOT_NEGATIVE)
-    sample_interval: int = flag(0, "steps between samples of text during training; 0: off", bound=NOT_NEGATIVE)
+    peak_tflops: float | None = flag(None, "dense peak of a device, for MFU; default: known GPUs", ABOVE_ZERO)
+    sample_tokens: int = flag(48, "tokens of a generated sample before and after training; 0: off", NOT_NEGATIVE)
+    sample_interval: int = flag(0, "steps between samples during training; 0: off", NOT_NEGATIVE)
     sample_prompt: str = flag("def ", "prompt of the samples")
     wandb_project: str | None = flag(
         None, "send the TensorBoard curves to this Weights & Biases project; needs the wandb package; default: off"
