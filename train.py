@@ -8,20 +8,16 @@ docs/architecture.md shows the rooms of this repository, the way of a batch and 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from checkpoint.files import list_checkpoints, lock_dir, step_folder
+from checkpoint.files import lock_dir
 from checkpoint.resume import TrainState, find_start, load_start, run_metadata
 from checkpoint.saver import Saver
 from config.cli import parse_arguments
@@ -29,20 +25,17 @@ from config.schema import RunConfig
 from config.validate import resolve
 from data.batch import Batch
 from data.loader import build_loader, read_batches, translate_worker_death
-from metrics.banner import RunSummary, describe_epochs
-from metrics.log import APPEND_ONLY, MetricsLog, StepResult, count_rows
+from metrics.banner import RunSummary
+from metrics.log import MetricsLog, StepResult, count_rows
 from metrics.profiler import StepProfiler
-from metrics.run_config import configuration
-from metrics.tensorboard import TensorBoardWriter, describe_data, open_writers
+from metrics.reports import open_reports, print_end
 from metrics.timers import Timers
-from model.config import GPTConfig
 from model.gpt import GPT, Stages
 from parallel.collectives import WaitClock, sum_over
 from parallel.fsdp import clip_grad_norm_
 from planner.estimate import data_of, plan_text
 from runtime.consistency import verify_rows, verify_weights
 from runtime.distributed import (
-    Ranks,
     broadcast_object,
     check_ranks_agree,
     cuda_device_count,
@@ -54,35 +47,17 @@ from runtime.distributed import (
     start_ranks,
 )
 from runtime.nonfinite import NonFiniteError, NonFiniteGuard
-from runtime.paths import RunPaths
+from runtime.run import Run, RunPaths
 from runtime.signals import StopRequests, defer_worker_signals
-from runtime.status import RunStatus, StatusFile
+from runtime.status import RunStatus
 from training.build import RunData, build_batch_plan, build_data, build_model, build_pipeline
 from training.evaluate import Validator
-from training.flops import known_peak_tflops
 from training.lr_schedule import build_lr_schedule
 from training.optimizer import build_optimizer, set_lr
 from training.sample import TextSampler
 from training.step import forward_backward, get_norm_owned_names
 from utils.errors import UserError
-from utils.files import replace_synced
-from utils.logger import log, one_line
-
-
-@dataclass(frozen=True)
-class Run:
-    """What all parts of a run share.
-
-    Attributes:
-        asked: the flags as given, before `resolve`, by name.
-    """
-
-    config: RunConfig
-    argv: list[str]
-    asked: dict[str, Any]
-    ranks: Ranks
-    paths: RunPaths
-    status: RunStatus
+from utils.logger import log
 
 
 def main(argv: list[str], status: RunStatus) -> None:
@@ -178,57 +153,10 @@ def main(argv: list[str], status: RunStatus) -> None:
 
     metrics.close()
     if ranks.is_writer:
-        end_run(run, data, done, stop, time.monotonic() - start_time)
+        print_end(run, data, done, stop, time.monotonic() - start_time)
     dist.barrier()
     ranks.watchdog.stop()
     dist.destroy_process_group()
-
-
-def open_reports(
-    run: Run,
-    architecture: GPTConfig,
-    data: RunData,
-    state: TrainState,
-    timers: Timers,
-    cp_clock: WaitClock | None,
-) -> MetricsLog:
-    """status.json, config.json, TensorBoard and metrics.jsonl of the run. --eval-only appends to the metrics only."""
-    config, ranks, paths = run.config, run.ranks, run.paths
-    eval_only = config.training.eval_only
-    status_file = StatusFile(paths.status, attempt=broadcast_object(uuid.uuid4().hex), rank=ranks.launch.rank)
-    run.status.file = None if eval_only else status_file
-    settings = configuration(config, run.argv, architecture, world_size=ranks.launch.world_size)
-    keep_before = APPEND_ONLY if eval_only else state.first_step if state.is_resumed else None
-    writers: list[TensorBoardWriter] = []
-    if ranks.is_writer:
-        paths.run_dir.mkdir(parents=True, exist_ok=True)
-    if ranks.is_writer and not eval_only:
-        status_file.write("running", step=state.first_step)
-        replace_synced(paths.run_dir / "config.json", json.dumps(settings, indent=1, default=str) + "\n")
-        writers = open_writers(
-            paths.tensorboard,
-            config.logging.wandb_project,
-            run_dir=paths.run_dir,
-            settings=settings,
-            keep_before=keep_before,
-        )
-        if writers and not state.is_resumed:
-            describe_data(writers, data.train, cp_size=config.parallel.cp_size, layout=config.parallel.cp_layout)
-    peak_tflops = config.logging.peak_tflops
-    if peak_tflops is None and ranks.device.type == "cuda":
-        peak_tflops = known_peak_tflops(torch.cuda.get_device_name(ranks.device))
-    return MetricsLog(
-        architecture=architecture,
-        training=config.training,
-        logging=config.logging,
-        control_group=ranks.control_group,
-        timers=timers,
-        peak_tflops=peak_tflops,
-        cp_clock=cp_clock,
-        metrics_file=paths.metrics,
-        keep_before=keep_before,
-        writers=writers,
-    )
 
 
 @dataclass
@@ -255,7 +183,16 @@ class Trainer:
         self.pipeline = build_pipeline(config, self.model, self.grid, self.device, self.batch_plan.num_microbatches)
         self.lr_schedule = build_lr_schedule(config.training)
         self.norm_owned = get_norm_owned_names(self.model, self.grid)
-        self.saver = self._build_saver(paths.checkpoints, keep=config.checkpoint.keep_checkpoints)
+        self.saver = Saver(
+            paths.checkpoints,
+            self.model,
+            self.optimizer,
+            self.grid,
+            group=ranks.checkpoint_group,
+            keep=config.checkpoint.keep_checkpoints,
+            asynchronous=config.checkpoint.async_save,
+            on_saved=lambda place: log(f"saved {place}"),
+        )
         self.validator = Validator(
             self.model, self.data.valid, self.batch_plan, ranks, self.metrics, self.timers, config.training.eval_iters
         )
@@ -298,7 +235,8 @@ class Trainer:
         try:
             done, stop = self._loop(first_step)
         except NonFiniteError as error:
-            raise self._explain(error) from None
+            self.metrics.flush()  # nothing is pending if the log found the step
+            raise self.guard.explain(error, self.saver, self.metadata) from None
         if done >= self.config.training.train_iters:
             self.sampler.run("after training")
         self.saver.wait()
@@ -407,42 +345,6 @@ class Trainer:
         with self.timers("save"):
             self.saver.save(step, self.metadata | {"data": position})
 
-    def _build_saver(self, folder: Path, *, keep: int) -> Saver:
-        return Saver(
-            folder,
-            self.model,
-            self.optimizer,
-            self.grid,
-            group=self.ranks.checkpoint_group,
-            keep=keep,
-            asynchronous=self.config.checkpoint.async_save,
-            on_saved=lambda place: log(f"saved {place}"),
-        )
-
-    def _explain(self, error: NonFiniteError) -> NonFiniteError:
-        """The error with what a replay needs: the step's record, and the weights before it."""
-        if error.is_updated:  # on CUDA: found when a log line was due
-            details = self.guard.record(error.step, error.loss, error.grad_norm, [])
-        else:
-            self.metrics.flush()
-            details = error.details + self._save_for_replay(error.step - 1)
-        return NonFiniteError(error.step, error.loss, error.grad_norm, details)
-
-    def _save_for_replay(self, step: int) -> str:
-        """Save the weights before the step that ends the run, apart from the checkpoints. Returns where, for a message."""
-        folder = self.shared.paths.nonfinite / "checkpoints"
-        self.ranks.watchdog.heartbeat("a checkpoint", step)
-        try:
-            self.saver.wait()
-            if broadcast_object(step_folder(self.shared.paths.checkpoints, step).exists()):
-                return ""
-            saver = self._build_saver(folder, keep=1)
-            saver.save(step, self.metadata | {"data": {}})
-            saver.wait()
-        except OSError as save_error:  # the same on every rank; the step remains why the run ends
-            return f"; the weights before it could not be saved: {one_line(save_error)}"
-        return f"; the weights before it are in {step_folder(folder, step)}"
-
 
 def is_due(done: int, interval: int) -> bool:
     """Whether an action of this interval follows step `done`; 0: never."""
@@ -452,22 +354,6 @@ def is_due(done: int, interval: int) -> bool:
 def is_skipped(config: RunConfig, step: int) -> bool:
     """Whether --skip-steps names the step, counted from 1."""
     return any(step in steps for steps in config.data.skip_steps)
-
-
-def end_run(run: Run, data: RunData, done: int, stop: str, seconds: float) -> None:
-    """Write status.json and print where everything is. On rank 0."""
-    training, paths = run.config.training, run.paths
-    is_done = done >= training.train_iters or training.eval_only
-    found = list_checkpoints(paths.checkpoints)
-    if run.status.file is not None:
-        run.status.file.write("done" if is_done else "requeue", step=done, reason=stop)
-        with suppress(OSError):
-            paths.stop_file.unlink()  # the request is fulfilled
-    log(f"done in {seconds:.0f} s" if is_done else f"stopped after step {done} ({stop}); --resume continues")
-    log(f"data read:   {describe_epochs(data.train, done * training.global_batch_size)}")
-    log(f"checkpoint:  {found[-1] if found else 'none (--save-interval 0, --no-save-final)'}")
-    log(f"TensorBoard: {paths.tensorboard or 'off'}")
-    log(f"metrics:     {paths.metrics or 'off'}")
 
 
 def run(argv: list[str]) -> None:

@@ -207,6 +207,10 @@ class Saver:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
+    def into(self, folder: Path) -> Saver:
+        """A saver of the same state into another folder, of which one checkpoint stays."""
+        return Saver(folder, self.model, self.optimizer, self.grid, group=self.group, keep=1)
+
     def save(self, step: int, run_metadata: dict[str, Any]) -> None:
         """Write step_<step>. An asynchronous save returns when the state is copied.
 

@@ -13,7 +13,7 @@ from data.dataset import BlendedDataset, PackedDataset, SampleDataset
 from data.packing import StreamEpoch
 from model.config import GPTConfig, count_parameters
 from runtime.distributed import Ranks
-from runtime.paths import RunPaths
+from runtime.run import RunPaths
 from training.build import RunData
 from utils.logger import log
 

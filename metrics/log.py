@@ -80,7 +80,8 @@ class MetricsLog:
         peak_tflops: dense peak of one rank; None: no MFU.
         cp_clock: counts attention's waits for cp ranks; None: none are reported.
         metrics_file: None on ranks that don't write.
-        keep_before: of a resumed run: later records of the metrics file are dropped, for they are written again; None: a
+        keep_before: of a resumed run: later records of the metrics file are dropped, for they are written again; None:
+            a
             new file; APPEND_ONLY: everything is kept.
         writers: empty on ranks that don't write.
         timers, control_group: phases, and the gloo group over which they are compared.

@@ -17,7 +17,8 @@ class StepProfiler:
 
     Args:
         steps: from 1; None: none.
-        folder: gets trace_rank<r>.json.gz for Perfetto or chrome://tracing, memory_rank<r>.txt with the operators that allocate most,
+        folder: gets trace_rank<r>.json.gz for Perfetto or chrome://tracing, memory_rank<r>.txt with the operators that
+            allocate most,
             and on CUDA memory_rank<r>.pickle for PyTorch's memory viewer.
     """
 

@@ -60,7 +60,7 @@ def read_launch() -> Launch:
         copies = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
         if copies > 1 and "SLURM_PROCID" in os.environ:
             raise UserError(
-                f"srun started {copies} copies without torchrun, each alone: start torchrun, as launch/slurm.sbatch does"
+                f"srun started {copies} copies without torchrun, each alone: start torchrun as launch/slurm.sbatch does"
             )
         return Launch()
     missing = [name for name in names if name not in os.environ]
@@ -242,9 +242,10 @@ def check_ranks_agree(values: dict[str, Any], what: str) -> None:
     first, other = everyones[0], everyones[ranks[0]]
     differing = [name for name in {**first, **other} if first.get(name) != other.get(name)]
     name = differing[0]
+    example = f"{name} is {first.get(name)} on rank 0 but {other.get(name)} on rank {ranks[0]}"
+    listed = ", ".join(map(str, ranks[:16])) + (" ..." if len(ranks) > 16 else "")
     raise UserError(
-        f"{what} differ between ranks: {', '.join(differing)} ({name} is {first.get(name)} on rank 0 but {other.get(name)} on rank "
-        f"{ranks[0]}); ranks that differ from rank 0: {', '.join(map(str, ranks[:16]))}{' ...' if len(ranks) > 16 else ''}"
+        f"{what} differ between ranks: {', '.join(differing)} ({example}); ranks that differ from rank 0: {listed}"
     )
 
 

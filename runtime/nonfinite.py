@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from checkpoint.files import step_folder
+from checkpoint.saver import Saver
 from config.schema import TrainingConfig
 from parallel.fsdp import local_tensor
 from parallel.grid import Grid, coordinates_of
+from runtime.distributed import broadcast_object
 from utils.files import replace_synced
-from utils.logger import log
+from utils.logger import log, one_line
 
 
 class NonFiniteError(FloatingPointError):
@@ -142,3 +145,29 @@ class NonFiniteGuard:
             except OSError as error:
                 return f"{details}; its record could not be written to {path}: {error.strerror or error}"
         return f"{details}; tools/replay.py {path} runs it again"
+
+    def explain(self, error: NonFiniteError, saver: Saver, metadata: dict[str, Any]) -> NonFiniteError:
+        """The error that ends the run, with what a replay needs: the step's record, the weights before it. Collective.
+
+        Args:
+            saver, metadata: of the run's checkpoints.
+        """
+        if error.is_updated:  # found by the log: only the record can be kept
+            details = self.record(error.step, error.loss, error.grad_norm, [])
+        else:
+            details = error.details + self._save_weights(error.step - 1, saver, metadata)
+        return NonFiniteError(error.step, error.loss, error.grad_norm, details)
+
+    def _save_weights(self, step: int, saver: Saver, metadata: dict[str, Any]) -> str:
+        """Save the weights after `step`, apart from the checkpoints that a run resumes. Returns where, for a message."""
+        folder = self.folder / "checkpoints"
+        try:
+            saver.wait()
+            if broadcast_object(step_folder(saver.save_dir, step).exists()):
+                return ""
+            replay_saver = saver.into(folder)
+            replay_saver.save(step, metadata | {"data": {}})
+            replay_saver.wait()
+        except OSError as save_error:  # the same on every rank; the step remains why the run ends
+            return f"; the weights before it could not be saved: {one_line(save_error)}"
+        return f"; the weights before it are in {step_folder(folder, step)}"

@@ -1,16 +1,19 @@
-"""Where a run writes."""
+"""What all parts of a run share: configuration, ranks, paths, status."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from config.schema import RunConfig
+from runtime.distributed import Ranks
+from runtime.status import RunStatus
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Attributes: tensorboard, metrics: None: off."""
+    """Where a run writes. Attributes: tensorboard, metrics: None if off."""
 
     run_dir: Path
     checkpoints: Path
@@ -44,3 +47,19 @@ class RunPaths:
 
 def _optional(flag: str | None, default: Path) -> Path | None:
     return None if flag == "none" else Path(flag) if flag else default
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run on this rank.
+
+    Attributes:
+        asked: the flags as given, before `resolve`, by name.
+    """
+
+    config: RunConfig
+    argv: list[str]
+    asked: dict[str, Any]
+    ranks: Ranks
+    paths: RunPaths
+    status: RunStatus

@@ -1,0 +1,89 @@
+"""What a run writes beside its checkpoints: status, configuration, TensorBoard, metrics; and its last lines."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from contextlib import suppress
+
+import torch
+
+from checkpoint.files import list_checkpoints
+from checkpoint.resume import TrainState
+from metrics.banner import describe_epochs
+from metrics.log import APPEND_ONLY, MetricsLog
+from metrics.run_config import configuration
+from metrics.tensorboard import TensorBoardWriter, describe_data, open_writers
+from metrics.timers import Timers
+from model.config import GPTConfig
+from parallel.collectives import WaitClock
+from runtime.distributed import broadcast_object
+from runtime.run import Run
+from runtime.status import StatusFile
+from training.build import RunData
+from training.flops import known_peak_tflops
+from utils.files import replace_synced
+from utils.logger import log
+
+
+def open_reports(
+    run: Run,
+    architecture: GPTConfig,
+    data: RunData,
+    state: TrainState,
+    timers: Timers,
+    cp_clock: WaitClock | None,
+) -> MetricsLog:
+    """status.json, config.json, TensorBoard and metrics.jsonl of the run. --eval-only appends to the metrics only."""
+    config, ranks, paths = run.config, run.ranks, run.paths
+    eval_only = config.training.eval_only
+    status_file = StatusFile(paths.status, attempt=broadcast_object(uuid.uuid4().hex), rank=ranks.launch.rank)
+    run.status.file = None if eval_only else status_file
+    settings = configuration(config, run.argv, architecture, world_size=ranks.launch.world_size)
+    keep_before = APPEND_ONLY if eval_only else state.first_step if state.is_resumed else None
+    writers: list[TensorBoardWriter] = []
+    if ranks.is_writer:
+        paths.run_dir.mkdir(parents=True, exist_ok=True)
+    if ranks.is_writer and not eval_only:
+        status_file.write("running", step=state.first_step)
+        replace_synced(paths.run_dir / "config.json", json.dumps(settings, indent=1, default=str) + "\n")
+        writers = open_writers(
+            paths.tensorboard,
+            config.logging.wandb_project,
+            run_dir=paths.run_dir,
+            settings=settings,
+            keep_before=keep_before,
+        )
+        if writers and not state.is_resumed:
+            describe_data(writers, data.train, cp_size=config.parallel.cp_size, layout=config.parallel.cp_layout)
+    peak_tflops = config.logging.peak_tflops
+    if peak_tflops is None and ranks.device.type == "cuda":
+        peak_tflops = known_peak_tflops(torch.cuda.get_device_name(ranks.device))
+    return MetricsLog(
+        architecture=architecture,
+        training=config.training,
+        logging=config.logging,
+        control_group=ranks.control_group,
+        timers=timers,
+        peak_tflops=peak_tflops,
+        cp_clock=cp_clock,
+        metrics_file=paths.metrics,
+        keep_before=keep_before,
+        writers=writers,
+    )
+
+
+def print_end(run: Run, data: RunData, done: int, stop: str, seconds: float) -> None:
+    """Write the final status and print where everything is. On rank 0."""
+    training, paths = run.config.training, run.paths
+    is_done = done >= training.train_iters or training.eval_only
+    found = list_checkpoints(paths.checkpoints)
+    if run.status.file is not None:
+        run.status.file.write("done" if is_done else "requeue", step=done, reason=stop)
+        with suppress(OSError):
+            paths.stop_file.unlink()  # the request is fulfilled
+    log(f"done in {seconds:.0f} s" if is_done else f"stopped after step {done} ({stop}); --resume continues")
+    log(f"data read:   {describe_epochs(data.train, done * training.global_batch_size)}")
+    log(f"checkpoint:  {found[-1] if found else 'none (--save-interval 0, --no-save-final)'}")
+    log(f"TensorBoard: {paths.tensorboard or 'off'}")
+    log(f"metrics:     {paths.metrics or 'off'}")
