@@ -42,7 +42,7 @@ from model.names import tp_dim
 from parallel.collectives import sum_over
 from parallel.fsdp import local_tensor, sharded_parameters
 from parallel.grid import Grid, device_mesh
-from utils.errors import UserError
+from utils.errors import CollectiveError, UserError
 from utils.files import sync
 
 
@@ -262,7 +262,7 @@ class Saver:
                 rank, cause = _first_cause(error)
                 if isinstance(cause, OSError):
                     where = cause.filename or scratch / f"__{rank}_*.distcp"
-                    raise OSError(f"cannot write {where}: rank {rank}: {cause.strerror or cause}") from error
+                    raise CollectiveError(f"cannot write {where}: rank {rank}: {cause.strerror or cause}") from error
             raise
 
     def _make_empty(self, scratch: Path) -> None:
@@ -286,7 +286,7 @@ class Saver:
         dist.all_gather_object(gathered, (failure, own), group=self.group)
         for number, (failure, _) in enumerate(gathered):
             if failure:
-                raise OSError(f"cannot write {scratch}: rank {number}: {failure}")
+                raise CollectiveError(f"cannot write {scratch}: rank {number}: {failure}")
         return {name: value for _, sums in gathered for name, value in sums.items()}
 
     def _publish(self, scratch: Path, place: Path, run_metadata: dict[str, Any], sums: Checksums) -> None:
@@ -305,7 +305,7 @@ class Saver:
                 failure = [f"{error.filename or self.save_dir}: {error.strerror or error}"]
         dist.broadcast_object_list(failure, src=0, group=self.group)
         if failure[0] is not None:
-            raise OSError(f"cannot write {failure[0]}")
+            raise CollectiveError(f"cannot write {failure[0]}")
 
 
 # ---------------------------------------------------------------------------------------------------

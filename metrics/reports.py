@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import platform
+import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 
 from checkpoint.files import list_checkpoints
 from checkpoint.resume import TrainState
+from config.schema import RunConfig
 from metrics.banner import describe_epochs
 from metrics.log import APPEND_ONLY, MetricsLog
-from metrics.run_config import configuration
 from metrics.tensorboard import TensorBoardWriter, describe_data, open_writers
 from metrics.timers import Timers
-from model.config import GPTConfig
+from model.config import GPTConfig, count_parameters
 from parallel.collectives import WaitClock
+from parallel.grid import AXES
 from runtime.distributed import broadcast_object
 from runtime.run import Run
 from runtime.status import StatusFile
@@ -87,3 +92,19 @@ def print_end(run: Run, data: RunData, done: int, stop: str, seconds: float) -> 
     log(f"checkpoint:  {found[-1] if found else 'none (--save-interval 0, --no-save-final)'}")
     log(f"TensorBoard: {paths.tensorboard or 'off'}")
     log(f"metrics:     {paths.metrics or 'off'}")
+
+
+def configuration(
+    config: RunConfig, argv: Sequence[str], architecture: GPTConfig, *, world_size: int
+) -> dict[str, Any]:
+    """What config.json holds: every resolved flag, command line, grid, model size, versions, start time."""
+    return {
+        "flags": config.flags(),
+        "argv": list(argv),
+        "layout": {axis: getattr(config.parallel, f"{axis}_size") for axis in AXES},
+        "parameters": count_parameters(architecture),
+        "vocab_size": architecture.vocab_size,
+        "world_size": world_size,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

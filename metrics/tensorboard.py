@@ -13,7 +13,6 @@ import torch
 
 from cp.layout import attention_pairs
 from data.dataset import BlendedDataset, PackedDataset, SampleDataset
-from metrics.run_config import flags_as_text
 from utils.names import distinct_suffixes
 
 MAX_LENGTHS = 1_000_000  # in a histogram
@@ -78,6 +77,15 @@ def start_wandb(project: str, *, run_dir: Path, settings: dict[str, Any]) -> Any
         config=settings,
         sync_tensorboard=True,
     )
+
+
+def flags_as_text(flags: dict[str, Any]) -> str:
+    """A Markdown table of the flags."""
+    rows = [
+        f"| --{name.replace('_', '-')} | {str(value).replace('|', chr(92) + '|')} |"
+        for name, value in sorted(flags.items())
+    ]
+    return "\n".join(["| flag | value |", "|---|---|", *rows])
 
 
 def open_writers(

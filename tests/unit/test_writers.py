@@ -12,8 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.dataset import BlendedDataset, PackedDataset, PackingOptions
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
-from metrics.run_config import flags_as_text
-from metrics.tensorboard import (
+from metrics.tensorboard import flags_as_text, (
     TensorBoardWriter,
     as_floats,
     balance_figure,
