@@ -29,6 +29,7 @@ from runtime.nonfinite import NonFiniteError
 from training.flops import training_flops
 from utils.files import replace_synced
 from utils.logger import log
+from utils.names import distinct_suffixes
 
 APPEND_ONLY = sys.maxsize  # keep_before of a metrics file that another run may be writing
 
@@ -264,7 +265,8 @@ class MetricsLog:
             record["validation"] = {name: {"loss": own, "tokens": count} for name, (own, count) in sources.items()}
         self._write_record(record)
         values = {"validation/loss": loss, "validation/perplexity": perplexity(loss)}
-        values |= {f"validation/{Path(name).name}": own for name, (own, _) in sources.items()}
+        names = distinct_suffixes(list(sources))
+        values |= {f"validation/{name}": own for name, (own, _) in zip(names, sources.values(), strict=True)}
         for writer in self.writers:
             writer.scalars(values, step)
 

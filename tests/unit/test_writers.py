@@ -12,11 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.dataset import BlendedDataset, PackedDataset, PackingOptions
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
-from metrics.tensorboard import flags_as_text, (
+from metrics.tensorboard import (
     TensorBoardWriter,
     as_floats,
     balance_figure,
     describe_data,
+    flags_as_text,
     length_bins,
     open_writers,
     start_wandb,
