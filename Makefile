@@ -1,4 +1,4 @@
-# Everything runs from the repository root in .venv, which `make setup` makes when requirements change.
+# Targets run from the repository's root in .venv, which `make setup` makes and renews when requirements change.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -12,8 +12,8 @@ MEGATRON ?=
 
 setup: $(STAMP)
 
-# torch first and by itself: asked for through another package, pip may pick another build of it.
-# Python sources of Transformer Engine and flash-attn (no CUDA, not on the path) are what tests/unit/test_*_contract.py check our calls against.
+# torch comes first and alone: as a dependency of another package, pip may pick another build.
+# tests/unit/test_*_contract.py check our calls against the Python sources of Transformer Engine and flash-attn (no CUDA, not on the path).
 $(STAMP): requirements.txt requirements-gpu.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
@@ -33,32 +33,32 @@ train: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
-# All of it, also what only repeats on more layouts what every push sees: about twice as long.
+# All tests, also those that repeat others on more layouts; about twice as long.
 test-full: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not machine" $(ARGS)
 
-# Transformer Engine itself, without a GPU (docs/gpu.md): TE_PYTHON is an environment's python in which it can be imported.
+# Transformer Engine itself, without a GPU (docs/gpu.md). TE_PYTHON: python of an environment that can import transformer_engine.
 test-te-import:
 	OMP_NUM_THREADS=1 $(TE_PYTHON) -m pytest -p no:cacheprovider tests/te_import $(ARGS)
 
-# With megatron-core itself (CPython 3.11): pip install --no-deps --target DIR megatron-core==0.16.1, then MEGATRON=DIR.
+# Against megatron-core (CPython 3.11): pip install --no-deps --target DIR megatron-core==0.16.1, then MEGATRON=DIR.
 test-megatron: $(STAMP)
 	PYTHONPATH=$(MEGATRON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/megatron $(ARGS)
 
-# Break runs in every way we know: a table, and the figures in JSON. Mounting small disks needs root.
+# Kill, hang and corrupt runs (docs/operate.md); prints a table and writes JSON. Cases of full disks mount one, as root.
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign --json benchmarks/results/faults_cpu.json $(ARGS)
 
-# launch/slurm.sbatch under a SLURM of its own, started and ended here; Debian: apt-get install slurm-wlm munge. About ten minutes.
+# launch/slurm.sbatch under a SLURM that the tests start and end; Debian: apt-get install slurm-wlm munge. About ten minutes.
 test-slurm: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m machine -rs tests/slurm $(ARGS)
 
-# launch/multi_node.sh on two "hosts", network namespaces with a cable between them that is cut: as root, with ip (Debian: iproute2).
+# launch/multi_node.sh in two network namespaces whose cable is cut. Needs root and ip (Debian: iproute2).
 test-netns: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m machine -rs tests/netns $(ARGS)
 
-# On a machine with one GPU and the packages of docs/gpu.md, which GPU_PYTHON has. Figures go to $OUT, or to benchmarks/results.
-# Both parts run, whatever the first says. Transformer Engine's small functions as they are written: compiling them takes each rank a minute.
+# On a machine with one GPU. GPU_PYTHON: python with the packages of docs/gpu.md. Figures go to $OUT, or to benchmarks/results. Both parts run,
+# also if the first fails. NVTE_TORCH_COMPILE=0: compiling Transformer Engine's small functions takes each rank a minute.
 test-gpu: export NVTE_TORCH_COMPILE = 0
 test-gpu: export NVTE_UNFUSED_ATTN = 0
 test-gpu:
@@ -73,7 +73,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/train_step.py
 
-# Curves of one run or several in one HTML file: make report RUN=runs/a, or RUN="runs/a runs/b".
+# Curves of runs in one HTML file: make report RUN=runs/a, or RUN="runs/a runs/b".
 report: $(STAMP)
 	$(BIN)/python tools/report.py $(RUN) $(ARGS)
 

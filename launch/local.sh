@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# One node: launch/local.sh RANKS [train.py flags], as in
+# Start a run on one node: launch/local.sh RANKS [train.py flags], such as
 #
 #   launch/local.sh 8 --config configs/gpt_1b.yaml --data-path corpus.jsonl
 #
-# PENTAGRID_TORCHRUN_RESTARTS: how often torchrun starts the ranks again when one fails, 0 if unset; with --resume they go on from the newest
-# checkpoint. PENTAGRID_BIN: folder of python and torchrun, .venv/bin if unset. PENTAGRID_LOG_DIR: every rank's output also goes to files under it.
+# PENTAGRID_TORCHRUN_RESTARTS: how often torchrun restarts the ranks when one fails, 0 if unset; with --resume they continue from the
+#   newest checkpoint.
+# PENTAGRID_BIN: folder of python and torchrun, .venv/bin if unset.
+# PENTAGRID_LOG_DIR: folder that also gets every rank's output.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 usage() {

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Several nodes without SLURM: launch/multi_node.sh NODE_RANK NNODES HEAD:PORT RANKS [train.py flags], once on every node, as in
+# Start a run on several nodes without SLURM: launch/multi_node.sh NODE_RANK NNODES HEAD:PORT RANKS [train.py flags], once on every
+# node, such as
 #
 #   node0$ launch/multi_node.sh 0 2 node0:29400 8 --config configs/gpt_1b.yaml --run-dir runs/one --resume
 #   node1$ launch/multi_node.sh 1 2 node0:29400 8 --config configs/gpt_1b.yaml --run-dir runs/one --resume
 #
-# NODE_RANK counts from 0, which is HEAD; RANKS are those of this node, the same number on all. The nodes may start in any order, within
-# ten minutes. The repository lies at the same place on all, --run-dir and --data-cache-path on a file system that they share.
+# NODE_RANK: number of this node from 0; node 0 is HEAD. RANKS: ranks of this node, the same number on all nodes. The nodes start in any
+# order, within ten minutes. The repository is at the same path on all nodes; --run-dir and --data-cache-path are on a shared file system.
 #
-# PENTAGRID_BIN: folder of python and torchrun, .venv/bin if unset. PENTAGRID_INTERFACE: the network interface to use, if another node
-# cannot reach this one under its host name. PENTAGRID_LOG_DIR: every rank's output also goes to files under it.
+# PENTAGRID_BIN: folder of python and torchrun, .venv/bin if unset.
+# PENTAGRID_INTERFACE: network interface to use, if other nodes cannot reach this node under its host name.
+# PENTAGRID_LOG_DIR: folder that also gets every rank's output.
 #
-# The rendezvous is torchrun's static one: the ranks are numbered as the nodes are, so that rank 0, which writes metrics and status.json and
-# looks for the stop file, is on HEAD; there is one port to open; and no node is asked for its own name, as c10d does to find out which of
-# them is HEAD. What c10d has beyond that, nodes that come and go, a run of fixed layout cannot use.
+# The rendezvous is torchrun's static one. Ranks are numbered as the nodes are, so rank 0, which writes metrics and status.json and watches
+# the stop file, is on HEAD. One port is open. No node must recognise HEAD's name as its own, as c10d requires. A run of fixed layout cannot
+# use what c10d adds: nodes that join and leave.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 usage() {
