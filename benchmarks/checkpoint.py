@@ -1,27 +1,21 @@
-"""Saving and loading a checkpoint against torch.distributed.checkpoint alone on the same tensors, and what an asynchronous save blocks.
+"""Saving and loading a checkpoint, against torch.distributed.checkpoint alone on the same tensors.
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py [--rounds 9] [--hidden 768] [--folder DIR] [--json FILE]
 
-Things that are compared take turns, round by round; a figure is a ratio of medians over the slowest rank's seconds.
-
-1. save: dcp.save of the same state / ours, which checks, publishes and names the newest.
+1. save: dcp.save of the same state / ours, which adds checksums and publishes the checkpoint.
 2. load: dcp.load / ours, which verifies every file's checksum.
-3. blocked by --async-save / a copy of the same tensors into memory that is there already.
+3. time that a step is blocked by --async-save / a copy of the same tensors into memory that exists.
 
-A missed target is reported and does not fail.
+A figure is a ratio of medians over the slowest rank's seconds. A missed goal does not fail.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,121 +25,23 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from benchmarks.harness import (
+    CPU,
+    TIMEOUT,
+    TrainStep,
+    benchmark_parser,
+    build_config,
+    describe_goal,
+    is_met,
+    time_call,
+    write_figures,
+)
 from checkpoint.saver import Saver, load_checkpoint, trained_state
-from cp.attention import build_attention
-from cp.support import AttentionChoice
-from model.config import GPTConfig
-from model.gpt import GPT
-from model.init import initialise
-from model.transformer import GPTOptions
-from parallel.fsdp import local_tensor, shard_model
-from parallel.grid import Grid, GridSizes, build_grid
-from training.optimizer import build_optimizer
+from parallel.fsdp import local_tensor
+from runtime.distributed import broadcast_object, initialise_distributed, read_launch
 
-CPU = torch.device("cpu")
-
-
-def build(grid: Grid, hidden: int) -> tuple[GPT, torch.optim.AdamW]:
-    """A model of fp32 weights with the optimiser state of a run that has begun."""
-    config = GPTConfig(
-        num_layers=6,
-        hidden_size=hidden,
-        ffn_hidden_size=hidden * 8 // 3 // 16 * 16,
-        num_attention_heads=8,
-        num_query_groups=4,
-        kv_channels=hidden // 8,
-        vocab_size=4096,
-        padded_vocab_size=4096,
-    )
-    choice = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
-    with torch.device("meta"):
-        model = GPT(
-            config,
-            attention=build_attention(choice, head_dim=config.kv_channels),
-            cp_group=grid.group("cp"),
-            options=GPTOptions(dtype=torch.float32),
-        )
-    shard_model(
-        model, model.layers.values(), grid, device_type="cpu", compute_dtype=torch.float32, reshard_after_forward=False
-    )
-    initialise(model, config, seed=1, device=CPU)
-    optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    return model, optimizer
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds on the slowest rank."""
-    dist.barrier()
-    start = time.perf_counter()
-    work()
-    seconds = torch.tensor(time.perf_counter() - start)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return seconds.item()
-
-
-def empty(folder: Path) -> Path:
-    """The folder, with nothing in it. Collective."""
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        os.sync()  # what others have not written yet must not be paid for here
-    dist.barrier()
-    return folder
-
-
-def measure(folder: Path, grid: Grid, hidden: int, rounds: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of every turn, and the bytes of the state over all ranks."""
-    model, optimizer = build(grid, hidden)
-    group = dist.new_group(backend="gloo")
-    parts = [local_tensor(p.detach()) for p in model.parameters()]
-    parts += [local_tensor(x) for state in optimizer.state.values() for x in state.values()]
-    copies = [torch.empty_like(x) for x in parts]
-    times: dict[str, list[float]] = {}
-    beside = Saver(folder / "async", model, optimizer, grid, group=group, asynchronous=True)
-
-    def turn(name: str, work: Callable[[], object]) -> None:
-        times.setdefault(name, []).append(timed(work))
-
-    def copy() -> None:
-        for to, x in zip(copies, parts, strict=True):
-            to.copy_(x)
-
-    def save_bare() -> None:
-        dcp.save(trained_state(model, optimizer, grid), checkpoint_id=folder / "bare")
-
-    def save_ours() -> None:
-        Saver(folder / "ours", model, optimizer, grid, group=group).save(1, {})
-
-    def load_bare() -> None:
-        dcp.load(trained_state(model, optimizer, grid), checkpoint_id=folder / "bare")
-
-    def load_ours() -> None:
-        load_checkpoint(folder / "ours" / "step_0000001", model, optimizer, grid, group=group)
-
-    # The first round warms up: allocators, page cache, the asynchronous saver's own memory.
-    for number in range(rounds + 1):
-        order = [("bare", save_bare, load_bare), ("ours", save_ours, load_ours)]
-        for name, save, _ in order if number % 2 else order[::-1]:  # the disk is kinder to the second, or the first
-            empty(folder / name)
-            turn(f"save, {name}", save)
-        for name, _, load in order if number % 2 else order[::-1]:
-            turn(f"load, {name}", load)
-        empty(folder / "async")
-        turn("copy", copy)
-        turn("async, blocked", lambda: beside.save(1, {}))
-        beside.wait()
-        if not number:
-            times = {}
-    size = torch.tensor(float(sum(x.numel() * x.element_size() for x in parts)), dtype=torch.float64)
-    dist.all_reduce(size)
-    return times, int(size)
-
-
+VOCAB_SIZE = 4096
+# What -> (over, under, goal, whether the goal is an upper bound).
 FIGURES = {
     "save: dcp's time / ours": ("save, bare", "save, ours", 0.95, False),
     "load: dcp's time / ours": ("load, bare", "load, ours", 0.95, False),
@@ -153,48 +49,102 @@ FIGURES = {
 }
 
 
+def build_trained(hidden: int) -> TrainStep:
+    """A model of fp32 weights, with the optimizer state of a run that has begun, FSDP-sharded over all ranks."""
+    flags = f"""
+        --device cpu --dtype fp32 --num-layers 6 --hidden-size {hidden} --ffn-hidden-size {hidden * 8 // 3 // 16 * 16}
+        --num-attention-heads 8 --num-query-groups 4 --seed 1
+    """
+    ours = TrainStep(build_config(flags, world_size=dist.get_world_size()), vocab_size=VOCAB_SIZE, device=CPU)
+    for parameter in ours.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    ours.optimizer.step()
+    ours.optimizer.zero_grad()
+    return ours
+
+
+def time_slowest(work: Callable[[], object]) -> float:
+    """Seconds on the slowest rank. Collective."""
+    dist.barrier()
+    seconds = torch.tensor(time_call(work))
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return seconds.item()
+
+
+def make_empty(folder: Path) -> Path:
+    """The folder without its files. Collective."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        os.sync()  # writes of others that are still pending must not count here
+    dist.barrier()
+    return folder
+
+
+def measure(folder: Path, hidden: int, rounds: int) -> tuple[dict[str, list[float]], int]:
+    """Seconds of every turn, and the bytes of the state over all ranks."""
+    ours, group = build_trained(hidden), dist.new_group(backend="gloo")
+    state = (ours.model, ours.optimizer, ours.grid)
+    parts = [local_tensor(p.detach()) for p in ours.model.parameters()]
+    parts += [local_tensor(x) for tensors in ours.optimizer.state.values() for x in tensors.values()]
+    copies = [torch.empty_like(x) for x in parts]
+    async_saver = Saver(folder / "async", *state, group=group, asynchronous=True)
+
+    def copy() -> None:
+        for to, x in zip(copies, parts, strict=True):
+            to.copy_(x)
+
+    saves = {
+        "bare": lambda: dcp.save(trained_state(*state), checkpoint_id=folder / "bare"),
+        "ours": lambda: Saver(folder / "ours", *state, group=group).save(1, {}),
+    }
+    loads = {
+        "bare": lambda: dcp.load(trained_state(*state), checkpoint_id=folder / "bare"),
+        "ours": lambda: load_checkpoint(folder / "ours" / "step_0000001", *state, group=group),
+    }
+    # The first round warms up: allocators, page cache, the asynchronous saver's own memory.
+    times: dict[str, list[float]] = {}
+    for number in range(rounds + 1):
+        turn: dict[str, float] = {}
+        order = list(saves) if number % 2 else list(saves)[::-1]  # the first or the second may find the disk faster
+        for name in order:
+            make_empty(folder / name)
+            turn[f"save, {name}"] = time_slowest(saves[name])
+        for name in order:
+            turn[f"load, {name}"] = time_slowest(loads[name])
+        make_empty(folder / "async")
+        turn["copy"] = time_slowest(copy)
+        turn["async, blocked"] = time_slowest(lambda: async_saver.save(1, {}))
+        async_saver.wait()
+        for name, seconds in turn.items() if number else ():
+            times.setdefault(name, []).append(seconds)
+    size = torch.tensor(sum(x.nbytes for x in parts))
+    dist.all_reduce(size)
+    return times, int(size)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each thing compared")
-    parser.add_argument("--hidden", type=int, default=768, help="size of the model")
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written; default: a temporary folder")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there, too")
+    parser = benchmark_parser(__doc__, rounds=9)
+    parser.add_argument("--hidden", type=int, default=768, help="hidden size of the model; default: %(default)s")
+    parser.add_argument("--folder", type=Path, help="folder of the checkpoints; default: a temporary folder")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    grid = build_grid(GridSizes(dp_shard=dist.get_world_size()))
-    box = [str(args.folder or tempfile.mkdtemp(prefix="checkpoint_"))]
-    dist.broadcast_object_list(box, src=0)
-    folder = Path(box[0])
-    times, size = measure(folder, grid, args.hidden, args.rounds)
+    initialise_distributed(read_launch(), "cpu", timeout=TIMEOUT)
+    folder = broadcast_object(args.folder or Path(tempfile.mkdtemp(prefix="checkpoint_")))
+    times, size = measure(folder, args.hidden, args.rounds)
     if dist.get_rank() == 0:
         shutil.rmtree(folder)
         figures = []
-        print(f"{size / 2**20:.0f} MiB of weights and optimiser state on {dist.get_world_size()} ranks")
-        for what, (one, other, target, at_most) in FIGURES.items():
-            first, second = (statistics.median(times[name]) for name in (one, other))
+        print(f"{size / 2**20:.0f} MiB of weights and optimizer state on {dist.get_world_size()} ranks")
+        for what, (over, under, target, at_most) in FIGURES.items():
+            first, second = statistics.median(times[over]), statistics.median(times[under])
             ratio = first / second
-            passed = ratio <= target if at_most else ratio >= target
-            verdict = f"{'<=' if at_most else '>='} {target:.2f} {'pass' if passed else 'miss'}"
+            verdict = describe_goal(ratio, target, at_most=at_most)
             print(f"{what:32}{first:>8.3f} s{second:>8.3f} s{ratio:>8.3f}   {verdict}")
+            passed = is_met(ratio, target, at_most=at_most)
             figures.append(dict(what=what, seconds=[first, second], ratio=ratio, target=target, passed=passed))
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        facts = {
-            "torch": torch.__version__,
-            "cores": os.cpu_count(),
-            "load average at the end": os.getloadavg()[0],
-            "commit": commit,
-        }
-        facts |= {
-            "command": " ".join(
-                ["torchrun --nproc-per-node", str(dist.get_world_size()), "benchmarks/checkpoint.py", *sys.argv[1:]]
-            )
-        }
-        text = json.dumps(facts | {"bytes": size, "rounds": args.rounds, "figures": figures, "seconds": times})
-        if args.json:
-            args.json.write_text(text + "\n")
+        write_figures(args.json, {"bytes": size, "rounds": args.rounds, "figures": figures, "seconds": times})
     dist.barrier()
 
 
