@@ -117,8 +117,9 @@ def measure(folder: Path, hidden: int, rounds: int) -> tuple[dict[str, list[floa
         turn["copy"] = time_slowest(copy)
         turn["async, blocked"] = time_slowest(lambda: async_saver.save(1, {}))
         async_saver.wait()
-        for name, seconds in turn.items() if number else ():
-            times.setdefault(name, []).append(seconds)
+        if number:
+            for name, seconds in turn.items():
+                times.setdefault(name, []).append(seconds)
     size = torch.tensor(sum(x.nbytes for x in parts))
     dist.all_reduce(size)
     return times, int(size)

@@ -1,26 +1,22 @@
 """Attention alone over context-parallel ranks: time, efficiency, traffic and balance of each method of cp/support.py.
 
-    python benchmarks/cp_attention.py [--seq-lengths 4096,8192,32768] [--dtype fp32|bf16] [--only 1|2|3] [--json FILE] [--plot FILE]
+    python benchmarks/cp_attention.py [--seq-lengths 4096,8192,32768] [--dtype fp32|bf16] [--only 1,2,3] [--json FILE] [--plot FILE]
 
 1. Every cell of cp/support.py's table on gloo ranks of one thread, over one BSHD sequence and over packed THD
-   documents of log-normal lengths. Efficiency is (one rank's time for the whole row / cp) / time: it cannot
-   pass cores / cp. `wait` is what native's computation stood still for transfers, slower peers included.
-   `sent` is counted, in bytes that a rank sends, and compared with the method's formula (`sent_formula`).
-2. native p2p against ring-flash-attn's zigzag in bf16, both over PyTorch's flash kernel: >= 1 is at least as fast.
-3. What the profiler sees in a step of native p2p with few and with many documents: no read of a tensor's
-   value by the host.
+   documents of log-normal lengths. Efficiency is (one rank's time for the whole row / cp) / time, at most cores / cp.
+   `wait` is the time in which native's computation waits for transfers, slower peers included. `sent` is counted, in
+   bytes that a rank sends, and compared with the method's formula (planner/communication.py).
+2. native p2p against ring-flash-attn's zigzag in bf16, both over PyTorch's flash kernel; 1 or more: as fast or faster.
+3. Profile of native p2p with few and with many documents: no read of a tensor's value by the host.
 
-Things that are compared take turns, round by round; a figure is a median over rounds of the slowest rank.
-ring-flash-attn runs over PyTorch's flash kernel too (cp/flash_attn_cpu.py). Prints tables; a wrong byte count or a
-host read fails.
+A figure is a median over rounds of the slowest rank. ring-flash-attn runs over PyTorch's flash kernel
+(cp/flash_attn_cpu.py). A wrong byte count or a host read fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
-import json
 import math
 import os
 import statistics
@@ -41,31 +37,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.harness import (
+    CORES,
+    World,
+    benchmark_parser,
+    describe_goal,
+    round_ratios,
+    take_turns,
+    write_figures,
+)
 from cp.attention import build_attention
 from cp.layout import attention_pairs, balance
-from cp.packed_seq import build_packed_seq
+from cp.packed_seq import PackedSeq, build_packed_seq
 from cp.support import QKV_FORMATS, AttentionChoice, cells
 from parallel import collectives
 from parallel.collectives import WaitClock
-from parallel.grid import Grid, GridSizes, build_grid, split_group
+from parallel.grid import GridSizes, build_grid, split_group
 from planner.communication import cp_bytes
-from runtime.distributed import keep_freed_memory
-from tests.world import World
 
 CP_SIZES = (2, 4)
 MEDIAN_LENGTH, SIGMA, SEED = 600, 1.5, 1234
-UNIT = 2 * max(CP_SIZES)  # every layout at every size cuts documents padded to it
+UNIT = 2 * max(CP_SIZES)  # every layout at every cp size cuts documents that are padded to it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CORES = len(os.sched_getaffinity(0))
 LONG, LONG_ROUNDS = 16384, 3  # rows from here on get fewer rounds
 PROFILED_TOKENS = 16384  # about, of comparison 3
-FASTER_ROUNDS = 7  # at least, of comparison 2
-TIMEOUT = 1800.0
+RING_ROUNDS = 7  # at least, of comparison 2
+MAX_DIFFERENCE = 0.02  # relative, between native and ring-flash-attn in bf16
+ALONE = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of tokens and the shape of its heads."""
+    """A row of tokens in documents of `lengths`, and the shape of its heads."""
 
     seq_length: int
     qkv_format: str
@@ -80,7 +83,7 @@ class Row:
         return np.array([-(-length // UNIT) * UNIT for length in self.lengths])
 
 
-def documents(seq_length: int) -> tuple[int, ...]:
+def draw_lengths(seq_length: int) -> tuple[int, ...]:
     """Log-normal lengths whose padded ones fill the row; the last is cut."""
     generator, lengths, room = np.random.default_rng(SEED), [], seq_length
     while room:
@@ -90,11 +93,8 @@ def documents(seq_length: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-ALONE = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
-
-
-def sent_formula(row: Row, choice: AttentionChoice) -> tuple[int, int]:
-    """Bytes that a rank sends in the forward and in the backward pass."""
+def compute_sent_bytes(row: Row, choice: AttentionChoice) -> tuple[int, int]:
+    """Bytes that a rank sends in the forward and in the backward pass, by the formula."""
     return cp_bytes(
         choice,
         tokens=row.seq_length // choice.cp_size,
@@ -106,83 +106,116 @@ def sent_formula(row: Row, choice: AttentionChoice) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# What ranks are told to do
+# What ranks run
 
 
-@functools.cache
-def grid_of() -> Grid:
-    keep_freed_memory()  # as train.py does on a CPU; for all that is compared alike
-    return build_grid(GridSizes(cp=dist.get_world_size()))
+class AttentionRank:
+    """A cp rank that keeps what it builds: groups, attentions, and tensors until `forget`."""
 
+    def __init__(self) -> None:
+        self.grid = build_grid(GridSizes(cp=dist.get_world_size()))
+        self.a2a_groups: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+        self.attentions: dict[tuple[Row, AttentionChoice], tuple[Callable[..., Tensor], WaitClock]] = {}
+        self.shards: dict[tuple[Row, str], tuple[PackedSeq, list[Tensor]]] = {}
 
-@functools.cache
-def a2a_groups(a2a_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    return split_group(grid_of(), "cp", a2a_size)
+    def _shard(self, row: Row, layout: str) -> tuple[PackedSeq, list[Tensor]]:
+        """The row's `PackedSeq`, and this rank's q, k, v and dout."""
+        if (row, layout) in self.shards:
+            return self.shards[row, layout]
+        packed_seq, owned = build_packed_seq(
+            np.array(row.lengths),
+            row.padded_lengths,
+            qkv_format=row.qkv_format,
+            layout=layout,
+            cp_size=self.grid.size("cp"),
+            cp_rank=self.grid.rank("cp"),
+        )
+        generator, tensors = torch.Generator().manual_seed(SEED), []
+        for heads in (row.heads, row.groups, row.groups, row.heads):
+            whole = torch.randn(row.seq_length, heads, row.head_dim, generator=generator)
+            tensors.append(whole[torch.from_numpy(owned)].to(DTYPES[row.dtype]))
+        for x in tensors[:3]:
+            x.requires_grad_()
+        return self.shards.setdefault((row, layout), (packed_seq, tensors))
 
+    def _attention(self, row: Row, choice: AttentionChoice) -> tuple[Callable[..., Tensor], WaitClock]:
+        if (row, choice) in self.attentions:
+            return self.attentions[row, choice]
+        if choice.backend == "ring":
+            message = r".*torch\.distributed\.\w+` is deprecated"
+            warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+        size, clock = choice.a2a_size, WaitClock()
+        if size > 1 and size not in self.a2a_groups:
+            self.a2a_groups[size] = split_group(self.grid, "cp", size)
+        groups = self.a2a_groups.get(size)
+        attention = build_attention(choice, head_dim=row.head_dim, a2a_groups=groups, clock=clock)
+        return self.attentions.setdefault((row, choice), (attention, clock))
 
-@functools.cache
-def shards(row: Row, layout: str) -> tuple[Any, list[Tensor]]:
-    """The row's `PackedSeq` and this rank's q, k, v and dout; kept, with the plans, until `forget`."""
-    grid = grid_of()
-    padded, place = row.padded_lengths, dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"))
-    packed_seq, owned = build_packed_seq(
-        np.array(row.lengths), padded, qkv_format=row.qkv_format, layout=layout, **place
-    )
-    generator, tensors = torch.Generator().manual_seed(SEED), []
-    for heads in (row.heads, row.groups, row.groups, row.heads):
-        whole = torch.randn(row.seq_length, heads, row.head_dim, generator=generator)
-        tensors.append(whole[torch.from_numpy(owned)].to(DTYPES[row.dtype]))
-    for x in tensors[:3]:
-        x.requires_grad_()
-    return packed_seq, tensors
+    def forget(self) -> None:
+        """Free the rows' tensors and plans."""
+        self.shards.clear()
 
+    def _run(self, row: Row, choice: AttentionChoice, between: Callable[[], Any] = lambda: None) -> list[Tensor]:
+        """One forward and backward: out, dq, dk, dv. `between` is called between the passes."""
+        attention, _ = self._attention(row, choice)
+        packed_seq, (q, k, v, dout) = self._shard(row, choice.layout)
+        q.grad = k.grad = v.grad = None
+        out = attention(q, k, v, packed_seq, self.grid.group("cp"))
+        between()
+        out.backward(dout)
+        return [x for x in (out.detach(), q.grad, k.grad, v.grad) if x is not None]
 
-@functools.cache
-def built(row: Row, choice: AttentionChoice) -> tuple[Callable[..., Tensor], WaitClock]:
-    if choice.backend == "ring":
-        warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    groups = a2a_groups(choice.a2a_size) if choice.a2a_size > 1 else None
-    clock = WaitClock()
-    return build_attention(choice, head_dim=row.head_dim, a2a_groups=groups, clock=clock), clock
+    def time(self, row: Row, choice: AttentionChoice) -> tuple[float, float, float]:
+        """Seconds of the forward pass, of forward and backward, and of the waits in both (0 where no clock counts)."""
+        _, clock = self._attention(row, choice)
+        clock.read()
+        marks: list[float] = []
+        dist.barrier()
+        start = time.perf_counter()
+        self._run(row, choice, lambda: marks.append(time.perf_counter()))
+        return marks[0] - start, time.perf_counter() - start, clock.read()
 
+    def count_sent(self, row: Row, choice: AttentionChoice) -> tuple[int, int]:
+        """Bytes sent in the forward and in the backward pass. Also the warm-up."""
+        sent = [0]
+        with counting_sent(sent):
+            self._run(row, choice, lambda: sent.append(0))
+        return sent[0], sent[1]
 
-def forget(rank: int) -> None:
-    shards.cache_clear()
+    def compare(self, row: Row, first: AttentionChoice, second: AttentionChoice) -> float:
+        """Largest relative difference of two choices' out, dq, dk and dv."""
+        results = [[x.float().clone() for x in self._run(row, choice)] for choice in (first, second)]
+        return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
 
+    def profile(self, row: Row, choice: AttentionChoice) -> dict[str, int]:
+        """Calls of operators in one forward and backward whose plan exists."""
+        self._run(row, choice)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            self._run(row, choice)
+        calls = {event.key: event.count for event in profile.key_averages()}
 
-def one_pass(row: Row, choice: AttentionChoice, between: Callable[[], Any] = lambda: None) -> list[Tensor]:
-    """out, dq, dk, dv; `between` is called between forward and backward."""
-    attention, _ = built(row, choice)
-    packed_seq, (q, k, v, dout) = shards(row, choice.layout)
-    q.grad = k.grad = v.grad = None
-    out = attention(q, k, v, packed_seq, grid_of().group("cp"))
-    between()
-    out.backward(dout)
-    return [x for x in (out.detach(), q.grad, k.grad, v.grad) if x is not None]
+        def count(prefix: str) -> int:
+            return sum(number for name, number in calls.items() if name.startswith(prefix))
 
-
-def timed(rank: int, row: Row, choice: AttentionChoice) -> tuple[float, float, float]:
-    """Seconds of the forward pass, of forward and backward, and of waiting in both (0 where it cannot be seen)."""
-    _, clock = built(row, choice)
-    clock.read()
-    marks: list[float] = []
-    dist.barrier()
-    start = time.perf_counter()
-    one_pass(row, choice, lambda: marks.append(time.perf_counter()))
-    return marks[0] - start, time.perf_counter() - start, clock.read()
+        return {
+            "aten::item": calls.get("aten::item", 0),
+            "aten::_local_scalar_dense": calls.get("aten::_local_scalar_dense", 0),
+            "aten::empty*": count("aten::empty"),
+            "flash kernels": count("aten::_scaled_dot_product_flash"),
+        }
 
 
 @contextmanager
-def counted(sent: list[int]) -> Iterator[None]:
-    """Adds to sent[-1] the bytes that this rank sends."""
+def counting_sent(sent: list[int]) -> Iterator[None]:
+    """Add the bytes that this rank sends to sent[-1]: wraps every collective that a method of the table calls."""
     from torch.distributed import _functional_collectives as functional
 
     def wrap(holder: Any, name: str, bytes_of: Callable[..., float]) -> Any:
         original = getattr(holder, name)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            sent[-1] += round(bytes_of(*args, **kwargs))
-            return original(*args, **kwargs)
+        def call(*positional: Any, **keywords: Any) -> Any:
+            sent[-1] += round(bytes_of(*positional, **keywords))
+            return original(*positional, **keywords)
 
         return mock.patch.object(holder, name, call)
 
@@ -220,168 +253,145 @@ def counted(sent: list[int]) -> Iterator[None]:
             patch.stop()
 
 
-def sent_bytes(rank: int, row: Row, choice: AttentionChoice) -> tuple[int, int]:
-    """Counted in the forward and in the backward pass; it warms up, too."""
-    sent = [0]
-    with counted(sent):
-        one_pass(row, choice, lambda: sent.append(0))
-    return sent[0], sent[1]
-
-
-def difference(rank: int, row: Row, first: AttentionChoice, second: AttentionChoice) -> float:
-    """Largest relative difference of two choices' out, dq, dk and dv."""
-    results = [[x.float().clone() for x in one_pass(row, choice)] for choice in (first, second)]
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
-
-
-def profiled(rank: int, row: Row, choice: AttentionChoice) -> dict[str, int]:
-    """Calls of operators in one pass whose plan is made."""
-    one_pass(row, choice)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        one_pass(row, choice)
-    calls = {event.key: event.count for event in profile.key_averages()}
-    return {
-        "aten::item": calls.get("aten::item", 0),
-        "aten::_local_scalar_dense": calls.get("aten::_local_scalar_dense", 0),
-        "aten::empty*": sum(count for name, count in calls.items() if name.startswith("aten::empty")),
-        "flash kernels": sum(
-            count for name, count in calls.items() if name.startswith("aten::_scaled_dot_product_flash")
-        ),
-    }
-
-
 # ---------------------------------------------------------------------------------------------------
 # The comparisons
 
-
-def take_turns(
-    worlds: dict[int, World], row: Row, choices: list[AttentionChoice], rounds: int
-) -> dict[AttentionChoice, list]:
-    """Per choice and round: forward, forward and backward, waiting; of the slowest rank."""
-    times: dict[AttentionChoice, list] = {choice: [] for choice in choices}
-    for _ in range(rounds):
-        for choice in choices:
-            ranks = worlds[choice.cp_size].run(timed, row, choice, timeout=TIMEOUT)
-            times[choice].append([max(of_rank) for of_rank in zip(*ranks, strict=True)])
-    return times
+Worlds = dict[int, World]  # by cp size
 
 
-def medians(rounds: list) -> list[float]:
+def time_choices(
+    worlds: Worlds, row: Row, choices: list[AttentionChoice], rounds: int
+) -> dict[AttentionChoice, list[list[float]]]:
+    """Per choice and round: seconds of forward, of forward and backward, of waits; of the slowest rank."""
+
+    def time_one(choice: AttentionChoice) -> list[float]:
+        ranks = worlds[choice.cp_size].run(AttentionRank.time, row, choice)
+        return [max(seconds) for seconds in zip(*ranks, strict=True)]
+
+    return take_turns({choice: lambda choice=choice: time_one(choice) for choice in choices}, rounds)
+
+
+def medians(rounds: list[list[float]]) -> list[float]:
     return [statistics.median(values) for values in zip(*rounds, strict=True)]
 
 
-def table_cells(row: Row, cp_size: int) -> list[AttentionChoice]:
-    """The table's cells for this row's format and dtype, without a2a+p2p where nothing is left to ring over."""
+def list_cells(row: Row, cp_size: int) -> list[AttentionChoice]:
+    """The table's cells for the row's format and dtype, without a2a+p2p if no ranks are left for the ring."""
     found = cells(device="cpu", cp_size=cp_size, heads=row.heads, groups=row.groups)
     chosen = [c for c, dtype in found if (c.qkv_format, dtype) == (row.qkv_format, row.dtype)]
     return [c for c in chosen if not (c.method == "a2a+p2p" and c.a2a_size == cp_size)]
 
 
-def compare_methods(worlds: dict[int, World], rows: list[Row], rounds: int) -> list[dict]:
-    print(f"\n1  {'cp':>2} {'backend method layout':33}{'fwd s':>8}{'f+b s':>8}{'eff fwd':>8}{'eff f+b':>8}", end="")
-    print(f"{'bound':>7}{'wait s':>8}{'sent fwd MiB':>14}{'bwd MiB':>9}{'balance':>9}")
+def describe_choice(
+    row: Row, choice: AttentionChoice, rounds: list[list[float]], sent: tuple[int, int], alone: list[float]
+) -> dict[str, Any]:
+    """The figures of a cell.
+
+    Args:
+        sent: counted bytes of the rank that sends most.
+        alone: one rank's seconds of forward, and of forward and backward.
+    """
+    size, (forward, both, waiting) = choice.cp_size, medians(rounds)
+    pairs = attention_pairs(np.array(row.lengths), row.padded_lengths, cp_size=size, layout=choice.layout)
+    return dict(
+        choice=asdict(choice),
+        seq_length=row.seq_length,
+        dtype=row.dtype,
+        documents=len(row.lengths),
+        forward_s=forward,
+        forward_backward_s=both,
+        one_rank_s=alone,
+        efficiency_forward=alone[0] / size / forward,
+        efficiency=alone[1] / size / both,
+        efficiency_bound=min(1.0, CORES / size),
+        wait_s=waiting if choice.backend == "native" and choice.method != "a2a" else None,
+        sent_bytes=sent,
+        sent_formula=compute_sent_bytes(row, choice),
+        balance=balance(pairs),
+        rounds_s=rounds,
+    )
+
+
+def print_choice(entry: dict[str, Any]) -> None:
+    """A cell's line of the table; (!) marks a byte count that differs from the formula."""
+    choice = entry["choice"]
+    name = f"{choice['backend']} {choice['method']} {choice['layout']}"
+    wait = "-" if entry["wait_s"] is None else f"{entry['wait_s']:.3f}"
+    both = zip(entry["sent_bytes"], entry["sent_formula"], strict=True)
+    forward, backward = (f"{sent / 2**20:.2f}{'' if sent == formula else ' (!)'}" for sent, formula in both)
+    numbers = f"{entry['forward_s']:>8.3f}{entry['forward_backward_s']:>8.3f}"
+    numbers += f"{entry['efficiency_forward']:>8.2f}{entry['efficiency']:>8.2f}{entry['efficiency_bound']:>7.2f}"
+    line = f"   {choice['cp_size']:>2} {name:33}{numbers}{wait:>8}{forward:>14}{backward:>9}{entry['balance']:>9.3f}"
+    print(line, flush=True)
+
+
+def compare_methods(worlds: Worlds, rows: list[Row], rounds: int) -> list[dict]:
+    """Comparison 1."""
+    columns = f"{'fwd s':>8}{'f+b s':>8}{'eff fwd':>8}{'eff f+b':>8}{'bound':>7}{'wait s':>8}"
+    print(f"\n1  {'cp':>2} {'backend method layout':33}{columns}{'sent fwd MiB':>14}{'bwd MiB':>9}{'balance':>9}")
     figures = []
     for row in rows:
         alone = replace(ALONE, qkv_format=row.qkv_format)
-        choices = [alone, *(choice for size in CP_SIZES for choice in table_cells(row, size))]
-        sent = {choice: worlds[choice.cp_size].run(sent_bytes, row, choice, timeout=TIMEOUT) for choice in choices}
-        times = take_turns(worlds, row, choices, rounds if row.seq_length < LONG else min(rounds, LONG_ROUNDS))
-        one_forward, one_both, _ = medians(times[alone])
-        print(f"{row.seq_length} tokens, {row.qkv_format}, {row.dtype}, {len(row.lengths)} documents: ", end="")
-        print(f"one rank {one_forward:.3f} s forward, {one_both:.3f} s forward and backward")
+        choices = [alone, *(choice for size in CP_SIZES for choice in list_cells(row, size))]
+        sent = {choice: max(worlds[choice.cp_size].run(AttentionRank.count_sent, row, choice)) for choice in choices}
+        times = time_choices(worlds, row, choices, rounds if row.seq_length < LONG else min(rounds, LONG_ROUNDS))
+        one_rank = medians(times[alone])[:2]
+        title = f"{row.seq_length} tokens, {row.qkv_format}, {row.dtype}, {len(row.lengths)} documents"
+        print(f"{title}: one rank {one_rank[0]:.3f} s forward, {one_rank[1]:.3f} s forward and backward")
         for choice in choices[1:]:
-            size, (forward, both, waiting) = choice.cp_size, medians(times[choice])
-            pairs = attention_pairs(np.array(row.lengths), row.padded_lengths, cp_size=size, layout=choice.layout)
-            formula = sent_formula(row, choice)
-            entry = dict(
-                choice=asdict(choice),
-                seq_length=row.seq_length,
-                dtype=row.dtype,
-                documents=len(row.lengths),
-                forward_s=forward,
-                forward_backward_s=both,
-                one_rank_s=[one_forward, one_both],
-                efficiency_forward=one_forward / size / forward,
-                efficiency=one_both / size / both,
-                efficiency_bound=min(1.0, CORES / size),
-                wait_s=waiting if choice.backend == "native" and choice.method != "a2a" else None,
-                sent_bytes=max(sent[choice]),
-                sent_formula=formula,
-                balance=balance(pairs),
-                rounds_s=times[choice],
-            )
-            name = f"{choice.backend} {choice.method} {choice.layout}"
-            wait = "-" if entry["wait_s"] is None else f"{waiting:.3f}"
-            mib = [
-                f"{b / 2**20:.2f}{'' if b == f else ' (!)'}" for b, f in zip(entry["sent_bytes"], formula, strict=True)
-            ]
-            print(
-                f"   {size:>2} {name:33}{forward:>8.3f}{both:>8.3f}{entry['efficiency_forward']:>8.2f}{entry['efficiency']:>8.2f}",
-                end="",
-            )
-            print(
-                f"{entry['efficiency_bound']:>7.2f}{wait:>8}{mib[0]:>14}{mib[1]:>9}{entry['balance']:>9.3f}", flush=True
-            )
-            figures.append(entry)
+            figures.append(describe_choice(row, choice, times[choice], sent[choice], one_rank))
+            print_choice(figures[-1])
         for world in worlds.values():
-            world.run(forget)
+            world.run(AttentionRank.forget)
     return figures
 
 
-def compare_with_ring_flash(worlds: dict[int, World], rows: list[Row], rounds: int) -> list[dict]:
+def compare_with_ring_flash(worlds: Worlds, rows: list[Row], rounds: int) -> list[dict]:
+    """Comparison 2, over the first BSHD row."""
     row = replace(next(r for r in rows if r.qkv_format == "bshd"), dtype="bf16")
-    print(
-        f"\n2  native p2p, ring-flash-attn zigzag: {row.seq_length} tokens, bshd, bf16, both over PyTorch's flash kernel"
-    )
+    kernel = "bshd, bf16, both over PyTorch's flash kernel"
+    print(f"\n2  native p2p, ring-flash-attn zigzag: {row.seq_length} tokens, {kernel}")
     figures = []
     for size in CP_SIZES:
         ours = AttentionChoice(backend="native", method="p2p", qkv_format="bshd", layout="zigzag", cp_size=size)
         theirs = replace(ours, backend="ring", method="zigzag")
-        apart = max(worlds[size].run(difference, row, ours, theirs, timeout=TIMEOUT))  # also the warm-up
-        assert apart <= 0.02, f"cp {size}: results differ by {apart}"
-        times = take_turns(worlds, row, [ours, theirs], max(rounds, FASTER_ROUNDS))
-        our_times, their_times = medians(times[ours])[:2], medians(times[theirs])[:2]
-        for i, (name, mine, other) in enumerate(
-            zip(("forward", "forward+backward"), our_times, their_times, strict=True)
-        ):
-            # Round by round, since both take their turn in the same weather; the quarter points say how sure that is.
-            low, ratio, high = statistics.quantiles(
-                [t[i] / o[i] for o, t in zip(times[ours], times[theirs], strict=True)]
-            )
-            verdict = "pass" if ratio >= 1 else "miss"
-            print(
-                f"   cp {size} {name:18}{mine:>8.3f} s {other:>8.3f} s   {ratio:.3f} ({low:.3f} to {high:.3f}) >= 1.00 {verdict}",
-                flush=True,
-            )
-            figures.append(
-                dict(cp_size=size, what=name, native_s=mine, ring_flash_s=other, ratio=ratio, quartiles=[low, high])
-            )
+        apart = max(worlds[size].run(AttentionRank.compare, row, ours, theirs))  # also the warm-up
+        assert apart <= MAX_DIFFERENCE, f"cp {size}: results differ by {apart}, at most {MAX_DIFFERENCE} is rounding"
+        times = time_choices(worlds, row, [ours, theirs], max(rounds, RING_ROUNDS))
+        for column, name in enumerate(("forward", "forward+backward")):
+            our_rounds, their_rounds = ([r[column] for r in times[choice]] for choice in (ours, theirs))
+            our_time, their_time = statistics.median(our_rounds), statistics.median(their_rounds)
+            spread = round_ratios(their_rounds, our_rounds)
+            ratio, (low, high) = spread["median"], spread["quartiles"]
+            numbers = f"{our_time:>8.3f} s {their_time:>8.3f} s   {ratio:.3f} ({low:.3f} to {high:.3f})"
+            print(f"   cp {size} {name:18}{numbers} {describe_goal(ratio, 1.0)}", flush=True)
+            entry = dict(cp_size=size, what=name, native_s=our_time, ring_flash_s=their_time)
+            figures.append(entry | dict(ratio=ratio, quartiles=[low, high]))
         figures[-1] |= dict(rounds_s=list(times.values()), relative_difference=apart)
     return figures
 
 
-def compare_documents(worlds: dict[int, World], rows: list[Row], rounds: int) -> list[dict]:
+def profile_documents(worlds: Worlds, rows: list[Row], rounds: int) -> list[dict]:
+    """Comparison 3."""
     print("\n3  profiled forward and backward of native p2p, cp 2, thd; calls on one rank:")
     figures = []
     for count in (4, 64):
-        shares = np.random.default_rng(SEED).dirichlet(np.full(count, 3.0))
-        lengths = np.maximum(1, (shares * PROFILED_TOKENS / UNIT).astype(int)) * UNIT - 3
-        row = replace(
-            rows[0], qkv_format="thd", lengths=tuple(lengths.tolist()), seq_length=int(lengths.sum()) + 3 * count
-        )
-        calls = worlds[2].run(profiled, row, replace(ALONE, cp_size=2), timeout=TIMEOUT)[0]
-        print(
-            f"   {count:>2} documents: " + ", ".join(f"{number} {name}" for name, number in calls.items()), flush=True
-        )
+        weights = np.random.default_rng(SEED).dirichlet(np.full(count, 3.0))
+        lengths = np.maximum(1, (weights * PROFILED_TOKENS / UNIT).astype(int)) * UNIT - 3
+        seq_length = int(lengths.sum()) + 3 * count
+        row = replace(rows[0], qkv_format="thd", lengths=tuple(lengths.tolist()), seq_length=seq_length)
+        calls = worlds[2].run(AttentionRank.profile, row, replace(ALONE, cp_size=2))[0]
+        numbers = ", ".join(f"{number} {name}" for name, number in calls.items())
+        print(f"   {count:>2} documents: {numbers}", flush=True)
         figures.append({"documents": count, "tokens": row.seq_length, **calls})
     return figures
 
 
-COMPARISONS = {"1": compare_methods, "2": compare_with_ring_flash, "3": compare_documents}
+COMPARISONS = {"1": compare_methods, "2": compare_with_ring_flash, "3": profile_documents}
 
 
 def plot(figures: list[dict], path: Path) -> None:
-    """Efficiency of forward and backward by method, a panel for each row, a colour for each cp size."""
+    """Efficiency of forward and backward by method: a panel a row, a colour a cp size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -396,13 +406,10 @@ def plot(figures: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(12, 3.6 * len(panels)), squeeze=False)
     for axis, ((seq_length, qkv_format, dtype), bars) in zip(axes[:, 0], panels.items(), strict=True):
         for i, size in enumerate(CP_SIZES):
-            places = [x + (i - 0.5) * 0.4 for x in range(len(bars))]
-            axis.bar(
-                places, [values.get(size, 0.0) for values in bars.values()], 0.38, color=f"C{i}", label=f"cp {size}"
-            )
-            axis.axhline(
-                min(1.0, CORES / size), color=f"C{i}", linestyle=":", label=f"bound of {CORES} cores, cp {size}"
-            )
+            positions = [x + (i - 0.5) * 0.4 for x in range(len(bars))]
+            heights, bound = [values.get(size, 0.0) for values in bars.values()], min(1.0, CORES / size)
+            axis.bar(positions, heights, 0.38, color=f"C{i}", label=f"cp {size}")
+            axis.axhline(bound, color=f"C{i}", linestyle=":", label=f"bound of {CORES} cores, cp {size}")
         axis.set_xticks(range(len(bars)), list(bars), fontsize=7)
         axis.set_ylabel("efficiency")
         axis.set_title(f"{seq_length} tokens, {qkv_format}, {dtype}: forward and backward", fontsize=9)
@@ -411,72 +418,50 @@ def plot(figures: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = benchmark_parser(__doc__, rounds=5, parts=COMPARISONS)
+    lengths_help = f"tokens of a row, multiples of {UNIT}; comparison 2 takes the first; default: %(default)s"
+    parser.add_argument("--seq-lengths", default="4096", metavar="N,N", help=lengths_help)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of comparison 1; comparison 2 is in bf16")
+    formats = ",".join(QKV_FORMATS)
+    parser.add_argument("--qkv-formats", default=formats, metavar="F,F", help=f"of comparison 1; default: {formats}")
+    parser.add_argument("--num-attention-heads", type=int, default=4, help="query heads; default: %(default)s")
+    parser.add_argument("--num-query-groups", type=int, default=2, help="key/value heads; default: %(default)s")
+    parser.add_argument("--kv-channels", type=int, default=64, help="channels of a head; default: %(default)s")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw comparison 1 as PNG; needs matplotlib")
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Attention alone over context-parallel ranks: time, efficiency, traffic, balance"
-    )
-    parser.add_argument(
-        "--seq-lengths",
-        default="4096",
-        metavar="N,N",
-        help=f"tokens of a row, multiples of {UNIT}; comparison 2: the first",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="fp32",
-        help="of comparison 1; ring-flash-attn's dense functions take only bf16",
-    )
-    parser.add_argument("--qkv-formats", default=",".join(QKV_FORMATS), metavar="F,F", help="of comparison 1")
-    parser.add_argument("--num-attention-heads", type=int, default=4)
-    parser.add_argument("--num-query-groups", type=int, default=2, help="key/value heads")
-    parser.add_argument("--kv-channels", type=int, default=64, help="of one head")
-    parser.add_argument(
-        "--rounds", type=int, default=5, help=f"turns of each; {LONG_ROUNDS} at most from {LONG} tokens on"
-    )
-    parser.add_argument("--only", choices=COMPARISONS, help="one comparison; default: all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw comparison 1 there, as PNG; needs matplotlib")
+    parser = build_parser()
     args = parser.parse_args()
     seq_lengths = [int(n) for n in args.seq_lengths.split(",")]
     if bad := [n for n in seq_lengths if n <= 0 or n % UNIT]:
-        parser.error(
-            f"--seq-lengths {bad[0]}: choose a multiple of {UNIT}, such as {max(1, round(bad[0] / UNIT)) * UNIT}"
-        )
+        nearest = max(1, round(bad[0] / UNIT)) * UNIT
+        parser.error(f"--seq-lengths {bad[0]}: must be a multiple of {UNIT}, such as {nearest}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot: matplotlib is not installed: pip install matplotlib")
-
+        parser.error("--plot needs the matplotlib package: pip install matplotlib")
     shape = dict(
         dtype=args.dtype, heads=args.num_attention_heads, groups=args.num_query_groups, head_dim=args.kv_channels
     )
-    bshd = [Row(seq_length=n, qkv_format="bshd", lengths=(n,), **shape) for n in seq_lengths]
-    thd = [Row(seq_length=n, qkv_format="thd", lengths=documents(n), **shape) for n in seq_lengths]
-    print(f"torch {torch.__version__}, {CORES} cores, one thread a rank: cp {CORES} can reach efficiency 1, ", end="")
-    print(", ".join(f"cp {size} at most {CORES / size:.2f}" for size in CP_SIZES if size > CORES))
-    facts: dict[str, Any] = {
-        "command": " ".join(sys.argv),
-        "torch": torch.__version__,
-        "cores": CORES,
-        "arguments": vars(args),
-    }
+    rows = [Row(seq_length=n, qkv_format="bshd", lengths=(n,), **shape) for n in seq_lengths]
+    rows += [Row(seq_length=n, qkv_format="thd", lengths=draw_lengths(n), **shape) for n in seq_lengths]
+    chosen_rows = [row for row in rows if row.qkv_format in args.qkv_formats.split(",")]
+    bounds = ", ".join(f"cp {size} at most {CORES / size:.2f}" for size in CP_SIZES if size > CORES)
+    print(f"torch {torch.__version__}, {CORES} cores, one thread a rank: cp {CORES} can reach efficiency 1, {bounds}")
+    figures: dict[str, Any] = {"arguments": vars(args)}
     start = time.perf_counter()
-    with World(1) as one, World(2) as two, World(4) as four:
-        worlds = {1: one, 2: two, 4: four}
-        for name in [args.only] if args.only else COMPARISONS:
-            rows = (
-                bshd + thd
-                if name != "1"
-                else [row for row in bshd + thd if row.qkv_format in args.qkv_formats.split(",")]
-            )
-            facts[name] = COMPARISONS[name](worlds, rows, args.rounds)
-    facts |= {"seconds": time.perf_counter() - start, "load average at the end": os.getloadavg()[0]}
-    print(f"\n{facts['seconds']:.0f} s; load average {facts['load average at the end']:.1f}")
-    if args.json:
-        args.json.write_text(json.dumps(facts, default=str) + "\n")
-    if args.plot and "1" in facts:
-        plot(facts["1"], args.plot)
-    wrong = [entry for entry in facts.get("1", []) if list(entry["sent_bytes"]) != list(entry["sent_formula"])]
-    reads = sum(entry["aten::item"] + entry["aten::_local_scalar_dense"] for entry in facts.get("3", []))
+    with World(1, AttentionRank) as one, World(2, AttentionRank) as two, World(4, AttentionRank) as four:
+        for name in args.only:
+            compared = chosen_rows if name == "1" else rows
+            figures[name] = COMPARISONS[name]({1: one, 2: two, 4: four}, compared, args.rounds)
+    figures["seconds"] = time.perf_counter() - start
+    print(f"\n{figures['seconds']:.0f} s; load average {os.getloadavg()[0]:.1f}")
+    write_figures(args.json, figures)
+    if args.plot and "1" in figures:
+        plot(figures["1"], args.plot)
+    wrong = [entry for entry in figures.get("1", []) if list(entry["sent_bytes"]) != list(entry["sent_formula"])]
+    reads = sum(entry["aten::item"] + entry["aten::_local_scalar_dense"] for entry in figures.get("3", []))
     if wrong or reads:
         sys.exit(f"{len(wrong)} methods sent other than their formula, {reads} host reads")
 

@@ -59,9 +59,7 @@ LAYOUTS = {
     # Output layer and loss cost about as much as two layers: the last stage has two fewer.
     "pp 2, 1f1b": Layout(2, 1, "--pp-size 2 --first-stage-layers 4", 0.75),
     "pp 2, gpipe": Layout(2, 1, "--pp-size 2 --first-stage-layers 4 --pp-schedule gpipe"),
-    "pp 2, interleaved": Layout(
-        2, 1, "--pp-size 2 --virtual-stages 2 --pp-schedule interleaved --last-stage-layers 1"
-    ),
+    "pp 2, interleaved": Layout(2, 1, "--pp-size 2 --virtual-stages 2 --pp-schedule interleaved --last-stage-layers 1"),
     "cp 2": Layout(2, 1, "--cp-size 2"),
 }
 
@@ -85,7 +83,9 @@ class LayoutRank:
 def main() -> None:
     parser = benchmark_parser(__doc__, rounds=7)
     parser.add_argument("--steps-per-round", type=int, default=1, help="training steps of a turn; default: %(default)s")
-    parser.add_argument("--only", default="", metavar="PREFIX", help="layouts whose names begin so, and the one process")
+    parser.add_argument(
+        "--only", default="", metavar="PREFIX", help="layouts whose names begin so, and the one process"
+    )
     args = parser.parse_args()
     chosen = {name: layout for name, layout in LAYOUTS.items() if name == ALONE or name.startswith(args.only)}
     with ExitStack() as stack:
