@@ -1,4 +1,4 @@
-"""The bare PyTorch step that a run's step is compared with: the same model and loop as anyone writes them in one file."""
+"""The bare PyTorch step beside a run's step: the same model and loop, as anyone writes them in one file."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class BareStep:
 
 
 def build_bare_step(ours: TrainStep) -> BareStep:
-    """The bare step from our weights; over several ranks FSDP2, which keeps gathered weights if ours does. Collective."""
+    """The bare step from our weights; over several ranks under FSDP2, resharded as ours. Collective."""
     config = ours.config
     model = BareGPT(ours.architecture, config.data.seq_length)
     model.load_state_dict(copy_weights(ours))

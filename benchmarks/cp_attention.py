@@ -1,6 +1,6 @@
 """Attention alone over context-parallel ranks: time, efficiency, traffic and balance of each method of cp/support.py.
 
-    python benchmarks/cp_attention.py [--seq-lengths 4096,8192,32768] [--dtype fp32|bf16] [--only 1,2,3] [--json FILE] [--plot FILE]
+    python benchmarks/cp_attention.py [--seq-lengths 4096,32768] [--dtype fp32] [--only 1,2,3] [--json FILE]
 
 1. Every cell of cp/support.py's table on gloo ranks of one thread, over one BSHD sequence and over packed THD
    documents of log-normal lengths. Efficiency is (one rank's time for the whole row / cp) / time, at most cores / cp.
@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -268,7 +269,7 @@ def time_choices(
         ranks = worlds[choice.cp_size].run(AttentionRank.time, row, choice)
         return [max(seconds) for seconds in zip(*ranks, strict=True)]
 
-    return take_turns({choice: lambda choice=choice: time_one(choice) for choice in choices}, rounds)
+    return take_turns({choice: partial(time_one, choice) for choice in choices}, rounds)
 
 
 def medians(rounds: list[list[float]]) -> list[float]:
@@ -449,7 +450,9 @@ def main() -> None:
     chosen_rows = [row for row in rows if row.qkv_format in args.qkv_formats.split(",")]
     bounds = ", ".join(f"cp {size} at most {CORES / size:.2f}" for size in CP_SIZES if size > CORES)
     print(f"torch {torch.__version__}, {CORES} cores, one thread a rank: cp {CORES} can reach efficiency 1, {bounds}")
-    figures: dict[str, Any] = {"arguments": vars(args)}
+    figures: dict[str, Any] = {
+        "arguments": {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
+    }
     start = time.perf_counter()
     with World(1, AttentionRank) as one, World(2, AttentionRank) as two, World(4, AttentionRank) as four:
         for name in args.only:

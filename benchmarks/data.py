@@ -3,9 +3,10 @@
     python benchmarks/data.py --json data.json [--only pack,loader,prepare,index,memory,end-to-end] [--megatron DIR]
 
 Each part has a floor or a peer in the same run, in turns. `--megatron DIR` is a folder with megatron-core (pip install
---no-deps --target DIR megatron-core==0.16.1); without it the loader is compared with the raw memory map alone. Corpora are
-random tokens, each document ended by token 0 as --append-eod does, or words of a made-up vocabulary; lengths are log-normal
-with median 600 and sigma 1.5. `load` is the machine's load average when a part began: above 0, others used its cores.
+--no-deps --target DIR megatron-core==0.16.1); without it the loader is compared with the raw memory map alone. Corpora
+are random tokens, each document ended by token 0 as --append-eod does, or words of a made-up vocabulary; lengths are
+log-normal with median 600 and sigma 1.5. `load` is the machine's load average when a part began: above 0, others used
+its cores.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def list_prepare_words(file: Path, prefix: Path, model: Path, workers: int) -> l
 
 
 def measure_prepare(settings: Settings) -> dict[str, Any]:
-    """MB of text a second: JSON lines to token files, start-up included; SentencePiece alone on the parsed texts, in its own threads."""
+    """MB of text a second: data.prepare, start-up included; SentencePiece alone on the parsed texts, in its threads."""
     import sentencepiece
 
     work = settings.work

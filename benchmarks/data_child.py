@@ -1,7 +1,9 @@
 """Measurements of benchmarks/data.py that need a fresh interpreter: one is printed as JSON.
 
-python benchmarks/data_child.py index DOCUMENTS SEQ_LENGTH ALIGNMENT FOLDER
-python benchmarks/data_child.py memory PREFIX DOCUMENTS.npy CACHE
+    python benchmarks/data_child.py index DOCUMENTS SEQ_LENGTH ALIGNMENT FOLDER
+    python benchmarks/data_child.py memory PREFIX DOCUMENTS.npy CACHE
+
+Each measurement imports only what it measures: imports take memory.
 """
 
 from __future__ import annotations

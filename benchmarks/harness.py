@@ -129,9 +129,9 @@ def _serve(rank: int, size: int, threads: int, port: int, pipe: Connection, stat
     while True:
         method, arguments = pipe.recv()
         try:
-            pipe.send((rank, method(state, *arguments), None))
+            pipe.send((method(state, *arguments), None))
         except BaseException:  # the parent raises the error
-            pipe.send((rank, None, traceback.format_exc()))
+            pipe.send((None, traceback.format_exc()))
 
 
 class World:
@@ -166,15 +166,16 @@ class World:
             pipe.send((method, arguments))
         results: dict[int, Any] = {}
         while len(results) < len(self.pipes):
-            for pipe in wait(self.pipes):
-                assert isinstance(pipe, Connection)
+            ready = wait(self.pipes)
+            for rank, pipe in enumerate(self.pipes):
+                if pipe not in ready:
+                    continue
                 try:
-                    rank, result, error = pipe.recv()
+                    results[rank], error = pipe.recv()
                 except EOFError:
-                    raise RuntimeError(f"rank {self.pipes.index(pipe)} died") from None
+                    raise RuntimeError(f"rank {rank} died") from None
                 if error:
                     raise RuntimeError(f"rank {rank}:\n{error}")
-                results[rank] = result
         return [results[rank] for rank in range(len(self.pipes))]
 
     def __enter__(self) -> World:

@@ -38,7 +38,8 @@ from benchmarks.harness import (
 
 VOCAB_SIZE, SEQ_LENGTH, MICROBATCHES, SEED, WARM_UP_STEPS = 4096, 1024, 8, 1234, 2
 FLAGS = f"""
-    --device cpu --dtype fp32 --qkv-format bshd --seq-length {SEQ_LENGTH} --global-batch-size {MICROBATCHES} --seed {SEED}
+    --device cpu --dtype fp32 --qkv-format bshd --seed {SEED}
+    --seq-length {SEQ_LENGTH} --global-batch-size {MICROBATCHES}
 """
 
 

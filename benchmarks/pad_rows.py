@@ -1,10 +1,10 @@
-"""`--pad-rows dynamic` against `full`: what a row that ends with its last document saves, and what its changing shape costs.
+"""`--pad-rows dynamic` against `full`: what rows without tails save, and what their changing shape costs.
 
     python benchmarks/pad_rows.py [--rounds 3] [--steps 12] [--json FILE]
 
-Runs train.py over two cp ranks of one thread, full and dynamic in turns, on two corpora: Python's standard library, whose
-rows best-fit packing fills, and documents of 0.7 of a row each, which leave 0.3 of every row empty. Compared are real
-tokens a second: a run's median over its steps without the first two, then the median of the rounds' ratios.
+Runs train.py over two cp ranks of one thread, full and dynamic in turns, on two corpora: Python's standard library,
+whose rows best-fit packing fills, and documents of 0.7 of a row each, which leave 0.3 of every row empty. Compared are
+real tokens a second: a run's median over its steps without the first two, then the median of the rounds' ratios.
 """
 
 from __future__ import annotations

@@ -180,9 +180,16 @@ def compare_cp2(rounds: int, steps: int) -> list[dict]:
         }
         times = take_turns(turns, rounds)
     one_process, cp2, fsdp2 = (tokens_per_second(seconds, steps) for seconds in times.values())
-    details = dict(seconds=times, losses=losses)
     return [
-        figure("2a cp 2 on 2 x 1 thread / one process of 2 threads", cp2, one_process, "tokens/s", 0.75, **details),
+        figure(
+            "2a cp 2 on 2 x 1 thread / one process of 2 threads",
+            cp2,
+            one_process,
+            "tokens/s",
+            0.75,
+            seconds=times,
+            losses=losses,
+        ),
         figure("2b cp 2 / bare FSDP2, both on 2 x 1 thread (2: either)", cp2, fsdp2, "tokens/s", 0.95),
     ]
 
