@@ -9,7 +9,6 @@ real tokens a second: a run's median over its steps without the first two, then 
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shlex
@@ -60,11 +59,10 @@ def train(run_dir: Path, flags: list[str]) -> list[dict]:
 
 def compare(folder: Path, name: str, data: list[str], *, rounds: int, steps: int) -> dict[str, Any]:
     """The figures of one corpus."""
-    numbers = itertools.count()
 
     def run(pad_rows: str) -> list[dict]:
         flags = [*data, "--pad-rows", pad_rows, "--train-iters", str(steps), "--data-cache-path", str(folder / "cache")]
-        return train(folder / f"run-{next(numbers)}", flags)[WARM_UP_STEPS:]
+        return train(Path(tempfile.mkdtemp(prefix="run-", dir=folder)), flags)[WARM_UP_STEPS:]
 
     records = take_turns({"full": lambda: run("full"), "dynamic": lambda: run("dynamic")}, rounds)
     speeds = {
