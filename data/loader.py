@@ -84,19 +84,23 @@ def translate_worker_death() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise DataError(
-            f"a data worker died ({str(error).splitlines()[0]}); out of memory? --num-workers 0 reads in the rank itself"
-        ) from error
+        raise _worker_death(str(error).splitlines()[0]) from error
+
+
+def _worker_death(reason: str) -> DataError:
+    return DataError(f"a data worker died ({reason}); out of memory? --num-workers 0 reads in the rank itself")
 
 
 def read_batches(loader: DataLoader) -> Generator[Batch, None, None]:
     """The loader's batches; closing the generator ends the workers.
 
     Raises:
-        DataError: a worker refused the data, in one line.
+        DataError: a worker refused the data, or died while it sent a batch, in one line.
     """
     try:
         yield from loader
     except ValueError as error:  # a worker's traceback stands before the message
         message = str(error).strip().splitlines()[-1]
         raise DataError(message.removeprefix("utils.errors.UserError: ").removeprefix("ValueError: ")) from error
+    except (EOFError, ConnectionError) as error:  # before SIGCHLD's handler runs, the worker's pipe ends
+        raise _worker_death(type(error).__name__) from error

@@ -233,3 +233,17 @@ def test_a_worker_that_dies_while_the_rank_computes_is_reported_the_same(tokens:
             sum(range(1000))
     with pytest.raises(RuntimeError, match="something else"), translate_worker_death():
         raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError()])
+def test_a_worker_that_dies_while_it_sends_a_batch_is_reported_the_same(error: Exception) -> None:
+    """The pipe to a dead worker may end before SIGCHLD arrives."""
+
+    def loader():
+        yield "a batch"
+        raise error
+
+    batches = read_batches(loader())  # type: ignore[arg-type]
+    assert next(batches) == "a batch"
+    with pytest.raises(DataError, match=r"a data worker died.*--num-workers 0"):
+        next(batches)
