@@ -197,14 +197,15 @@ def _resolve_model(model: ModelConfig, tp_size: int) -> None:
     if heads % groups:
         nearest = min((g for g in range(1, heads + 1) if heads % g == 0), key=lambda g: abs(g - groups))
         raise UserError(
-            f"--num-attention-heads {heads} does not divide by --num-query-groups {groups}: nearest legal value {nearest}"
+            f"--num-attention-heads {heads} does not divide by --num-query-groups {groups}: nearest legal value "
+            f"{nearest}"
         )
     if model.kv_channels is None:
         if model.hidden_size % heads:
             nearest = nearest_multiple(model.hidden_size, 2 * heads)  # heads have an even number of channels
             raise UserError(
-                f"--hidden-size {model.hidden_size} does not divide by --num-attention-heads {heads}: use {nearest}, or "
-                "give --kv-channels"
+                f"--hidden-size {model.hidden_size} does not divide by --num-attention-heads {heads}: use {nearest}, "
+                "or give --kv-channels"
             )
         model.kv_channels = model.hidden_size // heads
     if model.kv_channels % 2:
@@ -351,7 +352,8 @@ def _resolve_packing(data: DataConfig, chosen: list[str]) -> None:
         )
     if data.packing_window is not None and data.packing != "best-fit":
         raise UserError(
-            f"--packing-window {data.packing_window} is for --packing best-fit, not for {data.packing}, which needs none"
+            f"--packing-window {data.packing_window} is for --packing best-fit, not for {data.packing}, which needs "
+            "none"
         )
 
 
@@ -362,9 +364,9 @@ def _resolve_alignment(data: DataConfig, parallel: ParallelConfig, chosen: list[
         if resumed % smallest:
             raise UserError(
                 f"--cp-size {parallel.cp_size}: layout {parallel.cp_layout} needs documents aligned to a multiple of "
-                f"{smallest}, but the checkpoint's data were packed with --document-alignment {resumed}: use a --cp-size "
-                f"whose alignment divides {resumed}, or --cp-comm-type all_gather --cp-layout contiguous, or start a new "
-                "run from its weights with --load-weights-only"
+                f"{smallest}, but the checkpoint's data were packed with --document-alignment {resumed}: use a "
+                f"--cp-size whose alignment divides {resumed}, or --cp-comm-type all_gather --cp-layout contiguous, or "
+                "start a new run from its weights with --load-weights-only"
             )
         data.document_alignment = resumed
         chosen.append(f"--document-alignment {resumed} (the checkpoint's)")
@@ -533,7 +535,8 @@ def _check_outputs(training: TrainingConfig, checkpoint: CheckpointConfig, loggi
         raise UserError(f"--profile-steps {first}: begins after the last step, --train-iters {training.train_iters}")
     if logging.tensorboard_dir != "none" and not _is_installed("tensorboard"):
         raise UserError(
-            "--tensorboard-dir needs the tensorboard package: pip install -r requirements.txt, or --tensorboard-dir none"
+            "--tensorboard-dir needs the tensorboard package: pip install -r requirements.txt, or --tensorboard-dir "
+            "none"
         )
     if logging.wandb_project and logging.tensorboard_dir == "none":
         raise UserError("--wandb-project copies the TensorBoard files: leave out --tensorboard-dir none")
