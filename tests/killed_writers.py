@@ -2,8 +2,9 @@
 
     python -m tests.killed_writers FOLDER TRIALS
 
-Each trial forks two gloo ranks that train and save step after step, waits a random time after a save has begun, kills one or
-both with SIGKILL, and forks a reader that loads the newest checkpoint. Every second trial saves in the background. A line a trial.
+Each trial forks two gloo ranks that train and save step after step, waits a random time after a save has begun, kills
+one or both with SIGKILL, and forks a reader that loads the newest checkpoint. Every second trial saves in the
+background. A line a trial.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ def dense_attention(
 ) -> Tensor:
     """Causal attention within each document by an explicit [T, T] mask.
 
-    q [T, hq, d]; k, v [T, hkv, d] of the whole row in order. Padding is 0. kept: [hq, T, T] factor of the probabilities.
+    q [T, hq, d]; k, v [T, hkv, d] of the whole row in order. Padding is 0. kept: [hq, T, T] factor of the
+    probabilities.
     """
     document = np.full(int(np.sum(padded_lengths)), -1)
     at = 0
@@ -78,8 +79,8 @@ def reference_loss(
 ) -> Tensor:
     """Sum of the labelled tokens' cross-entropies of one row, from canonical weights; plain float64 code of its own.
 
-    weights: by canonical name; tokens, labels [T] of the whole row in order. first_id, seed: of dropout's masks, whose hash is the
-    only thing shared with the code under test.
+    weights: by canonical name; tokens, labels [T] of the whole row in order. first_id, seed: of dropout's masks, whose
+    hash is the only thing shared with the code under test.
     """
     ids = first_id + torch.arange(len(tokens))
     within = torch.cat([torch.arange(n) for n in padded_lengths])

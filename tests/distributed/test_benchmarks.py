@@ -1,4 +1,6 @@
-"""Every benchmark and its JSON, a round each: figures of one round mean nothing, but what does not start measures nothing."""
+"""Every benchmark and its JSON, a round each: figures of one round mean nothing, but what does not start measures
+nothing.
+"""
 
 from __future__ import annotations
 

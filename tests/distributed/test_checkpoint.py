@@ -45,7 +45,7 @@ def trained(layout: str = LAYOUT, dtype: str = "fp64", steps: int = 1):
 
 
 def saved_beside_training(rank: int, folder: str) -> dict:
-    """Save in the background, held up before it writes, and train on meanwhile: what is saved is what was there before."""
+    """Save in the background, held up before it writes, and train on: the save holds the state from before."""
     grid, model, optimizer = trained()
     held, go_on = dcp.save, threading.Event()
     told: list[str] = []
@@ -110,7 +110,9 @@ def kept(rank: int, folder: str) -> list[str]:
 
 
 def written_uneven(rank: int, layout: str, folder: str) -> dict[str, torch.Tensor]:
-    """A checkpoint of matrices whose rows divide by no number of ranks; every tensor, whole, by names as the files have them."""
+    """A checkpoint of matrices whose rows divide by no number of ranks; every tensor, whole, by names as the files have
+    them.
+    """
     grid = grid_of(layout)
     config = config_of(
         hidden_size=33, ffn_hidden_size=52, kv_channels=6, num_query_groups=4, num_layers=4, qk_norm=True
@@ -142,7 +144,9 @@ PLACED = [
     "layout", [pytest.param(x, marks=[] if x in PLACED[:3] else [pytest.mark.full]) for x in PLACED]
 )
 def test_every_shard_lies_at_its_place_in_the_whole(world: World, tmp_path: Path, layout: str) -> None:
-    """Read by one process that knows no layout: each tensor of the file is the canonical one, whatever the ranks held of it."""
+    """Read by one process that knows no layout: each tensor of the file is the canonical one, whatever the ranks held
+    of it.
+    """
     wanted = world.run(written_uneven, layout, str(tmp_path))[0]
     place = tmp_path / "step_0000001"
     stored = {name: what for name, what in tool.read_tensor_index(place).items() if not name.endswith(".step")}
@@ -169,7 +173,9 @@ class Scales(Precision):
 
 
 def scales_move(rank: int, folder: str) -> list[dict[str, torch.Tensor]]:
-    """Saved with tp 2, loaded with pp 2; then from a checkpoint that has none, then from one that has the second layer's."""
+    """Saved with tp 2, loaded with pp 2; then from a checkpoint that has none, then from one that has the second
+    layer's.
+    """
     grid, model, optimizer = trained()
     model.precision = Scales()
     for number, x in enumerate(model.precision.state(model).values()):
@@ -278,7 +284,7 @@ def small_disk(folder: Path) -> Iterator[None]:
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
     ).returncode:
         pytest.skip(
-            "this user may not mount a small disk; test_what_cannot_be_written covers the error path by a file size limit"
+            "this user may not mount a small disk; test_what_cannot_be_written covers the error by a file size limit"
         )
     try:
         yield

@@ -21,7 +21,8 @@ from tests.world import World
 HEADS, HEAD_DIM = 4, 16
 LIMITS = {"fp64": 1e-10, "fp32": 1e-5}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
-# Root mean square of rounding one value to bf16: a floor for the error of one rank, which can be exactly 0 (documents of one token).
+# Root mean square of rounding one value to bf16: a floor for the error of one rank, which can be exactly 0 (documents
+# of one token).
 BF16_ROUNDING = torch.finfo(torch.bfloat16).eps / 8
 
 

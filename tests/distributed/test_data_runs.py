@@ -1,4 +1,6 @@
-"""train.py on prepared corpora: blends, other packings, validation data, skipped steps, resumed anywhere, corrupted data."""
+"""train.py on prepared corpora: blends, other packings, validation data, skipped steps, resumed anywhere, corrupted
+data.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def test_a_prepared_corpus_gives_the_run_of_its_text(base, corpora, tmp_path: Pa
 
 
 def test_a_blend_resumes_anywhere_on_any_grid(base, corpora, tmp_path: Path) -> None:
-    """Ten steps at once on one rank; five on two data ranks, saved with where each source stands, five on cp 2 with workers."""
+    """Ten steps at once on one rank; five on two data ranks, saved with where each source stands, five on cp 2 with
+    workers.
+    """
     flags = [*base, *blend(corpora), "--save-interval", "5"]
     whole = train(0, tmp_path / "whole", *flags)
     train(2, tmp_path / "part", *flags, "--train-iters", "5", "--lr-decay-iters", "10")
@@ -219,7 +223,9 @@ def test_a_dead_data_worker_ends_the_run_within_seconds(base, corpora, tmp_path:
 
 
 def test_a_read_only_cache_that_is_filled_is_used(base, corpora, tmp_path: Path) -> None:
-    """One job fills the cache; jobs without write permission use it, past the ends of epochs too; a missing first epoch is refused."""
+    """One job fills the cache; jobs without write permission use it, past the ends of epochs too; a missing first epoch
+    is refused.
+    """
     cache = tmp_path / "cache"
     flags = [*FLAGS, "--device", "cpu", *blend(corpora)]
     read_only = "mock.patch('tempfile.mkdtemp', side_effect=PermissionError(13, 'Permission denied'))"

@@ -73,10 +73,18 @@ def run(
 
 
 CASES = [
-    ("dp_shard 4", "p2p", 1, True), ("dp_shard 2 x cp 2", "p2p", 1, True), ("dp_shard 2 x cp 2", "p2p", 2, True), ("cp 4", "p2p", 1, True),
-    ("cp 4", "all_gather", 4, True), ("dp_shard 2 x cp 2", "a2a", 1, True), ("cp 4", "a2a+p2p", 2, True), ("tp 2 x cp 2", "p2p", 1, True),
-    ("tp 2 x cp 2", "all_gather", 2, False), ("pp 2 x cp 2", "p2p", 1, True), ("pp 2 x tp 2", "p2p", 1, True),
-]  # fmt: skip
+    ("dp_shard 4", "p2p", 1, True),
+    ("dp_shard 2 x cp 2", "p2p", 1, True),
+    ("dp_shard 2 x cp 2", "p2p", 2, True),
+    ("cp 4", "p2p", 1, True),
+    ("cp 4", "all_gather", 4, True),
+    ("dp_shard 2 x cp 2", "a2a", 1, True),
+    ("cp 4", "a2a+p2p", 2, True),
+    ("tp 2 x cp 2", "p2p", 1, True),
+    ("tp 2 x cp 2", "all_gather", 2, False),
+    ("pp 2 x cp 2", "p2p", 1, True),
+    ("pp 2 x tp 2", "p2p", 1, True),
+]
 
 
 @pytest.mark.parametrize(("layout", "method", "micro_batch", "sequence_parallel"), CASES)
@@ -132,7 +140,7 @@ def agreement(a: dict, b: dict) -> list[float]:
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_shards_of_a_row_drop_differently_and_copies_alike(world: World, sequence_parallel: bool) -> None:
-    """cp and sequence-parallel shards have different tokens; without sequence parallelism tp ranks have equal tokens."""
+    """cp and sequence-parallel shards have different tokens; without it tp ranks have equal tokens."""
     ranks = world.run(masks, "tp 2 x cp 2", sequence_parallel)
     for rank in ranks:
         for name, mask in rank["masks"].items():

@@ -1,7 +1,9 @@
-"""Two and eight ranks: three AdamW steps in every layout against one rank's float64 code that shares nothing with the model.
+"""Two and eight ranks: three AdamW steps in every layout against one rank's float64 code that shares nothing with the
+model.
 
 Loss and gradient norm of each step, every gradient of the first and every weight after the last; replicas hold the same
-bits. `test_model_parity.py` does the same for four ranks and more variants; the three lists together cover every pair of axes.
+bits. `test_model_parity.py` does the same for four ranks and more variants; the three lists together cover every pair
+of axes.
 """
 
 from __future__ import annotations
@@ -174,8 +176,10 @@ def test_fp32(eight: World, layout: str) -> None:
 
 
 def check_first_step(world: World, layout: str) -> None:
-    """In fp32: losses and norms of all steps, and first gradients. An element's first AdamW step is its gradient's sign, so an element near
-    0 moves by its rounding alone: weights are held to what that can do, the losses after it to ten times the limit."""
+    """In fp32: losses and norms of all steps, and first gradients. An element's first AdamW step is its gradient's
+    sign, so an element near 0 moves by its rounding alone: weights are held to what that can do, the losses after it to
+    ten times the limit.
+    """
     got = world.run(run, layout, "fp32", "all", False)[0]
     errors = errors_of(got, wanted(config_for(layout, False).num_layers, "all", False))
     later = {

@@ -84,8 +84,9 @@ def peak_of_trace(traced: profile) -> int:
 
 
 def measured(rank: int, words: str, vocab: int) -> tuple[int, int]:
-    """(peak of two steps, what the plan says), in bytes. The least of three: gloo's threads free some messages late, the later the
-    busier the machine, and never early."""
+    """(peak of two steps, what the plan says), in bytes. The least of three: gloo's threads free some messages late,
+    the later the busier the machine, and never early.
+    """
     world = torch.distributed.get_world_size()
     args = parse_arguments(shlex.split(f"{BASE} {words}"))
     resolve(args, world_size=world, local_world_size=world, cuda_devices=lambda: 0)

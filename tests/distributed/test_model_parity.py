@@ -241,7 +241,9 @@ def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[Pa
 
 
 def oracle(config: GPTConfig, rows: list[PackedSample], names_and_shapes, steps: int = 1, lr: float = 1e-2) -> dict:
-    """One rank in float64 on the same rows and AdamW steps as `run_steps`: losses, norms, first gradients, last weights."""
+    """One rank in float64 on the same rows and AdamW steps as `run_steps`: losses, norms, first gradients, last
+    weights.
+    """
     weights = {}
     for name, shape in names_and_shapes.items():
         if len(shape) == 1:
@@ -576,7 +578,9 @@ def test_initial_weights_do_not_depend_on_the_layout(world: World) -> None:
 
 
 def embedding_gradients(rank: int, layout: str, dtype: str, other: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss-carrying logits of document 1's rows, gradients of its embeddings) on this rank, document 0 as it is or another."""
+    """(loss-carrying logits of document 1's rows, gradients of its embeddings) on this rank, document 0 as it is or
+    another.
+    """
     grid, config = grid_of(layout), config_of()
     model = built(grid, config, dtype)
     rng = np.random.default_rng(5)

@@ -1,4 +1,6 @@
-"""What a run shows of itself: validation by source and alone, timers, traces, TensorBoard, and the rows of a step that went wrong."""
+"""What a run shows of itself: validation by source and alone, timers, traces, TensorBoard, and the rows of a step that
+went wrong.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,33 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.launch import ROOT, SMALL, environment, read_metrics, run_train, train, write_corpus
 
 # Everything that this file looks at, in one run of two ranks.
-RUN = ("--cp-size", "2", "--train-iters", "6", "--log-interval", "2", "--eval-interval", "3", "--eval-iters", "2", "--save-interval", "6",
-       "--sample-tokens", "2", "--sample-interval", "4", "--timing-log-level", "2", "--profile", "--profile-steps", "2-3",
-       "--check-weights-interval", "2", "--device", "cpu")  # fmt: skip
+RUN = (
+    "--cp-size",
+    "2",
+    "--train-iters",
+    "6",
+    "--log-interval",
+    "2",
+    "--eval-interval",
+    "3",
+    "--eval-iters",
+    "2",
+    "--save-interval",
+    "6",
+    "--sample-tokens",
+    "2",
+    "--sample-interval",
+    "4",
+    "--timing-log-level",
+    "2",
+    "--profile",
+    "--profile-steps",
+    "2-3",
+    "--check-weights-interval",
+    "2",
+    "--device",
+    "cpu",
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
-"""Checkpoints and prepared corpora that an older version wrote stay usable: resumed, the run gives the older version's losses.
+"""Checkpoints and prepared corpora that an older version wrote stay usable: resumed, the run gives the older version's
+losses.
 
-`tests/assets/checkpoint_part6` holds a corpus, the checkpoint of step 3 and the losses of steps 4 and 5, all made by commit cf95e0c.
+`tests/assets/checkpoint_part6` holds a corpus, the checkpoint of step 3 and the losses of steps 4 and 5, all made by
+commit cf95e0c.
 """
 
 from __future__ import annotations

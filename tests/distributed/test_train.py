@@ -54,7 +54,9 @@ GOLDEN = json.loads((ROOT / "tests" / "assets" / "golden_losses.json").read_text
 
 
 def assert_golden(got: list[dict], layout: str) -> None:
-    """The numbers of the day they were written down: a change of the code that moves one is no refactor (tests/golden.py)."""
+    """The numbers of the day they were written down: a change of the code that moves one is no refactor
+    (tests/golden.py).
+    """
     for record, (loss, grad_norm) in zip([r for r in got if "loss" in r], GOLDEN[layout], strict=True):
         assert abs(record["loss"] / loss - 1) <= 1e-9 and abs(record["grad_norm"] / grad_norm - 1) <= 1e-9, (
             layout,
@@ -91,9 +93,13 @@ def test_every_layout_has_the_losses_of_one_rank(
 
 # Eight ranks, the sizes permuted over the axes.
 PERMUTED = [
-    "--pp-size 2 --tp-size 2 --cp-size 2", "--pp-size 2 --dp-shard-size 2 --cp-size 2", "--tp-size 2 --dp-replicate-size 2 --cp-size 2",
-    "--tp-size 2 --dp-shard-size 2 --cp-size 2", "--pp-size 2 --cp-size 4", "--tp-size 2 --cp-size 4",
-]  # fmt: skip
+    "--pp-size 2 --tp-size 2 --cp-size 2",
+    "--pp-size 2 --dp-shard-size 2 --cp-size 2",
+    "--tp-size 2 --dp-replicate-size 2 --cp-size 2",
+    "--tp-size 2 --dp-shard-size 2 --cp-size 2",
+    "--pp-size 2 --cp-size 4",
+    "--tp-size 2 --cp-size 4",
+]
 
 
 def printed_losses(output: str) -> list[str]:
@@ -135,7 +141,9 @@ def test_the_same_command_twice_gives_the_same_bits(base, tmp_path: Path) -> Non
 
 
 def test_the_default_command_for_three_steps(tmp_path: Path) -> None:
-    """`make train`'s own flags: the standard library, a SentencePiece model, a sample before and after, everything written."""
+    """`make train`'s own flags: the standard library, a SentencePiece model, a sample before and after, everything
+    written.
+    """
     cache = ["--data-cache-path", str(tmp_path / "cache")]
     result = run_train(
         4, "--cp-size", "4", "--train-iters", "3", "--run-dir", str(tmp_path / "run"), *cache, timeout=300
@@ -172,9 +180,20 @@ def test_loss_falls_and_flops_do_not_depend_on_cp(base, one_rank, tmp_path: Path
             2 * b["tflops_per_rank"] * b["step_time_s"], rel=1e-12
         )
     wanted = {
-        "step", "loss", "grad_norm", "lr", "tokens", "loss_tokens", "step_time_s", "tokens_per_s", "tflops_per_rank", "mfu",
-        "packing_efficiency", "cp_balance", "max_memory_bytes",
-    }  # fmt: skip
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "loss_tokens",
+        "step_time_s",
+        "tokens_per_s",
+        "tflops_per_rank",
+        "mfu",
+        "packing_efficiency",
+        "cp_balance",
+        "max_memory_bytes",
+    }
     assert wanted <= metrics[0].keys() and metrics[0]["mfu"] is None
 
 
@@ -225,7 +244,8 @@ def test_bshd_has_the_same_losses_over_cp(base, tmp_path: Path) -> None:
 
 def test_resume_is_bit_identical(base, tmp_path: Path) -> None:
     """Ten steps in one go; the same ten, killed after seven and started again with the same command."""
-    # A validation and a sample right before what is saved and compared: both leave weights gathered if they do not tidy up.
+    # A validation and a sample right before what is saved and compared: both leave weights gathered if they do not tidy
+    # up.
     flags = [
         *base,
         "--dtype",
@@ -347,7 +367,8 @@ def test_a_damaged_checkpoint_is_refused_and_passed_over_on_demand(base, tmp_pat
     assert result.returncode == 2 and "step_0000002/run.json" in result.stderr and "step_0000001" in result.stderr, (
         result.stderr
     )
-    # The run itself goes on where it can, and what it saves is neither hidden nor thrown out by the damaged ones above it.
+    # The run itself goes on where it can, and what it saves is neither hidden nor thrown out by the damaged ones above
+    # it.
     result = run_train(
         0,
         *load[:-2],
@@ -370,11 +391,12 @@ def test_a_damaged_checkpoint_is_refused_and_passed_over_on_demand(base, tmp_pat
 
 @pytest.mark.full
 def test_weights_alone_start_a_longer_context(base, tmp_path: Path) -> None:
-    """Twice the length, another base, linear scaling; the optimiser is fresh, and the run can be requeued as it stands."""
+    """Twice the length, another base, linear scaling; a new optimizer; the run can be requeued as it stands."""
     train(0, tmp_path / "short", *base, "--dtype", "fp64", "--save-interval", "10")
     start = str(tmp_path / "short" / "checkpoints")
     longer = shlex.split(
-        "--dtype fp64 --seq-length 512 --rotary-base 40000 --rope-scaling linear --rope-scaling-factor 2 --train-iters 3"
+        "--dtype fp64 --seq-length 512 --rotary-base 40000 --rope-scaling linear --rope-scaling-factor 2 "
+        "--train-iters 3"
     )
     flags = [*base, *longer, "--load", start, "--load-weights-only", "--resume", "--save-interval", "2", "--lr", "0"]
     flags += ["--min-lr", "0", "--verify-steps", "0"]
@@ -550,7 +572,9 @@ def test_broken_data_is_refused_on_every_rank(base, tmp_path: Path) -> None:
 
 
 def test_what_a_start_that_has_nothing_to_do_says(base: list[str], tmp_path: Path) -> None:
-    """Beyond its last step a run is done, not to be queued again; nothing is validated where nothing is loaded; records are never lost."""
+    """Beyond its last step a run is done, not to be queued again; nothing is validated where nothing is loaded; records
+    are never lost.
+    """
     run, flags = tmp_path / "run", [*base, "--run-dir", str(tmp_path / "run"), "--resume", "--save-interval", "5"]
     assert run_train(0, *flags, "--train-iters", "6").returncode == 0
     again = run_train(0, *flags, "--train-iters", "4")

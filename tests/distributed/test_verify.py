@@ -190,12 +190,25 @@ NATIVE = {"p2p": [], "all_gather": [], "a2a": [], "a2a+p2p": ["--cp-a2a-size", "
 @pytest.mark.parametrize(
     ("method", "broken"),
     [
-        ("p2p", "stale_kv"), ("p2p", "missing_merge"), ("p2p", "wrong_positions"), ("p2p", "padded_taken_for_real"), ("p2p", "dropped_dk"),
-        ("all_gather", "stale_kv"), ("all_gather", "missing_merge"), ("all_gather", "wrong_positions"), ("all_gather", "dropped_dk"),
-        ("all_gather", "padded_taken_for_real"), ("a2a", "wrong_positions"), ("a2a", "dropped_dk"), ("a2a", "padded_taken_for_real"),
-        ("a2a+p2p", "stale_kv"), ("a2a+p2p", "missing_merge"), ("a2a+p2p", "dropped_dk"), ("a2a+p2p", "wrong_positions"),
+        ("p2p", "stale_kv"),
+        ("p2p", "missing_merge"),
+        ("p2p", "wrong_positions"),
+        ("p2p", "padded_taken_for_real"),
+        ("p2p", "dropped_dk"),
+        ("all_gather", "stale_kv"),
+        ("all_gather", "missing_merge"),
+        ("all_gather", "wrong_positions"),
+        ("all_gather", "dropped_dk"),
+        ("all_gather", "padded_taken_for_real"),
+        ("a2a", "wrong_positions"),
+        ("a2a", "dropped_dk"),
+        ("a2a", "padded_taken_for_real"),
+        ("a2a+p2p", "stale_kv"),
+        ("a2a+p2p", "missing_merge"),
+        ("a2a+p2p", "dropped_dk"),
+        ("a2a+p2p", "wrong_positions"),
     ],
-)  # fmt: skip
+)
 def test_broken_native_attention_is_found(world: World, flags: list[str], method: str, broken: str) -> None:
     own = [*flags, "--cp-comm-type", method, *NATIVE[method]]
     assert world.run(verified, own, broken)[0] is False

@@ -2,9 +2,10 @@
 
     python -m tests.faults.campaign [--only WORD] [--seed N] [--json FILE]
 
-Each case disturbs a run of two ranks. Either the run, or the same command given again, ends with the losses and gradient norms of the
-undisturbed run of the same layout, bit for bit; or the error must name the cause, and then the same command without the fault ends so.
-After each: every checkpoint that was announced is whole, unless the case damaged it, and no process of the run is left. A line a case.
+Each case disturbs a run of two ranks. Either the run, or the same command given again, ends with the losses and
+gradient norms of the undisturbed run of the same layout, bit for bit; or the error must name the cause, and then the
+same command without the fault ends so. After each: every checkpoint that was announced is whole, unless the case
+damaged it, and no process of the run is left. A line a case.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ PATIENCE = 120.0  # seconds for anything that must happen
 FLAGS = shlex.split(f"""
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --seq-length 256 --global-batch-size 4
     --train-iters {STEPS} --lr-warmup-iters 2 --lr 0.01 --tokenizer-type byte --document-alignment 8 --log-interval 1
-    --eval-interval 20 --eval-iters 2 --save-interval 5 --sample-tokens 0 --tensorboard-dir none --make-vocab-size-divisible-by 16
+    --eval-interval 20 --eval-iters 2 --save-interval 5 --sample-tokens 0 --tensorboard-dir none
+    --make-vocab-size-divisible-by 16
     --device cpu --resume
 """)
 LAYOUTS = {
@@ -580,7 +582,9 @@ def _(bench: Bench) -> None:
 
 @case("NaN in a gradient, --on-nonfinite skip", "tp 2")
 def _(bench: Bench) -> None:
-    """The step is passed over; the same run again from a checkpoint before it, without the fault, is the undisturbed one."""
+    """The step is passed over; the same run again from a checkpoint before it, without the fault, is the undisturbed
+    one.
+    """
     run = bench.start(
         "--on-nonfinite", "skip", "--train-iters", "19", "--lr-decay-iters", str(STEPS), faults=["nan:17:1"]
     )

@@ -1,4 +1,6 @@
-"""The fault campaign's cases as tests: some at every push, all with `make test-full` (`make test-faults` prints the table)."""
+"""The fault campaign's cases as tests: some at every push, all with `make test-full` (`make test-faults` prints the
+table).
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """The figures as JSON and as a table, in $OUT where it is set (the GPU machine's way back), else under benchmarks/results/."""
+    """The figures as JSON and as a table, in $OUT where it is set (the GPU machine's way back), else under
+    benchmarks/results/.
+    """
     if not FIGURES:
         return
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")

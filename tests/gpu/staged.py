@@ -1,8 +1,10 @@
-"""The c10d backend "staged": several ranks on one GPU, whose tensors go through host memory and gloo. For checks; its timings mean nothing.
+"""The c10d backend "staged": several ranks on one GPU, whose tensors go through host memory and gloo. For checks; its
+timings mean nothing.
 
-NCCL refuses two ranks on one card, and gloo cannot send CUDA tensors from rank to rank. Every call copies what it sends to the host
-(after what the caller's stream has queued), lets gloo carry it, and `wait` copies what arrived to the device on the stream that waits,
-which are NCCL's rules. CPU tensors take the same way, so that it can be tested without a GPU.
+NCCL refuses two ranks on one card, and gloo cannot send CUDA tensors from rank to rank. Every call copies what it sends
+to the host (after what the caller's stream has queued), lets gloo carry it, and `wait` copies what arrived to the
+device on the stream that waits, which are NCCL's rules. CPU tensors take the same way, so that it can be tested without
+a GPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Transformer Engine's layers against ours on one GPU: a whole step of the model, and twenty, each beside one rank's own float64 code.
+"""Transformer Engine's layers against ours on one GPU: a whole step of the model, and twenty, each beside one rank's
+own float64 code.
 
-A step's error may be four times what our layers have in bf16. FP8 has no such floor: E4M3 keeps four bits of a number, so a product is
-off by some percent, and what is held is stated beside each limit. Rows of 64 tokens, learned by heart, are chaotic at a high learning rate:
-twenty steps take 1e-4, at which bf16 and 8 bits emulated on the CPU were off by 0.004 and 0.035 to 0.064 in a loss of 4.5 to 3.7.
+A step's error may be four times what our layers have in bf16. FP8 has no such floor: E4M3 keeps four bits of a number,
+so a product is
+so a product is off by some percent, and what is held is stated beside each limit. Rows of 64 tokens, learned by heart,
+are chaotic at a high learning rate: twenty steps take 1e-4, at which bf16 and 8 bits emulated on the CPU were off by
+0.004 and 0.035 to 0.064 in a loss of 4.5 to 3.7.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ SHAPE = dict(
 )
 NATIVE = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
 TE = AttentionChoice(backend="te", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1)
-# Largest relative error of a gradient and of the first loss in 8 bits; largest error of a loss within twenty steps, in bf16 and in 8 bits.
+# Largest relative error of a gradient and of the first loss in 8 bits; largest error of a loss within twenty steps, in
+# bf16 and in 8 bits.
 FP8_GRADIENT, FP8_LOSS = 0.25, 0.02
 TWENTY, FP8_TWENTY = 0.02, 0.15
 LR = 1e-4

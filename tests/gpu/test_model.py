@@ -1,4 +1,6 @@
-"""The model as train.py runs it, on one GPU: te layers cut over two ranks of the card, recomputed, in 8 bits; compiled layers; train.py."""
+"""The model as train.py runs it, on one GPU: te layers cut over two ranks of the card, recomputed, in 8 bits; compiled
+layers; train.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""launch/multi_node.sh on two "hosts", network namespaces joined by a cable that can be cut: `make test-netns`, as root."""
+"""launch/multi_node.sh on two "hosts", network namespaces joined by a cable that can be cut: `make test-netns`, as
+root.
+"""
 
 from __future__ import annotations
 

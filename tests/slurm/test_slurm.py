@@ -1,6 +1,7 @@
 """launch/slurm.sbatch under a real SLURM, on gloo: `make test-slurm`.
 
-munged, slurmctld and slurmd run as this user out of a temporary folder, on ports of their own, and are ended by their process ids.
+munged, slurmctld and slurmd run as this user out of a temporary folder, on ports of their own, and are ended by their
+process ids.
 """
 
 from __future__ import annotations
@@ -211,7 +212,9 @@ def flags(slurm: Slurm, *, steps: int) -> list[str]:
 
 
 def test_a_job_outlives_its_time_limit(slurm: Slurm) -> None:
-    """The limit's signal, then one by hand: queued again each time, in the end the losses of a run that nobody disturbed."""
+    """The limit's signal, then one by hand: queued again each time, in the end the losses of a run that nobody
+    disturbed.
+    """
     run_dir = slurm.folder / "disturbed"
     given = flags(slurm, steps=STEPS)
     job = slurm.submit("--time=1", "--signal=B:USR1@20", "launch/slurm.sbatch", *given, "--run-dir", str(run_dir))
@@ -249,7 +252,9 @@ def kill_a_rank(run_dir: Path) -> None:
 
 
 def test_a_job_that_loses_a_rank_goes_on_while_it_gets_on(slurm: Slurm) -> None:
-    """Killed after a checkpoint: queued again, and the losses of a run that nobody disturbed. Killed before one: the job ends."""
+    """Killed after a checkpoint: queued again, and the losses of a run that nobody disturbed. Killed before one: the
+    job ends.
+    """
     run_dir = slurm.folder / "killed"
     given = flags(slurm, steps=300)
     job = slurm.submit("--time=10", "launch/slurm.sbatch", *given, "--run-dir", str(run_dir), "--save-interval", "20")

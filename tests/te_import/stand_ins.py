@@ -1,8 +1,8 @@
 """Transformer Engine's compiled kernels in plain PyTorch, so that its own Python runs on CPU tensors.
 
-What a GPU would compute is computed here slowly, in float64 where it counts, from the same arguments; everything above the kernels is
-the real package: its modules, their autograd, their tensor parallelism, its context-parallel rings and gathers. What this cannot tell is
-what the compiled kernels do with the same arguments.
+What a GPU would compute is computed here slowly, in float64 where it counts, from the same arguments; everything above
+the kernels is the real package: its modules, their autograd, their tensor parallelism, its context-parallel rings and
+gathers. What this cannot tell is what the compiled kernels do with the same arguments.
 
     with on_the_cpu(): ...       # in every rank; gloo's collectives carry CPU tensors
 """
@@ -275,9 +275,30 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def fused_attn_fwd(
-    max_q, max_kv, is_training, scale, dropout, fast_zero_fill, layout, o_format, scale_inv_format, bias_type, mask, softmax_type, window,
-    bottom_right, cu_q, cu_kv, q, k, v, fake_dtype, padded_q, padded_kv, *_,
-):  # fmt: skip
+    max_q,
+    max_kv,
+    is_training,
+    scale,
+    dropout,
+    fast_zero_fill,
+    layout,
+    o_format,
+    scale_inv_format,
+    bias_type,
+    mask,
+    softmax_type,
+    window,
+    bottom_right,
+    cu_q,
+    cu_kv,
+    q,
+    k,
+    v,
+    fake_dtype,
+    padded_q,
+    padded_kv,
+    *_,
+):
     assert dropout == 0 and window in ((-1, -1), (-1, 0)) and softmax_type == tex.NVTE_Softmax_Type.NVTE_VANILLA_SOFTMAX
     flat_q, flat_k, flat_v = _flat(q), _flat(k), _flat(v)
     heads = flat_q.shape[1]
@@ -299,10 +320,36 @@ def fused_attn_fwd(
 
 
 def fused_attn_bwd(
-    max_q, max_kv, scale, dropout, fast_zero_fill, layout, o_format, do_format, dqkv_layout, scale_inv_format, do_scale_inv_format,
-    bias_type, mask, softmax_type, window, bottom_right, deterministic, cu_q, cu_kv, q, k, v, out, dout, fake_dtype, aux, padded_q,
-    padded_kv, *_,
-):  # fmt: skip
+    max_q,
+    max_kv,
+    scale,
+    dropout,
+    fast_zero_fill,
+    layout,
+    o_format,
+    do_format,
+    dqkv_layout,
+    scale_inv_format,
+    do_scale_inv_format,
+    bias_type,
+    mask,
+    softmax_type,
+    window,
+    bottom_right,
+    deterministic,
+    cu_q,
+    cu_kv,
+    q,
+    k,
+    v,
+    out,
+    dout,
+    fake_dtype,
+    aux,
+    padded_q,
+    padded_kv,
+    *_,
+):
     flat_q, flat_k, flat_v, flat_out, flat_dout = (_flat(x) for x in (q, k, v, out, dout))
     stats = aux[0]
     if layout == tex.NVTE_QKV_Layout.NVTE_BSHD_BSHD_BSHD:
@@ -378,7 +425,9 @@ def thd_grad_correction(grad: Tensor, step: Tensor, padded: Tensor, first: str, 
 
 
 def _rank_order(padded: Tensor, cp_size: int) -> Tensor:
-    """Rows of the whole, rank by rank, as `thd_get_partitioned_indices` documents its order: chunks r and 2 cp - 1 - r of each sequence."""
+    """Rows of the whole, rank by rank, as `thd_get_partitioned_indices` documents its order: chunks r and 2 cp - 1 - r
+    of each sequence.
+    """
     found = []
     for rank in range(cp_size):
         for start, end in zip(padded[:-1].tolist(), padded[1:].tolist(), strict=True):
@@ -407,11 +456,28 @@ def thd_copy_valid_tokens_from_per_split_to_rank_local(out: Tensor, part: Tensor
 
 
 KERNELS = (
-    quantize, bgrad_quantize, fp8_transpose, create_empty_quantized_tensor, rmsnorm_fwd, rmsnorm_bwd, generic_gemm, swiglu, dswiglu,
-    fused_rope_forward, fused_rope_backward, fused_attn_fwd, fused_attn_bwd, thd_read_half_tensor, thd_second_half_lse_correction,
-    thd_read_second_half_lse, thd_out_correction, thd_grad_correction, thd_sequence_order_to_cp_rank_order,
-    thd_cp_rank_order_to_sequence_order, thd_copy_valid_tokens_from_per_split_to_rank_local,
-)  # fmt: skip
+    quantize,
+    bgrad_quantize,
+    fp8_transpose,
+    create_empty_quantized_tensor,
+    rmsnorm_fwd,
+    rmsnorm_bwd,
+    generic_gemm,
+    swiglu,
+    dswiglu,
+    fused_rope_forward,
+    fused_rope_backward,
+    fused_attn_fwd,
+    fused_attn_bwd,
+    thd_read_half_tensor,
+    thd_second_half_lse_correction,
+    thd_read_second_half_lse,
+    thd_out_correction,
+    thd_grad_correction,
+    thd_sequence_order_to_cp_rank_order,
+    thd_cp_rank_order_to_sequence_order,
+    thd_copy_valid_tokens_from_per_split_to_rank_local,
+)
 
 
 @contextmanager

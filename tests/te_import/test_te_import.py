@@ -1,9 +1,10 @@
-"""Transformer Engine itself, without a GPU: the whole model from te_layers.py on the meta device, beside the one from torch_layers.py.
+"""Transformer Engine itself, without a GPU: the whole model from te_layers.py on the meta device, beside the one from
+torch_layers.py.
 
     make test-te-import TE_PYTHON=<python of an environment in which `import transformer_engine.pytorch` works>
 
-Not part of `make test`: such an environment takes gigabytes (docs/gpu.md). No kernel can run here; constructors can, once told
-that there is a Hopper card.
+Not part of `make test`: such an environment takes gigabytes (docs/gpu.md). No kernel can run here; constructors can,
+once told that there is a Hopper card.
 """
 
 from __future__ import annotations
@@ -51,9 +52,15 @@ def world() -> Iterator[None]:
 
 def config_of(**changes) -> GPTConfig:
     shape = dict(
-        num_layers=4, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=4, kv_channels=32, vocab_size=1000,
+        num_layers=4,
+        hidden_size=256,
+        ffn_hidden_size=704,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=32,
+        vocab_size=1000,
         padded_vocab_size=1024,
-    )  # fmt: skip
+    )
     return GPTConfig(**(shape | changes))
 
 
@@ -136,7 +143,9 @@ def fp8(monkeypatch: pytest.MonkeyPatch, name: str, group, bf16_layers=()):
 
 @pytest.mark.parametrize("name", FP8_RECIPES[1:])
 def test_fp8_regions(world, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Delayed: one region around all layers, so that largest values are reduced once; others: one a layer; none in layers that stay."""
+    """Delayed: one region around all layers, so that largest values are reduced once; others: one a layer; none in
+    layers that stay.
+    """
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     grid = build_grid(GridSizes(dp_shard=8))
@@ -201,7 +210,9 @@ def test_rotary_angles_are_those_of_our_tables() -> None:
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 def test_zigzag_is_its_order_of_tokens(cp_size: int) -> None:
-    """Through the plain code of its own slicing, which runs on the CPU; the compiled index function is compared on a GPU."""
+    """Through the plain code of its own slicing, which runs on the CPU; the compiled index function is compared on a
+    GPU.
+    """
     from transformer_engine.pytorch.attention.dot_product_attention.context_parallel import get_batch_on_this_cp_rank
 
     padded = np.array([8, 24, 16, 40])
@@ -232,7 +243,9 @@ def test_a_packed_row_is_told_both_lengths() -> None:
 def test_its_own_filter_lets_our_table_pass(
     monkeypatch: pytest.MonkeyPatch, method: str, qkv_format: str, cp_size: int
 ) -> None:
-    """What our table offers, its Python filter leaves to the fused kernels; what cuDNN itself says needs a driver, and is taken for yes."""
+    """What our table offers, its Python filter leaves to the fused kernels; what cuDNN itself says needs a driver, and
+    is taken for yes.
+    """
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     if method == "a2a+p2p" and cp_size < 4:
@@ -305,7 +318,9 @@ def test_what_kernels_leave_in_padding_goes_nowhere(world, monkeypatch: pytest.M
 
 
 def test_long_rows_are_rotated_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's offsets are 32 bits wide: with a border moved down here, every part is below it and the whole is the same."""
+    """The kernel's offsets are 32 bits wide: with a border moved down here, every part is below it and the whole is the
+    same.
+    """
     from model import te_layers
 
     sizes = []

@@ -1,7 +1,8 @@
-"""Transformer Engine's own Python over kernels in plain PyTorch (`stand_ins.py`), on gloo ranks, against one rank's float64 code.
+"""Transformer Engine's own Python over kernels in plain PyTorch (`stand_ins.py`), on gloo ranks, against one rank's
+float64 code.
 
-What a GPU would be told is told here, and what Transformer Engine makes of it, its modules, its tensor parallelism and its four kinds of
-context parallelism, must be what the model means. Its kernels themselves wait for a card.
+What a GPU would be told is told here, and what Transformer Engine makes of it, its modules, its tensor parallelism and
+its four kinds of context parallelism, must be what the model means. Its kernels themselves wait for a card.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def plain_attention(q, k, v, packed_seq, group, **_):
 
 
 def model_errors(rank: int, layout: str, dtype: str, implementation: str, changes: dict, **options) -> dict[str, float]:
-    """Relative errors of loss, norm and every gradient; the te layers have Transformer Engine's attention, but for fp32 on one cp rank."""
+    """Relative errors of loss, norm and every gradient; the te layers have Transformer Engine's attention, but for fp32
+    on one cp rank.
+    """
     from tests.te_import.stand_ins import on_the_cpu
 
     config, rows, grid = config_of(**(NEEDS.get(layout, {}) | changes)), rows_of("thd"), parity_grid_of(layout)
@@ -154,7 +157,9 @@ def three_steps(rank: int, layout: str, recompute: str) -> tuple[list[float], li
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("layout", ["tp 4", "pp 4"])
 def test_gate_and_up_are_joined_once_a_step(world: World, layout: str, recompute: str) -> None:
-    """Four microbatches, on a pipeline up to four in flight, three steps: three joins a layer, and every step has its own weights."""
+    """Four microbatches, on a pipeline up to four in flight, three steps: three joins a layer, and every step has its
+    own weights.
+    """
     layers = {"tp 4": [2] * 4, "pp 4": [2, 1, 1, 1]}[layout]
     for (errors, joins), count in zip(world.run(three_steps, layout, recompute), layers, strict=True):
         assert max(errors) <= 1e-4 and joins == [3] * count, (errors, joins)

@@ -245,13 +245,14 @@ def test_presets(tmp_path: Path) -> None:
 
 def test_flags_that_the_issue_names_exist() -> None:
     wanted = """
-        pp-size dp-replicate-size dp-shard-size cp-size tp-size sequence-parallel cp-backend cp-comm-type qkv-format packing
-        document-alignment num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups kv-channels seq-length
-        micro-batch-size global-batch-size train-iters seed dtype save load save-interval eval-interval eval-iters log-interval
-        tensorboard-dir metrics-file data-path data-cache-path tokenizer-type tokenizer-model num-workers device transformer-impl
-        ring-attn-func heads-k-stride cp-rotate-method cp-a2a-size verify-steps pad-rows
-        save-final async-save keep-checkpoints load-weights-only load-fallback rope-scaling recompute
-        config resume clip-grad lr-decay-style z-loss loss-chunk-size reshard-after-forward peak-tflops
+        pp-size dp-replicate-size dp-shard-size cp-size tp-size sequence-parallel cp-backend cp-comm-type
+        qkv-format packing document-alignment num-layers hidden-size ffn-hidden-size num-attention-heads
+        num-query-groups kv-channels seq-length micro-batch-size global-batch-size train-iters seed dtype save
+        load save-interval eval-interval eval-iters log-interval tensorboard-dir metrics-file data-path
+        data-cache-path tokenizer-type tokenizer-model num-workers device transformer-impl ring-attn-func
+        heads-k-stride cp-rotate-method cp-a2a-size verify-steps pad-rows save-final async-save
+        keep-checkpoints load-weights-only load-fallback rope-scaling recompute config resume clip-grad
+        lr-decay-style z-loss loss-chunk-size reshard-after-forward peak-tflops
     """
     known = {option for action in build_parser()._actions for option in action.option_strings}
     assert {f"--{name}" for name in wanted.split()} <= known
@@ -313,9 +314,12 @@ def test_a_scaling_that_is_off_leaves_no_trace_in_the_model() -> None:
 def test_the_default_batch_is_the_smallest_that_the_layout_can_work_on() -> None:
     """The command of README's layouts runs as it stands; a run that goes on keeps the checkpoint's."""
     for flags, world, wanted in (
-        ("--cp-size 4", 4, 1), ("--pp-size 2 --tp-size 2 --cp-size 2", 8, 2), ("--pp-size 2 --cp-size 2", 8, 4), ("", 4, 4),
+        ("--cp-size 4", 4, 1),
+        ("--pp-size 2 --tp-size 2 --cp-size 2", 8, 2),
+        ("--pp-size 2 --cp-size 2", 8, 4),
+        ("", 4, 4),
         ("--micro-batch-size 3 --pp-size 2", 4, 12),
-    ):  # fmt: skip
+    ):
         assert resolved(*flags.split(), world=world).global_batch_size == wanted
     assert resolve_config(world=2, resumed={"--global-batch-size": 6}).training.global_batch_size == 6
 

@@ -1,4 +1,6 @@
-"""Files that data is read from and cached in: formats to the byte, sources, tokenizers, builds that are whole or absent."""
+"""Files that data is read from and cached in: formats to the byte, sources, tokenizers, builds that are whole or
+absent.
+"""
 
 from __future__ import annotations
 

@@ -146,9 +146,15 @@ def step_contents(
     for batch_rank in range(batch_size):
         for cp_rank in range(cp_size):
             plan = BatchPlan(
-                global_batch_size=GLOBAL_BATCH, micro_batch_size=micro, batch_size=batch_size, batch_rank=batch_rank, cp_size=cp_size,
-                cp_rank=cp_rank, qkv_format="thd", layout="zigzag",
-            )  # fmt: skip
+                global_batch_size=GLOBAL_BATCH,
+                micro_batch_size=micro,
+                batch_size=batch_size,
+                batch_rank=batch_rank,
+                cp_size=cp_size,
+                cp_rank=cp_rank,
+                qkv_format="thd",
+                layout="zigzag",
+            )
             loader = build_loader(data, plan, steps=[step], num_workers=workers, pin_memory=False)
             batches = list(loader)
             assert len(batches) == len(loader) == GLOBAL_BATCH // (micro * batch_size)
@@ -250,7 +256,9 @@ def test_epochs_are_stored_from_so_many_pieces(
 def test_a_cache_that_cannot_be_written_does_not_end_a_run_at_an_epochs_border(
     tokens: IndexedDataset, tmp_path: Path, monkeypatch, packing: str, why: str
 ) -> None:
-    """Later epochs are built in memory: the same rows, also in workers. The first is refused at the start, where that costs nothing."""
+    """Later epochs are built in memory: the same rows, also in workers. The first is refused at the start, where that
+    costs nothing.
+    """
     monkeypatch.setattr("data.dataset.MIN_STORED_PIECES", 0)
     count = on_disk(tokens, tmp_path, method=packing).samples_per_epoch  # fills it with the first epoch
     if why == "read-only":
@@ -304,9 +312,22 @@ def test_fingerprints_depend_on_content_and_documents(tmp_path: Path) -> None:
     assert on_disk(IndexedDataset(tmp_path / "b")).fingerprint() != on_disk(a).fingerprint()
     for name, more in (("c", 0), ("d", 1)):  # beyond the first 64 tokens of documents
         write_indexed_dataset(tmp_path / name, [np.arange(n + more) for n in (70, 90)], vocab_size=2000)
-    ends = [PackedDataset(IndexedDataset(tmp_path / name), np.arange(2), PackingOptions(seq_length=16, method='best-fit', seed=1, alignment=4), pad_token=0).fingerprint() for name in "cd"]  # fmt: skip
+    ends = [
+        PackedDataset(
+            IndexedDataset(tmp_path / name),
+            np.arange(2),
+            PackingOptions(seq_length=16, method="best-fit", seed=1, alignment=4),
+            pad_token=0,
+        ).fingerprint()
+        for name in "cd"
+    ]
     assert ends[0] != ends[1]
-    some = [PackedDataset(a, np.array(d), PackingOptions(seq_length=16, method='best-fit', seed=1, alignment=4), pad_token=0).fingerprint() for d in ([0, 1], [1, 0], [0, 2], [0])]  # fmt: skip
+    some = [
+        PackedDataset(
+            a, np.array(d), PackingOptions(seq_length=16, method="best-fit", seed=1, alignment=4), pad_token=0
+        ).fingerprint()
+        for d in ([0, 1], [1, 0], [0, 2], [0])
+    ]
     assert len(set(some)) == 4
 
 
@@ -329,9 +350,16 @@ def test_an_empty_sample_counts_nothing(tokens: IndexedDataset) -> None:
 
 def test_rows_are_hashed_before_a_step_and_not_after(tokens: IndexedDataset) -> None:
     plan = BatchPlan(
-        global_batch_size=2, micro_batch_size=1, batch_size=1, batch_rank=0, cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag",
+        global_batch_size=2,
+        micro_batch_size=1,
+        batch_size=1,
+        batch_rank=0,
+        cp_size=1,
+        cp_rank=0,
+        qkv_format="thd",
+        layout="zigzag",
         hash_before_step=2,
-    )  # fmt: skip
+    )
     batches = list(build_loader(on_disk(tokens), plan, steps=range(3), num_workers=0, pin_memory=False))
     assert [b.row_hash is not None for b in batches] == [True, True, True, True, False, False]
     hashes = torch.tensor(

@@ -1,4 +1,6 @@
-"""Rules that hold for every flag, also the next one: numbers out of range, advice that works, presets that can be overruled."""
+"""Rules that hold for every flag, also the next one: numbers out of range, advice that works, presets that can be
+overruled.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,28 @@ NUMBERS = [action.option_strings[0] for action in ACTIONS if action.type in (int
 SWITCHES = [action.option_strings[0] for action in ACTIONS if action.nargs == 0]
 # Flags for which 0 means something (off, none, the first); for any other number it is refused.
 ZERO_IS_LEGAL = {
-    "--num-workers", "--seed", "--z-loss", "--min-lr", "--lr-warmup-iters", "--lr-wsd-decay-iters", "--weight-decay", "--adam-beta1",
-    "--adam-beta2", "--clip-grad", "--eval-interval", "--save-interval", "--verify-steps", "--sample-tokens",
-    "--keep-checkpoints", "--hidden-dropout", "--attention-dropout", "--check-weights-interval", "--sample-interval",
-    "--max-skipped-in-a-row", "--timing-log-level",
-}  # fmt: skip
+    "--num-workers",
+    "--seed",
+    "--z-loss",
+    "--min-lr",
+    "--lr-warmup-iters",
+    "--lr-wsd-decay-iters",
+    "--weight-decay",
+    "--adam-beta1",
+    "--adam-beta2",
+    "--clip-grad",
+    "--eval-interval",
+    "--save-interval",
+    "--verify-steps",
+    "--sample-tokens",
+    "--keep-checkpoints",
+    "--hidden-dropout",
+    "--attention-dropout",
+    "--check-weights-interval",
+    "--sample-interval",
+    "--max-skipped-in-a-row",
+    "--timing-log-level",
+}
 
 
 def refusal(*flags: str, world: int = 1, local: int | None = None) -> str | None:

@@ -1,6 +1,7 @@
 """flash-attn's functions take what ring-flash-attn passes them, and our functions on the CPU take the same.
 
-flash-attn's sources are those of the pinned release, which `make setup` unpacks beside the environment; it is not imported.
+flash-attn's sources are those of the pinned release, which `make setup` unpacks beside the environment; it is not
+imported.
 """
 
 from __future__ import annotations

@@ -83,9 +83,15 @@ def test_special_ids(tmp_path: Path) -> None:
 
 def test_shapes_that_a_tp_cut_and_a_checkpoint_rest_on() -> None:
     config = GPTConfig(
-        num_layers=1, hidden_size=48, ffn_hidden_size=64, num_attention_heads=6, num_query_groups=2, kv_channels=10, vocab_size=50,
+        num_layers=1,
+        hidden_size=48,
+        ffn_hidden_size=64,
+        num_attention_heads=6,
+        num_query_groups=2,
+        kv_channels=10,
+        vocab_size=50,
         padded_vocab_size=128,
-    )  # fmt: skip
+    )
     assert (config.queries_per_group, config.query_size) == (3, 60)
     assert config.qkv_size == 2 * (3 + 1 + 1) * 10
     assert padded_vocab_size(4097, 128) == 4224

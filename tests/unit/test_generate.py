@@ -1,4 +1,6 @@
-"""Text with kept keys and values: the training forward's logits token by token, draws, refusals, and a run from training to text."""
+"""Text with kept keys and values: the training forward's logits token by token, draws, refusals, and a run from
+training to text.
+"""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_document_entries_that_run_backwards_are_refused(tmp_path: Path) -> None
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_no_broken_byte_makes_it_read_past_the_files(tmp_path_factory, data) -> None:
-    """Cut, lengthened or changed anywhere: either it says what is wrong, or it gives what stands where the index says."""
+    """Cut, lengthened or changed anywhere: either an error names the fault, or reading follows the index."""
     folder = tmp_path_factory.mktemp("fuzz")
     write_indexed_dataset(folder / "t", [np.arange(n) + 100 for n in (5, 0, 9, 2)], vocab_size=1000)
     for file in (index_file(folder / "t"), token_file(folder / "t")):

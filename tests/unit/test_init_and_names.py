@@ -12,9 +12,16 @@ from model.names import canonical_names, te_name
 from model.transformer import GPTOptions
 
 CONFIG = GPTConfig(
-    num_layers=2, hidden_size=32, ffn_hidden_size=400, num_attention_heads=4, num_query_groups=2, kv_channels=8, vocab_size=600,
-    padded_vocab_size=640, qk_norm=True,
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=400,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=600,
+    padded_vocab_size=640,
+    qk_norm=True,
+)
 
 
 def model() -> GPT:

@@ -15,9 +15,15 @@ from model.init import BLOCK_ROWS, initial_rows, initialise, local_rows
 from model.transformer import GPTOptions
 
 SHAPE = dict(
-    num_layers=3, hidden_size=32, ffn_hidden_size=600, num_attention_heads=4, num_query_groups=2, kv_channels=8, vocab_size=600,
+    num_layers=3,
+    hidden_size=32,
+    ffn_hidden_size=600,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=600,
     padded_vocab_size=640,
-)  # fmt: skip
+)
 
 
 def built(seed: int = 7, **changes) -> dict[str, torch.Tensor]:

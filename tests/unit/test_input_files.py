@@ -1,4 +1,6 @@
-"""Inputs through fsspec: what we rely on in it, object stores by URL, compression that is cut, packages that are missing."""
+"""Inputs through fsspec: what we rely on in it, object stores by URL, compression that is cut, packages that are
+missing.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ def test_neighbours_and_other_keys_have_nothing_in_common() -> None:
         "other seed": keep_mask(key_of(2, "a"), ROWS, COLUMNS, 0.5),
         "next key": keep_mask(key_of(1, "a") + 1, ROWS, COLUMNS, 0.5),
     }
-    # 2 million decisions: a correlation of independent ones deviates by 0.0007. A next row or column holds the same decisions, moved.
+    # 2 million decisions: a correlation of independent ones deviates by 0.0007. A next row or column holds the same
+    # decisions, moved.
     for name, other in others.items():
         assert abs(correlation(mask, other)) < 0.004, name
     assert torch.equal(mask[1:], others["next row"][:-1]) and torch.equal(mask[:, 1:], others["next column"][:, :-1])

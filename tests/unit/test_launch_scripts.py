@@ -346,7 +346,8 @@ def test_multi_node_calls_torchrun(play: Path) -> None:
     )
     first, *environment = result.stdout.splitlines()
     assert first == (
-        f"{ROOT}: --nnodes 2 --node-rank 1 --nproc-per-node 1000 --rdzv-backend static --master-addr head.example --master-port 29400 "
+        f"{ROOT}: --nnodes 2 --node-rank 1 --nproc-per-node 1000 --rdzv-backend static --master-addr head.example "
+        "--master-port 29400 "
         "--log-dir /l/node1 --redirects 3 --tee 3 --local-ranks-filter 0 train.py --lr 0 1"
     )
     assert {"GLOO_SOCKET_IFNAME=lo", "NCCL_SOCKET_IFNAME==lo", "OMP_NUM_THREADS=1"} <= set(environment)

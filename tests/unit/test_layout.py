@@ -145,7 +145,9 @@ def test_packed_seq_holds_both_lengths() -> None:
 
 
 def test_zigzag_is_transformer_engines_order() -> None:
-    """The example of Transformer Engine's documentation (context_parallel.py, attn_forward_func_with_cp): documents of 8 and 4 over two ranks."""
+    """The example of Transformer Engine's documentation (context_parallel.py, attn_forward_func_with_cp): documents of
+    8 and 4 over two ranks.
+    """
     padded = np.array([8, 4])
     positions = np.concatenate([np.arange(n) for n in padded])
     for rank, wanted in enumerate(([0, 1, 6, 7, 0, 3], [2, 3, 4, 5, 1, 2])):

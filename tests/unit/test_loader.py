@@ -140,7 +140,13 @@ def test_ids_outside_the_vocabulary_are_named_wherever_they_are_read(tmp_path: P
         ids = [np.arange(n, dtype=np.int64) for n in LENGTHS]
         ids[document][at] = id_
         write_indexed_dataset(tmp_path / "t", ids, vocab_size=100_000)
-        data = PackedDataset(IndexedDataset(tmp_path / 't'), np.arange(len(LENGTHS)), PackingOptions(seq_length=SEQ, method=packing, seed=1, alignment=ALIGNMENT), pad_token=0, vocab_size=500)  # fmt: skip
+        data = PackedDataset(
+            IndexedDataset(tmp_path / "t"),
+            np.arange(len(LENGTHS)),
+            PackingOptions(seq_length=SEQ, method=packing, seed=1, alignment=ALIGNMENT),
+            pad_token=0,
+            vocab_size=500,
+        )
         faults = []
         for n in range(data.samples_per_epoch):
             held = [(int(data.documents[d]), s, length) for d, s, length in data.epoch(0).sample_pieces(n).tolist()]
@@ -211,7 +217,9 @@ def test_row_hashes_differ_between_rows(tokens: IndexedDataset) -> None:
 
 
 def test_a_worker_that_dies_while_the_rank_computes_is_reported_the_same(tokens: IndexedDataset) -> None:
-    """PyTorch raises from its handler of SIGCHLD, so in the middle of whatever the rank does, not where it asks for a batch."""
+    """PyTorch raises from its handler of SIGCHLD, so in the middle of whatever the rank does, not where it asks for a
+    batch.
+    """
     plan = BatchPlan(
         global_batch_size=2,
         micro_batch_size=1,

@@ -43,9 +43,15 @@ def test_a_fresh_start_puts_earlier_records_by(tmp_path: Path, capsys) -> None:
 
 def log(path: Path) -> MetricsLog:
     config = GPTConfig(
-        num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, num_query_groups=1, kv_channels=8, vocab_size=8,
+        num_layers=1,
+        hidden_size=8,
+        ffn_hidden_size=8,
+        num_attention_heads=1,
+        num_query_groups=1,
+        kv_channels=8,
+        vocab_size=8,
         padded_vocab_size=8,
-    )  # fmt: skip
+    )
     return MetricsLog(
         architecture=config,
         training=TrainingConfig(train_iters=4),

@@ -127,8 +127,23 @@ def test_other_data_are_refused() -> None:
 
 
 def test_a_replay_takes_the_runs_data_and_not_its_outputs() -> None:
-    words = ["--data-path", "0.5", "a", "0.5", "b", "--lr=1", "--run-dir", "r", "--resume", "--cp-size", "2", "--save=s",
-             "--profile", "--skip-steps", "3-4,6"]  # fmt: skip
+    words = [
+        "--data-path",
+        "0.5",
+        "a",
+        "0.5",
+        "b",
+        "--lr=1",
+        "--run-dir",
+        "r",
+        "--resume",
+        "--cp-size",
+        "2",
+        "--save=s",
+        "--profile",
+        "--skip-steps",
+        "3-4,6",
+    ]
     flags = json.loads(json.dumps(parse_arguments(words).flags()))
     taken = {name: value for name, value in flags.items() if name not in LEFT_OUT}
     again = parse_arguments(["--cp-size", "1"], defaults=taken)

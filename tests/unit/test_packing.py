@@ -35,7 +35,8 @@ def test_best_fit_is_valid_and_its_count_does_not_depend_on_order(sizes: list[in
     other = sizes.copy()
     random.shuffle(other)
     assert best_fit_decreasing(np.array(other), 20).max() == bins.max()
-    # No item of a later, emptier bin would have fitted into an earlier one as it is at the end: best fit is first fit's equal here.
+    # No item of a later, emptier bin would have fitted into an earlier one as it is at the end: best fit is first fit's
+    # equal here.
     assert len(load) <= np.ceil(sum(sizes) / 20) * 1.5 + 1
 
 

@@ -43,8 +43,10 @@ def exchanges(
 
 
 def ends(said: list[list[tuple[str, int, str]]]) -> bool:
-    """Whether all of it can happen as NCCL does it: what two ranks exchange over one communicator happens in the order in
-    which each asked for it, a send together with its receive; a rank that receives waits before it asks for anything more."""
+    """Whether all of it can happen as NCCL does it: what two ranks exchange over one communicator happens in the order
+    in which each asked for it, a send together with its receive; a rank that receives waits before it asks for anything
+    more.
+    """
     asked: list[dict] = [{} for _ in said]  # by rank: queues by (peer, group)
     at, waits = [0] * len(said), [False] * len(said)
     moved = True

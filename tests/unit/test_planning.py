@@ -1,4 +1,6 @@
-"""What a plan says: parameters, bytes, rows, legal sizes, ranked layouts. Its memory is measured in tests/distributed/test_memory.py."""
+"""What a plan says: parameters, bytes, rows, legal sizes, ranked layouts. Its memory is measured in
+tests/distributed/test_memory.py.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,22 @@ from planner.memory import Ledger, rank_memory, stage_parameters
 from tests.launch import SMALL, run_train, write_corpus
 from tools import plan as plan_tool
 
-WORDS = ["--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4", "--num-query-groups", "2", "--seq-length", "512",
-         "--tokenizer-type", "byte", "--device", "cpu"]  # fmt: skip
+WORDS = [
+    "--num-layers",
+    "4",
+    "--hidden-size",
+    "64",
+    "--num-attention-heads",
+    "4",
+    "--num-query-groups",
+    "2",
+    "--seq-length",
+    "512",
+    "--tokenizer-type",
+    "byte",
+    "--device",
+    "cpu",
+]
 
 
 def planned(*words: str, world: int = 1) -> tuple[Namespace, GPTConfig]:
@@ -283,7 +299,9 @@ def test_a_dry_run_says_the_same_and_trains_nothing(tmp_path: Path) -> None:
 
 
 def test_te_layers_are_planned_without_the_package() -> None:
-    """Gate and up once more in bf16, whatever the microbatches in flight; three channels of the MLP a token instead of four."""
+    """Gate and up once more in bf16, whatever the microbatches in flight; three channels of the MLP a token instead of
+    four.
+    """
     words = ("--device", "cuda", "--pp-size", "2", "--global-batch-size", "4", "--ffn-hidden-size", "256")
     (args, config), (ours, _) = (
         planned("--transformer-impl", "te", "--fp8", "current", *words, world=2),
@@ -298,7 +316,9 @@ def test_te_layers_are_planned_without_the_package() -> None:
 
 
 def test_norms_keep_less_on_a_gpu() -> None:
-    """Of each norm the input and a number a row, where a CPU also keeps the input in fp32 and what it is before its weight."""
+    """Of each norm the input and a number a row, where a CPU also keeps the input in fp32 and what it is before its
+    weight.
+    """
     parts = [
         rank_memory(*planned("--dtype", "bf16", "--device", device)).parts["activations"] for device in ("cpu", "cuda")
     ]

@@ -1,4 +1,6 @@
-"""Files that data.prepare reads and writes: inputs are never overwritten; unfinished corpora resume or start over; links are followed."""
+"""Files that data.prepare reads and writes: inputs are never overwritten; unfinished corpora resume or start over;
+links are followed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Input files: corrupted content is counted, files that the system cannot read end the run, reading resumes at any row."""
+"""Input files: corrupted content is counted, unreadable files end the run, reading resumes at any row."""
 
 from __future__ import annotations
 

@@ -67,7 +67,9 @@ def test_linear_scaling_is_the_position_divided() -> None:
 
 
 def test_llama3_scaling_slows_what_turns_slowly() -> None:
-    """By the wavelengths of Llama 3.1's configuration: below 8192/4 kept, above 8192/1 divided by 8, interpolated between."""
+    """By the wavelengths of Llama 3.1's configuration: below 8192/4 kept, above 8192/1 divided by 8, interpolated
+    between.
+    """
     plain = rotary_frequencies(head_dim=128, base=500000.0)
     scaled = rotary_frequencies(head_dim=128, base=500000.0, scaling="llama3", factor=8.0, original_seq_length=8192)
     seen = set()

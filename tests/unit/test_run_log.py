@@ -28,9 +28,15 @@ from tests.unit.test_packed_rows import dataset
 from training.flops import PEAK_TFLOPS, known_peak_tflops, training_flops
 
 CONFIG = GPTConfig(
-    num_layers=2, hidden_size=8, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, kv_channels=4, vocab_size=50,
+    num_layers=2,
+    hidden_size=8,
+    ffn_hidden_size=24,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=4,
+    vocab_size=50,
     padded_vocab_size=64,
-)  # fmt: skip
+)
 
 
 class Clock:
@@ -114,10 +120,23 @@ def test_one_steps_record_by_hand(tmp_path: Path, clock: Clock) -> None:
     (record,) = read(tmp_path / "new" / "er" / "m.jsonl")
     tflops = training_flops(CONFIG, tokens=95, squared_lengths=1000) / 2.0 / 1e12 / 4  # four ranks share the work
     assert record == {
-        "step": 1, "loss": 2.0, "grad_norm": 0.5, "lr": 0.25, "tokens": 95, "loss_tokens": 90, "step_time_s": 2.0, "tokens_per_s": 47.5,
-        "tflops_per_rank": pytest.approx(tflops), "mfu": pytest.approx(tflops / 0.5), "packing_efficiency": 0.475, "cp_balance": 1.5,
-        "data_share": 0.25, "cp_wait_share": None, "max_memory_bytes": 3 * 2**30, "skipped_steps": 0,
-    }  # fmt: skip
+        "step": 1,
+        "loss": 2.0,
+        "grad_norm": 0.5,
+        "lr": 0.25,
+        "tokens": 95,
+        "loss_tokens": 90,
+        "step_time_s": 2.0,
+        "tokens_per_s": 47.5,
+        "tflops_per_rank": pytest.approx(tflops),
+        "mfu": pytest.approx(tflops / 0.5),
+        "packing_efficiency": 0.475,
+        "cp_balance": 1.5,
+        "data_share": 0.25,
+        "cp_wait_share": None,
+        "max_memory_bytes": 3 * 2**30,
+        "skipped_steps": 0,
+    }
     assert all(isinstance(record[name], int) for name in ("step", "tokens", "loss_tokens", "max_memory_bytes"))
 
 
@@ -156,9 +175,19 @@ def test_a_line_says_what_the_interval_was(clock: Clock, capsys) -> None:
         step(out, number, loss=1.0 + number, data_time=0.25)
     line = capsys.readouterr().out.splitlines()[-1]
     flops = training_flops(CONFIG, tokens=95, squared_lengths=1000)
-    for words in ("step   4/100", "loss  5.00000", "grad norm   0.500", "lr 2.50e-01", " 48 tok/s (12 a rank)", "packing 47.50%",
-                  "cp balance 1.500", "data 12.5%", "mem   3.00 GiB", f"MFU {2 * flops / 4.0 / 1e12 / 4 / 1e-6:6.1%}",
-                  "0:03:12 left"):  # fmt: skip
+    for words in (
+        "step   4/100",
+        "loss  5.00000",
+        "grad norm   0.500",
+        "lr 2.50e-01",
+        " 48 tok/s (12 a rank)",
+        "packing 47.50%",
+        "cp balance 1.500",
+        "data 12.5%",
+        "mem   3.00 GiB",
+        f"MFU {2 * flops / 4.0 / 1e12 / 4 / 1e-6:6.1%}",
+        "0:03:12 left",
+    ):
         assert words in line, (words, line)
 
 
@@ -323,12 +352,25 @@ def test_what_became_of_the_documents() -> None:
 @pytest.mark.parametrize(
     ("device", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA H800", 989), ("NVIDIA H20", 148), ("NVIDIA B200", 2250), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A800-SXM4-80GB", 312),
-        ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165.2),
-        ("NVIDIA H200", 989), ("NVIDIA A10", None), ("NVIDIA L4", None), ("Tesla T4", None),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A10", None),
+        ("NVIDIA L4", None),
+        ("Tesla T4", None),
     ],
-)  # fmt: skip
+)
 def test_peaks_of_devices(device: str, peak: float | None) -> None:
     assert known_peak_tflops(device) == peak
 

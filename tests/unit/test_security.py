@@ -1,4 +1,6 @@
-"""Files from elsewhere never run code and never point out of their folder. Each bad file here would leave a mark if it ran."""
+"""Files from elsewhere never run code and never point out of their folder. Each bad file here would leave a mark if it
+ran.
+"""
 
 from __future__ import annotations
 

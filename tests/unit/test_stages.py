@@ -14,9 +14,16 @@ from model.transformer import GPTOptions
 from parallel.stages import check_microbatches, split_layers
 
 CONFIG = GPTConfig(
-    num_layers=5, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, kv_channels=8, vocab_size=50,
-    padded_vocab_size=64, qk_norm=True,
-)  # fmt: skip
+    num_layers=5,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=50,
+    padded_vocab_size=64,
+    qk_norm=True,
+)
 
 
 @given(

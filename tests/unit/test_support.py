@@ -13,9 +13,19 @@ from cp.support import BACKENDS, DTYPES, METHOD_FLAGS, QKV_FORMATS, SUPPORT, Att
 
 def ask(**changes):
     asked = dict(
-        backend="native", method="p2p", qkv_format="thd", layout="auto", dtype="bf16", device="cpu", cp_size=2, a2a_size=None,
-        heads_k_stride=None, head_dim=64, heads=8, groups=4,
-    )  # fmt: skip
+        backend="native",
+        method="p2p",
+        qkv_format="thd",
+        layout="auto",
+        dtype="bf16",
+        device="cpu",
+        cp_size=2,
+        a2a_size=None,
+        heads_k_stride=None,
+        head_dim=64,
+        heads=8,
+        groups=4,
+    )
     return choose(AttentionRequest(**(asked | changes)))
 
 

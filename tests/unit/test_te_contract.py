@@ -1,7 +1,8 @@
 """Every name and keyword of Transformer Engine that our code uses exists in the sources of the pinned release.
 
-The sources are the wheel's own Python files, which `make setup` unpacks beside the environment (nothing of it is imported: that
-takes CUDA's libraries). What our code uses is read off our code, so a new use is checked without being listed here.
+The sources are the wheel's own Python files, which `make setup` unpacks beside the environment (nothing of it is
+imported: that takes CUDA's libraries). What our code uses is read off our code, so a new use is checked without being
+listed here.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ def classes() -> dict[str, tuple[ast.ClassDef, Path]]:
                 node, ast.FunctionDef
             ):  # as a class of which only the call matters, its first argument a `self` that is not there
                 node = ast.ClassDef(node.name, [], [], [_as_method(node)], [])
-            # RMSNorm and its like exist as an operation and, with the old arguments, as a module: the module is exported.
+            # RMSNorm and its like exist as an operation and, with the old arguments, as a module: the module is
+            # exported.
             if isinstance(node, ast.ClassDef) and (node.name not in found or path.parent.name == "module"):
                 found[node.name] = (node, path)
     return found
@@ -220,10 +222,17 @@ def test_the_uses_were_found() -> None:
     """A reader that finds no use would pass every test."""
     seen = {(use.name, use.method) for use in USES}
     assert seen == {
-        ("RMSNorm", "__init__"), ("Linear", "__init__"), ("LayerNormLinear", "__init__"), ("LayerNormMLP", "__init__"),
-        ("DotProductAttention", "__init__"), ("DotProductAttention", "forward"), ("DotProductAttention", "set_context_parallel_group"),
-        ("LayerNormMLP", "init_fp8_meta_tensors"), ("autocast", "__init__"), ("apply_rotary_pos_emb", "__init__"),
-    }  # fmt: skip
+        ("RMSNorm", "__init__"),
+        ("Linear", "__init__"),
+        ("LayerNormLinear", "__init__"),
+        ("LayerNormMLP", "__init__"),
+        ("DotProductAttention", "__init__"),
+        ("DotProductAttention", "forward"),
+        ("DotProductAttention", "set_context_parallel_group"),
+        ("LayerNormMLP", "init_fp8_meta_tensors"),
+        ("autocast", "__init__"),
+        ("apply_rotary_pos_emb", "__init__"),
+    }
     mlp = next(use for use in USES if use.name == "LayerNormMLP")
     assert {"activation", "normalization", "set_parallel_mode", "tp_group", "sequence_parallel", "device"} <= set(
         mlp.keywords

@@ -23,10 +23,30 @@ OUTSIDE: dict[str, set[str]] = {
     **{room: {"torch", "numpy"} for room in UPPER},
 }
 # Read without torch, so that a refusal comes at once and argparse, docs and tests can read them.
-TORCH_FREE = ["cp/layout.py", "cp/support.py", "data/packing.py", "data/files.py", "data/encode.py", "data/corpus_writer.py", "data/tokenizer.py", "utils/files.py",
-              "data/indexed_dataset.py", "data/readers.py", "data/sources.py", "data/blend.py", "data/prepare.py", "data/statistics.py",
-              "model/config.py", "model/names.py", "config/schema.py", "config/cli.py", "config/validate.py", "utils/logger.py", "training/flops.py",
-              "training/lr_schedule.py"]  # fmt: skip
+TORCH_FREE = [
+    "cp/layout.py",
+    "cp/support.py",
+    "data/packing.py",
+    "data/files.py",
+    "data/encode.py",
+    "data/corpus_writer.py",
+    "data/tokenizer.py",
+    "utils/files.py",
+    "data/indexed_dataset.py",
+    "data/readers.py",
+    "data/sources.py",
+    "data/blend.py",
+    "data/prepare.py",
+    "data/statistics.py",
+    "model/config.py",
+    "model/names.py",
+    "config/schema.py",
+    "config/cli.py",
+    "config/validate.py",
+    "utils/logger.py",
+    "training/flops.py",
+    "training/lr_schedule.py",
+]
 
 
 def packages(source: str) -> set[str]:
@@ -85,7 +105,8 @@ def test_the_check_sees_a_stranger() -> None:
 def test_torch_is_not_loaded_before_flags_are_read() -> None:
     """All at once: one interpreter, every module, no torch and nothing as slow."""
     modules = [name.removesuffix(".py").replace("/", ".") for name in TORCH_FREE]
-    code = f"import sys, {', '.join(modules)}; print(sorted({{'torch', 'transformers', 'tensorboard'}} & set(sys.modules)))"
+    slow = {"torch", "transformers", "tensorboard"}
+    code = f"import sys, {', '.join(modules)}; print(sorted({slow} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.stdout == "[]\n", result.stdout + result.stderr
 

@@ -28,7 +28,8 @@ from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentence
 from tests.launch import ROOT
 from utils.files import build_once, cache_key
 
-WORDS = "a ring of ranks turns once and every token knows its place in the row; padding is silent, five axes make one loss. "
+WORDS = "a ring of ranks turns once and every token knows its place in the row; "
+WORDS += "padding is silent, five axes make one loss. "
 
 
 @pytest.fixture(scope="module")

@@ -206,8 +206,8 @@ def test_a_suspended_timeout_ends_when_rank_0_is_gone(peers: list[Peer]) -> None
         peers[0].silence()
         text = wait_for(said)
     assert (
-        "nothing heard of rank 0 for 0.003 minutes (--distributed-startup-timeout-minutes): data preparation; lost rank 0 on node7"
-        in text
+        "nothing heard of rank 0 for 0.003 minutes (--distributed-startup-timeout-minutes): "
+        "data preparation; lost rank 0 on node7" in text
     )
 
 
