@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +249,7 @@ def measure_prepare(settings: Settings) -> dict[str, Any]:
 
     found: dict[str, Any] = {"MB of text": size / 1e6}
     for workers in (1, 2):
-        turns = {"ours": lambda n=workers: prepare(n), "floor": lambda n=workers: encode(n)}
-        speeds = take_turns(turns, settings.rounds)
+        speeds = take_turns({"ours": partial(prepare, workers), "floor": partial(encode, workers)}, settings.rounds)
         found[f"{workers} workers"] = {
             "ours, MB/s": float(np.median(speeds["ours"])),
             "batched SentencePiece, MB/s": float(np.median(speeds["floor"])),

@@ -390,20 +390,15 @@ def build_ring_rank(
 
 def measure_ring(machine: Machine, rounds: int) -> None:
     """Part ring."""
-    seq_length, *heads = (512, 4, 2, 16) if machine.tiny else (65536, 16, 8, 128)
-    query_heads, groups, head_dim = heads
+    seq_length, heads = (512, (4, 2, 16)) if machine.tiny else (65536, (16, 8, 128))
     found: dict[str, Any] = {}
     for kind, lengths in (("batch", np.array([seq_length])), ("packed", draw_documents(seq_length))):
         sample = build_sample(lengths, ALIGNMENT, seq_length)
-        generator = torch.Generator(machine.device).manual_seed(SEED)
-
-        def build(cp_size: int, cp_rank: int, sample: PackedSample = sample, generator: Any = generator) -> Any:
-            sizes = (query_heads, groups, head_dim)
-            return build_ring_rank(machine, sample, sizes, generator, cp_size=cp_size, cp_rank=cp_rank)
-
+        build = partial(build_ring_rank, machine, sample, heads, torch.Generator(machine.device).manual_seed(SEED))
         slowest = []
         for cp_size in (2, 4, 8):
-            work = {"whole": build(1, 0)} | {f"rank {rank}": build(cp_size, rank) for rank in range(cp_size)}
+            work = {"whole": build(cp_size=1, cp_rank=0)}
+            work |= {f"rank {rank}": build(cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)}
             seconds = {name: statistics.median(times) for name, times in machine.time_turns(work, rounds).items()}
             ideal = seconds.pop("whole") / cp_size
             slowest.append(ideal / max(seconds.values()))

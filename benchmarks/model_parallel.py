@@ -13,6 +13,7 @@ import statistics
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -81,6 +82,11 @@ class LayoutRank:
         return time_call(lambda: [self.ours.step(self.batches) for _ in range(steps)], dist.barrier)
 
 
+def time_slowest(world: World, steps: int) -> float:
+    """Seconds of `steps` steps on the slowest rank."""
+    return max(world.run(LayoutRank.time_steps, steps))
+
+
 def main() -> None:
     parser = benchmark_parser(__doc__, rounds=7)
     parser.add_argument("--steps-per-round", type=int, default=1, help="training steps of a turn; default: %(default)s")
@@ -98,10 +104,7 @@ def main() -> None:
         for name, found in losses.items():
             apart = max(abs(a / b - 1) for a, b in zip(found, losses[ALONE], strict=True))
             assert apart <= LOSS_TOLERANCE, f"{name}: losses {found}, one process {losses[ALONE]}"
-        turns = {
-            name: lambda world=world: max(world.run(LayoutRank.time_steps, args.steps_per_round))
-            for name, world in worlds.items()
-        }
+        turns = {name: partial(time_slowest, world, args.steps_per_round) for name, world in worlds.items()}
         times = take_turns(turns, args.rounds)
     tokens = args.steps_per_round * MICROBATCHES * SEQ_LENGTH
     figures = []

@@ -14,8 +14,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from benchmarks.harness import (
     is_met,
     one_document,
     take_turns,
+    time_call,
     write_figures,
 )
 from data.batch import Batch
@@ -106,11 +107,7 @@ class StepRank:
         """Seconds of `steps` steps of each, which take turns step by step."""
         seconds = dict.fromkeys(names, 0.0)
         for number, name in itertools.product(range(steps), names):
-            dist.barrier()
-            start = time.perf_counter()
-            self.steps[name](number)
-            dist.barrier()
-            seconds[name] += time.perf_counter() - start
+            seconds[name] += time_call(partial(self.steps[name], number), dist.barrier)
         return seconds
 
     def count_saved_bytes(self, cp_size: int) -> dict[str, int]:
