@@ -33,7 +33,7 @@ from metrics.timers import Timers
 from model.gpt import GPT, Stages
 from parallel.collectives import WaitClock, sum_over
 from parallel.fsdp import clip_grad_norm_
-from planner.estimate import data_of, plan_text
+from planner.estimate import format_plan, make_plan, pack_rows, read_vocab_and_lengths
 from runtime.consistency import verify_rows, verify_weights
 from runtime.distributed import (
     broadcast_object,
@@ -82,8 +82,9 @@ def main(argv: list[str], status: RunStatus) -> None:
     )
     if config.training.dry_run:
         if launch.rank == 0:
-            vocab_size, lengths = data_of(config.data)
-            log(plan_text(config, config.model.architecture(vocab_size), lengths))
+            vocab_size, lengths = read_vocab_and_lengths(config.data)
+            plan = make_plan(config, config.model.architecture(vocab_size), pack_rows(config, lengths))
+            log(format_plan(config, plan))
         return
     stops = StopRequests(
         interval=config.training.exit_interval,

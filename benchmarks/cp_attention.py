@@ -5,7 +5,7 @@
 1. Every cell of cp/support.py's table on gloo ranks of one thread, over one BSHD sequence and over packed THD
    documents of log-normal lengths. Efficiency is (one rank's time for the whole row / cp) / time, at most cores / cp.
    `wait` is the time in which native's computation waits for transfers, slower peers included. `sent` is counted, in
-   bytes that a rank sends, and compared with the method's formula (planner/communication.py).
+   bytes that a rank sends, and compared with the method's formula (planner/estimate.py).
 2. native p2p against ring-flash-attn's zigzag in bf16, both over PyTorch's flash kernel; 1 or more: as fast or faster.
 3. Profile of native p2p with few and with many documents: no read of a tensor's value by the host.
 
@@ -54,7 +54,7 @@ from cp.support import QKV_FORMATS, AttentionChoice, cells
 from parallel import collectives
 from parallel.collectives import WaitClock
 from parallel.grid import GridSizes, build_grid, split_group
-from planner.communication import cp_bytes
+from planner.estimate import cp_bytes
 
 CP_SIZES = (2, 4)
 MEDIAN_LENGTH, SIGMA, SEED = 600, 1.5, 1234

@@ -1,4 +1,4 @@
-"""What a run will cost, told before it starts: `tools/plan.py` and `train.py --dry-run`."""
+"""Memory, FLOPs and sent bytes of a step before a run starts: `tools/plan.py` and `train.py --dry-run`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,31 @@ import numpy as np
 
 from config.schema import DataConfig, RunConfig
 from cp.layout import attention_pairs, balance
+from cp.native_a2a import kv_copies
+from cp.support import AttentionChoice
 from data.packing import pack_epoch
 from data.sources import PreparedCorpus, find_tokenizer, open_sources
 from model.config import GPTConfig, count_parameters
-from parallel.stages import split_layers
-from planner.communication import step_bytes
-from planner.memory import Memory, rank_memory, stage_parameters
+from parallel.grid import AXES
+from planner.memory import Memory, rank_layers, rank_memory
+from training.build import COMPUTE_DTYPES
 from training.flops import training_flops
 from utils.errors import UserError
 
-ROWS_LOOKED_AT = 50  # of a packing, for its balance
+ROWS_READ = 50  # rows of a packing that its balance is averaged over
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What packing makes of documents. Attributes: share of real tokens; max / mean work of the cp ranks; squared lengths a row."""
+    """Statistics of packed rows.
+
+    Attributes:
+        packing_efficiency: share of real tokens.
+        cp_balance: attention work of the busiest cp rank over the mean.
+        squared_lengths: sum of length^2 over the documents of a row.
+        documents: number of documents that the statistics come from.
+    """
 
     packing_efficiency: float
     cp_balance: float
@@ -30,14 +40,34 @@ class Rows:
     documents: int
 
 
+@dataclass(frozen=True)
+class Plan:
+    """One step.
+
+    Attributes:
+        memory: of the rank with the highest peak.
+        flops: of all ranks.
+        sent: bytes that a rank of the first stage sends, by axis.
+        bubble: share of the time that pipeline stages idle.
+        parameters: of the whole model.
+    """
+
+    memory: Memory
+    flops: float
+    sent: dict[str, int]
+    rows: Rows
+    bubble: float
+    parameters: int
+
+
 def parse_lengths(text: str, rng: np.random.Generator) -> np.ndarray:
     """`fixed:N`, `lognormal:MEAN,SIGMA` (mean length; sigma of its logarithm), or a file with one length a line.
 
     Returns:
-        [documents] int64 tokens of each.
+        [documents] int64 tokens of each document.
 
     Raises:
-        ValueError: none of these.
+        UserError: another form, or a length below 1.
     """
     kind, _, rest = text.partition(":")
     try:
@@ -58,140 +88,184 @@ def parse_lengths(text: str, rng: np.random.Generator) -> np.ndarray:
     return lengths.astype(np.int64)
 
 
-def data_of(data: DataConfig) -> tuple[int, np.ndarray | None]:
-    """The vocabulary, and where --data-path is prepared the lengths of its documents (of large corpora the first million a source).
+def read_vocab_and_lengths(data: DataConfig) -> tuple[int, np.ndarray | None]:
+    """The vocabulary size, and the document lengths of prepared sources (the first million of each), None without any.
 
-    Nothing is tokenized or trained: a tokenizer that would be trained counts as --tokenizer-vocab-size.
+    Nothing is tokenized or trained: --tokenizer-vocab-size stands for a tokenizer that would be trained.
     """
-    parts = open_sources(data.data_path, data.json_key)
-    found = find_tokenizer(
-        parts,
-        [],
-        tokenizer_type=data.tokenizer_type,
-        model=data.tokenizer_model,
-        eod=data.tokenizer_eod,
+    sources = open_sources(data.data_path, data.json_key)
+    tokenizer = find_tokenizer(
+        sources, [], tokenizer_type=data.tokenizer_type, model=data.tokenizer_model, eod=data.tokenizer_eod
     )
-    prepared = [
-        np.asarray(p.content.tokens.lengths[:1_000_000], np.int64)
-        for p in parts
-        if isinstance(p.content, PreparedCorpus)
-    ]
-    return found.vocab_size if found else data.tokenizer_vocab_size, np.concatenate(prepared) if prepared else None
+    prepared = [source.content for source in sources if isinstance(source.content, PreparedCorpus)]
+    lengths = [np.asarray(content.tokens.lengths[:1_000_000], np.int64) for content in prepared]
+    vocab_size = tokenizer.vocab_size if tokenizer else data.tokenizer_vocab_size
+    return vocab_size, np.concatenate(lengths) if lengths else None
 
 
-def describe_rows(config: RunConfig, lengths: np.ndarray | None) -> Rows:
-    """Packing and balance for documents of these lengths; None: each sequence one document."""
-    if lengths is None or config.data.packing == "concat":
-        whole = np.array([config.data.seq_length])
-        pairs = (
-            attention_pairs(whole, whole, cp_size=config.parallel.cp_size, layout=config.parallel.cp_layout)
-            if config.parallel.cp_size > 1
-            else np.ones(1)
-        )
-        return Rows(1.0, balance(pairs), float(config.data.seq_length) ** 2, 0 if lengths is None else len(lengths))
-    epoch = pack_epoch(
-        lengths,
-        seed=config.training.seed,
-        epoch=0,
-        seq_length=config.data.seq_length,
-        alignment=config.data.document_alignment,
-    )
-    balances, squares = [], []
-    for n in range(min(len(epoch), ROWS_LOOKED_AT)):
-        own = epoch.sample_pieces(n)[:, 2]
-        squares.append(float((own.astype(np.float64) ** 2).sum()))
-        padded = -(-own // config.data.document_alignment) * config.data.document_alignment
-        if config.parallel.cp_size > 1:
-            balances.append(
-                balance(attention_pairs(own, padded, cp_size=config.parallel.cp_size, layout=config.parallel.cp_layout))
-            )
+def pack_rows(config: RunConfig, lengths: np.ndarray | None) -> Rows:
+    """Statistics of rows of documents with these lengths; None: each sample is one document."""
+    data, parallel = config.data, config.parallel
+
+    def cp_balance(own: np.ndarray, padded: np.ndarray) -> float:
+        if parallel.cp_size == 1:
+            return 1.0
+        return balance(attention_pairs(own, padded, cp_size=parallel.cp_size, layout=parallel.cp_layout))
+
+    if lengths is None or data.packing == "concat":
+        whole = np.array([data.seq_length])
+        documents = 0 if lengths is None else len(lengths)
+        return Rows(1.0, cp_balance(whole, whole), float(data.seq_length) ** 2, documents)
+    unit = data.document_alignment
+    epoch = pack_epoch(lengths, seed=config.training.seed, epoch=0, seq_length=data.seq_length, alignment=unit)
+    rows = [epoch.sample_pieces(n)[:, 2] for n in range(min(len(epoch), ROWS_READ))]
     return Rows(
-        packing_efficiency=float(lengths.sum() / (len(epoch) * config.data.seq_length)),
-        cp_balance=float(np.mean(balances)) if balances else 1.0,
-        squared_lengths=float(np.mean(squares)),
+        packing_efficiency=float(lengths.sum() / (len(epoch) * data.seq_length)),
+        cp_balance=float(np.mean([cp_balance(own, -(-own // unit) * unit) for own in rows])),
+        squared_lengths=float(np.mean([(own.astype(np.float64) ** 2).sum() for own in rows])),
         documents=len(lengths),
     )
 
 
-def worst_memory(config: RunConfig, architecture: GPTConfig) -> Memory:
-    """Of the pipeline stage that needs most: the first, which has the most microbatches under way, or the last, which has the loss; all are
-    looked at where the stages' sizes are given by hand."""
-    uneven = (
-        config.parallel.first_stage_layers
-        or config.parallel.last_stage_layers
-        or architecture.num_layers % (config.parallel.pp_size * config.parallel.virtual_stages)
+def max_rank_memory(config: RunConfig, architecture: GPTConfig) -> Memory:
+    """Memory of the stage with the highest peak.
+
+    The first has the most microbatches in flight, the last the loss; stages of different sizes are all measured.
+    """
+    parallel = config.parallel
+    is_uneven = (
+        parallel.first_stage_layers
+        or parallel.last_stage_layers
+        or architecture.num_layers % (parallel.pp_size * parallel.virtual_stages)
     )
-    stages = range(config.parallel.pp_size) if uneven else sorted({0, config.parallel.pp_size - 1})
-    return max((rank_memory(config, architecture, stage) for stage in stages), key=lambda m: m.peak)
+    stages = range(parallel.pp_size) if is_uneven else sorted({0, parallel.pp_size - 1})
+    return max((rank_memory(config, architecture, stage) for stage in stages), key=lambda memory: memory.peak)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Of one step: memory of the fullest rank, floating-point operations of all, bytes that the rank of the first stage sends."""
-
-    memory: Memory
-    flops: float
-    sent: dict[str, int]
-    rows: Rows
-    bubble: float
-    parameters: int
+def stage_parameters(config: RunConfig, architecture: GPTConfig, stage: int) -> int:
+    """Parameters of a rank's stages and tp part, before FSDP shards them."""
+    layers = [number for part in rank_layers(config, architecture, stage) for number in part]
+    is_first, is_last = 0 in layers, architecture.num_layers - 1 in layers
+    h, tp = architecture.hidden_size, config.parallel.tp_size
+    matrices = architecture.qkv_size + architecture.query_size + 3 * architecture.ffn_hidden_size
+    norms = 2 * h + (2 * architecture.kv_channels if architecture.qk_norm else 0)
+    tables = 1 if architecture.tie_embeddings and config.parallel.pp_size == 1 else is_first + is_last
+    table = architecture.padded_vocab_size * h // tp
+    return len(layers) * (h * matrices // tp + norms) + tables * table + is_last * h
 
 
 def make_plan(
     config: RunConfig,
     architecture: GPTConfig,
-    lengths: np.ndarray | None,
+    rows: Rows,
     memory: Memory | None = None,
-    rows: Rows | None = None,
 ) -> Plan:
-    """Args: config: resolved flags; memory, rows: from `worst_memory` and `describe_rows`, where they are known."""
-    rows = rows or describe_rows(config, lengths)
-    tokens = config.training.global_batch_size * config.data.seq_length * rows.packing_efficiency
-    layers = split_layers(
-        architecture.num_layers,
-        config.parallel.pp_size * config.parallel.virtual_stages,
-        first=config.parallel.first_stage_layers,
-        last=config.parallel.last_stage_layers,
-    )
-    own = sum(len(part) for part in layers[:: config.parallel.pp_size])
-    microbatches = config.num_microbatches
-    idle = (
-        (config.parallel.pp_size - 1) / config.parallel.virtual_stages
-        if config.parallel.pp_schedule == "interleaved"
-        else config.parallel.pp_size - 1
-    )
+    """The plan of resolved flags.
+
+    Args:
+        rows: from `pack_rows`.
+        memory: from `max_rank_memory`; None: measured here.
+    """
+    parallel, sequences = config.parallel, config.training.global_batch_size
+    idle = (parallel.pp_size - 1) / (parallel.virtual_stages if parallel.pp_schedule == "interleaved" else 1)
+    tokens = sequences * config.data.seq_length * rows.packing_efficiency
     return Plan(
-        memory=memory or worst_memory(config, architecture),
-        flops=training_flops(
-            architecture, tokens=tokens, squared_lengths=rows.squared_lengths * config.training.global_batch_size
-        ),
-        sent=step_bytes(config, architecture, parameters=stage_parameters(config, architecture, 0), layers=own),
+        memory=memory or max_rank_memory(config, architecture),
+        flops=training_flops(architecture, tokens=tokens, squared_lengths=rows.squared_lengths * sequences),
+        sent=step_bytes(config, architecture),
         rows=rows,
-        bubble=idle / (microbatches + idle),
+        bubble=idle / (config.num_microbatches + idle),
         parameters=count_parameters(architecture),
     )
 
 
-def plan_text(config: RunConfig, architecture: GPTConfig, lengths: np.ndarray | None = None) -> str:
+def format_plan(config: RunConfig, plan: Plan) -> str:
     """A plan in words, one screen."""
-    plan = make_plan(config, architecture, lengths)
-    axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-    world = config.parallel.world_size
-    grid = " x ".join(f"{axis} {getattr(config.parallel, f'{axis}_size')}" for axis in axes)
-    gib = 2**30
-    lines = [
-        f"{'grid':<14} {grid} = {world} ranks",
-        f"{'model':<14} {plan.parameters:,} parameters",
-        f"{'step':<14} {config.training.global_batch_size} sequences of {config.data.seq_length:,}, {plan.flops:.3g} FLOPs, {plan.flops / world:.3g} a rank"
-        + (f"; pipeline idle {plan.bubble:.1%} of the time" if config.parallel.pp_size > 1 else ""),
-        f"{'rows':<14} packing {plan.rows.packing_efficiency:.2%}, cp balance (most / mean work) {plan.rows.cp_balance:.3f}"
-        + (f", from {plan.rows.documents:,} documents" if plan.rows.documents else ", each sequence one document"),
-        f"{'memory':<14} {plan.memory.peak / gib:.2f} GiB at the fullest moment of a rank of stage {plan.memory.stage}",
-        *(
-            f"{'':<14} {amount / gib:10.3f} GiB  {part}"
-            for part, amount in sorted(plan.memory.parts.items(), key=lambda p: -p[1])
-        ),
-        f"{'sends a step':<14} "
-        + (", ".join(f"{axis} {amount / gib:.3g} GiB" for axis, amount in plan.sent.items()) or "nothing"),
-    ]
-    return "\n".join(lines)
+    parallel, rows, memory = config.parallel, plan.rows, plan.memory
+    world = parallel.world_size
+    grid = " x ".join(f"{axis} {getattr(parallel, f'{axis}_size')}" for axis in AXES)
+    bubble = f"; pipeline idle {plan.bubble:.1%} of the time" if parallel.pp_size > 1 else ""
+    documents = f"from {rows.documents:,} documents" if rows.documents else "each sequence one document"
+    sent = ", ".join(f"{axis} {amount / GIB:.3g} GiB" for axis, amount in plan.sent.items()) or "nothing"
+    lines = {
+        "grid": f"{grid} = {world} ranks",
+        "model": f"{plan.parameters:,} parameters",
+        "step": f"{config.training.global_batch_size} sequences of {config.data.seq_length:,}, "
+        f"{plan.flops:.3g} FLOPs, {plan.flops / world:.3g} a rank{bubble}",
+        "rows": f"packing {rows.packing_efficiency:.2%}, cp balance (most / mean work) {rows.cp_balance:.3f}, "
+        f"{documents}",
+        "memory": f"{memory.peak / GIB:.2f} GiB peak of a rank of stage {memory.stage}",
+    }
+    text = [f"{name:<14} {line}" for name, line in lines.items()]
+    parts = sorted(memory.parts.items(), key=lambda part: -part[1])
+    text += [f"{'':<14} {amount / GIB:10.3f} GiB  {label}" for label, amount in parts]
+    return "\n".join([*text, f"{'sends a step':<14} {sent}"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bytes that a rank sends
+
+
+def cp_bytes(
+    choice: AttentionChoice, *, tokens: int, heads: int, groups: int, head_dim: int, item: int
+) -> tuple[int, int]:
+    """Bytes of one layer and microbatch, forward and backward; benchmarks/cp_attention.py counts them.
+
+    K and V of a rank, kv = 2 * t * hkv * d elements, reach cp-1 other ranks in either pass, in the inputs' dtype;
+    their gradients travel in fp32. A ring sends a shard's gradient in each of cp steps, the last one home;
+    a reduce-scatter sends each rank cp-1 parts. An exchange over A ranks keeps 1/A of q, k, v and out, with hkv raised
+    to a multiple of A, and the same of their gradients; the remaining ring has cp/A ranks of A times the
+    tokens and 1/A of the heads, so kv is as above, with hkv raised. llama3 reduce-scatters in the inputs' dtype.
+
+    Args:
+        tokens: t, of this rank.
+        heads, groups: of this rank's tp part.
+        item: bytes of an input number.
+    """
+    a2a_size = choice.a2a_size
+    kv_heads = groups * (kv_copies(groups, a2a_size) if a2a_size > 1 else 1)
+    kv = 2 * tokens * kv_heads * head_dim
+    exchanged = tokens * (2 * heads + 2 * kv_heads) * head_dim * item * (a2a_size - 1) // a2a_size
+    ring = choice.cp_size // a2a_size
+    forward = (ring - 1) * kv * item
+    if choice.method == "all_gather":
+        gradients = (ring - 1) * kv * 4
+    elif choice.method == "llama3":
+        gradients = (ring - 1) * kv * item
+    else:
+        gradients = ring * kv * 4 if ring > 1 else 0
+    return exchanged + forward, exchanged + forward + gradients
+
+
+def step_bytes(config: RunConfig, architecture: GPTConfig) -> dict[str, int]:
+    """Bytes that a rank of the first stage sends in one step, by axis, without scalars (norm, loss, agreement)."""
+    parallel, training = config.parallel, config.training
+    microbatches, cp, tp = config.num_microbatches, parallel.cp_size, parallel.tp_size
+    layers = sum(map(len, rank_layers(config, architecture, 0)))
+    item, stored = (COMPUTE_DTYPES[dtype].itemsize for dtype in (training.dtype, training.parameter_dtype))
+    tokens = training.micro_batch_size * config.data.seq_length // cp
+    sent = dict.fromkeys(("cp", "fsdp", "dp_replicate", "tp", "pp"), 0)
+    if cp > 1:
+        heads, groups = architecture.num_attention_heads // tp, architecture.num_query_groups // tp
+        shape = dict(tokens=tokens, heads=heads, groups=groups, head_dim=architecture.kv_channels, item=item)
+        forward, backward = cp_bytes(parallel.attention, **shape)
+        sent["cp"] = microbatches * layers * ((2 if training.recompute == "full" else 1) * forward + backward)
+
+    # A gather sends a rank's shard to all others; a reduce-scatter sends each other rank its part.
+    parameters, fsdp, replicas = (
+        stage_parameters(config, architecture, 0),
+        parallel.dp_shard_size * cp,
+        parallel.dp_replicate_size,
+    )
+    gathers = 2 * microbatches if parallel.reshard_after_forward == "on" else 1
+    sent["fsdp"] = (fsdp - 1) * parameters // fsdp * (gathers * item + stored)
+    sent["dp_replicate"] = 2 * (replicas - 1) * (parameters // fsdp) * stored // replicas
+
+    # A layer enters and exits parallel regions twice: an all-gather or a reduce-scatter each (or two all-reduces).
+    hidden = tokens * architecture.hidden_size * item
+    per_pass = 4 * hidden * (tp - 1) // tp
+    recomputed = {"none": 0, "selective": per_pass // 2, "full": per_pass}[training.recompute]
+    sent["tp"] = microbatches * layers * (2 * per_pass + recomputed)
+    if parallel.pp_size > 1:
+        sent["pp"] = 2 * microbatches * parallel.virtual_stages * hidden // (tp if parallel.sequence_parallel else 1)
+    return {axis: amount for axis, amount in sent.items() if amount}

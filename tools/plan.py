@@ -1,8 +1,9 @@
-"""What a run will need, on a laptop, without a rank: `python tools/plan.py --world-size 64 --gpu-memory 80 <flags of train.py>`.
+"""Plan a run on a laptop, without ranks: `python tools/plan.py --world-size 64 --gpu-memory 80 <flags of train.py>`.
 
-Memory of a rank by part, FLOPs and sent bytes of a step, packing and balance for a distribution of document lengths, legal sizes, and with
---rank-layouts the layouts that fit, best first. Memory is counted from the model's own code (planner/memory.py), on plain PyTorch layers,
-which hold most; with --transformer-impl te on Transformer Engine's, installed or not, in bf16.
+Prints memory of a rank by part, FLOPs and sent bytes of a step, packing and balance of a distribution of document
+lengths, legal sizes, and with --rank-layouts the best layouts that fit. Memory is measured on fake tensors
+(planner/memory.py) with plain PyTorch layers, which save most; with --transformer-impl te with the layers of
+Transformer Engine, installed or not, in bf16.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,38 @@ import numpy as np
 from config.cli import parse_arguments
 from config.schema import RunConfig
 from config.validate import resolve
-from model.config import GPTConfig
-from planner.estimate import data_of, describe_rows, make_plan, parse_lengths, plan_text, worst_memory
-from planner.memory import stage_parameters
+from planner.estimate import (
+    GIB,
+    Plan,
+    format_plan,
+    make_plan,
+    max_rank_memory,
+    pack_rows,
+    parse_lengths,
+    read_vocab_and_lengths,
+    stage_parameters,
+)
+from planner.memory import Memory
 from training.flops import PEAK_TFLOPS
 from utils.errors import UserError, run_tool
 
-AXES = ("pp", "dp_replicate", "cp", "tp")  # dp_shard is what is left
-STORED = 4  # bytes of a weight, a moment
-ROOM = 0.9  # of a device's memory that a plan may fill: the rest is the allocator's, NCCL's and the context's
-# What a byte sent over an axis costs beside one that is hidden: tp and cp wait for each other in every layer, FSDP's run ahead.
+AXES = ("pp", "dp_replicate", "cp", "tp")  # dp_shard takes the ranks that are left
+STATE_BYTES = 3 * 4  # of a parameter: weight and two moments
+USABLE = 0.9  # share of a device's memory that a plan may fill; the rest is the allocator's, NCCL's and the context's
+# Share of a transfer's time that computation does not hide: tp waits in every layer, the others run ahead.
 EXPOSED = {"tp": 1.0, "cp": 0.3, "fsdp": 0.3, "dp_replicate": 0.3, "pp": 0.3}
-WITHIN_NODE, BETWEEN_NODES = (
-    300e9,
-    40e9,
-)  # bytes a second of a rank, as NVLink and a 400 Gb/s card give; for the order alone
-AGAIN = {"none": 1.0, "selective": 1.12, "full": 4 / 3}  # computation with recomputing
+# Bytes a second of a rank, as NVLink and a 400 Gb/s card give; only the order of layouts depends on them.
+WITHIN_NODE, BETWEEN_NODES = 300e9, 40e9
+RECOMPUTE_COST = {"none": 1.0, "selective": 1.12, "full": 4 / 3}  # computation relative to none
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout with its plan; `seconds` of a step are an estimate for the order."""
+
+    seconds: float
+    config: RunConfig
+    plan: Plan
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,116 +67,147 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         epilog="All flags of train.py too.",
     )
-    parser.add_argument("--world-size", type=int, default=1, help="ranks in all")
-    parser.add_argument("--node-size", type=int, help="ranks on a node; default: all, at most 8")
-    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one device")
-    parser.add_argument(
-        "--vocab-size", type=int, help="default: the tokenizer's, or --tokenizer-vocab-size where it would be trained"
-    )
-    parser.add_argument(
-        "--lengths", help="of documents: fixed:N, lognormal:MEAN,SIGMA or a file; default: the prepared corpus's"
-    )
-    parser.add_argument(
-        "--rank-layouts", action="store_true", help="list the layouts of --world-size ranks that fit, best first"
-    )
-    parser.add_argument("--most", type=int, default=12, help="of the list")
-    parser.add_argument(
-        "--json", action="store_true", help="print an object instead of words; with --rank-layouts, of the list"
-    )
+    add = parser.add_argument
+    add("--world-size", type=int, default=1, help="ranks in all; default: 1")
+    add("--node-size", type=int, help="ranks on a node; default: all, at most 8")
+    add("--gpu-memory", type=float, metavar="GIB", help="memory of one device in GiB; default: no verdict")
+    add("--vocab-size", type=int, help="default: the tokenizer's; --tokenizer-vocab-size if one would be trained")
+    add("--lengths", help="of documents: fixed:N, lognormal:MEAN,SIGMA or a file; default: the prepared corpus's")
+    add("--rank-layouts", action="store_true", help="list the best layouts of --world-size ranks that fit")
+    add("--most", type=int, default=12, help="layouts in the list; default: 12")
+    add("--json", action="store_true", help="print the plan, or the list of --rank-layouts, as JSON")
     return parser
 
 
-def resolved(words: list[str], world: int, node: int) -> RunConfig:
-    """Raises ValueError where train.py would refuse."""
+def resolve_without_devices(words: list[str], world: int, node: int) -> RunConfig:
+    """Resolved flags for a GPU cluster, unless --device cpu.
+
+    Raises:
+        UserError: train.py would refuse them.
+    """
     config = parse_arguments(words)
-    if config.parallel.device == "auto":
-        config.parallel.device = "cuda"
-    planned = "te" if config.model.transformer_impl == "te" else "torch"
-    if planned == "te":  # which need not be here, and whose 8 bits are planned as bf16
-        config.model.fp8, config.model.fp8_first_last_bf16 = "none", False
-        config.parallel.cp_backend = "native" if config.parallel.cp_backend == "te" else config.parallel.cp_backend
-    config.model.transformer_impl = "torch"
+    parallel, model = config.parallel, config.model
+    parallel.device = "cuda" if parallel.device == "auto" else parallel.device
+    planned = "te" if model.transformer_impl == "te" else "torch"
+    if planned == "te":  # Transformer Engine need not be installed; fp8 is planned as bf16
+        model.fp8, model.fp8_first_last_bf16 = "none", False
+        parallel.cp_backend = "native" if parallel.cp_backend == "te" else parallel.cp_backend
+    model.transformer_impl = "torch"
     resolve(config, world_size=world, local_world_size=min(node, world), cuda_devices=lambda: node)
-    config.model.transformer_impl = planned
+    model.transformer_impl = planned
     return config
 
 
-def legal_values(words: list[str], world: int, node: int) -> dict[str, list[int]]:
-    """For each axis the sizes that train.py would take with everything else as given and dp_shard what is left."""
-    found: dict[str, list[int]] = {}
-    for axis in AXES:
-        found[axis] = []
+def find_legal_sizes(words: list[str], world: int, node: int) -> dict[str, list[int]]:
+    """For each axis the sizes that train.py accepts with the other flags as given and --dp-shard-size -1."""
+    legal: dict[str, list[int]] = {axis: [] for axis in AXES}
+    for axis, sizes in legal.items():
         for size in (n for n in range(1, world + 1) if world % n == 0):
-            with contextlib.suppress(ValueError):
-                resolved([*words, "--dp-shard-size", "-1", f"--{axis.replace('_', '-')}-size", str(size)], world, node)
-                found[axis].append(size)
-    return found
+            with contextlib.suppress(UserError):
+                flags = ["--dp-shard-size", "-1", f"--{axis.replace('_', '-')}-size", str(size)]
+                resolve_without_devices([*words, *flags], world, node)
+                sizes.append(size)
+    return legal
 
 
-def layouts(words: list[str], world: int, node: int) -> Iterator[RunConfig]:
-    """Every legal layout; recomputing none, selective, full of each."""
+def legal_layouts(words: list[str], world: int, node: int) -> Iterator[RunConfig]:
+    """Every legal layout, with each kind of recomputation."""
     divisors = [n for n in range(1, world + 1) if world % n == 0]
     for pp in divisors:
         for tp in (n for n in divisors if n <= node and world % (pp * n) == 0):
             for cp in (n for n in divisors if world % (pp * tp * n) == 0):
-                for recompute in AGAIN:
+                for recompute in RECOMPUTE_COST:
                     sizes = ["--pp-size", pp, "--tp-size", tp, "--cp-size", cp, "--dp-shard-size", -1]
-                    with contextlib.suppress(ValueError):
-                        yield resolved([*words, *map(str, sizes), "--recompute", recompute], world, node)
+                    with contextlib.suppress(UserError):
+                        flags = [*words, *map(str, sizes), "--recompute", recompute]
+                        yield resolve_without_devices(flags, world, node)
 
 
-def estimated_seconds(config: RunConfig, architecture: GPTConfig, plan: Any, node: int) -> float:
-    """For the order of layouts only, not a measurement: half the peak of an H100 for the computation, stretched by recomputing,
-    imbalance and the pipeline's idle time, and each axis's bytes at the speed of the slowest link it crosses, as far as they are exposed.
+def estimate_seconds(config: RunConfig, plan: Plan, node: int) -> float:
+    """Seconds of a step, only for the order of layouts.
+
+    Half the peak of an H100 for the computation, longer by recomputation, imbalance and the pipeline's idle time; plus
+    the exposed share of each axis's bytes at the speed of the slowest link that the axis crosses.
     """
-    world = config.parallel.world_size
-    peak = dict(PEAK_TFLOPS)["H100"] * 1e12 / 2
-    seconds = plan.flops / world / peak * AGAIN[config.training.recompute] * plan.rows.cp_balance / (1 - plan.bubble)
-    reach = {
-        "tp": config.parallel.tp_size,
-        "cp": config.parallel.tp_size * config.parallel.cp_size,
-        "fsdp": config.parallel.tp_size * config.parallel.cp_size * config.parallel.dp_shard_size,
-        "dp_replicate": config.parallel.tp_size
-        * config.parallel.cp_size
-        * config.parallel.dp_shard_size
-        * config.parallel.dp_replicate_size,
-        "pp": world,
-    }
-    return seconds + sum(
-        EXPOSED[a] * n / (WITHIN_NODE if reach[a] <= node else BETWEEN_NODES) for a, n in plan.sent.items()
-    )
+    parallel = config.parallel
+    flops_per_second = dict(PEAK_TFLOPS)["H100"] * 1e12 / 2
+    cost = RECOMPUTE_COST[config.training.recompute] * plan.rows.cp_balance / (1 - plan.bubble)
+    seconds = plan.flops / parallel.world_size / flops_per_second * cost
+    span = {"tp": parallel.tp_size, "cp": parallel.tp_size * parallel.cp_size}  # ranks between an axis's ends
+    span["fsdp"] = span["cp"] * parallel.dp_shard_size
+    span["dp_replicate"] = span["fsdp"] * parallel.dp_replicate_size
+    span["pp"] = parallel.world_size
+    for axis, amount in plan.sent.items():
+        seconds += EXPOSED[axis] * amount / (WITHIN_NODE if span[axis] <= node else BETWEEN_NODES)
+    return seconds
 
 
-def ranked(
-    words: list[str], world: int, node: int, memory: float, vocab: int, lengths: np.ndarray | None
-) -> list[tuple[float, Any, Any]]:
-    """(estimated seconds, flags, plan) of the layouts that fit, best first."""
-    found, rows = [], {}  # type: ignore[var-annotated]
-    for config in layouts(words, world, node):
-        architecture = config.model.architecture(vocab)
-        limit = ROOM * memory * 2**30
-        own = stage_parameters(config, architecture, 0) // (config.parallel.dp_shard_size * config.parallel.cp_size)
-        if 3 * STORED * own > limit:  # weights and moments alone
-            continue
-        needed = worst_memory(config, architecture)
-        if needed.peak > limit:
-            continue
+def rank_layouts(
+    words: list[str], own: argparse.Namespace, node: int, vocab: int, lengths: np.ndarray | None
+) -> tuple[list[Layout], int]:
+    """The first --most layouts in the order of estimated time whose memory fits, and the number of legal layouts.
+
+    Memory is measured in that order, and no longer than needed.
+    """
+    limit, rows, found = USABLE * own.gpu_memory * GIB, {}, []  # type: ignore[var-annotated]
+    for config in legal_layouts(words, own.world_size, node):
         key = (config.parallel.cp_size, config.parallel.cp_layout, config.data.document_alignment)
         if key not in rows:
-            rows[key] = describe_rows(config, lengths)
-        plan = make_plan(config, architecture, lengths, needed, rows[key])
-        found.append((estimated_seconds(config, architecture, plan, node), config, plan))
-    return sorted(found, key=lambda one: one[0])
+            rows[key] = pack_rows(config, lengths)
+        unmeasured = Memory(0, {}, 0)
+        plan = make_plan(config, config.model.architecture(vocab), rows[key], unmeasured)
+        found.append(Layout(estimate_seconds(config, plan, node), config, plan))
+    best: list[Layout] = []
+    for layout in sorted(found, key=lambda layout: layout.seconds):
+        config, architecture = layout.config, layout.config.model.architecture(vocab)
+        shards = config.parallel.dp_shard_size * config.parallel.cp_size
+        if len(best) == own.most or STATE_BYTES * stage_parameters(config, architecture, 0) // shards > limit:
+            continue
+        memory = max_rank_memory(config, architecture)
+        if memory.peak <= limit:
+            best.append(replace(layout, plan=replace(layout.plan, memory=memory)))
+    return best, len(found)
 
 
 def check_numbers(own: argparse.Namespace) -> None:
-    """Raises ValueError for a size or count below 1, or a memory that is none."""
+    """Raises UserError for a size or count below 1, or a memory that is not finite and positive."""
     for name in ("world_size", "node_size", "vocab_size", "most"):
         value = getattr(own, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if own.gpu_memory is not None and not 0 < own.gpu_memory < math.inf:
         raise UserError(f"--gpu-memory {own.gpu_memory:g}: must be finite and above 0")
+
+
+def layout_as_json(layout: Layout) -> dict[str, Any]:
+    sizes = {f"{axis}_size": getattr(layout.config.parallel, f"{axis}_size") for axis in (*AXES, "dp_shard")}
+    recompute = layout.config.training.recompute
+    return {**sizes, "recompute": recompute, "estimated_seconds": layout.seconds, "plan": asdict(layout.plan)}
+
+
+def print_layouts(best: list[Layout], legal: int, memory: float) -> None:
+    print(
+        f"{len(best)} layouts of {legal} legal ones that fit into {USABLE:.0%} of {memory:g} GiB, best first by an "
+        "estimate from FLOPs, bytes and idle time, not a measurement"
+    )
+    print(" pp  tp  cp dp_shard recompute      GiB   idle  balance  sent GiB  estimate")
+    for layout in best:
+        parallel, plan = layout.config.parallel, layout.plan
+        print(
+            f"{parallel.pp_size:>3} {parallel.tp_size:>3} {parallel.cp_size:>3} {parallel.dp_shard_size:>8} "
+            f"{layout.config.training.recompute:<10} {plan.memory.peak / GIB:>7.1f} {plan.bubble:>6.1%} "
+            f"{plan.rows.cp_balance:>8.3f} {sum(plan.sent.values()) / GIB:>9.2f} {layout.seconds:>7.2f} s"
+        )
+
+
+def print_plan(config: RunConfig, plan: Plan, own: argparse.Namespace, legal: dict[str, list[int]]) -> None:
+    print(format_plan(config, plan))
+    if own.gpu_memory:
+        share = plan.memory.peak / GIB / own.gpu_memory
+        verdict = "yes" if share <= USABLE else "NO"
+        print(f"{'fits':<14} {verdict}: {share:.0%} of {own.gpu_memory:g} GiB, of which {USABLE:.0%} may be planned")
+    sizes = (f"{axis} {', '.join(map(str, sizes)) or 'none'}" for axis, sizes in legal.items())
+    print(f"{'legal sizes':<14} {'; '.join(sizes)}")
 
 
 def main(argv: list[str]) -> int:
@@ -169,73 +217,30 @@ def main(argv: list[str]) -> int:
     if own.world_size % node:
         raise UserError(f"--world-size {own.world_size}: must be a multiple of --node-size {node}")
     if own.rank_layouts and not own.gpu_memory:
-        raise UserError("--rank-layouts needs --gpu-memory: what shall they fit into?")
-    first = parse_arguments(words)
-    vocab, lengths = data_of(first.data)
+        raise UserError("--rank-layouts needs --gpu-memory, the limit that layouts must fit into")
+    flags = parse_arguments(words)
+    vocab, lengths = read_vocab_and_lengths(flags.data)
     vocab = own.vocab_size or vocab
-    lengths = parse_lengths(own.lengths, np.random.default_rng(first.training.seed)) if own.lengths else lengths
+    lengths = parse_lengths(own.lengths, np.random.default_rng(flags.training.seed)) if own.lengths else lengths
     if own.rank_layouts:
-        best = ranked(words, own.world_size, node, own.gpu_memory, vocab, lengths)
+        best, legal = rank_layouts(words, own, node, vocab, lengths)
         if not best:
-            fit = f"fits into {ROOM:.0%} of {own.gpu_memory:g} GiB"
+            fit = f"fits into {USABLE:.0%} of {own.gpu_memory:g} GiB"
             raise UserError(f"no layout of {own.world_size} ranks {fit}: more ranks, or smaller rows")
         if own.json:
-            print(
-                json.dumps(
-                    {"fitting": len(best), "layouts": [_ranked_facts(*one) for one in best[: own.most]]}, indent=1
-                )
-            )
+            print(json.dumps({"legal": legal, "layouts": [layout_as_json(layout) for layout in best]}, indent=1))
         else:
-            _print_ranked(best[: own.most], len(best), own.gpu_memory)
+            print_layouts(best, legal, own.gpu_memory)
         return 0
-    config = resolved(words, own.world_size, node)
-    architecture = config.model.architecture(vocab)
+    config = resolve_without_devices(words, own.world_size, node)
+    plan = make_plan(config, config.model.architecture(vocab), pack_rows(config, lengths))
     if own.json:
-        plan = make_plan(config, architecture, lengths)
         print(json.dumps(asdict(plan), indent=1))
         return 0
-    print(plan_text(config, architecture, lengths))
-    if own.gpu_memory:
-        share = make_plan(config, architecture, lengths).memory.peak / 2**30 / own.gpu_memory
-        verdict = "yes" if share <= ROOM else "NO"
-        print(f"{'fits':<14} {verdict}: {share:.0%} of {own.gpu_memory:g} GiB, of which {ROOM:.0%} may be planned")
     with contextlib.redirect_stderr(io.StringIO()):
-        legal = legal_values(words, own.world_size, node)
-    print(
-        f"{'legal sizes':<14} "
-        + "; ".join(f"{axis} {', '.join(map(str, sizes)) or 'none'}" for axis, sizes in legal.items())
-    )
+        legal_sizes = find_legal_sizes(words, own.world_size, node)
+    print_plan(config, plan, own, legal_sizes)
     return 0
-
-
-def _ranked_facts(seconds: float, config: RunConfig, plan: Any) -> dict[str, Any]:
-    sizes = {f"{axis}_size": getattr(config.parallel, f"{axis}_size") for axis in (*AXES, "dp_shard")}
-    return {**sizes, "recompute": config.training.recompute, "estimated_seconds": seconds, "plan": asdict(plan)}
-
-
-def _print_ranked(best: list[tuple[float, Any, Any]], found: int, memory: float) -> None:
-    print(
-        f"{found} layouts fit into {ROOM:.0%} of {memory:g} GiB; ordered by an estimate from FLOPs, bytes and idle time, not a measurement"
-    )
-    widths = {
-        "pp": 3,
-        "tp": 3,
-        "cp": 3,
-        "dp_shard": 8,
-        "recompute": -10,
-        "GiB": 7,
-        "idle": 6,
-        "balance": 8,
-        "sent GiB": 9,
-        "estimate": 9,
-    }
-    print(" ".join(f"{name:>{w}}" if w > 0 else f"{name:<{-w}}" for name, w in widths.items()))
-    for seconds, config, plan in best:
-        print(
-            f"{config.parallel.pp_size:>3} {config.parallel.tp_size:>3} {config.parallel.cp_size:>3} {config.parallel.dp_shard_size:>8} {config.training.recompute:<10} "
-            f"{plan.memory.peak / 2**30:>7.1f} {plan.bubble:>6.1%} {plan.rows.cp_balance:>8.3f} {sum(plan.sent.values()) / 2**30:>9.2f} "
-            f"{seconds:>7.2f} s"
-        )
 
 
 if __name__ == "__main__":

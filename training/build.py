@@ -126,6 +126,20 @@ def build_model(
     Args:
         clock: counts the time that native attention waits for other cp ranks.
     """
+    model = build_meta_model(config, architecture, grid, device, clock)
+    tp = get_chunks(model)[0].tp
+    initialise(model, architecture, seed=config.training.seed, device=device, tp=tp)
+    return model
+
+
+def build_meta_model(
+    config: RunConfig,
+    architecture: GPTConfig,
+    grid: Grid,
+    device: torch.device,
+    clock: WaitClock | None = None,
+) -> GPT | Stages:
+    """`build_model` without weights: sharded for `device`, still on the meta device."""
     parallel, model_flags, training = config.parallel, config.model, config.training
     compute_dtype = COMPUTE_DTYPES[training.dtype]
     a2a_groups = None
@@ -175,9 +189,7 @@ def build_model(
             reshard_after_forward=parallel.reshard_after_forward == "on",
         )
         chunks.append(chunk)
-    model = chunks[0] if len(chunks) == 1 else Stages(chunks)
-    initialise(model, architecture, seed=training.seed, device=device, tp=tp)
-    return model
+    return chunks[0] if len(chunks) == 1 else Stages(chunks)
 
 
 def build_pipeline(

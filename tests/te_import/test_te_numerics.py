@@ -194,7 +194,8 @@ def id_of(x: torch.Tensor) -> int:
 
 def bytes_kept(rank: int, planned: bool) -> int:
     from model import te_layers, torch_layers
-    from planner.memory import Ledger, PlannedTEMLP
+    from planner.fake import MemoryLedger
+    from planner.fused import TEMLP
     from tests.te_import.stand_ins import on_the_cpu
 
     size = dict(eps=1e-5, dtype=torch.bfloat16, tp=TensorParallel())
@@ -204,7 +205,7 @@ def bytes_kept(rank: int, planned: bool) -> int:
                 torch_layers.LayerNormMLP(64, 176, **size),
                 torch.empty(40, 64, dtype=torch.bfloat16, requires_grad=True),
             )
-        layer.__class__, layer.ledger = PlannedTEMLP, Ledger()
+        layer.__class__, layer.ledger = TEMLP, MemoryLedger()
         return saved_for_backward(layer, x)
     with on_the_cpu():
         layer = te_layers.LayerNormMLP(64, 176, **size)

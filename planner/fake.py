@@ -1,0 +1,153 @@
+"""A step without devices, data or peers: PyTorch's fake tensors and fake process group, and a ledger of live bytes.
+
+This file holds every private name of PyTorch that the planner uses; tests/unit/test_private_names.py checks them.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class _Storage:
+    """A live storage: its bytes and its label in the ledger."""
+
+    size: int
+    label: str
+    alive: weakref.ref
+
+
+class MemoryLedger(TorchDispatchMode):
+    """Counts the bytes of live storages by label.
+
+    Attributes:
+        label: of new storages.
+        peaks: moment of the step -> bytes by label at the moment's peak.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = self._moment = "weights"
+        self.peaks: dict[str, dict[str, int]] = {}
+        self._live: dict[str, int] = {}
+        self._storages: dict[int, _Storage] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # the operations on the shards follow
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # a fake tensor has no value; pipeline stages vote on static shapes, and 1 is yes
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._add(x)
+        if func.namespace == "fsdp":  # gathers copy in, split out; reductions concatenate the gradients
+            label = "gradients" if "chunk_cat" in func.name() else "gathered weights"
+            self.relabel([out, kwargs], label)
+        elif func is torch.ops.c10d._reduce_scatter_base_.default and self._label(args[1]) == "gradients":
+            self.relabel(args[0], "gradients")
+        return out
+
+    def enter(self, label: str, moment: str | None = None) -> None:
+        """The step goes on to another moment; None: named as the label."""
+        self.label, self._moment = label, moment or label
+
+    def relabel(self, tensors: Any, label: str) -> None:
+        for x in tree_leaves(tensors):
+            storage = self._storages.get(x.untyped_storage()._cdata) if isinstance(x, Tensor) else None
+            if storage is not None:
+                self._move(storage, label)
+
+    def relabel_all(self, old: str, new: str) -> None:
+        for storage in self._storages.values():
+            if storage.label == old:
+                self._move(storage, new)
+
+    def resize(self, storage: torch.UntypedStorage) -> None:
+        """Follow a storage that FSDP2 freed or allocated again."""
+        known = self._storages.get(storage._cdata)
+        if known is not None:
+            self._live[known.label] += storage.nbytes() - known.size
+            known.size = storage.nbytes()
+            self._look()
+
+    def _label(self, x: Tensor) -> str | None:
+        storage = self._storages.get(x.untyped_storage()._cdata)
+        return None if storage is None else storage.label
+
+    def _move(self, storage: _Storage, label: str) -> None:
+        self._live[storage.label] -= storage.size
+        storage.label = label
+        self._live[label] = self._live.get(label, 0) + storage.size
+
+    def _add(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if x.device.type == "meta" or key in self._storages:
+            return
+        alive = weakref.ref(storage, lambda _: self._drop(key))
+        self._storages[key] = _Storage(storage.nbytes(), self.label, alive)
+        self._live[self.label] = self._live.get(self.label, 0) + storage.nbytes()
+        self._look()
+
+    def _drop(self, key: int) -> None:
+        storage = self._storages.pop(key)
+        self._live[storage.label] -= storage.size
+
+    def _look(self) -> None:
+        if sum(self._live.values()) > sum(self.peaks.get(self._moment, {}).values()):
+            self.peaks[self._moment] = {label: size for label, size in self._live.items() if size}
+
+
+@contextmanager
+def fake_world(*, rank: int, world_size: int) -> Iterator[None]:
+    """The default process group of one rank of a world that does not exist. Collectives return at once."""
+    assert not dist.is_initialized(), "a plan is made where no process group exists"
+    hook = sys.excepthook
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = hook  # `init_process_group` puts the rank in front of each line
+
+
+@contextmanager
+def fake_step(ledger: MemoryLedger) -> Iterator[None]:
+    """Tensors have shapes but no data, and the ledger counts them."""
+    resize, isend = torch.UntypedStorage.resize_, dist.isend
+
+    def counted_resize(storage: torch.UntypedStorage, size: int) -> None:
+        resize(storage, size)
+        ledger.resize(storage)
+
+    def held_isend(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The returned work holds its tensor, as that of a real group does."""
+        ledger.relabel(tensor, "sent messages")
+        return SimpleNamespace(wait=isend(tensor, *args, **kwargs).wait, tensor=tensor)
+
+    with (
+        mock.patch.object(torch.UntypedStorage, "resize_", counted_resize),
+        mock.patch.object(dist, "isend", held_isend),
+        mock.patch.object(dist.distributed_c10d, "isend", held_isend),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        ledger,
+    ):
+        yield
