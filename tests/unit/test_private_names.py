@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Private names of PyTorch: what `--cp-backend pytorch` and the checkpoint reader use is there."""
-=======
-"""Private names of PyTorch: the ring of `--cp-backend pytorch`, refused in one line if it moves, and the planner's fakes."""
->>>>>>> cb40943 (Plans measure the project's own step on fake tensors with PyTorch's fake process group, FSDP2 and pipeline schedules)
+"""Private names of PyTorch that `--cp-backend pytorch`, the checkpoint reader and the planner use are there."""
 
 from __future__ import annotations
 
@@ -18,12 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import cp.pytorch_cp as backend
-<<<<<<< HEAD
 from checkpoint.reader import ALLOWED, FIELDS, SafeReader, UnsafeCheckpoint
-=======
 from planner.memory import measure_step
 from tests.flags import resolve_config
->>>>>>> cb40943 (Plans measure the project's own step on fake tensors with PyTorch's fake process group, FSDP2 and pipeline schedules)
 
 
 def test_this_pytorch_has_what_is_used() -> None:
@@ -55,7 +48,6 @@ def test_a_module_that_moved_is_named(monkeypatch) -> None:
         backend.load_private()
 
 
-<<<<<<< HEAD
 def test_records_of_a_checkpoint_have_the_fields_that_the_reader_checks() -> None:
     """A new field of a record is looked at before it is ignored: it may choose how bytes are read."""
     ignored = {"Metadata": {"planner_data", "storage_meta"}}
@@ -79,26 +71,12 @@ def test_an_index_of_this_pytorch_names_what_the_reader_allows(tmp_path: Path) -
     dcp.save({"a": "text"}, checkpoint_id=tmp_path / "text", no_dist=True)
     with pytest.raises(UnsafeCheckpoint, match="BytesStorageMetadata"):
         SafeReader(tmp_path / "text").read_metadata()
-=======
+
+
 def test_the_planner_finds_what_fsdp_and_schedules_do() -> None:
     """Labels come from names of operators; a renamed one would move its bytes to another label."""
-    config = resolve_config(
-        *[
-            "--num-layers",
-            "4",
-            "--pp-size",
-            "2",
-            "--dp-shard-size",
-            "2",
-            "--global-batch-size",
-            "8",
-            "--dtype",
-            "bf16",
-            "--device",
-            "cpu",
-        ],
-        world=4,
-    )
+    sizes = "--num-layers 4 --pp-size 2 --dp-shard-size 2 --global-batch-size 8"
+    config = resolve_config(*sizes.split(), "--dtype", "bf16", "--device", "cpu", world=4)
     peaks = measure_step(config, config.model.architecture(257), stage=1, num_microbatches=4)
     assert set(peaks) >= {"activations", "logits and loss", "backward pass of the last layer", "update"}
     for label in ("weights", "optimiser states", "gathered weights", "pipeline buffers", "sent messages", "gradients"):
@@ -106,4 +84,3 @@ def test_the_planner_finds_what_fsdp_and_schedules_do() -> None:
     update = peaks["update"]
     assert update["optimiser states"] >= 2 * update["weights"] and update["gradients"] == update["weights"]
     assert update.get("gathered weights", 0) == 0, "resharded after the backward pass"
->>>>>>> cb40943 (Plans measure the project's own step on fake tensors with PyTorch's fake process group, FSDP2 and pipeline schedules)
