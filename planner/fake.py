@@ -48,21 +48,21 @@ class MemoryLedger(TorchDispatchMode):
         self._live: dict[str, int] = {}
         self._storages: dict[int, _Storage] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, inputs: Any = (), options: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # the operations on the shards follow
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1  # a fake tensor has no value; pipeline stages vote on static shapes, and 1 is yes
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        options = options or {}
+        out = func(*inputs, **options)
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._add(x)
         if func.namespace == "fsdp":  # gathers copy in, split out; reductions concatenate the gradients
             label = "gradients" if "chunk_cat" in func.name() else "gathered weights"
-            self.relabel([out, kwargs], label)
-        elif func is torch.ops.c10d._reduce_scatter_base_.default and self._label(args[1]) == "gradients":
-            self.relabel(args[0], "gradients")
+            self.relabel([out, options], label)
+        elif func is torch.ops.c10d._reduce_scatter_base_.default and self._label(inputs[1]) == "gradients":
+            self.relabel(inputs[0], "gradients")
         return out
 
     def enter(self, label: str, moment: str | None = None) -> None:
@@ -138,10 +138,10 @@ def fake_step(ledger: MemoryLedger) -> Iterator[None]:
         resize(storage, size)
         ledger.resize(storage)
 
-    def held_isend(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def held_isend(tensor: Tensor, *where: Any, **options: Any) -> Any:
         """The returned work holds its tensor, as that of a real group does."""
         ledger.relabel(tensor, "sent messages")
-        return SimpleNamespace(wait=isend(tensor, *args, **kwargs).wait, tensor=tensor)
+        return SimpleNamespace(wait=isend(tensor, *where, **options).wait, tensor=tensor)
 
     with (
         mock.patch.object(torch.UntypedStorage, "resize_", counted_resize),

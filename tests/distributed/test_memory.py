@@ -26,8 +26,8 @@ from training.build import build_batch_plan, build_model, build_pipeline
 from training.optimizer import build_optimizer
 from training.step import forward_backward, get_norm_owned_names
 
-BASE = """--num-layers 6 --hidden-size 128 --num-attention-heads 4 --num-query-groups 2 --seq-length 1024 --tokenizer-type byte
-          --device cpu --eval-interval 0"""
+BASE = """--num-layers 6 --hidden-size 128 --num-attention-heads 4 --num-query-groups 2 --seq-length 1024
+          --tokenizer-type byte --device cpu --eval-interval 0"""
 CONFIGURATIONS = {
     # name: (ranks, flags, vocabulary)
     "one rank": (1, "", 512),
@@ -144,7 +144,8 @@ def test_the_plan_is_within_ten_percent_of_the_measured_peak(world: World, name:
     for rank, got in enumerate(world.run(measured, words, vocab)):
         planned = rank_memory(config, architecture, stage=rank if config.parallel.pp_size > 1 else 0).peak
         print(
-            f"{name:<42} rank {rank}: measured {got / 2**20:7.2f} MiB, planned {planned / 2**20:7.2f} MiB, ratio {planned / got:.3f}"
+            f"{name:<42} rank {rank}: measured {got / 2**20:7.2f} MiB, planned {planned / 2**20:7.2f} MiB, "
+            f"ratio {planned / got:.3f}"
         )
         assert 0.9 <= planned / got <= 1.1, (name, rank, got, planned)
 

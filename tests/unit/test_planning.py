@@ -1,10 +1,4 @@
-<<<<<<< HEAD
-"""What a plan says: parameters, bytes, rows, legal sizes, ranked layouts. Its memory is measured in
-tests/distributed/test_memory.py.
-"""
-=======
-"""Plans: parameters, bytes, rows, legal sizes, ranked layouts. tests/distributed/test_memory.py measures their memory."""
->>>>>>> f4c71c1 (Plans measure the project's own step on fake tensors with PyTorch's fake process group, FSDP2 and pipeline schedules)
+"""Plans: parameters, bytes, rows, legal sizes, ranked layouts. test_memory.py measures their memory."""
 
 from __future__ import annotations
 
@@ -314,32 +308,6 @@ def test_a_dry_run_says_the_same_and_trains_nothing(tmp_path: Path) -> None:
 
 
 def test_te_layers_are_planned_without_the_package() -> None:
-<<<<<<< HEAD
-    """Gate and up once more in bf16, whatever the microbatches in flight; three channels of the MLP a token instead of
-    four.
-    """
-    words = ("--device", "cuda", "--pp-size", "2", "--global-batch-size", "4", "--ffn-hidden-size", "256")
-    (args, config), (ours, _) = (
-        planned("--transformer-impl", "te", "--fp8", "current", *words, world=2),
-        planned(*words, world=2),
-    )
-    assert (args.transformer_impl, ours.transformer_impl, args.fp8) == ("te", "torch", "none")
-    te, torch_layers = rank_memory(args, config).parts, rank_memory(ours, config).parts
-    assert te["joined weights"] == 2 * (2 * 256 * 64) * 2  # layers of the stage, elements, bytes
-    assert (
-        torch_layers["activations"] - te["activations"] == 3 * 512 * 256 * 2
-    )  # layers in flight, the fourth in its backward pass
-
-
-def test_norms_keep_less_on_a_gpu() -> None:
-    """Of each norm the input and a number a row, where a CPU also keeps the input in fp32 and what it is before its
-    weight.
-    """
-    parts = [
-        rank_memory(*planned("--dtype", "bf16", "--device", device)).parts["activations"] for device in ("cpu", "cuda")
-    ]
-    assert parts[0] - parts[1] == (2 * 4 + 1) * 512 * 64 * (4 + 2)  # norms, tokens, channels, bytes
-=======
     """Gate and up once more in bf16, whatever is in flight; three channels of the MLP a token, not four."""
     words = ["--device", "cuda", "--pp-size", "2", "--global-batch-size", "4", "--ffn-hidden-size", "256"]
     te = planned("--transformer-impl", "te", "--fp8", "current", *words, world=2)
@@ -358,4 +326,3 @@ def test_norms_save_less_on_a_gpu() -> None:
     peaks = [rank_memory(*planned("--dtype", "bf16", "--device", device)).parts for device in ("cpu", "cuda")]
     saved = [parts["activations"] + parts.get("logits and loss", 0) for parts in peaks]
     assert saved[0] - saved[1] == (2 * 4 + 1) * 512 * 64 * (4 + 2)  # norms, tokens, channels, bytes
->>>>>>> f4c71c1 (Plans measure the project's own step on fake tensors with PyTorch's fake process group, FSDP2 and pipeline schedules)
