@@ -155,7 +155,7 @@ def test_restarts_have_a_limit(play: Path) -> None:
     assert (code, requeued(play)) == (
         1,
         [],
-    ) and "3 restarts are PENTAGRID_MAX_RESTARTS; sbatch with --run-dir r goes on" in out
+    ) and "3 restarts are PENTAGRID_MAX_RESTARTS; sbatch with --run-dir r resumes" in out
     code, out = run(
         play, "say requeue 5 'the stop file' b", "--run-dir", "r", SLURM_RESTART_COUNT="2", PENTAGRID_MAX_RESTARTS="3"
     )
