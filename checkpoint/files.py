@@ -5,8 +5,9 @@
                         run.json         metadata of the run, with the step
                         checksums.json   size and checksum of every other file
 
-Ranks write into `.step_0000200.part`. When every rank has written, synced and verified its files, one rename publishes the
-checkpoint. A folder named step_* was complete when it got that name; a later fault in one is corruption and is refused.
+Ranks write into `.step_0000200.part`. When every rank has written, synced and verified its files, one rename publishes
+the checkpoint. A folder named step_* was complete when it got that name; a later fault in one is corruption and is
+refused.
 """
 
 from __future__ import annotations
@@ -186,7 +187,8 @@ def _list_names(folder: Path) -> list[str]:
 
 
 def lock_dir(save: Path) -> FileLock | None:
-    """Lock a folder of checkpoints, until `release()` or the end of this process. Two writers would remove each other's files.
+    """Lock a folder of checkpoints, until `release()` or the end of this process. Two writers would remove each other's
+    files.
 
     Returns:
         None where the lock has no effect: no locks on this file system, or the folder above cannot be written.
@@ -272,7 +274,9 @@ def prune(save: Path, keep: int, newest: Path, log_error: Callable[[str], object
 
 
 def quarantine(checkpoint: Path) -> Path:
-    """Rename a corrupted checkpoint to step_N.damaged, so that no run loads it, counts it or keeps it. Return the new path."""
+    """Rename a corrupted checkpoint to step_N.damaged, so that no run loads it, counts it or keeps it. Return the new
+    path.
+    """
     place = checkpoint.with_name(f"{checkpoint.name.strip('.')}.damaged")
     _remove(place)
     return checkpoint.rename(place)

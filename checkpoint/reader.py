@@ -1,9 +1,10 @@
 """Read the index of a torch.distributed.checkpoint without running code from it.
 
-The library unpickles `.metadata` without limits, and every stored entry that is no tensor: a downloaded checkpoint could run any
-code. Here an allow-list unpickler returns stand-ins of the library's classes, made anew for each index, because the opcode BUILD
-can set attributes of any class that a pickle can name. The library's records are then built from fields of the expected types.
-Every entry must be a tensor in a data file of the checkpoint's folder. The library reads the tensors with `weights_only`.
+The library unpickles `.metadata` without limits, and every stored entry that is no tensor: a downloaded checkpoint
+could run any code. Here an allow-list unpickler returns stand-ins of the library's classes, made anew for each index,
+because the opcode BUILD can set attributes of any class that a pickle can name. The library's records are then built
+from fields of the expected types. Every entry must be a tensor in a data file of the checkpoint's folder. The library
+reads the tensors with `weights_only`.
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ def read_index(path: Path) -> Metadata:
     except UnsafeCheckpoint as error:
         raise UnsafeCheckpoint(f"{path}: not the index of a checkpoint to load: {error}") from error
     except (
-        pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError,
-        ValueError,
+        pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError,
+        TypeError, ValueError,
     ) as error:  # fmt: skip
         raise UnsafeCheckpoint(f"{path}: not the index of a checkpoint ({type(error).__name__})") from error
 

@@ -1,4 +1,4 @@
-"""How a run starts: fresh, resumed from a checkpoint, or fresh with a checkpoint's weights; and what must match then."""
+"""How a run starts: fresh, resumed from a checkpoint, or fresh with a checkpoint's weights; what must match."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def find_start(config: CheckpointConfig, logging: LoggingConfig) -> LoadPlan | N
     is_new = not resumed and not config.resume and metrics_file not in (None, "none")
     if is_new and metrics_file and Path(metrics_file).exists() and Path(metrics_file).stat().st_size:
         raise UserError(
-            f"--metrics-file {metrics_file} is another run's: resume that run with --resume, or choose another file or --run-dir"
+            f"--metrics-file {metrics_file} is another run's: resume that run with --resume, or choose another file "
+            "or --run-dir"
         )
     return plan
 

@@ -138,7 +138,7 @@ def _parts(model: nn.Module, optimizer: torch.optim.AdamW | None) -> dict[str, d
 
 
 def _state(parts: Mapping[str, Mapping[str, _Part]], grid: Grid, mesh: DeviceMesh) -> dict[str, Any]:
-    """Return the state dict to save, or to load in place. The copies of a tied weight are equal, so either is written."""
+    """Return the state dict to save, or to load in place. Copies of a tied weight are equal: either is written."""
     whole = {
         key: {
             name: whole_tensor(name, p.local, p.shape, grid, mesh) if p.shape else p.local for name, p in named.items()

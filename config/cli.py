@@ -9,19 +9,12 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from config.schema import Flag, RunConfig, fields_of_flags, option
-from utils.errors import UserError
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+from utils.errors import OneLineParser, UserError
 
 
 def build_parser() -> OneLineParser:

@@ -1,8 +1,8 @@
 """Microbatches: the row of one or more samples, cut to the tokens of this rank.
 
 Step k reads samples k * global_batch_size .. + global_batch_size - 1, so its content is a function of the seed and k. A
-microbatch is one row, the concatenation of `micro_batch_size` samples. Every cp and tp rank of a `batch` coordinate builds the
-same row and keeps its own tokens.
+microbatch is one row, the concatenation of `micro_batch_size` samples. Every cp and tp rank of a `batch` coordinate
+builds the same row and keeps its own tokens.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _hash_row(*parts: np.ndarray) -> int:
 
 
 def _trim_tails(samples: Sequence[PackedSample], *, unit: int) -> list[PackedSample]:
-    """The samples without their tails (documents of length 0), and one tail that fills the row to a multiple of `unit`."""
+    """The samples without their tails (documents of length 0), and one tail up to a multiple of `unit`."""
     trimmed = []
     for s in samples:
         is_document = s.lengths > 0

@@ -1,7 +1,7 @@
 """Blends: which of several sources gives sample n, so that every prefix of the run has the shares of the weights.
 
-Sources take turns by Tijdeman's algorithm (The chairman assignment problem, Discrete Mathematics 32, 1980): after any n samples,
-each of k sources has given its share to within 1 - 1/(2k - 2) of a sample. All arithmetic is in integers.
+Sources take turns by Tijdeman's algorithm (The chairman assignment problem, Discrete Mathematics 32, 1980): after any n
+samples, each of k sources has given its share to within 1 - 1/(2k - 2) of a sample. All arithmetic is in integers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[BlendPa
     """`P`, `0.7 P1 0.3 P2`, `P1 P2` (weights by size), or one YAML file that lists the sources.
 
     Raises:
-        UserError: a weight is no positive number, both forms are mixed, a source is named twice, or the YAML is corrupted.
+        UserError: a weight is no positive number, both forms are mixed, a source is named twice, or the YAML is
+            corrupted.
     """
     if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
         parts = _read_yaml(Path(words[0]), flag)
@@ -44,7 +45,8 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[BlendPa
         stray = next((word for word in words if _is_number(word) and not Path(word).exists()), None)
         if stray is not None:
             raise UserError(
-                f"{flag} {' '.join(words)}: {stray} stands where a path should; write WEIGHT PATH WEIGHT PATH ... or paths only"
+                f"{flag} {' '.join(words)}: {stray} stands where a path should; write WEIGHT PATH WEIGHT PATH ... or "
+                "paths only"
             )
         parts = [BlendPart(word) for word in words]
     names = [str(Path(part.path).resolve()) for part in parts]
@@ -101,7 +103,8 @@ def whole_weights(weights: Sequence[Fraction | int]) -> list[int]:
 class Blend:
     """Which source gives sample n of a run, and the number of that sample in its source.
 
-    Reading forwards costs a few steps a sample. A far sample is reached from `start`, or by arithmetic where the weights repeat soon.
+    Reading forwards costs a few steps a sample. A far sample is reached from `start`, or by arithmetic where the
+    weights repeat soon.
 
     Args:
         weights: [sources] positive integers.

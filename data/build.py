@@ -139,7 +139,8 @@ def build_dataset(
         )
         if not dataset.samples_per_epoch:
             raise UserError(
-                f"--seq-length {packing.seq_length}: the {name} documents of {source.name} hold {dataset.num_tokens} tokens, "
+                f"--seq-length {packing.seq_length}: the {name} documents of {source.name} hold {dataset.num_tokens} "
+                "tokens, "
                 f"not one sequence"
             )
         datasets.append(dataset)

@@ -1,6 +1,7 @@
 """The files of a corpus while data.prepare writes them: resumable, and never half a corpus under the final names.
 
-`<prefix>.part/` holds tokens, lengths and progress.json. `<prefix>.idx` appears last, by a rename: where it is, the corpus is whole.
+`<prefix>.part/` holds tokens, lengths and progress.json. `<prefix>.idx` appears last, by a rename: where it is, the
+corpus is whole.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def is_written_by_prepare(prefix: Path) -> bool:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a corpus is. Attributes: file, offset, number: where reading resumes; the others count what is written."""
+    """How far a corpus is. Attributes: file, offset, number: where reading resumes; others: counts of the output."""
 
     file: int = 0
     offset: int = 0
@@ -63,7 +64,8 @@ class CorpusWriter:
         overwrite: replaces a finished corpus, and starts an unfinished one over where it cannot be resumed.
 
     Raises:
-        UserError: the corpus exists, another process writes it, or its unfinished files are corrupted or of other inputs.
+        UserError: the corpus exists, another process writes it, or its unfinished files are corrupted or of other
+            inputs.
     """
 
     def __init__(self, prefix: Path, *, dtype: np.dtype, key: str, overwrite: bool) -> None:
@@ -209,7 +211,8 @@ def refuse_overwriting(prefix: Path, model: Path | None, inputs: Sequence[str], 
         )
         if path.exists() and not is_copied_model:
             raise UserError(
-                f"--output-prefix {prefix}: {path.name} exists already, and not by data.prepare; --overwrite replaces it"
+                f"--output-prefix {prefix}: {path.name} exists already, and not by data.prepare; --overwrite replaces "
+                "it"
             )
 
 

@@ -1,6 +1,7 @@
 """Datasets of packed samples: sample n is a function of the documents, the packing options and n.
 
-Samples run on through the epochs without end. A blend of several datasets takes its samples from them in turn (data/blend.py).
+Samples run on through the epochs without end. A blend of several datasets takes its samples from them in turn
+(data/blend.py).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class PackedSample:
 
     Attributes:
         tokens, labels: [seq_length] int64; a label is -100 where no loss is computed.
-        lengths, padded_lengths: [documents] tokens of each document without and with padding; the tail is a document of length 0.
+        lengths, padded_lengths: [documents] tokens of each document without and with padding; the tail is a document of
+            length 0.
         first_id: number of the first token in the whole run, epochs included; dropout is keyed by it.
         loss_tokens: number of labelled tokens; None: counted when the batch is built.
     """

@@ -1,4 +1,6 @@
-"""From records to tokens: the main process reads records in order, worker processes decode and tokenize batches of them."""
+"""From records to tokens: the main process reads records in order, worker processes decode and tokenize batches of
+them.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ class RecordBatch:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch's tokens. Attributes: lengths, tokens of each document; empty, records without text; text_bytes of UTF-8."""
+    """A batch's tokens. Attributes: lengths: tokens of each document; empty: records without text; text_bytes: UTF-8."""
 
     tokens: bytes
     lengths: np.ndarray

@@ -1,4 +1,6 @@
-"""Input files by name: local paths, or URLs of a store that fsspec knows (`s3://`, `gs://`, `memory://`), plain or compressed."""
+"""Input files by name: local paths, or URLs of a store that fsspec knows (`s3://`, `gs://`, `memory://`), plain or
+compressed.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,7 @@ def is_readable(name: str) -> bool:
 
 
 def file_version(name: str) -> tuple[str, int, Any]:
-    """Resolved name, bytes, and a value that changes with the content (time of the last change, or the store's ETag)."""
+    """Resolved name, bytes, and a value that changes with the content (modification time, or the store's ETag)."""
     if is_remote(name):
         store, path = open_store(name)
         return name, store.size(path), store.ukey(path)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """Token files in Megatron-LM's `.bin/.idx` format: tokens end to end, and an index of documents.
 
-`.idx`, little-endian: magic (9 bytes), version u64 = 1, dtype u8, sequences u64, document entries u64,
-lengths i32 [sequences], byte offsets i64 [sequences], document indices i64 [entries], the first 0, the last the
-number of sequences; then, in multimodal files only, modes i8 [sequences]. We write one sequence a document; a document of
+`.idx`, little-endian: magic (9 bytes), version u64 = 1, dtype u8, sequences u64, document entries u64, lengths i32
+[sequences], byte offsets i64 [sequences], document indices i64 [entries], the first 0, the last the number of
+sequences; then, in multimodal files only, modes i8 [sequences]. We write one sequence a document; a document of
 Megatron-LM's may have several, end to end. Both files are memory-mapped.
 """
 
@@ -78,7 +78,8 @@ def write_indexed_dataset(prefix: Path, documents: Iterable[np.ndarray], *, voca
 class IndexedDataset:
     """Documents of a `.bin/.idx` pair, read through memory maps.
 
-    Opening checks the header, the sizes and the last entries: constant cost. A document's offset is checked when it is read.
+    Opening checks the header, the sizes and the last entries: constant cost. A document's offset is checked when it is
+    read.
 
     Attributes:
         tokens: all tokens of the `.bin` file, a view of the map.
@@ -113,7 +114,8 @@ class IndexedDataset:
         expected = HEADER.size + sequences * (4 + 8) + entries * 8
         if size not in (expected, expected + sequences):
             raise UserError(
-                f"{file}: {size} bytes, but its header promises {expected} ({sequences} sequences, {entries} document entries)"
+                f"{file}: {size} bytes, but its header promises {expected} ({sequences} sequences, {entries} document "
+                "entries)"
             )
         at = HEADER.size
         self._sequence_lengths = np.frombuffer(index, "<i4", sequences, at)

@@ -1,12 +1,13 @@
 """Which tokens make up sample n of an epoch.
 
-- `best-fit`: whole documents, each in the fullest sample with room, over all documents of an epoch or over windows of them
+- `best-fit`: whole documents, each in the fullest sample with room, over all documents of an epoch or over windows of
+them
   (`window`). Only documents longer than a sample are cut.
 - `greedy`: documents in the epoch's order, cut where a sample ends.
 - `concat`: one stream of tokens, cut every `seq_length` tokens; attention and labels cross documents.
 
-Packings are pure functions of (documents, seed, epoch, seq_length, alignment, window); ranks and micro-batch size play no part.
-All epochs of the same documents have the same number of samples.
+Packings are pure functions of (documents, seed, epoch, seq_length, alignment, window); ranks and micro-batch size play
+no part. All epochs of the same documents have the same number of samples.
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ def cut_documents(lengths: np.ndarray, seq_length: int) -> Pieces:
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """Bin of each item: longest item first, each into the fullest bin with room.
 
-    The number of bins depends on the sizes, not on their order. Items of one size are placed together: the fullest bin with
-    room stays the fullest until it has none, so it takes as many items as fit. Bit c of `open_gaps`: some bin has c free.
+    The number of bins depends on the sizes, not on their order. Items of one size are placed together: the fullest bin
+    with room stays the fullest until it has none, so it takes as many items as fit. Bit c of `open_gaps`: some bin has
+    c free.
 
     Args:
         sizes: [n] each from 1 to `capacity`.
@@ -154,8 +156,9 @@ def pack_epoch(lengths: np.ndarray, *, seed: int, epoch: int, seq_length: int, a
 
 
 def _pack(pieces: Pieces, rng: np.random.Generator, *, seq_length: int, alignment: int) -> PackedEpoch:
-    """Shuffles pieces before packing, so that pieces of equal size change partners between epochs, and samples after packing,
-    because best-fit makes samples of long documents first."""
+    """Shuffles pieces before packing, so that pieces of equal size change partners between epochs, and samples after
+    packing, because best-fit makes samples of long documents first.
+    """
     mixed = rng.permutation(len(pieces.document))
     units = -(-pieces.length // alignment)
     bin_of = best_fit_decreasing(units[mixed], seq_length // alignment)
@@ -177,8 +180,8 @@ def _pack(pieces: Pieces, rng: np.random.Generator, *, seq_length: int, alignmen
 def mixed_order(count: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     """A fixed random permutation of range(count) without a table: positions [n] -> documents [n] int64.
 
-    Four rounds of a Feistel network over the next power of four, repeated until the result is below count (Black and Rogaway,
-    Ciphers with Arbitrary Finite Domains, 2002).
+    Four rounds of a Feistel network over the next power of four, repeated until the result is below count (Black and
+    Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
     """
     half = max(1, (max(count - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -207,8 +210,8 @@ def mixed_order(count: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
 class Windows:
     """Documents dealt at random into windows of `window` documents; each window is packed by itself.
 
-    An epoch's index is one number a window. Windows hold the same documents in every epoch; epochs differ in the order of
-    windows, and in which documents of a window share a sample.
+    An epoch's index is one number a window. Windows hold the same documents in every epoch; epochs differ in the order
+    of windows, and in which documents of a window share a sample.
 
     Args:
         lengths_of: document numbers [n] -> lengths [n].
@@ -289,7 +292,8 @@ class StreamEpoch:
         documents: [n] int64 numbers of the documents in the epoch's order.
         lengths: [n] int64 their lengths; None: `ends` counts no padding.
         ends: [n] int64 running sum of their padded lengths.
-        lookahead: 1 where a sample reads one token more for its last label. The last tokens of the stream, too few for a
+        lookahead: 1 where a sample reads one token more for its last label. The last tokens of the stream, too few for
+            a
             sample and its lookahead, are then left over; with 0 the last sample has a tail.
     """
 

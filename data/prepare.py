@@ -1,11 +1,12 @@
 """Tokenize text once, into a corpus that train.py reads: `<prefix>.bin` and `<prefix>.idx`, Megatron-LM's format.
 
-    python -m data.prepare --input 'corpus/*.jsonl.zst' --output-prefix data/web --tokenizer-model spm.model --append-eod
-    python -m data.prepare train-tokenizer --input 'corpus/*.jsonl.zst' --output spm.model --vocab-size 32000
-    python -m data.prepare stats data/web
+    python -m data.prepare --input 'corpus/*.jsonl.zst' --output-prefix data/web --tokenizer-model spm.model
+    --append-eod python -m data.prepare train-tokenizer --input 'corpus/*.jsonl.zst' --output spm.model --vocab-size
+    32000 python -m data.prepare stats data/web
 
-The main process reads records and writes tokens in order; workers decode and tokenize (data/encode.py), so the files do not depend
-on their number. Progress is saved every few seconds (data/corpus_writer.py); the same command resumes from there.
+The main process reads records and writes tokens in order; workers decode and tokenize (data/encode.py), so the files do
+not depend on their number. Progress is saved every few seconds (data/corpus_writer.py); the same command resumes from
+there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,7 +38,7 @@ from data.indexed_dataset import token_dtype
 from data.readers import FORMATS, BadRecord, FileOffset
 from data.sources import TextSource, train_model
 from data.tokenizer import NUM_THREADS, TOKENIZER_TYPES, Tokenizer, TokenizerSpec, resolve_tokenizer_type
-from utils.errors import UserError
+from utils.errors import OneLineParser, UserError
 from utils.files import cache_key
 
 SAVE_EVERY = 5.0  # seconds
@@ -46,13 +47,6 @@ Options = TypeVar("Options")
 
 # ---------------------------------------------------------------------------------------------------
 # Options
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are refusals of one line, without usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def new_parser(description: str, command: str = "", epilog: str = "") -> OneLineParser:
@@ -82,7 +76,8 @@ class InputOptions:
     """Which files are read, and how."""
 
     input: tuple[str, ...] = option(
-        "files, folders, patterns such as 'corpus/*.jsonl.gz' (quoted) or URLs such as s3://bucket/web; read in the order of their names",
+        "files, folders, patterns such as 'corpus/*.jsonl.gz' (quoted) or URLs such as s3://bucket/web; read in the "
+        "order of their names",
         nargs="+",
         metavar="PATTERN",
     )
@@ -131,7 +126,8 @@ class TrainTokenizerOptions(InputOptions):
     output: str = option("the model file", metavar="M.model")
     vocab_size: int = option("pieces of the model", type=int)
     input_sentence_size: int = option(
-        "parts of the text, of about 1000 characters, to hold in memory and train on; of more, N are drawn at random, the same "
+        "parts of the text, of about 1000 characters, to hold in memory and train on; of more, N are drawn at random, "
+        "the same "
         "ones each time; 0: all; default: 500000",
         500_000,
         type=int,
@@ -145,7 +141,8 @@ class TrainTokenizerOptions(InputOptions):
 def build_parser() -> argparse.ArgumentParser:
     """The main command's parser, which makes `PrepareOptions`."""
     parser = new_parser(
-        "Tokenize documents into <prefix>.bin and <prefix>.idx. One document is a JSONL record, a Parquet row or a text file, each "
+        "Tokenize documents into <prefix>.bin and <prefix>.idx. One document is a JSONL record, a Parquet row or a "
+        "text file, each "
         "file plain, .gz or .zst. The same command resumes where it was stopped.",
         epilog="also: python -m data.prepare train-tokenizer --help; python -m data.prepare stats --help",
     )
@@ -186,7 +183,8 @@ def _check_options(options: PrepareOptions) -> None:
         raise UserError(f"--output-prefix {prefix}: must be a local path; train.py maps the files into memory")
     if options.output_prefix.endswith((os.sep, f"{os.sep}.")) or prefix.name in ("", ".."):
         raise UserError(
-            f"--output-prefix {options.output_prefix}: is a folder; say how the files' names begin, as in {prefix / 'corpus'}"
+            f"--output-prefix {options.output_prefix}: is a folder; say how the files' names begin, as in "
+            f"{prefix / 'corpus'}"
         )
     if options.tokenizer_type != "byte" and options.tokenizer_model is None:
         raise UserError(
@@ -220,7 +218,8 @@ def prepare(options: PrepareOptions) -> Progress:
     spec = TokenizerSpec(kind, options.tokenizer_model, options.tokenizer_eod)
     tokenizer = spec.load()
     model = Path(spec.model) if spec.model else None
-    # Outputs of an earlier run in a folder of inputs are no inputs; a user's file under such a name is one, and is refused.
+    # Outputs of an earlier run in a folder of inputs are no inputs; a user's file under such a name is one, and is
+    # refused.
     left_out = set(output_files(prefix, model)[3:])
     if is_written_by_prepare(prefix):
         left_out = {*output_files(prefix, model), Path(f"{prefix}.lengths.png").resolve()}
@@ -314,8 +313,10 @@ def _prepare_command(words: Sequence[str]) -> None:
     progress = prepare(options)
     seconds = time.monotonic() - start
     print(
-        f"{options.output_prefix}.bin, .idx: {progress.documents:,} documents, {progress.tokens:,} tokens of {progress.text_bytes:,} bytes "
-        f"of text ({progress.text_bytes / progress.tokens:.2f} bytes a token), {progress.empty:,} empty and {progress.bad:,} bad records "
+        f"{options.output_prefix}.bin, .idx: {progress.documents:,} documents, {progress.tokens:,} tokens of "
+        f"{progress.text_bytes:,} bytes "
+        f"of text ({progress.text_bytes / progress.tokens:.2f} bytes a token), {progress.empty:,} empty and "
+        f"{progress.bad:,} bad records "
         f"left out, in {seconds:.1f} s"
     )
     for line in progress.shown:
@@ -328,7 +329,8 @@ def _train_tokenizer_command(words: Sequence[str]) -> None:
     options = parse_options(TrainTokenizerOptions, parser, words)
     if options.input_sentence_size < 0 or 0 < options.input_sentence_size <= 100:
         raise UserError(
-            f"--input-sentence-size {options.input_sentence_size}: must be 0 or above 100, SentencePiece's least; nearest 101"
+            f"--input-sentence-size {options.input_sentence_size}: must be 0 or above 100, SentencePiece's least; "
+            "nearest 101"
         )
     if options.threads < 1:
         raise UserError(f"--threads {options.threads}: must be 1 or more")

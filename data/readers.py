@@ -1,7 +1,7 @@
 """Records of a file: JSON lines, Parquet rows, or the file itself as one text.
 
-Reading has two halves. `read_records` finds where records begin and end: cheap, and in order. `decode_text` makes the text of one
-record, which another process can do.
+Reading has two halves. `read_records` finds where records begin and end: cheap, and in order. `decode_text` makes the
+text of one record, which another process can do.
 """
 
 from __future__ import annotations

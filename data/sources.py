@@ -1,7 +1,8 @@
-"""What `--data-path` names: tokenized corpora (data.prepare's or Megatron-LM's) or text; and the tokenizer that belongs to them.
+"""What `--data-path` names: tokenized corpora (data.prepare's or Megatron-LM's) or text; and the tokenizer that belongs
+to them.
 
-Beside `<prefix>.bin` and `<prefix>.idx`, data.prepare writes `<prefix>.json`, the metadata that names the tokenizer, and a copy of
-its model. Corpora of Megatron-LM have neither: flags give their tokenizer.
+Beside `<prefix>.bin` and `<prefix>.idx`, data.prepare writes `<prefix>.json`, the metadata that names the tokenizer,
+and a copy of its model. Corpora of Megatron-LM have neither: flags give their tokenizer.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def open_stdlib() -> TextSource:
 
 
 def open_text(data_path: str | None, json_key: str) -> TextSource:
-    """The text behind `--data-path`: a file of text, JSON lines or Parquet, a folder of such files; None: the standard library.
+    """The text behind `--data-path`: a file of text, JSON lines or Parquet, a folder of such files; None: the standard
+    library.
 
     Raises:
         UserError: missing, empty, or a folder without text files.
@@ -181,7 +183,8 @@ class PreparedCorpus:
         found = load_tokenizer(named["type"], model, named["eod"])
         if found.fingerprint != named["fingerprint"]:
             raise UserError(
-                f"{metadata_file(self.prefix)}: the {named['type']} model beside it is not the tokenizer that it was made with"
+                f"{metadata_file(self.prefix)}: the {named['type']} model beside it is not the tokenizer that it was "
+                "made with"
             )
         return found
 
@@ -215,12 +218,14 @@ def open_prepared(prefix: Path) -> PreparedCorpus:
             _ = named["type"], named["model"], named["eod"], named["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{file}: not written by data.prepare ({type(error).__name__}: {error}); remove it to read the corpus without"
+                f"{file}: not written by data.prepare ({type(error).__name__}: {error}); remove it to read the corpus "
+                "without"
             ) from error
         held = (len(tokens), len(tokens.tokens))
         if counted != held:
             raise UserError(
-                f"{file}: says {counted[0]} documents and {counted[1]} tokens, but the files hold {held[0]} and {held[1]}"
+                f"{file}: says {counted[0]} documents and {counted[1]} tokens, but the files hold {held[0]} and "
+                f"{held[1]}"
             )
     return PreparedCorpus(prefix, tokens, metadata)
 
@@ -308,11 +313,13 @@ def find_tokenizer(
         return chosen
     if unnamed is not None:
         raise UserError(
-            f"--data-path {unnamed} holds tokens and does not say whose: give its --tokenizer-model, or --tokenizer-type byte"
+            f"--data-path {unnamed} holds tokens and does not say whose: give its --tokenizer-model, or "
+            "--tokenizer-type byte"
         )
     if len(sources) > 1:
         raise UserError(
-            f"--data-path: {len(sources)} sources of text need one tokenizer: give --tokenizer-model, or --tokenizer-type byte"
+            f"--data-path: {len(sources)} sources of text need one tokenizer: give --tokenizer-model, or "
+            "--tokenizer-type byte"
         )
     if tokenizer_type == "huggingface":
         raise UserError("--tokenizer-type huggingface needs --tokenizer-model, a tokenizer.json")

@@ -1,4 +1,6 @@
-"""Tokenizers: raw bytes, a SentencePiece model, or a Hugging Face `tokenizer.json`; each has one end-of-document token (EOD)."""
+"""Tokenizers: raw bytes, a SentencePiece model, or a Hugging Face `tokenizer.json`; each has one end-of-document token
+(EOD).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from utils.errors import UserError
 
 TOKENIZER_TYPES = ("sentencepiece", "huggingface", "byte")
 MAX_PIECE_BYTES = 1 << 20
-# Threads of SentencePiece's loading. The pieces do not depend on it, but the model's bytes, and so its fingerprint, hold it.
+# Threads of SentencePiece's loading. The pieces do not depend on it, but the model's bytes, and so its fingerprint,
+# hold it.
 NUM_THREADS = 2
 SPACE = "\u2581"  # SentencePiece's sign for a space
 # EOD tokens of published tokenizers; the first that a tokenizer.json has is taken.
@@ -71,7 +74,8 @@ def load_sentencepiece() -> ModuleType:
         import sentencepiece
     except ImportError as error:
         raise UserError(
-            f"--tokenizer-type sentencepiece needs its package ({error}): pip install -r requirements.txt, or --tokenizer-type byte"
+            f"--tokenizer-type sentencepiece needs its package ({error}): pip install -r requirements.txt, or "
+            "--tokenizer-type byte"
         ) from error
     return sentencepiece
 
@@ -104,7 +108,8 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"--tokenizer-model {model_file}: has no end-of-sentence piece to end documents with")
         self.vocab_size = self.processor.vocab_size()
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
-        # The library takes a text's own U+2581 for a space; the model's byte pieces, if it has them, tell the two apart.
+        # The library takes a text's own U+2581 for a space; the model's byte pieces, if it has them, tell the two
+        # apart.
         ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._space_sign = ids if all(self.processor.is_byte(i) for i in ids) else None
 
@@ -160,7 +165,8 @@ class HuggingFaceTokenizer(Tokenizer):
         found = next((token for token in wanted if token in ids), None)
         if found is None:
             raise UserError(
-                f"--tokenizer-model {file}: has no token {' or '.join(wanted)} to end documents with; name its own with --tokenizer-eod"
+                f"--tokenizer-model {file}: has no token {' or '.join(wanted)} to end documents with; name its own "
+                "with --tokenizer-eod"
             )
         self.processor.add_special_tokens([found])  # the file may have it as an ordinary token
         self.eod = ids[found]
@@ -220,8 +226,8 @@ def resolve_tokenizer_type(tokenizer_type: str, model: str | None) -> str:
 def _training_pieces(texts: Iterable[str], size: int = 1000) -> Iterator[str]:
     """Texts cut into pieces of about `size` characters for SentencePiece: at line ends, in long lines before spaces.
 
-    SentencePiece counts words with the space before them, so these cuts change its counts little. A line without spaces is cut
-    every 10 * `size` characters: SentencePiece silently leaves out pieces longer than `MAX_PIECE_BYTES`.
+    SentencePiece counts words with the space before them, so these cuts change its counts little. A line without spaces
+    is cut every 10 * `size` characters: SentencePiece silently leaves out pieces longer than `MAX_PIECE_BYTES`.
     """
     for text in texts:
         buffer = ""

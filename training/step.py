@@ -1,4 +1,4 @@
-"""Forward and backward over the microbatches of one step, and of its gradients what parallel ranks owe each other."""
+"""Forward and backward over the microbatches of one step, and the gradient sums over tp and tied embeddings."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from parallel.tensor import sum_gradients_
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What pipeline stages need beside the model.
+    """The pipeline of this rank's stages.
 
     Attributes:
         schedule: from `parallel.pipeline.build_schedule`.
         group: of the pp axis.
-        tied_group: the first and the last stage where they share the embedding, else None.
+        tied_group: first and last stage if they share the embedding, else None.
     """
 
     schedule: Any
@@ -50,10 +50,10 @@ def forward_backward(
     """Gradients of (sum of all token losses) / `loss_tokens`, summed over the ranks after the last microbatch.
 
     Args:
-        loss_tokens: labelled tokens of the whole step, over every microbatch and rank; one number for all.
+        loss_tokens: labelled tokens of the whole step, over all microbatches and ranks; one number for all.
         reshard_between: free gathered weights between microbatches.
-        pipeline: where the model is one of several stages.
-        timers: counts what the ranks of tp and of a tied embedding owe each other as gradient reduction.
+        pipeline: None with one stage.
+        timers: measures the sums over tp and tied embeddings as gradient reduction.
 
     Returns:
         This rank's sum of cross-entropies, a float64 scalar on `device`, without a gradient; 0 before the last stage.
@@ -86,9 +86,10 @@ def forward_backward(
                 (loss_sum / loss_tokens.to(loss_sum.dtype)).backward()
                 total += cross_entropy
     without = next((name for name, p in model.named_parameters() if p.grad is None), None)
-    if without is not None:  # FSDP under a schedule can lose one, and the optimiser would pass over it without a word
+    if without is not None:  # FSDP under a schedule can lose a gradient, and the optimizer would skip it silently
         raise RuntimeError(
-            f"{without} has no gradient after the backward pass on rank {dist.get_rank()}: this must not happen"
+            f"{without} has no gradient after the backward pass on rank {dist.get_rank()}: internal error, please "
+            "report"
         )
     with timers("gradient reduction") if timers is not None else nullcontext():
         tp = chunks[0].tp
@@ -111,13 +112,13 @@ def get_norm_owned_names(model: GPT | Stages, grid: Grid) -> frozenset[str]:
 
 @torch.no_grad()
 def forward_only(model: GPT | Stages, batches: Sequence[Batch], grid: Grid, logits_rows: Tensor | None = None) -> list:
-    """What the model returns for each row: (loss sum, cross-entropy), or logits of `logits_rows`. Collective over pp.
+    """Output of the model for each row: (loss sum, cross-entropy), or logits of `logits_rows`. Collective over pp.
 
     Args:
         batches: on the device.
 
     Returns:
-        One entry a row on the last stage; nothing on others.
+        One entry a row on the last stage; empty on other stages.
     """
     chunks = get_chunks(model)
 
@@ -150,6 +151,6 @@ def forward_only(model: GPT | Stages, batches: Sequence[Batch], grid: Grid, logi
 
 
 def finish_forward(model: GPT | Stages) -> None:
-    """After forward passes without backward: free gathered weights and go back to training."""
+    """After forward passes without backward: free gathered weights, return to training mode."""
     reshard_model(model)
     model.train()

@@ -1,10 +1,12 @@
-"""Errors for the user, and how a tool ends with one."""
+"""Errors for the user, and how a command line ends with one."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -17,6 +19,17 @@ class UserError(ValueError):
 
 class CollectiveError(OSError):
     """An I/O error that a collective operation raises on every rank, with the same message: printed once a node."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line, without the page of usage.
+
+    Raises:
+        UserError: instead of exiting.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def run_tool(main: Callable[[list[str]], int], *, prints: bool = True) -> int:

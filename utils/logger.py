@@ -10,7 +10,7 @@ from typing import TextIO
 
 
 class _Handler(logging.StreamHandler):
-    """Writes to sys.stdout or sys.stderr as they are now. After an I/O error, as on a closed pipe, output is discarded."""
+    """Writes to sys.stdout or sys.stderr as they are now. After an I/O error (a closed pipe) output is discarded."""
 
     def __init__(self, stream_name: str, format: str) -> None:
         self.stream_name = stream_name
