@@ -47,7 +47,7 @@ class RecordBatch:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch's tokens. Attributes: lengths: tokens of each document; empty: records without text; text_bytes: UTF-8."""
+    """A batch's tokens. Attributes: lengths: tokens of each document; empty: records without text."""
 
     tokens: bytes
     lengths: np.ndarray
