@@ -30,13 +30,9 @@ from utils.errors import UserError
 
 
 def read_tensor_index(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
-    """Return size, dtype and shards of every stored tensor, by name.
-
-    Raises:
-        OSError, UnsafeCheckpoint: the index cannot be read.
-    """
-    # The reader refuses other entries.
-    return cast(dict[str, TensorStorageMetadata], SafeReader(checkpoint).read_metadata().state_dict_metadata)
+    """Return size, dtype and shards of every stored tensor, by name. Raises OSError or UnsafeCheckpoint."""
+    index = SafeReader(checkpoint).read_metadata().state_dict_metadata  # the reader refuses other entries
+    return cast(dict[str, TensorStorageMetadata], index)
 
 
 def read_tensor(checkpoint: Path, name: str, like: TensorStorageMetadata) -> Tensor:
@@ -60,12 +56,9 @@ def inspect(checkpoint: Path) -> int:
         size = sum(tensor.size.numel() * tensor.properties.dtype.itemsize for tensor in stored.values())
         print(f"{part}: {len(stored)} tensors, {elements:,} numbers, {size / 2**20:,.1f} MiB")
         for name, tensor in stored.items() if part == "model" else ():
-            dtype = str(tensor.properties.dtype).removeprefix("torch.")
-            print(f"  {name:<56} {dtype:<9} {list(tensor.size)} in {len(tensor.chunks)} parts")
-    files = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir())}
-    print(f"files: {len(files)}, {sum(files.values()) / 2**20:,.1f} MiB")
-    for name, size in files.items():
-        print(f"  {name:<56} {size:,} bytes")
+            print(f"  {name:<56} {tensor.properties.dtype} {list(tensor.size)} in {len(tensor.chunks)} parts")
+    sizes = [path.stat().st_size for path in checkpoint.iterdir()]
+    print(f"files: {len(sizes)}, {sum(sizes) / 2**20:,.1f} MiB")
     return 0
 
 
@@ -73,61 +66,52 @@ def verify(checkpoint: Path) -> int:
     """Print a line for each corrupted file. Return 1 if there is one."""
     sums = read_checksums(checkpoint)
     errors = find_corrupted(checkpoint, sorted(sums), sums) + find_unlisted(checkpoint, sums)
-    for line in errors:
-        print(line)
     size = sum(size for size, _ in sums.values())
-    print(f"{checkpoint}: {'CORRUPTED' if errors else 'whole'}, {len(sums)} files, {size:,} bytes")
+    verdict = f"{checkpoint}: {'CORRUPTED' if errors else 'whole'}, {len(sums)} files, {size:,} bytes"
+    print(*errors, verdict, sep="\n")
     return 1 if errors else 0
 
 
 def compare_tensors(a: Tensor, b: Tensor) -> str | None:
-    """Return how two tensors differ; None: equal bits, up to the kind of NaN.
-
-    The relative difference is the Frobenius norm of the difference over that of `a`.
-    """
-    same = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
-    if bool(same.all()):
+    """Return how two tensors differ, relative to the Frobenius norm of `a`; None: equal bits, up to the kind of NaN."""
+    is_same = (a == b) | (a.isnan() & b.isnan())
+    if is_same.all():
         return None
-    a, b = a.double(), b.double()
-    relative = (a - b).norm().item() / (a.norm().item() or 1.0)
-    largest = (a - b).abs().max().item()
-    return f"{int((~same).sum()):,} of {a.numel():,} differ, at most by {largest:.3e}, relative {relative:.3e}"
+    difference, norm = a.double() - b.double(), a.double().norm().item() or 1.0
+    largest, relative = difference.abs().max().item(), difference.norm().item() / norm
+    return f"{int((~is_same).sum()):,} of {a.numel():,} differ, at most by {largest:.3e}, relative {relative:.3e}"
 
 
 def find_differences(first: Path, second: Path) -> Iterator[str]:
     """Yield a line for each name of the metadata, and each tensor, that differs."""
     run, other_run = read_run_metadata(first), read_run_metadata(second)
-    for name in dict.fromkeys([*run, *other_run]):
-        value, other = run.get(name, "missing"), other_run.get(name, "missing")
-        if value != other:
-            yield f"{name}: {value} | {other}"
     index, other_index = read_tensor_index(first), read_tensor_index(second)
-    for name in sorted({*index, *other_index}):
-        if name not in index or name not in other_index:
-            yield f"{name}: only in {first if name in index else second}"
-            continue
-        kind, other = ((list(tensor.size), tensor.properties.dtype) for tensor in (index[name], other_index[name]))
-        if kind != other:
-            yield f"{name}: {kind} | {other}"
-            continue
-        tensors = read_tensor(first, name, index[name]), read_tensor(second, name, other_index[name])
-        if (difference := compare_tensors(*tensors)) is not None:
-            yield f"{name}: {difference}"
+    kinds, other_kinds = (
+        {name: (list(tensor.size), tensor.properties.dtype) for name, tensor in sorted(each.items())}
+        for each in (index, other_index)
+    )
+    for values, other_values in ((run, other_run), (kinds, other_kinds)):
+        for name in {**values, **other_values}:
+            value, other = values.get(name, "missing"), other_values.get(name, "missing")
+            if value != other:
+                yield f"{name}: {value} | {other}"
+    for name, kind in kinds.items():
+        if kind == other_kinds.get(name):
+            a, b = read_tensor(first, name, index[name]), read_tensor(second, name, other_index[name])
+            if (difference := compare_tensors(a, b)) is not None:
+                yield f"{name}: {difference}"
 
 
 def diff(first: Path, second: Path) -> int:
     """Print every difference. Return 1 if there is one."""
-    count = 0
-    for line in find_differences(first, second):
-        print(line)
-        count += 1
-    print(f"{count} differences" if count else "no difference: the same metadata and the same bits")
-    return 1 if count else 0
+    lines = list(find_differences(first, second))
+    print(*lines, f"{len(lines)} differences" if lines else "no difference: the same metadata and bits", sep="\n")
+    return 1 if lines else 0
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
     for run, folders in ((inspect, 1), (verify, 1), (diff, 2)):
         command = commands.add_parser(run.__name__)
         command.add_argument("folders", metavar="DIR", nargs=folders, type=Path)

@@ -1,7 +1,7 @@
 """Write the tables that come from the code into docs/: `python tools/docs.py [--check]`.
 
-Flags come from config/schema.py, attention backends from cp/support.py. Each table stands between two marker comments. With
-`--check` nothing is written, and exit code 1 says that a table is out of date.
+Flags come from config/schema.py, attention backends from cp/support.py. Each table stands between two marker comments.
+With `--check` nothing is written; exit code 1: a table is out of date.
 """
 
 from __future__ import annotations
@@ -40,30 +40,24 @@ def flags_table() -> str:
 TABLES = {"docs/flags.md": ("flags", flags_table), "docs/context_parallel.md": ("backends", markdown_table)}
 
 
-def replace_table(text: str, name: str, table: str) -> str:
-    """`text` with a new table between the markers of `name`."""
-    begin, end = f"<!-- {name}: made by tools/docs.py -->", f"<!-- end of {name} -->"
-    head, rest = text.split(begin)
-    _, tail = rest.split(end)
-    return f"{head}{begin}\n{table}\n{end}{tail}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
-    check = parser.parse_args().check
+    is_check = parser.parse_args().check
     stale = []
     for file, (name, table) in TABLES.items():
         path = ROOT / file
         text = path.read_text()
-        new = replace_table(text, name, table())
+        begin, end = f"<!-- {name}: made by tools/docs.py -->", f"<!-- end of {name} -->"
+        head, rest = text.split(begin)
+        new = f"{head}{begin}\n{table()}\n{end}{rest.split(end)[1]}"
         if new != text:
             stale.append(file)
-            if not check:
+            if not is_check:
                 path.write_text(new)
     if stale:
-        print(("out of date: " if check else "wrote ") + ", ".join(stale))
-    return int(check and bool(stale))
+        print(("out of date: " if is_check else "wrote ") + ", ".join(stale))
+    return int(is_check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Continue texts with a trained model: `python tools/generate.py --load runs/one --prompt "def " --tokens 64`.
 
-One process, whatever layout wrote the checkpoint. The model's shape is the checkpoint's; the tokenizer is that of the run's config.json,
-which lies beside the checkpoints, or the one that flags name: one that is there, for nothing is trained or written here. Keys and values
-are kept, so a token costs one token's forward pass.
+One process, whatever layout wrote the checkpoint. Model and tokenizer are those of the run: the checkpoint's metadata
+and config.json beside the checkpoints. Nothing is trained or written. Keys and values are cached: each new token costs
+the forward pass of one token.
 """
 
 from __future__ import annotations
@@ -10,18 +10,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 
 from checkpoint.files import find_run_checkpoint, read_run_metadata
 from checkpoint.saver import load_checkpoint
+from cp.packed_seq import PackedSeq, build_packed_seq
 from data.blend import parse_blend
 from data.indexed_dataset import index_file
 from data.sources import open_prepared
@@ -31,168 +37,203 @@ from model.gpt import GPT
 from model.transformer import GPTOptions
 from parallel.grid import GridSizes, build_grid
 from runtime.distributed import Launch, cuda_device_count, initialise_distributed
-from tools.kv_cache import CachedAttention, continue_text
+from training.build import COMPUTE_DTYPES
 from utils.errors import UserError, run_tool
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+class CachedAttention:
+    """Attention of one layer over one document that comes in parts: any number of tokens, then one at a time."""
+
+    def __init__(self) -> None:
+        self.cached: tuple[Tensor, Tensor] | None = None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup, **options: Any
+    ) -> Tensor:
+        """q [t, hq, d]; k, v [t, g, d] of the next t tokens -> [t, hq, d]."""
+        if self.cached:
+            assert len(q) == 1, "one token at a time after the first part"
+            k, v = (torch.cat(pair) for pair in zip(self.cached, (k, v), strict=True))
+        self.cached = k, v
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, t, d]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1)
 
 
-def config_of(facts: dict[str, Any], checkpoint: Path) -> GPTConfig:
-    """The model that a checkpoint's run.json describes.
+def choose(logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """Draw a token from the smallest set of most likely tokens that together reach `top_p` (arXiv:1904.09751).
+
+    Args:
+        logits: [V].
+        temperature: 0 takes the most likely token.
+        top_p: above 0; 1 draws from all tokens.
+        generator: of the CPU.
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    p, order = torch.softmax(logits.double().cpu() / temperature, -1).sort(descending=True, stable=True)
+    is_kept = p.cumsum(0) - p < top_p  # the tokens before it do not reach top_p
+    return int(order[torch.multinomial(p * is_kept, 1, generator=generator)])
+
+
+@torch.no_grad()
+def continue_text(
+    model: GPT,
+    prompt: list[int],
+    *,
+    tokens: int,
+    eod: int | None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield up to `tokens` ids that follow `prompt`, without `eod`, which ends the text.
+
+    Args:
+        model: on one rank, in eval mode. Its attention becomes a `CachedAttention`.
+        prompt: at least one id.
+        seed: of the draws.
+    """
+    assert prompt and not model.training
+    for layer in model.layers.values():
+        layer.attention.attention = CachedAttention()  # type: ignore[union-attr, assignment]
+    generator = torch.Generator().manual_seed(seed)
+    device = model.output_weight.device
+    start, new = 0, prompt
+    for _ in range(tokens):
+        packed_seq, _ = build_packed_seq(np.array([len(new)]), np.array([len(new)]), layout="contiguous")
+        row = replace(packed_seq, positions=torch.arange(start, start + len(new), device=device))
+        last = torch.tensor([len(new) - 1], device=device)
+        logits = model(torch.tensor(new, device=device), row, logits_rows=last)
+        chosen = choose(logits[0], temperature=temperature, top_p=top_p, generator=generator)
+        if chosen == eod:
+            return
+        yield chosen
+        start, new = start + len(new), [chosen]
+
+
+def read_run_tokenizers(file: Path) -> Iterator[Tokenizer]:
+    """Yield the tokenizers to which a run's config.json leads. Paths in the file are only read: it may be a stranger's.
 
     Raises:
-        ValueError: it does not.
+        UserError: no such file, not a run's configuration, or its tokenizer model is missing.
     """
-    told = {name.removeprefix("model "): value for name, value in facts.items() if name.startswith("model ")}
-    missing = [f.name for f in fields(GPTConfig) if f.name not in told and not f.name.endswith("_dropout")]
-    if missing:
-        raise UserError(f"--load {checkpoint}: its run.json does not say {', '.join(missing)}")
-    return GPTConfig(**told)
-
-
-def cached_tokenizer(cache: Path, fingerprint: str) -> Tokenizer | None:
-    """The one that train.py trained, from under its --data-cache-path."""
-    load_sentencepiece()  # a missing library is no fault of a model
-    for model in sorted(cache.glob("tokenizer/*/tokenizer.model")):
-        with suppress(ValueError):  # a broken one is not it
-            if model.is_file() and (found := SentencePieceTokenizer(model)).fingerprint == fingerprint:
-                return found
-    return None
-
-
-def run_tokenizer(file: Path, fingerprint: str) -> Tokenizer:
-    """The one that a run's config.json tells of, read from where it is. The file may be a stranger's: its paths are only read.
-
-    Raises:
-        ValueError: no such file, or no tokenizer where it says.
-    """
-    if not file.is_file():
-        raise UserError(
-            f"{file}: no such file; say with what the model was trained: --tokenizer-type, --tokenizer-model"
-        )
     try:
-        told = json.loads(file.read_text("utf-8"))["flags"]
+        flags = json.loads(file.read_text("utf-8"))["flags"]
         kind, model, eod, cache = (
-            told[name] for name in ("tokenizer_type", "tokenizer_model", "tokenizer_eod", "data_cache_path")
+            flags[name] for name in ("tokenizer_type", "tokenizer_model", "tokenizer_eod", "data_cache_path")
         )
-        corpora = [list(told[name] or ()) for name in ("data_path", "valid_data_path")]
+        corpora = [list(flags[name] or ()) for name in ("data_path", "valid_data_path")]
         if not all(isinstance(text, str) for text in (kind, model or "", eod or "", cache, *corpora[0], *corpora[1])):
             raise TypeError("a path that is no text")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{file}: not a run's configuration ({error!r})") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: not a run's configuration ({error!r}); give --tokenizer-type") from error
     if model is not None and not Path(model).is_file():
-        raise UserError(f"{file}: its tokenizer {model} is not there; name the file with --tokenizer-model")
+        raise UserError(f"{file}: its tokenizer {model} does not exist; give its file with --tokenizer-model")
     if kind == "byte" or model is not None:
-        return load_tokenizer(kind, model, eod)
-    prefixes = [Path(part.path) for words in corpora if words for part in parse_blend(words)]
-    own = (open_prepared(prefix).tokenizer() for prefix in prefixes if index_file(prefix).is_file())
-    found = next(filter(None, own), None) or cached_tokenizer(Path(cache), fingerprint)
-    if found is None:
-        raise UserError(
-            f"{file}: its tokenizer is neither under its --data-cache-path {cache} nor beside a corpus, and none is trained here: "
-            "name its file with --tokenizer-model"
-        )
-    return found
+        yield load_tokenizer(kind, model, eod)
+    for part in (part for words in corpora if words for part in parse_blend(words)):
+        if index_file(Path(part.path)).is_file() and (own := open_prepared(Path(part.path)).tokenizer()):
+            yield own
+    load_sentencepiece()  # a missing library is an error of its own
+    for trained in sorted(Path(cache).glob("tokenizer/*/tokenizer.model")):
+        with suppress(UserError):  # a corrupted file in the cache; the next may be the run's
+            if trained.is_file():
+                yield SentencePieceTokenizer(trained)
 
 
-def tokenizer_of(flags: argparse.Namespace, checkpoint: Path, fingerprint: str) -> Tokenizer:
-    """The one that the model was trained with.
+def find_tokenizer(args: argparse.Namespace, checkpoint: Path, fingerprint: str) -> Tokenizer:
+    """Return the tokenizer that the model was trained with: the one that flags name, else the run's.
 
     Raises:
-        ValueError: it cannot be found, or is another one.
+        UserError: no tokenizer with this fingerprint.
     """
-    if flags.tokenizer_type or flags.tokenizer_model:
-        found = load_tokenizer(flags.tokenizer_type or "auto", flags.tokenizer_model, flags.tokenizer_eod)
+    if args.tokenizer_type or args.tokenizer_model:
+        where = "the flags"
+        found = [load_tokenizer(args.tokenizer_type or "auto", args.tokenizer_model, args.tokenizer_eod)]
     else:
-        found = run_tokenizer(checkpoint.parent.parent / "config.json", fingerprint)
-    if found.fingerprint != fingerprint:
-        raise UserError(
-            f"the {found.kind} tokenizer is not the one that {checkpoint} was trained with: --tokenizer-type, --tokenizer-model"
-        )
-    return found
+        where = checkpoint.parent.parent / "config.json"
+        found = read_run_tokenizers(where)
+    for tokenizer in found:
+        if tokenizer.fingerprint == fingerprint:
+            return tokenizer
+    raise UserError(
+        f"--load {checkpoint}: {where} name no tokenizer that the model was trained with; give its --tokenizer-model, "
+        "or --tokenizer-type byte"
+    )
 
 
-def load_model(checkpoint: Path, config: GPTConfig, *, device: torch.device, dtype: torch.dtype) -> GPT:
-    """The whole model on this device, from a checkpoint of any layout.
+def load_model(checkpoint: Path, metadata: dict[str, Any], device: torch.device, dtype: torch.dtype) -> GPT:
+    """Load the whole model on this device, from a checkpoint of any layout.
 
     Raises:
-        ValueError: a damaged checkpoint or another model.
+        UserError: a corrupted checkpoint, or metadata that do not describe a model.
     """
+    values = {key.removeprefix("model "): value for key, value in metadata.items() if key.startswith("model ")}
+    try:
+        config = GPTConfig(**values)
+    except TypeError as error:
+        raise UserError(f"--load {checkpoint}: its run.json does not describe a model ({error})") from error
     grid = build_grid(GridSizes())
-    stored = torch.float64 if dtype == torch.float64 else torch.float32
+    options = GPTOptions(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     with torch.device(device):
-        attention = CachedAttention(config.num_layers, config.kv_channels**-0.5)
-        model = GPT(config, attention=attention, cp_group=grid.group("cp"), options=GPTOptions(dtype=stored))
+        model = GPT(config, attention=CachedAttention(), cp_group=grid.group("cp"), options=options)
     load_checkpoint(checkpoint, model, None, grid)
     model.compute_dtype = dtype
     return model.to(dtype).eval()
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Parse and check the flags. --prompt-file's text becomes one more prompt."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--load", type=Path, required=True, help="a run's folder, a folder of checkpoints, or one checkpoint"
-    )
-    parser.add_argument("--prompt", action="append", default=[], help="a text to continue; may be given several times")
-    parser.add_argument("--prompt-file", type=Path, help="a file whose whole text is one more prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="at most so many tokens are added to each")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0, or --greedy: always the most likely token")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the fewest tokens that together are so likely"
-    )
-    parser.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
-    parser.add_argument("--seed", type=int, default=1234, help="of the draws; the same for each prompt")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the computation")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
-    )
-    parser.add_argument("--tokenizer-type", choices=("auto", *TOKENIZER_TYPES), help="default: the run's own tokenizer")
-    parser.add_argument("--tokenizer-model", help="SentencePiece model or tokenizer.json; default: the run's own")
-    parser.add_argument("--tokenizer-eod", metavar="TOKEN", help="of a tokenizer.json: the token that ends a document")
-    return parser
+    add = parser.add_argument
+    add("--load", type=Path, required=True, help="a run's folder, a folder of checkpoints, or one checkpoint")
+    add("--prompt", action="append", default=[], help="text to continue; may be given several times")
+    add("--prompt-file", type=Path, help="file whose whole text is one more prompt")
+    add("--tokens", type=int, default=64, help="most tokens added to each prompt")
+    add("--temperature", type=float, default=0.8, help="0: always the most likely token")
+    add("--greedy", dest="temperature", action="store_const", const=0.0, help="the same as --temperature 0")
+    add("--top-p", type=float, default=1.0, help="draw from the fewest tokens that are together so likely; 1: all")
+    add("--seed", type=int, default=1234, help="seed of the draws, the same for each prompt")
+    add("--dtype", choices=COMPUTE_DTYPES, default="fp32", help="dtype of the computation")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    add("--tokenizer-type", choices=("auto", *TOKENIZER_TYPES), help="default: the run's own tokenizer")
+    add("--tokenizer-model", help="SentencePiece model or tokenizer.json; default: the run's own")
+    add("--tokenizer-eod", metavar="TOKEN", help="token of a tokenizer.json that ends a document")
+    args = parser.parse_args(argv)
+    for flag, value, is_legal, legal in (
+        ("--tokens", args.tokens, args.tokens >= 1, "at least 1"),
+        ("--temperature", args.temperature, 0 <= args.temperature < float("inf"), "0 or more"),
+        ("--top-p", args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not is_legal:
+            raise UserError(f"{flag} {value}: must be {legal}")
+    if args.prompt_file:
+        if not args.prompt_file.is_file():
+            raise UserError(f"--prompt-file {args.prompt_file}: no such file")
+        args.prompt.append(args.prompt_file.read_text("utf-8"))
+    return args
 
 
 def main(argv: list[str]) -> int:
-    flags = build_parser().parse_args(argv)
-    for name, legal, words in (
-        ("tokens", flags.tokens >= 1, "at least 1"),
-        ("temperature", 0 <= flags.temperature < float("inf"), "0 or more"),
-        ("top-p", 0 < flags.top_p <= 1, "above 0 and at most 1"),
-    ):
-        if not legal:
-            raise UserError(f"--{name} {getattr(flags, name.replace('-', '_'))}: must be {words}")
-    prompts = list(flags.prompt)
-    if flags.prompt_file:
-        if not flags.prompt_file.is_file():
-            raise UserError(f"--prompt-file {flags.prompt_file}: no such file")
-        prompts.append(flags.prompt_file.read_text("utf-8"))
-    checkpoint = find_run_checkpoint(flags.load)
-    facts = read_run_metadata(checkpoint)
-    config, tokenizer = config_of(facts, checkpoint), tokenizer_of(flags, checkpoint, facts["tokenizer"])
-    kind = ("cuda" if cuda_device_count() else "cpu") if flags.device == "auto" else flags.device
+    args = parse_args(argv)
+    checkpoint = find_run_checkpoint(args.load)
+    metadata = read_run_metadata(checkpoint)
+    tokenizer = find_tokenizer(args, checkpoint, metadata["tokenizer"])
+    kind = ("cuda" if cuda_device_count() else "cpu") if args.device == "auto" else args.device
     device, _ = initialise_distributed(Launch(), kind, timeout=timedelta(minutes=10))
-    model = load_model(checkpoint, config, device=device, dtype=DTYPES[flags.dtype])
-    for prompt in prompts or [""]:
+    model = load_model(checkpoint, metadata, device, COMPUTE_DTYPES[args.dtype])
+    draws = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    for prompt in args.prompt or [""]:
         ids = tokenizer.encode(prompt).tolist() or [tokenizer.eod]
-        trained_on = facts.get("--seq-length")
-        if trained_on and len(ids) + flags.tokens > trained_on:
-            print(
-                f"{len(ids)} + {flags.tokens} tokens are more than the {trained_on} that the model was trained on",
-                file=sys.stderr,
-            )
-        added = continue_text(
-            model,
-            ids,
-            tokens=flags.tokens,
-            eod=tokenizer.eod,
-            temperature=0.0 if flags.greedy else flags.temperature,
-            top_p=flags.top_p,
-            seed=flags.seed,
-        )
+        limit, length = metadata.get("--seq-length"), len(ids) + args.tokens
+        if limit and length > limit:
+            print(f"{length} tokens with the prompt; the model was trained on --seq-length {limit}", file=sys.stderr)
+        added = continue_text(model, ids, tokens=args.tokens, eod=tokenizer.eod, **draws)
         print(prompt + tokenizer.decode(added), flush=True)
-    torch.distributed.destroy_process_group()
+    dist.destroy_process_group()
     return 0
 
 

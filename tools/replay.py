@@ -1,11 +1,11 @@
 """Run a recorded step again and say where its numbers stop being finite.
 
-torchrun --nproc-per-node 2 tools/replay.py runs/one/nonfinite/step_0000012.json
-python tools/replay.py runs/one/nonfinite/step_0000012.json --cp-size 1 --device cpu
+    torchrun --nproc-per-node 2 tools/replay.py runs/one/nonfinite/step_0000012.json
+    python tools/replay.py runs/one/nonfinite/step_0000012.json --cp-size 1 --device cpu
 
-Model, layout and data follow from the flags in the file, which further flags of train.py overrule: the samples of a step are
-a function of the seed and the step. The weights are those that the run kept before the step; else the newest checkpoint
-before the step; or of --load. Exit code 1: not finite again; 0: finite here.
+Model, layout and data follow from the flags in the record; further flags of train.py overrule them. The weights are
+those of --load, else of the newest checkpoint before the step, among them those that the run saved when the step
+failed. Exit code 1: not finite again; 0: finite here.
 """
 
 from __future__ import annotations
@@ -21,42 +21,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from checkpoint.files import find_checkpoint, list_checkpoints, read_run_metadata
 from checkpoint.saver import load_checkpoint
 from config.cli import parse_arguments
-from config.schema import RunConfig
-from config.validate import resolve
 from data.loader import build_loader
-from metrics.log import count_rows
 from model.gpt import GPT, Stages, get_chunks
-from parallel.collectives import sum_over
-from parallel.fsdp import clip_grad_norm_
-from parallel.grid import Grid
-from runtime.distributed import (
-    build_run_grid,
-    collective_timeout,
-    cuda_device_count,
-    initialise_distributed,
-    read_launch,
-    read_ranks,
-    run_on_rank_zero_first,
-)
+from runtime.distributed import read_launch, read_ranks, run_on_rank_zero_first
 from runtime.nonfinite import find_nonfinite_gradients
-from training.build import RunData, build_batch_plan, build_data, build_model, build_pipeline
-from training.step import forward_backward, get_norm_owned_names
+from tools.one_step import compute_gradients, start_grid
+from training.build import RunData, build_batch_plan, build_data, build_model
 from utils.errors import UserError, run_tool
 
 # Flags that a replay does not take from the run: what the run loaded, wrote or skipped.
 LEFT_OUT = {
-    "check_data", "dry_run", "eval_only", "load", "load_fallback", "load_weights_only", "metrics_file", "profile", "resume",
-    "run_dir", "save", "skip_steps", "tensorboard_dir", "wandb_project",
+    "check_data", "dry_run", "eval_only", "load", "load_fallback", "load_weights_only", "metrics_file", "profile",
+    "resume", "run_dir", "save", "skip_steps", "tensorboard_dir", "wandb_project",
 }  # fmt: skip
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a step.
+    """Return the record of a step.
 
     Raises:
         UserError: the file is not one that a run wrote.
@@ -73,13 +58,13 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def newest_before(folders: list[Path], step: int) -> Path:
-    """The newest checkpoint of a step before `step`.
+    """Return the newest checkpoint of a step before `step`.
 
     Raises:
         UserError: there is none in these folders.
     """
     found = [(int(read_run_metadata(place)["step"]), place) for folder in folders for place in list_checkpoints(folder)]
-    before = [one for one in found if one[0] < step]
+    before = [each for each in found if each[0] < step]
     if not before:
         where = " or ".join(map(str, folders))
         raise UserError(
@@ -99,112 +84,66 @@ def check_same_data(data: RunData, recorded: dict[str, Any]) -> None:
             raise UserError(f"the {name} differ from the run's: {value}, the run had {recorded.get(name)}")
 
 
-class LayerWatch:
-    """Largest magnitude, and count of values that are not finite, of each layer's output."""
+def watch_layers(model: GPT | Stages) -> dict[int, tuple[float, int]]:
+    """Return a dict that forward passes fill: layer -> largest magnitude of its output, count of non-finite values."""
+    seen: dict[int, tuple[float, int]] = {}
 
-    def __init__(self, model: nn.Module) -> None:
-        self.seen: dict[str, tuple[float, int]] = {}
-        for chunk in get_chunks(model):  # type: ignore[arg-type]
-            for name, layer in chunk.layers.items():
-                layer.register_forward_hook(self._hook(f"layers.{name}"))
+    def watch(number: int, output: torch.Tensor) -> None:
+        x = output.detach()
+        largest, count = seen.get(number, (0.0, 0))
+        seen[number] = max(largest, float(x.nan_to_num(0.0).abs().max())), count + int((~x.isfinite()).sum())
 
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            x = output.detach()
-            nonfinite = int((~x.isfinite()).sum())
-            largest, before = self.seen.get(name, (0.0, 0))
-            own = float(x.nan_to_num(0.0).abs().max()) if x.numel() else 0.0
-            self.seen[name] = (max(largest, own), before + nonfinite)
-
-        return hook
+    for chunk in get_chunks(model):
+        for name, layer in chunk.layers.items():
+            layer.register_forward_hook(lambda module, inputs, output, number=int(name): watch(number, output))
+    return seen
 
 
-def run_step(
-    config: RunConfig, step: int, data: RunData, model: GPT | Stages, grid: Grid, device: torch.device
-) -> tuple[float, float, list[dict[str, Any]]]:
-    """Forward and backward of step `step`, counted from 1. Collective.
-
-    Returns:
-        loss, gradient norm, and for each rank {"layers": as `LayerWatch.seen`, "gradients": names that are not finite}.
-    """
-    watch = LayerWatch(model)
-    plan = build_batch_plan(config, grid)
-    pipeline = build_pipeline(config, model, grid, device, plan.num_microbatches)
-    batches = list(build_loader(data.train, plan, steps=[step - 1], num_workers=0, pin_memory=False))
-    loss_tokens = sum_over(count_rows(batches).to(device), grid.group("batch"))[0].clamp(min=1)
-    cross_entropy = forward_backward(
-        model,
-        batches,
-        loss_tokens=loss_tokens,
-        device=device,
-        reshard_between=config.parallel.reshard_after_forward == "on",
-        pipeline=pipeline,
-    )
-    own = {"layers": watch.seen, "gradients": find_nonfinite_gradients(model)}
-    parameters = dict(model.named_parameters())
-    grad_norm = float(clip_grad_norm_(parameters, grid, max_norm=0.0, owned=get_norm_owned_names(model, grid)))
-    loss = float(sum_over(sum_over(cross_entropy, grid.group("loss")), grid.group("pp")) / loss_tokens)
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, own)
-    return loss, grad_norm, reports
-
-
-def print_layers(reports: list[dict[str, Any]]) -> None:
-    """A table of the layers over all ranks, and the gradients that are not finite."""
-    layers: dict[str, tuple[float, int]] = {}
-    for report in reports:
-        for name, (largest, nonfinite) in report["layers"].items():
-            before = layers.get(name, (0.0, 0))
-            layers[name] = (max(largest, before[0]), nonfinite + before[1])
+def print_reports(reports: list[tuple[dict[int, tuple[float, int]], list[str]]]) -> None:
+    """Print a table of the layers over all ranks, and the gradients that are not finite."""
     print(f"{'output of':<12} {'largest':>12} {'not finite':>12}")
-    for name in sorted(layers, key=lambda n: int(n.rpartition(".")[2])):
-        print(f"{name:<12} {layers[name][0]:>12.4g} {layers[name][1]:>12,}")
-    for rank, report in enumerate(reports):
-        names = report["gradients"]
+    for number in sorted({number for layers, _ in reports for number in layers}):
+        found = [layers[number] for layers, _ in reports if number in layers]
+        largest, count = max(x for x, _ in found), sum(n for _, n in found)
+        print(f"{f'layers.{number}':<12} {largest:>12.4g} {count:>12,}")
+    for rank, (_, names) in enumerate(reports):
         if names:
             print(f"rank {rank}: {len(names)} gradients not finite: {', '.join(names[:8])}")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="step_*.json of a run's nonfinite folder")
+    parser.add_argument("file", type=Path, help="step_*.json in a run's nonfinite folder")
     parser.add_argument("--load", type=Path, help="checkpoint, or folder of checkpoints, whose weights are taken")
     parser.add_argument("--fresh", action="store_true", help="take the initial weights")
-    return parser
-
-
-def main(argv: list[str]) -> int:
-    own, more = build_parser().parse_known_args(argv)
+    own, more = parser.parse_known_args(argv)
     launch, record = read_launch(), read_record(own.file)
-    flags = {name: value for name, value in record["flags"].items() if name not in LEFT_OUT}
+    step, flags = record["step"], {name: value for name, value in record["flags"].items() if name not in LEFT_OUT}
     config = parse_arguments(more, defaults=flags)
-    resolve(
-        config,
-        world_size=launch.world_size,
-        local_world_size=launch.local_world_size,
-        cuda_devices=cuda_device_count,
-    )
     checkpoint = None
     if not own.fresh:
         folders = [own.file.parent / "checkpoints", Path(record["checkpoints"])]
-        checkpoint = find_checkpoint(own.load) if own.load else newest_before(folders, record["step"])
-    device, _ = initialise_distributed(launch, config.parallel.device, timeout=collective_timeout(config.parallel))
-    grid = build_run_grid(config.parallel, device)
+        checkpoint = find_checkpoint(own.load) if own.load else newest_before(folders, step)
+    grid, device = start_grid(config, launch)
     data = run_on_rank_zero_first(lambda: build_data(config))
     check_same_data(data, record["fingerprints"])
     model = build_model(config, config.model.architecture(data.tokenizer.vocab_size), grid, device)
     loaded_step = load_checkpoint(checkpoint, model, None, grid) if checkpoint else 0
-    loss, grad_norm, reports = run_step(config, record["step"], data, model, grid, device)
+    layers = watch_layers(model)
+    plan = build_batch_plan(config, grid)
+    batches = list(build_loader(data.train, plan, steps=[step - 1], num_workers=0, pin_memory=False))
+    loss, grad_norm = compute_gradients(config, model, batches, grid, device)
+    reports: list[Any] = [None] * launch.world_size
+    dist.all_gather_object(reports, (layers, find_nonfinite_gradients(model)))
     if launch.rank == 0:
-        print(f"step {record['step']} of {own.file}, weights: {checkpoint or 'initial'}, {grid.describe()}")
-        missing = record["step"] - 1 - loaded_step
-        if missing:
+        print(f"step {step} of {own.file}, weights: {checkpoint or 'initial'}, {grid.describe()}")
+        if missing := step - 1 - loaded_step:
             print(f"these weights are of step {loaded_step}, {missing} updates before: other values may be finite here")
         print(f"the run:  loss {record['loss']}, gradient norm {record['grad_norm']}")
         print(f"here:     loss {loss}, gradient norm {grad_norm}")
-        print_layers(reports)
+        print_reports(reports)
     dist.barrier()
     dist.destroy_process_group()
     return 0 if math.isfinite(loss) and math.isfinite(grad_norm) else 1

@@ -19,7 +19,7 @@ from parallel.grid import Grid, GridSizes, build_grid
 from tests.flags import resolve_config
 from tests.launch import SMALL, write_corpus
 from tests.world import World
-from tools.verify import Verifier, cells_of
+from tools.verify import Verifier, cells_of, describe_layout
 
 # Heads of 64 channels: what every CUDA kernel takes.
 FLAGS = [
@@ -91,9 +91,14 @@ def one_cell(verifier: Verifier, run: RunConfig) -> list[tuple[str, bool, float]
     try:
         report = verifier.verify(run)
     except Exception as error:
-        what = f"{run.parallel.attention.backend} {run.attention.method} {run.qkv_format} {run.dtype}"
-        return [(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", False, float("inf"))]
-    return [] if report is None else [(report.title, report.passed, max(line.ratio for line in report.lines))]
+        return [
+            (
+                f"{describe_layout(run)}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                False,
+                float("inf"),
+            )
+        ]
+    return [] if report is None else [(report.title, report.passed, max(figure.ratio for figure in report.figures))]
 
 
 def test_every_cell_of_the_table_agrees(world: World, flags: list[str], record: Callable) -> None:

@@ -1,6 +1,4 @@
-"""Text with kept keys and values: the training forward's logits token by token, draws, refusals, and a run from
-training to text.
-"""
+"""Text with cached keys and values: the training forward's logits token by token, draws, refusals, a run's text."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from model.transformer import GPTOptions
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of
 from tests.launch import ROOT, SMALL, environment, train, write_corpus
-from tools.kv_cache import CachedAttention, choose, continue_text
+from tools.generate import CachedAttention, choose, continue_text
 
 MODELS = {
     "plain": {},
@@ -48,13 +46,8 @@ def pair(grid: Grid, dtype: str, **changes) -> tuple[GPT, GPT]:
     """A model as in training, and the same with a cache."""
     config = config_of(**changes)
     trained = built(grid, config, dtype).eval()
-    attention = CachedAttention(config.num_layers, config.kv_channels**-0.5)
-    kept = GPT(
-        config,
-        attention=attention,
-        cp_group=grid.group("cp"),
-        options=GPTOptions(dtype=torch.float64 if dtype == "fp64" else torch.float32),
-    )
+    options = GPTOptions(dtype=torch.float64 if dtype == "fp64" else torch.float32)
+    kept = GPT(config, attention=CachedAttention(), cp_group=grid.group("cp"), options=options)
     kept.load_state_dict(trained.state_dict())
     return trained, kept.eval()  # type: ignore[return-value]
 
@@ -81,7 +74,7 @@ def test_greedy_is_the_argmax_of_the_training_forward(
         seen.append(logits)
         return choose(logits, **options)
 
-    with mock.patch("tools.kv_cache.choose", spy):
+    with mock.patch("tools.generate.choose", spy):
         added = list(continue_text(kept, prompt, tokens=12, eod=None))
     wanted = training_logits(trained, prompt + added)[len(prompt) - 1 : -1]
     assert added == wanted.argmax(-1).tolist() and len(added) == 12
@@ -148,15 +141,14 @@ def test_the_cache_is_attention(grid: Grid) -> None:
         torch.randn(6, heads, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(heads))
         for heads in (4, 2, 2)
     )
-    cache = CachedAttention(1, 0.3)
-    cache.clear(6)
+    cache = CachedAttention()
     row = SimpleNamespace()
     got = [
         cache(q[:3], k[:3], v[:3], row, None),
         *(cache(q[i : i + 1], k[i : i + 1], v[i : i + 1], row, None) for i in range(3, 6)),
     ]  # type: ignore[arg-type]
     wide = [x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v)]
-    wanted = F.scaled_dot_product_attention(q.transpose(0, 1), *wide, is_causal=True, scale=0.3).transpose(0, 1)
+    wanted = F.scaled_dot_product_attention(q.transpose(0, 1), *wide, is_causal=True).transpose(0, 1)
     torch.testing.assert_close(torch.cat(got), wanted)
 
 
