@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -148,17 +148,18 @@ def find_tokenizer(args: argparse.Namespace, checkpoint: Path, fingerprint: str)
     Raises:
         UserError: no tokenizer with this fingerprint.
     """
-    if args.tokenizer_type or args.tokenizer_model:
-        where = "the flags"
-        found = [load_tokenizer(args.tokenizer_type or "auto", args.tokenizer_model, args.tokenizer_eod)]
-    else:
-        where = checkpoint.parent.parent / "config.json"
-        found = read_run_tokenizers(where)
+    file = checkpoint.parent.parent / "config.json"
+    has_flags = args.tokenizer_type or args.tokenizer_model
+    found: Iterable[Tokenizer] = (
+        [load_tokenizer(args.tokenizer_type or "auto", args.tokenizer_model, args.tokenizer_eod)]
+        if has_flags
+        else read_run_tokenizers(file)
+    )
     for tokenizer in found:
         if tokenizer.fingerprint == fingerprint:
             return tokenizer
     raise UserError(
-        f"--load {checkpoint}: {where} name no tokenizer that the model was trained with; give its --tokenizer-model, "
+        f"--load {checkpoint}: its tokenizer is not that of {'the flags' if has_flags else file}; give --tokenizer-model, "
         "or --tokenizer-type byte"
     )
 

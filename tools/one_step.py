@@ -27,8 +27,8 @@ from training.step import forward_backward, get_norm_owned_names
 
 def start_grid(config: RunConfig, launch: Launch) -> tuple[Grid, torch.device]:
     """Resolve the flags in place and make the process groups. Collective."""
-    ranks = {"world_size": launch.world_size, "local_world_size": launch.local_world_size}
-    resolve(config, **ranks, cuda_devices=cuda_device_count)
+    world, local_world = launch.world_size, launch.local_world_size
+    resolve(config, world_size=world, local_world_size=local_world, cuda_devices=cuda_device_count)
     timeout = collective_timeout(config.parallel)
     device, _ = initialise_distributed(launch, config.parallel.device, timeout=timeout)
     return build_run_grid(config.parallel, device), device

@@ -137,9 +137,8 @@ def read_values(record: dict[str, Any]) -> dict[str, float]:
             values[f"perplexity/{source}"] = math.exp(loss) if loss < 700 else loss * math.inf  # NaN stays NaN
     elif "timers" in record:
         for phase, (_, slowest, _) in dict(record["timers"]).items():
-            values[f"timer/{phase}, ms per step of the slowest rank"] = (
-                1000 * float(slowest) / record.get("timed_steps", 1)
-            )
+            milliseconds = 1000 * float(slowest) / record.get("timed_steps", 1)
+            values[f"timer/{phase}, ms per step of the slowest rank"] = milliseconds
     elif "loss" in record:
         values = record
     return {key: float(value) for key, value in values.items() if type(value) in (int, float)}
