@@ -159,8 +159,8 @@ def find_tokenizer(args: argparse.Namespace, checkpoint: Path, fingerprint: str)
         if tokenizer.fingerprint == fingerprint:
             return tokenizer
     raise UserError(
-        f"--load {checkpoint}: its tokenizer is not that of {'the flags' if has_flags else file}; give --tokenizer-model, "
-        "or --tokenizer-type byte"
+        f"--load {checkpoint}: its tokenizer is not that of {'the flags' if has_flags else file}; "
+        "give --tokenizer-model, or --tokenizer-type byte"
     )
 
 
