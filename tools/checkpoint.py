@@ -72,34 +72,23 @@ def verify(checkpoint: Path) -> int:
     return 1 if errors else 0
 
 
-def compare_tensors(a: Tensor, b: Tensor) -> str | None:
-    """Return how two tensors differ, relative to the Frobenius norm of `a`; None: equal bits, up to the kind of NaN."""
-    is_same = (a == b) | (a.isnan() & b.isnan())
-    if is_same.all():
-        return None
-    difference, norm = a.double() - b.double(), a.double().norm().item() or 1.0
-    largest, relative = difference.abs().max().item(), difference.norm().item() / norm
-    return f"{int((~is_same).sum()):,} of {a.numel():,} differ, at most by {largest:.3e}, relative {relative:.3e}"
-
-
 def find_differences(first: Path, second: Path) -> Iterator[str]:
     """Yield a line for each name of the metadata, and each tensor, that differs."""
     run, other_run = read_run_metadata(first), read_run_metadata(second)
+    for name in {**run, **other_run}:
+        value, other = run.get(name, "missing"), other_run.get(name, "missing")
+        if value != other:
+            yield f"{name}: {value} | {other}"
     index, other_index = read_tensor_index(first), read_tensor_index(second)
-    kinds, other_kinds = (
-        {name: (list(tensor.size), tensor.properties.dtype) for name, tensor in sorted(each.items())}
-        for each in (index, other_index)
-    )
-    for values, other_values in ((run, other_run), (kinds, other_kinds)):
-        for name in {**values, **other_values}:
-            value, other = values.get(name, "missing"), other_values.get(name, "missing")
-            if value != other:
-                yield f"{name}: {value} | {other}"
-    for name, kind in kinds.items():
-        if kind == other_kinds.get(name):
-            a, b = read_tensor(first, name, index[name]), read_tensor(second, name, other_index[name])
-            if (difference := compare_tensors(a, b)) is not None:
-                yield f"{name}: {difference}"
+    for name in sorted({*index, *other_index}):
+        if name not in index or name not in other_index:
+            yield f"{name}: only in {first if name in index else second}"
+            continue
+        a, b = read_tensor(first, name, index[name]), read_tensor(second, name, other_index[name])
+        try:
+            torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
+        except AssertionError as error:
+            yield f"{name}: {' '.join(str(error).split())}"
 
 
 def diff(first: Path, second: Path) -> int:

@@ -293,8 +293,7 @@ def configuration_rows(configs: Sequence[dict[str, str]], *, differing: bool) ->
 
 def build_report(runs: list[Run], *, now: str) -> str:
     """The whole HTML file. Every text of a run is escaped: in HTML by `as_text`, in scripts by plotly."""
-    options = {"include_plotlyjs": True, "full_html": False, "div_id": "charts"}
-    charts = to_html(draw_charts(runs), config={"displaylogo": False}, **options)
+    charts = to_html(draw_charts(runs), config={"displaylogo": False}, full_html=False, div_id="charts")
     names = ", ".join(as_text(run.name) for run in runs)
     heads = "".join(f"<th>{as_text(run.name)}</th>" for run in runs)
     notes = "<br>".join(as_text(f"{run.name}: {note}") for run in runs for note in run.notes)

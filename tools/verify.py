@@ -345,6 +345,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path)
     own, rest = parser.parse_known_args(argv)
     launch, config = read_launch(), parse_arguments(rest)
+    config.training.eval_interval = 0  # needs no validation documents
     grid, device = start_grid(config, launch)
     if config.model.fp8 != "none":  # its noise is far above any floor, whatever the layout
         if launch.rank == 0:
@@ -367,6 +368,7 @@ def main(argv: list[str]) -> int:
         layouts = [asdict(report) | {"passed": report.passed} for report in reports]
         own.json.write_text(json.dumps({"grid": grid.describe(), "layouts": layouts}, indent=1))
     failed = broadcast_object(not all(report.passed for report in reports))
+    dist.barrier()
     dist.destroy_process_group()
     return int(failed)
 
