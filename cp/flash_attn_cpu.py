@@ -152,8 +152,9 @@ def _flash_attn_varlen_backward(
     """Writes dq, dk and dv."""
     _check(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
     for at_q, at_k in _sequences(cu_seqlens_q, cu_seqlens_k):
-        inputs = (x[None, at] for x, at in ((dout, at_q), (q, at_q), (k, at_k), (v, at_k), (out, at_q)))
-        grads = _backward(*inputs, softmax_lse[None, :, at_q], softmax_scale, causal)
+        queries, keys, values = q[None, at_q], k[None, at_k], v[None, at_k]
+        lse = softmax_lse[None, :, at_q]
+        grads = _backward(dout[None, at_q], queries, keys, values, out[None, at_q], lse, softmax_scale, causal)
         dq[at_q], dk[at_k], dv[at_k] = (grad[0] for grad in grads)
     return softmax_lse
 

@@ -141,7 +141,9 @@ def fake_step(ledger: MemoryLedger) -> Iterator[None]:
     def held_isend(tensor: Tensor, *where: Any, **options: Any) -> Any:
         """The returned work holds its tensor, as that of a real group does."""
         ledger.relabel(tensor, "sent messages")
-        return SimpleNamespace(wait=isend(tensor, *where, **options).wait, tensor=tensor)
+        work = isend(tensor, *where, **options)
+        assert work is not None, "this rank is in every group of the fake world"
+        return SimpleNamespace(wait=work.wait, tensor=tensor)
 
     with (
         mock.patch.object(torch.UntypedStorage, "resize_", counted_resize),

@@ -147,7 +147,7 @@ class NonFiniteGuard:
         return f"{details}; tools/replay.py {path} runs it again"
 
     def explain(self, error: NonFiniteError, saver: Saver, metadata: dict[str, Any]) -> NonFiniteError:
-        """The error with what a replay needs: the step's record, the weights before it. Collective.
+        """The error with what a replay needs: a record of the step, the weights before it. Collective.
 
         Args:
             saver, metadata: of the run's checkpoints.
