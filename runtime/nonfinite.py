@@ -159,7 +159,7 @@ class NonFiniteGuard:
         return NonFiniteError(error.step, error.loss, error.grad_norm, details)
 
     def _save_weights(self, step: int, saver: Saver, metadata: dict[str, Any]) -> str:
-        """Save the weights after `step`, apart from the checkpoints that a run resumes. Returns where, for a message."""
+        """Save the weights after `step`, apart from the checkpoints of the run. Returns where, for a message."""
         folder = self.folder / "checkpoints"
         try:
             saver.wait()
