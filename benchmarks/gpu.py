@@ -59,6 +59,7 @@ from benchmarks.harness import (
     time_call,
     write_figures,
 )
+from cp.dropout_attention import AttentionOptions
 from cp.native_p2p import build_ring_blocks, ring_attention_blocks
 from cp.packed_seq import IGNORE_LABEL, build_packed_seq
 from data.dataset import PackedSample
@@ -378,12 +379,12 @@ def build_ring_rank(
     dout = draw(query_heads)
     packed_seq, _ = build_packed_seq(sample.lengths, sample.padded_lengths, cp_size=cp_size, cp_rank=cp_rank)
     blocks = build_ring_blocks(packed_seq, cp_size=cp_size, cp_rank=cp_rank, device=machine.device)
-    group, scale = machine.grid.group("cp"), head_dim**-0.5
+    group, options = machine.grid.group("cp"), AttentionOptions(head_dim**-0.5)
 
     def run() -> None:
         q.grad = k.grad = v.grad = None
         with mock.patch("cp.native_p2p.start_ring_shift", arrive_at_once):
-            ring_attention_blocks(q, k, v, blocks, group, scale=scale).backward(dout)
+            ring_attention_blocks(q, k, v, blocks, group, options).backward(dout)
 
     return run
 

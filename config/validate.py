@@ -31,7 +31,7 @@ from cp.layout import document_unit
 from data.packing import PACKINGS, resolve_packing
 from data.sources import find_tokenizer, open_sources
 from data.tokenizer import load_sentencepiece
-from parallel.stages import check_microbatches, min_microbatches, split_layers
+from parallel.stages import check_microbatches, split_layers
 from utils.errors import UserError
 
 FP8_UNIT = 16  # sizes of an 8-bit matrix are multiples of this number
@@ -399,7 +399,7 @@ def _resolve_batch(training: TrainingConfig, parallel: ParallelConfig, chosen: l
         training.global_batch_size = resumed
         chosen.append(f"--global-batch-size {resumed} (the checkpoint's)")
     if training.global_batch_size is None:
-        training.global_batch_size = unit * min_microbatches(parallel.pp_size)
+        training.global_batch_size = unit * parallel.pp_size  # the fewest that every schedule takes
         chosen.append(f"--global-batch-size {training.global_batch_size}")
     if training.global_batch_size % unit:
         nearest = nearest_multiple(training.global_batch_size, unit)

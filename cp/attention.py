@@ -8,18 +8,41 @@ Backends that support attention dropout (`cp.support.DROPOUT_DEVICES`) also take
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
 
+from cp.dropout_attention import AttentionDropout, AttentionOptions
 from cp.native_a2a import a2a_attention
 from cp.native_all_gather import all_gather_attention
 from cp.native_p2p import ring_attention
+from cp.packed_seq import PackedSeq
 from cp.support import AttentionChoice
 from parallel.collectives import WaitClock
 
 Attention = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class NativeAttention:
+    """A method of `native` with its options."""
+
+    method: Callable[..., Tensor]
+    options: AttentionOptions
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packed_seq: PackedSeq,
+        group: dist.ProcessGroup,
+        *,
+        dropout: AttentionDropout | None = None,
+    ) -> Tensor:
+        return self.method(q, k, v, packed_seq, group, replace(self.options, dropout=dropout))
 
 
 def build_attention(
@@ -37,14 +60,13 @@ def build_attention(
     """
     scale = head_dim**-0.5
     if choice.backend == "native":
-        if choice.method == "p2p":
-            return partial(ring_attention, scale=scale, clock=clock)
+        method: Callable[..., Tensor] = ring_attention  # p2p, and a2a without a neighbour to trade with
         if choice.method == "all_gather":
-            return partial(all_gather_attention, scale=scale, heads_k_stride=choice.heads_k_stride, clock=clock)
-        if choice.a2a_size == 1:  # no neighbour to trade with: the ring alone
-            return partial(ring_attention, scale=scale, clock=clock)
-        assert a2a_groups is not None
-        return partial(a2a_attention, scale=scale, a2a_group=a2a_groups[0], ring_group=a2a_groups[1], clock=clock)
+            method = partial(all_gather_attention, heads_k_stride=choice.heads_k_stride)
+        elif choice.a2a_size > 1:
+            assert a2a_groups is not None
+            method = partial(a2a_attention, a2a_group=a2a_groups[0], ring_group=a2a_groups[1])
+        return NativeAttention(method, AttentionOptions(scale, clock=clock))
     if choice.backend == "pytorch":
         from cp.pytorch_cp import pytorch_attention  # private names of PyTorch, imported only on demand
 

@@ -5,7 +5,9 @@ All indices count tokens in storage: positions within the local shard [t, h, d],
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,25 +19,25 @@ from cp.packed_seq import to_device
 Tokens = slice | Tensor
 
 
+class Segments(NamedTuple):
+    """Segments of equal lengths at equal distances; the distance of a single segment has no meaning."""
+
+    start: int
+    distance: int
+    length: int
+
+    def slices(self, count: int) -> list[slice]:
+        starts = range(self.start, self.start + count * self.distance, self.distance) if count > 1 else [self.start]
+        return [slice(start, start + self.length) for start in starts]
+
+
 @dataclass(frozen=True)
 class Run:
-    """`count` segments of equal lengths at equal distances: one batched CPU kernel call."""
+    """`count` segments of queries and of keys: one batched CPU kernel call."""
 
     count: int
-    q_start: int
-    q_stride: int
-    q_length: int
-    k_start: int
-    k_stride: int
-    k_length: int
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """One document's queries and keys in a block."""
-
-    q: slice
-    k: slice
+    q: Segments
+    k: Segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,7 @@ class Block:
         q_tokens, k_tokens: tokens of all segments, ascending; a slice where they are contiguous.
         cu_q, cu_k: [segments + 1] int32 running sums of the lengths; CUDA only.
         max_q, max_k: longest segments.
-        dropout_ids: ids of the query tokens [t] and positions of the keys in their documents [t']; dropout only.
+        dropout_ids: ids of the query tokens [t], and positions of the keys in their documents [t']; dropout only.
     """
 
     causal: bool
@@ -61,18 +63,12 @@ class Block:
     cu_k: Tensor | None
     max_q: int
     max_k: int
-    dropout_ids: tuple[Tensor, Tensor] | None = None
+    dropout_ids: tuple[Tensor, ...] | None = None
 
-    def segments(self) -> list[Segment]:
-        """The runs' segments, in order."""
-        return [
-            Segment(
-                slice(run.q_start + i * run.q_stride, run.q_start + i * run.q_stride + run.q_length),
-                slice(run.k_start + i * run.k_stride, run.k_start + i * run.k_stride + run.k_length),
-            )
-            for run in self.runs
-            for i in range(run.count)
-        ]
+    def segments(self) -> list[tuple[slice, slice]]:
+        """Queries and keys of each segment, in order."""
+        runs = (zip(run.q.slices(run.count), run.k.slices(run.count), strict=True) for run in self.runs)
+        return [segment for run in runs for segment in run]
 
 
 def _tokens(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Tokens:
@@ -84,59 +80,54 @@ def _tokens(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> To
 def _group_runs(segments: np.ndarray) -> tuple[Run, ...]:
     """Join neighbouring segments of equal lengths and distances. segments: [n, 4] q_start, q_len, k_start, k_len."""
     runs: list[Run] = []
+    last_q = last_k = 0
     for q_start, q_length, k_start, k_length in segments.tolist():
+        q_distance, k_distance = q_start - last_q, k_start - last_k
+        last_q, last_k = q_start, k_start
         if runs:
-            last = runs[-1]
-            q_stride, k_stride = q_start - last.q_start, k_start - last.k_start
-            if last.count > 1:
-                q_stride -= (last.count - 1) * last.q_stride
-                k_stride -= (last.count - 1) * last.k_stride
-            same_lengths = (q_length, k_length) == (last.q_length, last.k_length)
-            if same_lengths and (last.count == 1 or (q_stride, k_stride) == (last.q_stride, last.k_stride)):
-                runs[-1] = Run(last.count + 1, last.q_start, q_stride, q_length, last.k_start, k_stride, k_length)
+            last, q, k = runs[-1], runs[-1].q, runs[-1].k
+            has_equal_distances = last.count == 1 or (q_distance, k_distance) == (q.distance, k.distance)
+            if (q_length, k_length) == (q.length, k.length) and has_equal_distances:
+                q, k = q._replace(distance=q_distance), k._replace(distance=k_distance)
+                runs[-1] = Run(last.count + 1, q, k)
                 continue
-        runs.append(Run(1, q_start, q_length, q_length, k_start, k_length, k_length))
+        runs.append(Run(1, Segments(q_start, q_length, q_length), Segments(k_start, k_length, k_length)))
     return tuple(runs)
 
 
 def build_block(
-    q_starts: np.ndarray,
-    q_lengths: np.ndarray,
-    k_starts: np.ndarray,
-    k_lengths: np.ndarray,
+    segments: Sequence[np.ndarray],
     *,
     causal: bool,
     device: torch.device,
     dropout_ids: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Block | None:
-    """Build a `Block` from [segments] arrays; segments without queries or keys are left out. None if none is left.
+    """Build a `Block`; segments without queries or keys are left out. None if none is left.
 
     Args:
+        segments: [n] starts and lengths of the queries, starts and lengths of the keys.
         dropout_ids: as in `Block`, int64 on the host.
     """
-    segments = np.stack((q_starts, q_lengths, k_starts, k_lengths), 1).astype(np.int64)
-    segments = segments[(segments[:, 1] > 0) & (segments[:, 3] > 0)]
-    if not len(segments):
+    table = np.stack(segments, 1).astype(np.int64)
+    table = table[(table[:, 1] > 0) & (table[:, 3] > 0)]
+    if not len(table):
         return None
-    assert not causal or (segments[:, 1] == segments[:, 3]).all(), "causal blocks are square"
+    assert not causal or (table[:, 1] == table[:, 3]).all(), "causal blocks are square"
     on_cuda = device.type == "cuda"
 
     def running_sum(lengths: np.ndarray) -> Tensor:
         return to_device(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32), device)
 
-    ids = None
-    if dropout_ids is not None:
-        ids = to_device(dropout_ids[0], device), to_device(dropout_ids[1], device)
     return Block(
         causal=causal,
-        runs=() if on_cuda else _group_runs(segments),
-        q_tokens=_tokens(segments[:, 0], segments[:, 1], device),
-        k_tokens=_tokens(segments[:, 2], segments[:, 3], device),
-        cu_q=running_sum(segments[:, 1]) if on_cuda else None,
-        cu_k=running_sum(segments[:, 3]) if on_cuda else None,
-        max_q=int(segments[:, 1].max()),
-        max_k=int(segments[:, 3].max()),
-        dropout_ids=ids,
+        runs=() if on_cuda else _group_runs(table),
+        q_tokens=_tokens(table[:, 0], table[:, 1], device),
+        k_tokens=_tokens(table[:, 2], table[:, 3], device),
+        cu_q=running_sum(table[:, 1]) if on_cuda else None,
+        cu_k=running_sum(table[:, 3]) if on_cuda else None,
+        max_q=int(table[:, 1].max()),
+        max_k=int(table[:, 3].max()),
+        dropout_ids=None if dropout_ids is None else tuple(to_device(ids, device) for ids in dropout_ids),
     )
 
 

@@ -9,12 +9,13 @@ results merge by their log-sum-exp as without dropout.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cp.blocks import Block, Segment, accumulator_dtype
+from cp.blocks import Block, accumulator_dtype
+from parallel.collectives import WaitClock
 from parallel.keyed_random import keep_mask
 
 # Scores that exist at a time.
@@ -46,12 +47,11 @@ class AttentionDropout:
         return keep_mask(self.key, query_ids, columns, self.rate).unflatten(1, (heads, -1)).transpose(0, 1)
 
 
-def _chunks(segment: Segment, heads: int) -> Iterator[tuple[slice, int]]:
-    """Chunks of the segment's queries with at most `MAX_SCORES` scores, and the number of queries before each."""
-    keys = segment.k.stop - segment.k.start
-    size = max(1, MAX_SCORES // max(1, heads * keys))
-    for start in range(segment.q.start, segment.q.stop, size):
-        yield slice(start, min(start + size, segment.q.stop)), start - segment.q.start
+def _chunks(queries: slice, keys: slice, heads: int) -> Iterator[tuple[slice, int]]:
+    """Chunks of the queries with at most `MAX_SCORES` scores, and the number of queries before each."""
+    size = max(1, MAX_SCORES // max(1, heads * (keys.stop - keys.start)))
+    for start in range(queries.start, queries.stop, size):
+        yield slice(start, min(start + size, queries.stop)), start - queries.start
 
 
 def _group(x: Tensor, groups: int) -> Tensor:
@@ -68,19 +68,39 @@ def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, before: int) -> Te
     return scores
 
 
-def dropout_forward(
-    q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float, dropout: AttentionDropout
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How attention computes.
+
+    Attributes:
+        scale: of the softmax.
+        dropout: of the probabilities; CPU only.
+        clock: measures the time that computation waits for K, V and their gradients.
+    """
+
+    scale: float
+    dropout: AttentionDropout | None = None
+    clock: WaitClock | None = None
+
+    def for_heads(self, first: int) -> AttentionOptions:
+        """The options of a slice of the query heads that begins with head `first`."""
+        if self.dropout is None:
+            return self
+        return replace(self, dropout=replace(self.dropout, first_head=self.dropout.first_head + first))
+
+
+def dropout_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """As `cp.kernels.block_forward`; the log-sum-exp is that without dropout."""
-    assert block.dropout_ids is not None and not q.is_cuda
+    dropout, scale = options.dropout, options.scale
+    assert block.dropout_ids is not None and dropout is not None and not q.is_cuda
     (q_ids, k_positions), dtype, heads = block.dropout_ids, accumulator_dtype(q.dtype), q.shape[1]
     outs, lses = [], []
-    for segment in block.segments():
-        keys, values = (x[segment.k].to(dtype) for x in (k, v))
-        for tokens, before in _chunks(segment, heads):
+    for at_q, at_k in block.segments():
+        keys, values = (x[at_k].to(dtype) for x in (k, v))
+        for tokens, before in _chunks(at_q, at_k, heads):
             scores = _scores(q[tokens].to(dtype), keys, scale, block.causal, before)
             lse = scores.logsumexp(-1, keepdim=True)  # [g, r, queries, 1]
-            kept = dropout.kept(q_ids[tokens], k_positions[segment.k], heads).view(scores.shape)
+            kept = dropout.kept(q_ids[tokens], k_positions[at_k], heads).view(scores.shape)
             weights = (scores - lse).exp_() * kept
             out = torch.matmul(weights, values.transpose(0, 1)[:, None]) * dropout.scale  # [g, r, queries, d]
             outs.append(out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype))
@@ -89,30 +109,23 @@ def dropout_forward(
 
 
 def dropout_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block: Block,
-    scale: float,
-    dropout: AttentionDropout,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cp.kernels.block_backward`."""
-    assert block.dropout_ids is not None and not q.is_cuda
+    dropout, scale = options.dropout, options.scale
+    assert block.dropout_ids is not None and dropout is not None and not q.is_cuda
     (q_ids, k_positions), dtype, heads = block.dropout_ids, accumulator_dtype(q.dtype), q.shape[1]
     dqs, dks, dvs = [], [], []
-    for segment in block.segments():
-        keys, values = (x[segment.k].to(dtype) for x in (k, v))
+    for at_q, at_k in block.segments():
+        keys, values = (x[at_k].to(dtype) for x in (k, v))
         groups = keys.shape[1]
         dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
-        for tokens, before in _chunks(segment, heads):
+        for tokens, before in _chunks(at_q, at_k, heads):
             queries, grads = q[tokens].to(dtype), dout[tokens].to(dtype)
             scores = _scores(queries, keys, scale, block.causal, before)
             head_shape = (*scores.shape[:2], -1, 1)  # [g, r, queries, 1]
             weights = (scores - lse[tokens].to(dtype).T.reshape(head_shape)).exp_()
-            kept = dropout.kept(q_ids[tokens], k_positions[segment.k], heads).view(scores.shape) * dropout.scale
+            kept = dropout.kept(q_ids[tokens], k_positions[at_k], heads).view(scores.shape) * dropout.scale
             grouped_grads = _group(grads, groups)
             dweights = torch.matmul(grouped_grads, values.permute(1, 2, 0)[:, None]) * kept
             # The softmax's sum runs over all keys, those of other blocks too: the final out holds it.

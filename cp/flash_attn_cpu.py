@@ -1,12 +1,14 @@
 """flash-attn's four functions that ring-flash-attn calls, over PyTorch's CPU flash operators.
 
-So CPU ranks run the library's own ring logic. Signatures, output layouts and mask alignment are flash-attn 2.8's: the
-log-sum-exp is float32, [batch, heads, rows] for the dense functions and [heads, total rows] for the varlen
-functions; a causal mask is aligned to the bottom right. The library reads the parameters' names. CUDA tensors pass
-through the host, for tests of the library's rings on a GPU without flash-attn.
+So CPU ranks run the library's own ring logic. The library passes all arguments by name. Names, output layouts and mask
+alignment are flash-attn 2.8's: the log-sum-exp is float32, [batch, heads, rows] for the dense functions and
+[heads, total rows] for the varlen functions; a causal mask is aligned to the bottom right. CUDA tensors pass through
+the host, for tests of the library's rings on a GPU without flash-attn.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,16 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-def _check(dropout_p: float, window_left: int, window_right: int, softcap: float, alibi_slopes: Tensor | None) -> None:
-    if dropout_p or (window_left, window_right) != (-1, -1) or softcap or alibi_slopes is not None:
-        raise NotImplementedError("flash-attn on CPU has no dropout, window, softcap or ALiBi")
+# Values of the options without effect; other values are refused.
+NEUTRAL = {"dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
+IGNORED = ("deterministic", "max_seqlen_q", "max_seqlen_k", "return_softmax")
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Raises: NotImplementedError: an option that changes the result."""
+    for name, value in options.items():
+        if name not in IGNORED and not (name in NEUTRAL and value == NEUTRAL[name]):
+            raise NotImplementedError(f"flash-attn on CPU has no {name} {value}")
 
 
 def _mask(q: Tensor, k: Tensor, causal: bool) -> dict:
@@ -48,45 +57,19 @@ def _backward(
 
 
 def _flash_attn_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    return_softmax: bool,
+    *, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, **options: Any
 ) -> tuple[Tensor, Tensor, None, None]:
     """q [b, sq, h, d] -> out [b, sq, h, d], lse [b, h, sq]."""
-    _check(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+    _check(options)
     return *_forward(q, k, v, softmax_scale, causal), None, None
 
 
 def _flash_attn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    rng_state: Tensor | None = None,
-) -> Tensor:
+    *, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, softmax_scale: float, causal: bool, **options: Any,
+) -> Tensor:  # fmt: skip
     """Writes dq, dk and dv."""
-    _check(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+    _check(options)
     grads = _backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal)
     for target, grad in zip((dq, dk, dv), grads, strict=True):
         target.copy_(grad)
@@ -94,28 +77,11 @@ def _flash_attn_backward(
 
 
 def _flash_attn_varlen_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    return_softmax: bool = False,
-    block_table: Tensor | None = None,
-    leftpad_k: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    zero_tensors: bool = False,
-) -> tuple[Tensor, Tensor, None, None]:
+    *, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    softmax_scale: float, causal: bool, **options: Any,
+) -> tuple[Tensor, Tensor, None, None]:  # fmt: skip
     """q [rows, h, d] -> out [rows, h, d], lse [h, rows]."""
-    _check(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+    _check(options)
     out = torch.zeros_like(q)
     lse = torch.full((q.shape[1], len(q)), float("-inf"), device=q.device)
     for at_q, at_k in _sequences(cu_seqlens_q, cu_seqlens_k):
@@ -125,32 +91,12 @@ def _flash_attn_varlen_forward(
 
 
 def _flash_attn_varlen_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    rng_state: Tensor | None = None,
-    zero_tensors: bool = False,
-) -> Tensor:
+    *, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    softmax_scale: float, causal: bool, **options: Any,
+) -> Tensor:  # fmt: skip
     """Writes dq, dk and dv."""
-    _check(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+    _check(options)
     for at_q, at_k in _sequences(cu_seqlens_q, cu_seqlens_k):
         queries, keys, values = q[None, at_q], k[None, at_k], v[None, at_k]
         lse = softmax_lse[None, :, at_q]

@@ -16,21 +16,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cp.blocks import Block, take_tokens
-from cp.dropout_attention import AttentionDropout, dropout_backward, dropout_forward
+from cp.blocks import Block, Segments, take_tokens
+from cp.dropout_attention import AttentionOptions, dropout_backward, dropout_forward
 
 # ---------------------------------------------------------------------------------------------------
 # CPU
 
 
-def _run_view(x: Tensor, count: int, start: int, stride: int, length: int) -> Tensor:
+def _run_view(x: Tensor, count: int, at: Segments) -> Tensor:
     """[t, h, d] -> [count, h, length, d] view of `count` segments."""
     row, head, channel = x.stride()
-    return x.as_strided(
-        (count, x.shape[1], length, x.shape[2]),
-        (stride * row, head, row, channel),
-        x.storage_offset() + start * row,
-    )
+    shape, strides = (count, x.shape[1], at.length, x.shape[2]), (at.distance * row, head, row, channel)
+    return x.as_strided(shape, strides, x.storage_offset() + at.start * row)
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:
@@ -41,9 +38,9 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) ->
     outs, lses = [], []
     for run in block.runs:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _run_view(q, run.count, run.q_start, run.q_stride, run.q_length),
-            _run_view(k, run.count, run.k_start, run.k_stride, run.k_length),
-            _run_view(v, run.count, run.k_start, run.k_stride, run.k_length),
+            _run_view(q, run.count, run.q),
+            _run_view(k, run.count, run.k),
+            _run_view(v, run.count, run.k),
             0.0,
             block.causal,
             scale=scale,
@@ -57,19 +54,12 @@ def _cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads: tuple[list[Tensor], ...] = ([], [], [])
+    tensors = (dout, q, k, v, out, lse[..., None])
     for run in block.runs:
-        at_q = (run.count, run.q_start, run.q_stride, run.q_length)
-        at_k = (run.count, run.k_start, run.k_stride, run.k_length)
+        sides = (run.q, run.q, run.k, run.k, run.q, run.q)
+        *views, run_lse = (_run_view(x, run.count, at) for x, at in zip(tensors, sides, strict=True))
         run_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _run_view(dout, *at_q),
-            _run_view(q, *at_q),
-            _run_view(k, *at_k),
-            _run_view(v, *at_k),
-            _run_view(out, *at_q),
-            _run_view(lse[..., None], *at_q)[..., 0],
-            0.0,
-            block.causal,
-            scale=scale,
+            *views, run_lse[..., 0], 0.0, block.causal, scale=scale
         )
         for parts, grad in zip(grads, run_grads, strict=True):
             parts.append(grad.transpose(1, 2).flatten(0, 1))
@@ -85,10 +75,7 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -
         take_tokens(q, block.q_tokens),
         take_tokens(k, block.k_tokens),
         take_tokens(v, block.k_tokens),
-        block.cu_q,
-        block.cu_k,
-        block.max_q,
-        block.max_k,
+        *(block.cu_q, block.cu_k, block.max_q, block.max_k),
         0.0,
         block.causal,
         False,
@@ -110,10 +97,7 @@ def _cuda_backward(
         take_tokens(v, block.k_tokens),
         take_tokens(out, block.q_tokens),
         take_tokens(lse, block.q_tokens).transpose(0, 1).contiguous(),
-        block.cu_q,
-        block.cu_k,
-        block.max_q,
-        block.max_k,
+        *(block.cu_q, block.cu_k, block.max_q, block.max_k),
         0.0,
         block.causal,
         no_random_state,
@@ -125,34 +109,23 @@ def _cuda_backward(
 # ---------------------------------------------------------------------------------------------------
 
 
-def block_forward(
-    q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float, dropout: AttentionDropout | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention of the block's queries over its keys.
+def block_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """Attention of the block's queries over its keys; with dropout, by explicit scores instead of the kernel.
 
     Args:
         q: [t, hq, d]; k, v: [t', hkv, d], hkv divides hq.
-        dropout: by explicit scores instead of the kernel; CPU only.
 
     Returns:
         out [queries, hq, d] in q's dtype and lse [queries, hq] (natural log) in fp32 or fp64, for `block.q_tokens`.
     """
-    if dropout is not None:
-        return dropout_forward(q, k, v, block, scale, dropout)
+    if options.dropout is not None:
+        return dropout_forward(q, k, v, block, options)
     forward = _cuda_forward if q.is_cuda else _cpu_forward
-    return forward(q, k, v, block, scale)
+    return forward(q, k, v, block, options.scale)
 
 
 def block_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block: Block,
-    scale: float,
-    dropout: AttentionDropout | None = None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block's part of the gradients, given the final out and lse of the whole attention.
 
@@ -162,7 +135,7 @@ def block_backward(
     Returns:
         dq for `block.q_tokens`, dk and dv for `block.k_tokens`.
     """
-    if dropout is not None:
-        return dropout_backward(dout, q, k, v, out, lse, block, scale, dropout)
+    if options.dropout is not None:
+        return dropout_backward(dout, q, k, v, out, lse, block, options)
     backward = _cuda_backward if q.is_cuda else _cpu_backward
-    return backward(dout, q, k, v, out, lse, block, scale)
+    return backward(dout, q, k, v, out, lse, block, options.scale)

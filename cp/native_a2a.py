@@ -11,7 +11,7 @@ zigzag over cp/A ranks gives to rank o. So after the exchange, a permutation wit
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cp.blocks import Block
-from cp.dropout_attention import AttentionDropout
+from cp.dropout_attention import AttentionOptions
 from cp.layout import invert, shard_indices
 from cp.native_p2p import build_ring_blocks, ring_attention_blocks
 from cp.packed_seq import PackedSeq, to_device
-from parallel.collectives import WaitClock, all_to_all
+from parallel.collectives import all_to_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +58,14 @@ def kv_copies(kv_heads: int, a2a_size: int) -> int:
 
 def build_exchange(
     packed_seq: PackedSeq,
+    a2a_group: dist.ProcessGroup,
+    ring_group: dist.ProcessGroup,
     *,
-    a2a_size: int,
-    ring_size: int,
-    ring_rank: int,
     device: torch.device,
-    with_dropout: bool = False,
+    with_dropout: bool,
 ) -> _Exchange:
     """Build the permutation and the ring's blocks of this rank; `with_dropout`: they carry `dropout_ids`."""
+    a2a_size, ring_size, ring_rank = a2a_group.size(), ring_group.size(), ring_group.rank()
     padded, cp_size = packed_seq.padded_lengths, a2a_size * ring_size
     neighbours = range(ring_rank * a2a_size, (ring_rank + 1) * a2a_size)
     exchanged = np.concatenate([shard_indices(padded, cp_size=cp_size, cp_rank=r, layout="zigzag") for r in neighbours])
@@ -104,43 +104,33 @@ def a2a_attention(
     v: Tensor,
     packed_seq: PackedSeq,
     group: dist.ProcessGroup,
+    options: AttentionOptions,
     *,
-    scale: float,
     a2a_group: dist.ProcessGroup,
     ring_group: dist.ProcessGroup,
-    clock: WaitClock | None = None,
-    dropout: AttentionDropout | None = None,
 ) -> Tensor:
     """Causal attention within each document of a row sharded in zigzag order over `group` = a2a_group x ring_group.
+
+    The clock measures the ring's waits; the all-to-alls overlap with nothing and are not measured.
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size; hq divides by the size of `a2a_group`.
         a2a_group: this rank's neighbours, with consecutive cp ranks.
         ring_group: the ranks with this rank's index among their own neighbours.
-        clock: measures the ring's waits; the all-to-alls overlap with nothing and are not measured.
-        dropout: of all of q's heads; CPU only.
 
     Returns:
         [t, hq, d]; 0 in padding.
     """
-    assert a2a_group.size() * ring_group.size() == group.size()
-    key = ("native_a2a", a2a_group.size(), q.device, dropout is not None)
-    if key not in packed_seq.cache:
-        packed_seq.cache[key] = build_exchange(
-            packed_seq,
-            a2a_size=a2a_group.size(),
-            ring_size=ring_group.size(),
-            ring_rank=ring_group.rank(),
-            device=q.device,
-            with_dropout=dropout is not None,
-        )
-    exchange = packed_seq.cache[key]
-    copies = kv_copies(k.shape[1], a2a_group.size())
+    size, with_dropout = a2a_group.size(), options.dropout is not None
+    assert size * ring_group.size() == group.size()
+    exchange = packed_seq.cached(
+        ("native_a2a", size, q.device, with_dropout),
+        lambda: build_exchange(packed_seq, a2a_group, ring_group, device=q.device, with_dropout=with_dropout),
+    )
+    copies = kv_copies(k.shape[1], size)
     if copies > 1:
         k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
-    if dropout is not None:  # this rank's share of the heads
-        dropout = replace(dropout, first_head=dropout.first_head + a2a_group.rank() * (q.shape[1] // a2a_group.size()))
+    options = options.for_heads(a2a_group.rank() * (q.shape[1] // size))
     q, k, v = (_permute(_tokens_for_heads(x, a2a_group), exchange.order, exchange.inverse) for x in (q, k, v))
-    # [A * t, hq / A, d]
-    out = ring_attention_blocks(q, k, v, exchange.blocks, ring_group, scale=scale, clock=clock, dropout=dropout)
+    out = ring_attention_blocks(q, k, v, exchange.blocks, ring_group, options)  # [A * t, hq / A, d]
     return _heads_for_tokens(_permute(out, exchange.inverse, exchange.order), a2a_group)

@@ -11,7 +11,7 @@ document (no mask).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cp.blocks import Block, accumulator_dtype, add_tokens_, build_block, spread_tokens
-from cp.dropout_attention import AttentionDropout
+from cp.dropout_attention import AttentionOptions
 from cp.kernels import block_backward, block_forward
 from cp.layout import invert, ranges, shard_indices, unshard_indices
 from cp.native_p2p import merge_tokens_
 from cp.packed_seq import PackedSeq, to_device
-from parallel.collectives import Gather, WaitClock, reduce_scatter, start_all_gather
+from parallel.collectives import Transfer, WaitClock, reduce_scatter, start_all_gather
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,18 +71,20 @@ def build_row_blocks(
         query_ids, _ = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=cp_rank)
         dropout_ids = query_ids, ranges(np.zeros_like(padded), padded)
     return _RowBlocks(
-        own=build_block(q_start, real, k_start, real, causal=True, device=device, dropout_ids=dropout_ids),
-        before=build_block(q_start, real, document_start, before, causal=False, device=device, dropout_ids=dropout_ids),
+        own=build_block((q_start, real, k_start, real), causal=True, device=device, dropout_ids=dropout_ids),
+        before=build_block(
+            (q_start, real, document_start, before), causal=False, device=device, dropout_ids=dropout_ids
+        ),
         to_row=to_row,
         from_row=from_row,
     )
 
 
-def _start_gather(k: Tensor, v: Tensor, heads: slice, group: dist.ProcessGroup) -> Gather:
+def _start_gather(k: Tensor, v: Tensor, heads: slice, group: dist.ProcessGroup) -> Transfer:
     return start_all_gather(torch.stack((k[:, heads], v[:, heads]), 1), group)  # [t, 2, stride, d]
 
 
-def _whole_row(gather: Gather, blocks: _RowBlocks, clock: WaitClock | None) -> tuple[Tensor, Tensor]:
+def _whole_row(gather: Transfer, blocks: _RowBlocks, clock: WaitClock | None) -> tuple[Tensor, Tensor]:
     """Wait for K and V of the whole row, [T, stride, d] each, in row order."""
     kv = gather.wait(clock)  # [T, 2, stride, d], rank by rank
     if blocks.to_row is not None:
@@ -98,10 +100,6 @@ def _head_slices(kv_heads: int, stride: int, queries_per_group: int) -> list[tup
     ]
 
 
-def _select_heads(dropout: AttentionDropout | None, q_heads: slice) -> AttentionDropout | None:
-    return None if dropout is None else replace(dropout, first_head=dropout.first_head + q_heads.start)
-
-
 class _AllGatherAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -111,10 +109,8 @@ class _AllGatherAttention(torch.autograd.Function):
         v: Tensor,
         blocks: _RowBlocks,
         group: dist.ProcessGroup,
-        scale: float,
+        options: AttentionOptions,
         stride: int,
-        clock: WaitClock | None,
-        dropout: AttentionDropout | None,
     ) -> Tensor:
         accumulate = accumulator_dtype(q.dtype)
         result = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -122,23 +118,21 @@ class _AllGatherAttention(torch.autograd.Function):
         rounds = _head_slices(k.shape[1], stride, q.shape[1] // k.shape[1])
         gather = _start_gather(k, v, rounds[0][0], group)
         for number, (_, q_heads) in enumerate(rounds):
-            row_k, row_v = _whole_row(gather, blocks, clock)
+            row_k, row_v = _whole_row(gather, blocks, options.clock)
             if number + 1 < len(rounds):
                 gather = _start_gather(k, v, rounds[number + 1][0], group)
             if blocks.own is None:
                 continue
-            part = q[:, q_heads]
-            part_dropout = _select_heads(dropout, q_heads)
-            out, part_lse = block_forward(part, row_k, row_v, blocks.own, scale, part_dropout)
+            part, part_options = q[:, q_heads], options.for_heads(q_heads.start)
+            out, part_lse = block_forward(part, row_k, row_v, blocks.own, part_options)
             out = spread_tokens(out.to(accumulate), blocks.own.q_tokens, len(q))
             part_lse = spread_tokens(part_lse.to(accumulate), blocks.own.q_tokens, len(q))
             if blocks.before is not None:
-                before = block_forward(part, row_k, row_v, blocks.before, scale, part_dropout)
+                before = block_forward(part, row_k, row_v, blocks.before, part_options)
                 merge_tokens_(out, part_lse, blocks.before, *before)
             result[:, q_heads], lse[:, q_heads] = out.to(q.dtype), part_lse
         ctx.save_for_backward(q, k, v, result, lse)
-        ctx.blocks, ctx.group, ctx.scale, ctx.rounds = blocks, group, scale, rounds
-        ctx.clock, ctx.dropout = clock, dropout
+        ctx.blocks, ctx.group, ctx.options, ctx.rounds = blocks, group, options, rounds
         return result
 
     @staticmethod
@@ -151,17 +145,17 @@ class _AllGatherAttention(torch.autograd.Function):
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
         gather = _start_gather(k, v, ctx.rounds[0][0], group)
         for number, (kv_heads, q_heads) in enumerate(ctx.rounds):
-            row_k, row_v = _whole_row(gather, blocks, ctx.clock)
+            row_k, row_v = _whole_row(gather, blocks, ctx.options.clock)
             if number + 1 < len(ctx.rounds):
                 gather = _start_gather(k, v, ctx.rounds[number + 1][0], group)
             dkv = torch.zeros((len(row_k), 2, *row_k.shape[1:]), dtype=accumulate, device=q.device)
             part_dout, part_q, part_out, part_lse = (x[:, q_heads] for x in (dout, q, out, lse))
-            dropout = _select_heads(ctx.dropout, q_heads)
+            options = ctx.options.for_heads(q_heads.start)
             for block in (blocks.own, blocks.before):
                 if block is None:
                     continue
                 block_dq, block_dk, block_dv = block_backward(
-                    part_dout, part_q, row_k, row_v, part_out, part_lse, block, ctx.scale, dropout
+                    part_dout, part_q, row_k, row_v, part_out, part_lse, block, options
                 )
                 add_tokens_(dq[:, q_heads], block.q_tokens, block_dq)
                 add_tokens_(dkv[:, 0], block.k_tokens, block_dk)
@@ -170,7 +164,7 @@ class _AllGatherAttention(torch.autograd.Function):
                 dkv = dkv.index_select(0, blocks.from_row)
             mine = reduce_scatter(dkv, group)  # [t, 2, stride, d]
             dk[:, kv_heads], dv[:, kv_heads] = mine[:, 0].to(k.dtype), mine[:, 1].to(v.dtype)
-        return dq.to(q.dtype), dk, dv, None, None, None, None, None, None
+        return dq.to(q.dtype), dk, dv, None, None, None, None
 
 
 def all_gather_attention(
@@ -179,25 +173,23 @@ def all_gather_attention(
     v: Tensor,
     packed_seq: PackedSeq,
     group: dist.ProcessGroup,
+    options: AttentionOptions,
     *,
-    scale: float,
     heads_k_stride: int,
-    clock: WaitClock | None = None,
-    dropout: AttentionDropout | None = None,
 ) -> Tensor:
     """Causal attention within each document of a row sharded over `group` (zigzag or contiguous).
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size.
         heads_k_stride: key/value heads gathered at a time; divides hkv.
-        dropout: of the probabilities; CPU only.
 
     Returns:
         [t, hq, d]; 0 in padding.
     """
-    key = ("native_all_gather", q.device, dropout is not None)
-    if key not in packed_seq.cache:
-        packed_seq.cache[key] = build_row_blocks(
-            packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device, with_dropout=dropout is not None
-        )
-    return _AllGatherAttention.apply(q, k, v, packed_seq.cache[key], group, scale, heads_k_stride, clock, dropout)
+    ranks = dict(cp_size=group.size(), cp_rank=group.rank())
+    with_dropout = options.dropout is not None
+    blocks = packed_seq.cached(
+        ("native_all_gather", q.device, with_dropout),
+        lambda: build_row_blocks(packed_seq, **ranks, device=q.device, with_dropout=with_dropout),
+    )
+    return _AllGatherAttention.apply(q, k, v, blocks, group, options, heads_k_stride)

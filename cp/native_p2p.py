@@ -23,19 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cp.blocks import (
-    Block,
-    accumulator_dtype,
-    add_tokens_,
-    build_block,
-    fill_tokens_,
-    spread_tokens,
-    take_tokens,
-)
-from cp.dropout_attention import AttentionDropout
+from cp.blocks import Block, accumulator_dtype, add_tokens_, build_block, fill_tokens_, spread_tokens, take_tokens
+from cp.dropout_attention import AttentionOptions
 from cp.kernels import block_backward, block_forward
 from cp.packed_seq import PackedSeq
-from parallel.collectives import WaitClock, start_ring_shift
+from parallel.collectives import start_ring_shift
 
 KV_TAG, GRAD_TAG = 0, 1
 
@@ -77,7 +69,7 @@ def build_ring_blocks(
             segments = (start, first + second, start, real(peer))
         else:
             segments = (start + chunk, second, start, keys)
-        blocks.append(build_block(*segments, causal=peer == cp_rank, device=device, dropout_ids=dropout_ids))
+        blocks.append(build_block(segments, causal=peer == cp_rank, device=device, dropout_ids=dropout_ids))
     return blocks
 
 
@@ -108,9 +100,7 @@ class _RingAttention(torch.autograd.Function):
         v: Tensor,
         blocks: list[Block | None],
         group: dist.ProcessGroup,
-        scale: float,
-        clock: WaitClock | None,
-        dropout: AttentionDropout | None,
+        options: AttentionOptions,
     ) -> Tensor:
         cp_size = len(blocks)
         accumulate = accumulator_dtype(q.dtype)
@@ -118,7 +108,7 @@ class _RingAttention(torch.autograd.Function):
         for step, block in enumerate(blocks):
             shift = start_ring_shift(kv, group, tag=KV_TAG) if step + 1 < cp_size else None
             if block is not None:
-                block_out, block_lse = block_forward(q, kv[0], kv[1], block, scale, dropout)
+                block_out, block_lse = block_forward(q, kv[0], kv[1], block, options)
                 if step == 0:
                     out = spread_tokens(block_out.to(accumulate), block.q_tokens, len(q))
                     lse = spread_tokens(block_lse.to(accumulate), block.q_tokens, len(q))
@@ -127,10 +117,10 @@ class _RingAttention(torch.autograd.Function):
             elif step == 0:  # no real token on this rank, so every later block is empty too
                 out, lse = q.new_zeros(q.shape, dtype=accumulate), q.new_zeros(q.shape[:2], dtype=accumulate)
             if shift is not None:
-                kv = shift.wait(clock)
+                kv = shift.wait(options.clock)
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse)
-        ctx.blocks, ctx.group, ctx.scale, ctx.clock, ctx.dropout = blocks, group, scale, clock, dropout
+        ctx.blocks, ctx.group, ctx.options = blocks, group, options
         return result
 
     @staticmethod
@@ -138,7 +128,7 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx, dout: Tensor):  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
-        blocks, group, cp_size = ctx.blocks, ctx.group, len(ctx.blocks)
+        blocks, group, options, cp_size = ctx.blocks, ctx.group, ctx.options, len(ctx.blocks)
         accumulate = accumulator_dtype(q.dtype)
         dq = torch.empty(q.shape, dtype=accumulate, device=q.device)
         kv: Any = torch.stack((k, v)) if cp_size > 1 else (k, v)
@@ -148,9 +138,7 @@ class _RingAttention(torch.autograd.Function):
             # Filled before the same shard's gradient arrives from the previous rank.
             dkv = torch.empty((2, *k.shape), dtype=accumulate, device=q.device)
             if block is not None:
-                block_dq, block_dk, block_dv = block_backward(
-                    dout, q, kv[0], kv[1], out, lse, block, ctx.scale, ctx.dropout
-                )
+                block_dq, block_dk, block_dv = block_backward(dout, q, kv[0], kv[1], out, lse, block, options)
                 (fill_tokens_ if step == 0 else add_tokens_)(dq, block.q_tokens, block_dq)
                 fill_tokens_(dkv[0], block.k_tokens, block_dk)
                 fill_tokens_(dkv[1], block.k_tokens, block_dv)
@@ -159,14 +147,14 @@ class _RingAttention(torch.autograd.Function):
                 if step == 0:
                     dq.zero_()
             if dkv_shift is not None:
-                dkv += dkv_shift.wait(ctx.clock)
+                dkv += dkv_shift.wait(options.clock)
             if cp_size > 1:
                 dkv_shift = start_ring_shift(dkv, group, tag=GRAD_TAG)  # the last shift ends on the shard's own rank
             if kv_shift is not None:
-                kv = kv_shift.wait(ctx.clock)
+                kv = kv_shift.wait(options.clock)
         if dkv_shift is not None:
-            dkv = dkv_shift.wait(ctx.clock)
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None, None, None
+            dkv = dkv_shift.wait(options.clock)
+        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None
 
 
 def ring_attention_blocks(
@@ -175,13 +163,10 @@ def ring_attention_blocks(
     v: Tensor,
     blocks: list[Block | None],
     group: dist.ProcessGroup,
-    *,
-    scale: float,
-    clock: WaitClock | None = None,
-    dropout: AttentionDropout | None = None,
+    options: AttentionOptions,
 ) -> Tensor:
     """The ring over `group` with its blocks from `build_ring_blocks`; dropout needs blocks `with_dropout`."""
-    return _RingAttention.apply(q, k, v, blocks, group, scale, clock, dropout)
+    return _RingAttention.apply(q, k, v, blocks, group, options)
 
 
 def ring_attention(
@@ -190,24 +175,20 @@ def ring_attention(
     v: Tensor,
     packed_seq: PackedSeq,
     group: dist.ProcessGroup,
-    *,
-    scale: float,
-    clock: WaitClock | None = None,
-    dropout: AttentionDropout | None = None,
+    options: AttentionOptions,
 ) -> Tensor:
     """Causal attention within each document of a row sharded over `group` in zigzag order.
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size, hkv divides hq.
-        clock: measures the time that computation waits for transfers.
-        dropout: of the probabilities; CPU only.
 
     Returns:
         [t, hq, d]; 0 in padding, as are the gradients of padding's q, k and v.
     """
-    key = ("native_p2p", q.device, dropout is not None)
-    if key not in packed_seq.cache:
-        packed_seq.cache[key] = build_ring_blocks(
-            packed_seq, cp_size=group.size(), cp_rank=group.rank(), device=q.device, with_dropout=dropout is not None
-        )
-    return ring_attention_blocks(q, k, v, packed_seq.cache[key], group, scale=scale, clock=clock, dropout=dropout)
+    ranks = dict(cp_size=group.size(), cp_rank=group.rank())
+    with_dropout = options.dropout is not None
+    blocks = packed_seq.cached(
+        ("native_p2p", q.device, with_dropout),
+        lambda: build_ring_blocks(packed_seq, **ranks, device=q.device, with_dropout=with_dropout),
+    )
+    return ring_attention_blocks(q, k, v, blocks, group, options)

@@ -7,7 +7,8 @@ each document is one sequence of exactly `seq_length` tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -58,17 +59,14 @@ class PackedSeq:
 
     def move(self, move_tensor: Any) -> PackedSeq:
         """A copy with every tensor passed through `move_tensor`, with an empty cache."""
-        return PackedSeq(
-            lengths=self.lengths,
-            padded_lengths=self.padded_lengths,
-            cu_seqlens=move_tensor(self.cu_seqlens),
-            cu_seqlens_padded=move_tensor(self.cu_seqlens_padded),
-            max_seqlen=self.max_seqlen,
-            positions=move_tensor(self.positions),
-            qkv_format=self.qkv_format,
-            layout=self.layout,
-            first_ids=self.first_ids,
-        )
+        tensors = {name: move_tensor(getattr(self, name)) for name in ("cu_seqlens", "cu_seqlens_padded", "positions")}
+        return replace(self, **tensors, cache={})
+
+    def cached(self, key: Any, build: Callable[[], Any]) -> Any:
+        """The cache's value of the key; built if absent."""
+        if key not in self.cache:
+            self.cache[key] = build()
+        return self.cache[key]
 
     def token_ids_and_positions(self, *, cp_size: int, cp_rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and positions of a cp rank's tokens, [T / cp_size] int64 each."""
@@ -81,6 +79,10 @@ class PackedSeq:
         owned = shard_indices(self.padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=self.layout)
         positions = ranges(np.zeros_like(self.padded_lengths), self.padded_lengths)
         return (positions >= np.repeat(self.lengths, self.padded_lengths))[owned]
+
+    @property
+    def is_padded(self) -> bool:
+        return bool((self.lengths != self.padded_lengths).any())
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

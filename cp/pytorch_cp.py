@@ -32,15 +32,8 @@ _SHARDS = ("query", "key", "value")
 PRIVATE_FUNCTIONS = {
     "_templated_ring_attention": ("group", "seq_dim", "op", *_SHARDS, "is_causal"),
     "_templated_ring_attention_backward": (
-        "group",
-        "seq_dim",
-        "op",
-        "grad_out",
-        "grad_out_name",
-        *_SHARDS,
-        "out",
-        "logsumexp",
-        "is_causal",
+        *("group", "seq_dim", "op", "grad_out", "grad_out_name"),
+        *(*_SHARDS, "out", "logsumexp", "is_causal"),
     ),
     "set_rotate_method": ("rotate_method",),
 }
@@ -87,27 +80,6 @@ def _options(rotate_method: str, load_balance: bool, convert_to_f32: bool) -> It
         options.rotate_method, options.enable_load_balance, options.convert_to_f32 = before
 
 
-def _cpu_forward(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **kwargs: Any
-) -> tuple[Tensor, ...]:
-    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, **kwargs)
-
-
-def _cpu_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    is_causal: bool,
-    **kwargs: Any,
-) -> tuple[Tensor, ...]:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, query, key, value, out, logsumexp, 0.0, is_causal, **kwargs
-    )
-
-
 class _TemplatedRing(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -120,7 +92,8 @@ class _TemplatedRing(torch.autograd.Function):
         rotate_method: str,
         load_balance: bool,
     ) -> Tensor:
-        operator: Any = _cpu_forward if q.device.type == "cpu" else aten._scaled_dot_product_flash_attention
+        forward = aten._scaled_dot_product_flash_attention
+        operator = aten._scaled_dot_product_flash_attention_for_cpu if q.device.type == "cpu" else forward
         # convert_to_f32 is off in fp64: PyTorch's accumulators would be float32.
         ctx.options = (rotate_method, load_balance, q.dtype != torch.float64)
         with _options(*ctx.options):
@@ -135,13 +108,12 @@ class _TemplatedRing(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout: Tensor):  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
-        arguments: dict[str, Any] = dict(scale=ctx.scale)
-        if q.device.type == "cpu":
-            operator: Any = _cpu_backward
-        else:
+        arguments: dict[str, Any] = dict(scale=ctx.scale, dropout_p=0.0)
+        operator = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        if q.device.type != "cpu":
             operator = aten._scaled_dot_product_flash_attention_backward.default
             names = ("cum_seq_q", "cum_seq_k", "max_q", "max_k", "philox_seed", "philox_offset")
-            arguments |= dict(zip(names, ctx.rest, strict=False)) | {"dropout_p": 0.0}
+            arguments |= dict(zip(names, ctx.rest, strict=False))
         with _options(*ctx.options):
             grads = torch_cp._templated_ring_attention_backward(
                 ctx.group, SEQUENCE_DIM, operator, dout.contiguous(), "grad_out", q, k, v, out, lse, True, **arguments

@@ -75,13 +75,9 @@ def _varlen_arguments(
         cu_q, cu_k, max_q, max_k, k_slice = library.llama3_flash_attn_prepare_cu_seqlens(
             cu_seqlens, True, group.rank(), group.size()
         )
-        return dict(
-            cu_seqlens_q=to_device(cu_q.numpy(), device),
-            cu_seqlens_k=to_device(cu_k.numpy(), device),
-            max_seqlen_q=max_q,
-            max_seqlen_k=max_k,
-            local_k_slice=k_slice,
-        )
+        cu_q, cu_k = (to_device(cu.numpy(), device) for cu in (cu_q, cu_k))
+        lengths = dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k)
+        return lengths | {"local_k_slice": k_slice}
     local = to_device((cu_seqlens // group.size()).numpy(), device)
     return dict(cu_seqlens=local, max_seqlen=int(padded.max()) // group.size())
 
@@ -112,12 +108,10 @@ def ring_flash_attention(
         sequences = len(packed_seq.lengths)
         q, k, v = (x.unflatten(0, (sequences, -1)).contiguous() for x in (q, k, v))  # [b, s / cp, h, d]
         return getattr(library, DENSE_FUNCTIONS[function])(q, k, v, **common).flatten(0, 1)
-    key = ("ring_flash", function, q.device)
-    if key not in packed_seq.cache:
-        packed_seq.cache[key] = _varlen_arguments(library, function, packed_seq, group, q.device)
-    arguments = packed_seq.cache[key]
+    arguments = packed_seq.cached(
+        ("ring_flash", function, q.device), lambda: _varlen_arguments(library, function, packed_seq, group, q.device)
+    )
     if function == "llama3":
         return library.llama3_flash_attn_varlen_func(q, k, v, heads_k_stride=heads_k_stride, **arguments, **common)
-    return getattr(library, VARLEN_FUNCTIONS[function])(
-        q.contiguous(), k.contiguous(), v.contiguous(), **arguments, **common
-    )
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    return getattr(library, VARLEN_FUNCTIONS[function])(q, k, v, **arguments, **common)

@@ -58,23 +58,14 @@ class TEAttention:
             return out.reshape(q.shape)
         # The kernels leave padding undefined, in the output and in the gradients. NaN there would reach the weights
         # through zero gradients: masked_fill stops NaN in both directions.
-        padding = self._padding(packed_seq, group, q.device) if is_padded(packed_seq) else None
-        if padding is not None:
-            q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
-        out = dpa(q, k, v, **thd_arguments(packed_seq)).reshape(q.shape)  # from [t, hq * d]
-        return out if padding is None else out.masked_fill(padding, 0)
-
-    def _padding(self, packed_seq: PackedSeq, group: dist.ProcessGroup, device: torch.device) -> Tensor:
-        """[t, 1, 1] bool, cached per row."""
-        key = ("te padding", device)
-        if key not in packed_seq.cache:
-            padding = packed_seq.padding(cp_size=group.size(), cp_rank=group.rank())
-            packed_seq.cache[key] = to_device(padding, device)[:, None, None]
-        return packed_seq.cache[key]
-
-
-def is_padded(packed_seq: PackedSeq) -> bool:
-    return bool((packed_seq.lengths != packed_seq.padded_lengths).any())
+        if not packed_seq.is_padded:
+            return dpa(q, k, v, **thd_arguments(packed_seq)).reshape(q.shape)  # from [t, hq * d]
+        padding = packed_seq.cached(
+            ("te padding", q.device),
+            lambda: to_device(packed_seq.padding(cp_size=group.size(), cp_rank=group.rank()), q.device)[:, None, None],
+        )  # [t, 1, 1]
+        q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
+        return dpa(q, k, v, **thd_arguments(packed_seq)).reshape(q.shape).masked_fill(padding, 0)
 
 
 def thd_arguments(packed_seq: PackedSeq) -> dict:
@@ -94,5 +85,5 @@ def thd_arguments(packed_seq: PackedSeq) -> dict:
         "cu_seqlens_kv_padded": packed_seq.cu_seqlens_padded,
         "max_seqlen_q": longest,
         "max_seqlen_kv": longest,
-        "pad_between_seqs": is_padded(packed_seq),
+        "pad_between_seqs": packed_seq.is_padded,
     }

@@ -1,9 +1,4 @@
-"""Parameter names as data: the dimension that tensor parallelism shards, and Transformer Engine's names.
-
-A checkpoint holds the canonical names and shapes of `model/torch_layers.py`. Transformer Engine's modules have the same
-names, except that `LayerNormMLP` fuses gate and up into one tensor, the gate's rows first. A tp rank's fused tensor is
-its shard of the gate above its shard of the up; therefore the canonical tensors are two.
-"""
+"""Parameter names as data: which dimension tensor parallelism shards, and which gradients it leaves partial."""
 
 from __future__ import annotations
 
@@ -35,27 +30,3 @@ def is_tp_sharded(name: str) -> bool:
 def needs_tp_grad_sum(name: str, *, sequence_parallel: bool) -> bool:
     """Whether each tp rank computes a partial gradient of a replicated weight, to be summed over tp."""
     return tp_dim(name) is None and (sequence_parallel or name.endswith(HEAD_NORMS))
-
-
-# Suffix of Transformer Engine's name -> suffixes of the canonical tensors stacked along dim 0.
-TE_FUSED: dict[str, tuple[str, ...]] = {
-    "mlp.fc1_weight": ("mlp.gate_weight", "mlp.up_weight"),
-}
-
-
-def canonical_names(te_name: str) -> tuple[str, ...]:
-    """Canonical names of the tensors in a Transformer Engine parameter, in stacking order."""
-    for fused, parts in TE_FUSED.items():
-        if te_name.endswith(fused):
-            prefix = te_name[: -len(fused)]
-            return tuple(prefix + part for part in parts)
-    return (te_name,)
-
-
-def te_name(canonical: str) -> tuple[str, int]:
-    """Transformer Engine's name of the parameter that holds a canonical tensor, and the tensor's index in the stack."""
-    for fused, parts in TE_FUSED.items():
-        for index, part in enumerate(parts):
-            if canonical.endswith(part):
-                return canonical[: -len(part)] + fused, index
-    return canonical, 0

@@ -18,22 +18,14 @@ from torch.func import functional_call
 from transformer_engine.common import recipe as te_recipe
 from transformer_engine.pytorch.attention import rope as te_rope
 
+from model import torch_layers
 from model.fused_weights import FusedWeights
-from model.names import TE_FUSED
 from model.precision import Precision
 from model.torch_layers import ColumnParallelLinear, VocabParallelEmbedding
 from parallel.tensor import TensorParallel
 from utils.errors import UserError
 
-__all__ = [
-    "ColumnParallelLinear",
-    "LayerNormLinear",
-    "LayerNormMLP",
-    "RMSNorm",
-    "RowParallelLinear",
-    "VocabParallelEmbedding",
-]
-
+__all__ = ["ColumnParallelLinear", "VocabParallelEmbedding"]
 
 LARGEST_OFFSET = 2**31 - 1  # the rotary kernel counts elements in 32 bits
 
@@ -67,11 +59,16 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
     return te_rope.apply_rotary_pos_emb(x, angles, tensor_format="sbhd", fused=True)
 
 
-def _parallel_options(tp: TensorParallel) -> dict:
-    """Tensor-parallel options of every Transformer Engine module."""
-    if tp.size == 1:
-        return {"tp_group": None, "tp_size": 1, "sequence_parallel": False}
-    return {"tp_group": tp.group, "tp_size": tp.size, "sequence_parallel": tp.sequence_parallel}
+def _options(dtype: torch.dtype, tp: TensorParallel) -> dict:
+    """Options of every Transformer Engine module with matrices."""
+    own = tp if tp.size > 1 else TensorParallel()
+    return {
+        "bias": False,
+        "params_dtype": dtype,
+        "tp_group": own.group,
+        "tp_size": own.size,
+        "sequence_parallel": own.sequence_parallel,
+    }
 
 
 def _device() -> str:
@@ -91,15 +88,8 @@ class RowParallelLinear(te.Linear):
 
     def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
         tp.divide(in_features, "inputs")
-        super().__init__(
-            in_features,
-            out_features,
-            bias=False,
-            params_dtype=dtype,
-            parallel_mode="row" if tp.size > 1 else None,
-            device=_device(),
-            **_parallel_options(tp),
-        )
+        mode = "row" if tp.size > 1 else None
+        super().__init__(in_features, out_features, parallel_mode=mode, device=_device(), **_options(dtype, tp))
 
 
 class LayerNormLinear(te.LayerNormLinear):
@@ -113,12 +103,10 @@ class LayerNormLinear(te.LayerNormLinear):
             in_features,
             out_features,
             eps=eps,
-            bias=False,
             normalization="RMSNorm",
-            params_dtype=dtype,
             parallel_mode="column" if tp.size > 1 else None,
             device=_device(),
-            **_parallel_options(tp),
+            **_options(dtype, tp),
         )
 
 
@@ -135,45 +123,40 @@ class _Fuse(torch.autograd.Function):
         return *grad.split(ctx.rows), None
 
 
-class LayerNormMLP(FusedWeights):
-    """RMSNorm, then SwiGLU: fc2(silu(gate(x)) * up(x)) (arXiv:2002.05202). Gate and up are two tensors.
+class LayerNormMLP(torch_layers.LayerNormMLP, FusedWeights):
+    """RMSNorm, then SwiGLU by Transformer Engine's module, which takes one tensor, the gate's rows first.
 
-    Transformer Engine's module takes one tensor, the gate's rows first. The parameters stay two, because a shard of the
-    fused tensor would mix both, which no checkpoint of another layout could read. The tensor is fused once a step: the
-    module's backward pass and recomputation keep their inputs, so the copy in the compute dtype lives for the step.
+    The parameters stay two, because a shard of the fused tensor would mix both, which no checkpoint of another layout
+    could read. The tensor is fused once a step: the module's backward pass and recomputation keep their inputs, so the
+    copy in the compute dtype lives for the step.
     """
 
     def __init__(
         self, hidden_size: int, ffn_hidden_size: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
     ) -> None:
-        super().__init__()
-        ffn = tp.divide(ffn_hidden_size, "ffn channels")
-        self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size, dtype=dtype))
-        self.gate_weight = nn.Parameter(torch.empty(ffn, hidden_size, dtype=dtype))
-        self.up_weight = nn.Parameter(torch.empty(ffn, hidden_size, dtype=dtype))
-        self.fc2_weight = nn.Parameter(torch.empty(hidden_size, ffn, dtype=dtype))
+        super().__init__(hidden_size, ffn_hidden_size, eps=eps, dtype=dtype, tp=tp)
         module = te.LayerNormMLP(
             hidden_size,
             ffn_hidden_size,
             eps=eps,
-            bias=False,
             normalization="RMSNorm",
             activation="swiglu",
-            params_dtype=dtype,
             set_parallel_mode=tp.size > 1,
             device="meta",
-            **_parallel_options(tp),
+            **_options(dtype, tp),
         )
         # A tuple hides the module from nn.Module: its own parameters stay on the meta device and ours replace them.
         self.hidden = (module,)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights: dict[str, Tensor] = dict(self.named_parameters())
-        for name, parts in TE_FUSED.items():  # fc1_weight [2 * ffn / tp, h]
-            fused = _Fuse.apply(*(weights.pop(part.removeprefix("mlp.")) for part in parts), self.fused)
-            weights[name.removeprefix("mlp.")] = fused
-            if self.is_cached and self.fused is None:
-                self.fused = fused.detach()
+        fc1_weight = _Fuse.apply(self.gate_weight, self.up_weight, self.fused)  # [2 * ffn / tp, h]
+        if self.is_cached and self.fused is None:
+            self.fused = fc1_weight.detach()
+        weights = {
+            "layer_norm_weight": self.layer_norm_weight,
+            "fc1_weight": fc1_weight,
+            "fc2_weight": self.fc2_weight,
+        }
         return functional_call(self.hidden[0], weights, (x,))
 
 

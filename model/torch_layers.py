@@ -1,8 +1,7 @@
 """The model's layers in plain PyTorch, for any device.
 
 `te_layers.py` offers the same names and parameters on Transformer Engine modules, so `transformer.py` is written once.
-Parameter names are Transformer Engine's where its parameter is the same matrix; `model/names.py` maps the parameter
-that it fuses further.
+Parameter names are Transformer Engine's where its parameter is the same matrix.
 """
 
 from __future__ import annotations
@@ -14,16 +13,7 @@ from torch import Tensor, nn
 from model.rope import apply_rotary, rotary_tables
 from parallel.tensor import TensorParallel
 
-__all__ = [
-    "ColumnParallelLinear",
-    "LayerNormLinear",
-    "LayerNormMLP",
-    "RMSNorm",
-    "RowParallelLinear",
-    "VocabParallelEmbedding",
-    "apply_rotary",
-    "rotary_tables",
-]
+__all__ = ["apply_rotary", "rotary_tables"]
 
 
 class RMSNorm(nn.Module):

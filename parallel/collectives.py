@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,20 +26,19 @@ class WaitClock:
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def wait(self, works: Sequence[dist.Work], *, cuda: bool) -> None:
-        """Wait for all of `works`, and add the time."""
+    @contextmanager
+    def measure(self, *, cuda: bool) -> Iterator[None]:
+        """Add the time of the waits in this context."""
         if cuda:
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             before.record()
-            for work in works:
-                work.wait()
+            yield
             after.record()
             self._events.append((before, after))
-            return
-        start = time.perf_counter()
-        for work in works:
-            work.wait()
-        self._seconds += time.perf_counter() - start
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
 
     def read(self) -> float:
         """Seconds since the last call. On CUDA, call this after a synchronisation."""
@@ -48,17 +48,9 @@ class WaitClock:
         return seconds
 
 
-def _wait(works: Sequence[dist.Work], clock: WaitClock | None, *, cuda: bool) -> None:
-    if clock is not None:
-        clock.wait(works, cuda=cuda)
-        return
-    for work in works:
-        work.wait()
-
-
 @dataclass
-class RingShift:
-    """A transfer in flight: `sent` goes to the next rank of the ring, `received` comes from the previous rank."""
+class Transfer:
+    """A transfer in flight; holds `sent` until it ends."""
 
     sent: Tensor
     received: Tensor
@@ -66,11 +58,13 @@ class RingShift:
 
     def wait(self, clock: WaitClock | None = None) -> Tensor:
         """Wait for the received tensor (on CUDA, the current stream waits)."""
-        _wait(self.works, clock, cuda=self.received.is_cuda)
+        with nullcontext() if clock is None else clock.measure(cuda=self.received.is_cuda):
+            for work in self.works:
+                work.wait()
         return self.received
 
 
-def start_ring_shift(x: Tensor, group: dist.ProcessGroup, *, tag: int = 0) -> RingShift:
+def start_ring_shift(x: Tensor, group: dist.ProcessGroup, *, tag: int = 0) -> Transfer:
     """Send contiguous `x` to the next rank of `group`, and receive the same shape from the previous rank.
 
     Returns at once. Transfers in flight together need different tags.
@@ -79,13 +73,11 @@ def start_ring_shift(x: Tensor, group: dist.ProcessGroup, *, tag: int = 0) -> Ri
     following = dist.get_global_rank(group, (rank + 1) % size)
     previous = dist.get_global_rank(group, (rank - 1) % size)
     received = torch.empty_like(x)
-    works = dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, x, following, group, tag),
-            dist.P2POp(dist.irecv, received, previous, group, tag),
-        ]
+    send, receive = (
+        dist.P2POp(dist.isend, x, following, group, tag),
+        dist.P2POp(dist.irecv, received, previous, group, tag),
     )
-    return RingShift(sent=x, received=received, works=works)
+    return Transfer(x, received, dist.batch_isend_irecv([send, receive]))
 
 
 def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -95,15 +87,23 @@ def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x
 
 
-class _AllToAll(torch.autograd.Function):
+Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]
+
+
+class _Communicate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        return _all_to_all(x, group)
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup, forward: Collective, backward: Collective) -> Tensor:  # type: ignore[override]
+        ctx.group, ctx.adjoint = group, backward
+        return forward(x, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return _all_to_all(grad, ctx.group), None
+        return ctx.adjoint(grad, ctx.group), None, None, None
+
+
+def communicate(x: Tensor, group: dist.ProcessGroup, forward: Collective, backward: Collective) -> Tensor:
+    """forward(x, group), whose gradient is backward(gradient, group)."""
+    return _Communicate.apply(x, group, forward, backward)
 
 
 def _all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -114,37 +114,25 @@ def _all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """x [size, ...]: slice i goes to rank i, the result's slice i comes from rank i. Self-inverse, with gradients."""
-    return _AllToAll.apply(x, group) if group.size() > 1 else x
+    return communicate(x, group, _all_to_all, _all_to_all) if group.size() > 1 else x
 
 
-@dataclass
-class Gather:
-    """An all-gather in flight. `gathered` [size * n, ...] holds every rank's [n, ...], rank by rank."""
+def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Transfer:
+    """Gather contiguous `x` [n, ...] from every rank of the group to [size * n, ...], rank by rank.
 
-    sent: Tensor
-    gathered: Tensor
-    work: dist.Work | None
-
-    def wait(self, clock: WaitClock | None = None) -> Tensor:
-        """Wait for the gathered tensor."""
-        if self.work is not None:
-            _wait([self.work], clock, cuda=self.gathered.is_cuda)
-        return self.gathered
-
-
-def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Gather:
-    """Gather contiguous `x` [n, ...] from every rank of the group. Returns at once. No gradient."""
+    Returns at once. No gradient.
+    """
     if group.size() == 1:
-        return Gather(x, x, None)
+        return Transfer(x, x, [])
     gathered = x.new_empty((group.size() * len(x), *x.shape[1:]))
     work = all_gather_into(gathered, x, group=group, async_op=True)
-    return Gather(x, gathered, work)
+    return Transfer(x, gathered, [work])
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x [size * n, ...] contiguous -> [n, ...]: rank i gets slice i, summed over the ranks. No gradient."""
+    """x [size * n, ...] -> [n, ...]: rank i gets slice i, summed over the ranks. No gradient."""
     if group.size() == 1:
         return x
     out = x.new_empty((len(x) // group.size(), *x.shape[1:]))
-    reduce_scatter_into(out, x, group=group)
+    reduce_scatter_into(out, x.contiguous(), group=group)
     return out

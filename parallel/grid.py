@@ -1,18 +1,19 @@
 """The process grid: five axes and the process groups along them.
 
-The rank arithmetic is plain Python, tested without torch.distributed; `build_grid` makes one `ProcessGroup` an axis
+The rank arithmetic slices an array of ranks, without torch.distributed; `build_grid` makes one `ProcessGroup` an axis
 with `torch.distributed.new_group`. Axis order is Megatron-LM's default (`tp` has stride 1), with the data-parallel axis
 split into dp_replicate x dp_shard.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -62,19 +63,12 @@ class GridSizes:
 
 def coordinates_of(sizes: GridSizes, rank: int) -> dict[str, int]:
     """Coordinate of `rank` on each of the five axes."""
-    coordinates = {}
-    for axis in reversed(AXES):
-        rank, coordinates[axis] = divmod(rank, getattr(sizes, axis))
-    assert rank == 0, "rank outside the grid"
-    return coordinates
+    return dict(zip(AXES, map(int, np.unravel_index(rank, sizes.shape)), strict=True))
 
 
-def rank_of(sizes: GridSizes, coordinates: Mapping[str, int]) -> int:
-    """tp + TP*(cp + CP*(dp_shard + DS*(dp_replicate + DR*pp)))."""
-    rank = 0
-    for axis in AXES:
-        rank = rank * getattr(sizes, axis) + coordinates[axis]
-    return rank
+def rank_of(sizes: GridSizes, coordinates: Mapping[str, int], axes: Sequence[str] = AXES) -> int:
+    """Row-major index over the axes; over all five: tp + TP*(cp + CP*(dp_shard + DS*(dp_replicate + DR*pp)))."""
+    return int(np.ravel_multi_index([coordinates[a] for a in axes], [sizes.size(a) for a in axes]))
 
 
 def ranks_along(sizes: GridSizes, axis: str) -> list[list[int]]:
@@ -83,18 +77,9 @@ def ranks_along(sizes: GridSizes, axis: str) -> list[list[int]]:
     Groups come in ascending order of their first rank, members in ascending rank order, which for a
     derived axis is row-major over its axes: rank within `fsdp` = dp_shard * CP + cp.
     """
-    along = DERIVED_AXES.get(axis, (axis,))
-    fixed = [a for a in AXES if a not in along]
-    groups = []
-    for outer in itertools.product(*(range(getattr(sizes, a)) for a in fixed)):
-        at = dict(zip(fixed, outer, strict=True))
-        groups.append(
-            [
-                rank_of(sizes, at | dict(zip(along, inner, strict=True)))
-                for inner in itertools.product(*(range(getattr(sizes, a)) for a in along))
-            ]
-        )
-    return sorted(groups)
+    along = [AXES.index(a) for a in DERIVED_AXES.get(axis, (axis,))]
+    grid = np.moveaxis(np.arange(sizes.world_size).reshape(sizes.shape), along, range(-len(along), 0))
+    return sorted(grid.reshape(-1, sizes.size(axis)).tolist())
 
 
 @dataclass(frozen=True)
@@ -113,15 +98,21 @@ class Grid:
 
     def rank(self, axis: str) -> int:
         """This process's index within its group along `axis`."""
-        at = coordinates_of(self.sizes, self.global_rank)
-        rank = 0
-        for a in DERIVED_AXES.get(axis, (axis,)):
-            rank = rank * getattr(self.sizes, a) + at[a]
-        return rank
+        axes = DERIVED_AXES.get(axis, (axis,))
+        return rank_of(self.sizes, coordinates_of(self.sizes, self.global_rank), axes)
 
     def describe(self) -> str:
         """Like `pp 1 x dp_replicate 1 x dp_shard 1 x cp 4 x tp 1`, for logs."""
         return " x ".join(f"{a} {getattr(self.sizes, a)}" for a in AXES)
+
+
+def _join(groups: Iterable[Sequence[int]], **options: Any) -> dist.ProcessGroup | None:
+    """Make every group of ranks, in order; this rank's, or None where it is in none. Collective."""
+    own = None
+    for ranks in groups:
+        group = dist.new_group(list(ranks), **options)
+        own = group if dist.get_rank() in ranks else own
+    return own
 
 
 def build_grid(sizes: GridSizes, *, timeout: timedelta | None = None, backend: str | None = None) -> Grid:
@@ -137,16 +128,13 @@ def build_grid(sizes: GridSizes, *, timeout: timedelta | None = None, backend: s
     Raises:
         ValueError: the sizes do not multiply to the world size.
     """
-    world_size, rank = dist.get_world_size(), dist.get_rank()
-    if sizes.world_size != world_size:
-        raise UserError(f"grid of {sizes.world_size} ranks on a world of {world_size}")
-    groups: dict[str, dist.ProcessGroup] = {}
-    for axis in (*AXES, *DERIVED_AXES):
-        for ranks in ranks_along(sizes, axis):
-            group = dist.new_group(ranks, timeout=timeout, backend=backend, group_desc=axis)
-            if rank in ranks:
-                groups[axis] = group
-    return Grid(sizes=sizes, global_rank=rank, groups=groups)
+    if sizes.world_size != dist.get_world_size():
+        raise UserError(f"grid of {sizes.world_size} ranks on a world of {dist.get_world_size()}")
+    groups: dict[str, Any] = {
+        axis: _join(ranks_along(sizes, axis), timeout=timeout, backend=backend, group_desc=axis)
+        for axis in (*AXES, *DERIVED_AXES)
+    }
+    return Grid(sizes=sizes, global_rank=dist.get_rank(), groups=groups)
 
 
 def device_mesh(grid: Grid, axes: Sequence[str], device_type: str) -> DeviceMesh:
@@ -155,21 +143,15 @@ def device_mesh(grid: Grid, axes: Sequence[str], device_type: str) -> DeviceMesh
     Args:
         axes: disjoint axes or derived axes, outer to inner, such as `("dp_replicate", "fsdp")`.
     """
-    along = [a for axis in axes for a in DERIVED_AXES.get(axis, (axis,))]
-    at = coordinates_of(grid.sizes, grid.global_rank)
-    ranks = [
-        rank_of(grid.sizes, at | dict(zip(along, inner, strict=True)))
-        for inner in itertools.product(*(range(getattr(grid.sizes, a)) for a in along))
-    ]
     if len(axes) == 1:
         return DeviceMesh.from_group(grid.group(axes[0]), device_type, mesh_dim_names=(axes[0],))
-    shape = [grid.size(axis) for axis in axes]
-    rows: list = ranks
-    for size in reversed(shape[1:]):
-        rows = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return DeviceMesh.from_group(
-        [grid.group(axis) for axis in axes], device_type, mesh=rows, mesh_dim_names=tuple(axes)
-    )
+    along = [a for axis in axes for a in DERIVED_AXES.get(axis, (axis,))]
+    assert along == [a for a in AXES if a in along], "axes come in the grid's order"
+    at = coordinates_of(grid.sizes, grid.global_rank)
+    ranks = np.arange(grid.sizes.world_size).reshape(grid.sizes.shape)
+    own = ranks[tuple(slice(None) if a in along else at[a] for a in AXES)].reshape([grid.size(axis) for axis in axes])
+    groups = [grid.group(axis) for axis in axes]
+    return DeviceMesh.from_group(groups, device_type, mesh=own.tolist(), mesh_dim_names=tuple(axes))
 
 
 def embedding_group(grid: Grid, *, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
@@ -178,12 +160,8 @@ def embedding_group(grid: Grid, *, timeout: timedelta | None = None) -> dist.Pro
     Collective: every rank of the world calls it. `timeout` as in `build_grid`; the backend is the axis's own.
     """
     assert grid.size("pp") > 1
-    own, backend = None, dist.get_backend(grid.group("pp"))
-    for ranks in ranks_along(grid.sizes, "pp"):
-        ends = [ranks[0], ranks[-1]]
-        group = dist.new_group(ends, timeout=timeout, backend=backend, group_desc="embedding")
-        own = group if grid.global_rank in ends else own
-    return own
+    ends = [(ranks[0], ranks[-1]) for ranks in ranks_along(grid.sizes, "pp")]
+    return _join(ends, timeout=timeout, backend=dist.get_backend(grid.group("pp")), group_desc="embedding")
 
 
 def split_group(
@@ -197,15 +175,9 @@ def split_group(
         This rank's inner group (`inner_size` ranks) and outer group (size / inner_size ranks).
     """
     assert grid.size(axis) % inner_size == 0
-    inner = outer = None
-    backend = dist.get_backend(grid.group(axis))
-    for ranks in ranks_along(grid.sizes, axis):
-        neighbours = [ranks[i : i + inner_size] for i in range(0, len(ranks), inner_size)]
-        for members in neighbours:
-            group = dist.new_group(members, timeout=timeout, backend=backend, group_desc=f"{axis} inner")
-            inner = group if grid.global_rank in members else inner
-        for members in (list(m) for m in zip(*neighbours, strict=True)):
-            group = dist.new_group(members, timeout=timeout, backend=backend, group_desc=f"{axis} outer")
-            outer = group if grid.global_rank in members else outer
+    cut = np.array(ranks_along(grid.sizes, axis)).reshape(-1, grid.size(axis) // inner_size, inner_size)
+    options: dict[str, Any] = dict(timeout=timeout, backend=dist.get_backend(grid.group(axis)))
+    inner = _join(cut.reshape(-1, inner_size).tolist(), group_desc=f"{axis} inner", **options)
+    outer = _join(cut.swapaxes(1, 2).reshape(-1, cut.shape[1]).tolist(), group_desc=f"{axis} outer", **options)
     assert inner is not None and outer is not None
     return inner, outer

@@ -18,10 +18,6 @@ from torch import Tensor, nn
 StageForward = Callable[[int, Tensor | None], Tensor]
 
 
-def is_last_stage(stage: int, num_stages: int) -> bool:
-    return stage == num_stages - 1
-
-
 def build_schedule(
     chunks: Sequence[nn.Module],
     group: dist.ProcessGroup,
@@ -65,7 +61,7 @@ def build_schedule(
                 num_stages,
                 device,
                 input_args=(number if stage == 0 else hidden,),
-                output_args=(loss if is_last_stage(stage, num_stages) else hidden,),
+                output_args=(loss if stage == num_stages - 1 else hidden,),
                 group=group,
             )
         )
@@ -113,7 +109,7 @@ def pipeline_forward(
                 received = hidden(number)
                 dist.recv(received, previous, group=from_group)
             out = forward(number, received)
-            if is_last_stage(stage, num_stages):
+            if stage == num_stages - 1:
                 results.append(out)
                 continue
             out = out.contiguous()

@@ -38,11 +38,6 @@ def split_layers(num_layers: int, num_stages: int, *, first: int | None = None, 
     return [range(end - counts[stage], end) for stage, end in enumerate(ends)]
 
 
-def min_microbatches(pp_size: int) -> int:
-    """Fewest microbatches a step that every schedule takes."""
-    return pp_size
-
-
 def check_microbatches(schedule: str, microbatches: int, pp_size: int, virtual_stages: int) -> None:
     """Check that a schedule takes this number of microbatches a step and of stages a rank.
 
@@ -57,7 +52,7 @@ def check_microbatches(schedule: str, microbatches: int, pp_size: int, virtual_s
         raise UserError(
             f"--pp-schedule {schedule} with --virtual-stages {virtual_stages}: interleaved takes 2 or more, others 1"
         )
-    if microbatches < min_microbatches(pp_size):
+    if microbatches < pp_size:
         raise UserError(
             f"--global-batch-size makes {microbatches} microbatches a step, fewer than --pp-size {pp_size}: raise it"
         )

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import reduce_scatter, start_all_gather
+from parallel.collectives import communicate, reduce_scatter, start_all_gather
 from utils.errors import UserError
 
 
@@ -29,55 +29,8 @@ def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x
 
 
-class _GatherTokens(torch.autograd.Function):
-    """[t / tp, ...] -> [t, ...]; backward: reduce-scatter."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        return _gather(x, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return reduce_scatter(grad.contiguous(), ctx.group), None
-
-
-class _ReduceScatterTokens(torch.autograd.Function):
-    """[t, ...] partial sums -> [t / tp, ...] of their sum; backward: gather."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        return reduce_scatter(x.contiguous(), group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return _gather(grad, ctx.group), None
-
-
-class _Copy(torch.autograd.Function):
-    """Identity; backward: all-reduce of the ranks' partial gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return _sum(grad, ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    """All-reduce of partial sums; backward: identity."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        return _sum(x, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return grad, None
+def _identity(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return x.view_as(x)
 
 
 @dataclass(frozen=True)
@@ -115,14 +68,16 @@ class TensorParallel:
         """Input of a column-parallel matrix: [t / tp, h] or [t, h] -> [t, h] of all tokens."""
         if self.group is None or self.size == 1:
             return x
-        return (_GatherTokens if self.sequence_parallel else _Copy).apply(x, self.group)
+        forward, backward = (_gather, reduce_scatter) if self.sequence_parallel else (_identity, _sum)
+        return communicate(x, self.group, forward, backward)
 
     @torch.compiler.disable
     def exit_parallel_region(self, x: Tensor) -> Tensor:
         """Output of a row-parallel matrix: [t, h] partial sums -> the residual stream, [t / tp, h] or [t, h]."""
         if self.group is None or self.size == 1:
             return x
-        return (_ReduceScatterTokens if self.sequence_parallel else _Sum).apply(x, self.group)
+        forward, backward = (reduce_scatter, _gather) if self.sequence_parallel else (_sum, _identity)
+        return communicate(x, self.group, forward, backward)
 
     def gather_columns(self, x: Tensor) -> Tensor:
         """[n, c / tp] of each rank -> [n, c]. No gradient."""

@@ -18,7 +18,7 @@ import cp.native_all_gather
 import cp.native_p2p
 import data.batch
 from config.schema import RunConfig
-from parallel.collectives import Gather, RingShift
+from parallel.collectives import Transfer
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.flags import resolve_config
 from tests.launch import ROOT, SMALL, environment, write_corpus
@@ -51,13 +51,14 @@ def resolved(flags: list[str]) -> RunConfig:
 
 @contextmanager
 def stale_kv():
-    """K and V of the first hop are used for every hop."""
-    with (
-        mock.patch.object(RingShift, "wait", lambda self, clock=None: ([w.wait() for w in self.works], self.sent)[1]),
-        mock.patch.object(
-            Gather, "wait", lambda self, clock=None: (self.work and self.work.wait(), self.gathered.zero_())[1]
-        ),
-    ):
+    """K and V of the first hop are used for every hop; gathered K and V are 0."""
+
+    def wait(self, clock=None):
+        for work in self.works:
+            work.wait()
+        return self.sent if self.sent.shape == self.received.shape else self.received.zero_()
+
+    with mock.patch.object(Transfer, "wait", wait):
         yield
 
 

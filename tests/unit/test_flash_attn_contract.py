@@ -1,4 +1,4 @@
-"""flash-attn's functions take what ring-flash-attn passes them, and our functions on the CPU take the same.
+"""flash-attn's functions take what ring-flash-attn passes them, and so do our functions on the CPU.
 
 flash-attn's sources are those of the pinned release, which `make setup` unpacks beside the environment; it is not
 imported.
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cp import flash_attn_cpu
 
@@ -59,10 +60,22 @@ def passed_by_the_library() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_our_functions_take_what_flash_attn_takes(name: str) -> None:
-    """In the same order: callers may pass all arguments by position."""
-    ours = list(inspect.signature(getattr(flash_attn_cpu, name)).parameters)
-    assert ours == arguments_of(name)[: len(ours)]
+def test_our_functions_take_what_the_library_passes(name: str) -> None:
+    """By name, each under flash-attn's name; other options are refused unless they are known to change nothing."""
+    function = getattr(flash_attn_cpu, name)
+    named = {n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known = {*flash_attn_cpu.NEUTRAL, *flash_attn_cpu.IGNORED}
+    passed = passed_by_the_library()[name] - {"window_size"}
+    assert named <= passed <= named | known
+    assert named <= set(arguments_of(name)) and not named & known
+    inspect.signature(function).bind(**dict.fromkeys(passed))
+
+
+def test_an_option_that_changes_the_result_is_refused() -> None:
+    x = torch.zeros(1, 4, 2, 8)
+    for option in ({"softcap": 1.0}, {"window_size_left": 4}, {"dropout_p": 0.1}, {"alibi_slopes": x}, {"sink": None}):
+        with pytest.raises(NotImplementedError, match=next(iter(option))):
+            flash_attn_cpu._flash_attn_forward(q=x, k=x, v=x, softmax_scale=1.0, causal=True, **option)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

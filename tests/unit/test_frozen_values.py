@@ -18,7 +18,6 @@ from data.packing import concat_epoch, pack_epoch, resolve_packing
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from model.config import GPTConfig, padded_vocab_size
 from model.init import initial_rows
-from model.names import canonical_names, te_name
 
 LENGTHS = np.array([5, 40, 16, 1, 33, 8, 17, 4])
 
@@ -95,5 +94,3 @@ def test_shapes_that_a_tp_cut_and_a_checkpoint_rest_on() -> None:
     assert (config.queries_per_group, config.query_size) == (3, 60)
     assert config.qkv_size == 2 * (3 + 1 + 1) * 10
     assert padded_vocab_size(4097, 128) == 4224
-    assert canonical_names("layers.3.mlp.fc1_weight") == ("layers.3.mlp.gate_weight", "layers.3.mlp.up_weight")
-    assert te_name("layers.3.mlp.gate_weight") == ("layers.3.mlp.fc1_weight", 0)

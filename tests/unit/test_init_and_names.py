@@ -1,4 +1,4 @@
-"""Initial weights as a function of (seed, name, rows), and the map to Transformer Engine's names."""
+"""Initial weights as a function of (seed, name, rows)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.init import BLOCK_ROWS, initial_rows, initialise
-from model.names import canonical_names, te_name
 from model.transformer import GPTOptions
 
 CONFIG = GPTConfig(
@@ -54,14 +53,3 @@ def test_spread_of_weights() -> None:
         scaled = name.endswith(("attention.output.weight", "mlp.fc2_weight"))
         wanted = 0.02 / 2 if scaled else 0.02  # sqrt(2 * 2 layers) = 2
         assert parameter.std().item() == pytest.approx(wanted, rel=0.1), name
-
-
-def test_names_round_trip() -> None:
-    names = [name for name, _ in model().named_parameters()]
-    fused = {te_name(name)[0] for name in names}
-    back = [part for name in sorted(fused) for part in canonical_names(name)]
-    assert sorted(back) == sorted(names)
-    assert len(names) - len(fused) == CONFIG.num_layers  # one pair a layer
-    assert canonical_names("layers.1.mlp.fc1_weight") == ("layers.1.mlp.gate_weight", "layers.1.mlp.up_weight")
-    assert te_name("layers.1.mlp.up_weight") == ("layers.1.mlp.fc1_weight", 1)
-    assert te_name("layers.1.attention.qkv.weight") == ("layers.1.attention.qkv.weight", 0)
