@@ -67,7 +67,7 @@ class BareGPT(nn.Module):
         self.layers = nn.ModuleList(BareLayer(c) for _ in range(c.num_layers))
         self.final_norm = nn.RMSNorm(c.hidden_size, eps=c.norm_epsilon)
         self.lm_head = nn.Linear(c.hidden_size, c.padded_vocab_size, bias=False)
-        frequencies = rotary_frequencies(head_dim=c.kv_channels, base=c.rotary_base)
+        frequencies = rotary_frequencies(c)
         self.cos, self.sin = rotary_tables(torch.arange(seq_length), frequencies, dtype=torch.float32)
 
     def forward(self, tokens: Tensor) -> Tensor:

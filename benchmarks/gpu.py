@@ -60,7 +60,7 @@ from benchmarks.harness import (
     write_figures,
 )
 from cp.dropout_attention import AttentionOptions
-from cp.native_p2p import build_ring_blocks, ring_attention_blocks
+from cp.native_p2p import build_ring_blocks, ring_attention
 from cp.packed_seq import IGNORE_LABEL, build_packed_seq
 from data.dataset import PackedSample
 from model.config import GPTConfig
@@ -384,7 +384,7 @@ def build_ring_rank(
     def run() -> None:
         q.grad = k.grad = v.grad = None
         with mock.patch("cp.native_p2p.start_ring_shift", arrive_at_once):
-            ring_attention_blocks(q, k, v, blocks, group, options).backward(dout)
+            ring_attention(q, k, v, blocks, group, options).backward(dout)
 
     return run
 

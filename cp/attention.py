@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from cp.dropout_attention import AttentionDropout, AttentionOptions
-from cp.native_a2a import a2a_attention
-from cp.native_all_gather import all_gather_attention
-from cp.native_p2p import ring_attention
+from cp.native_a2a import a2a_attention, build_exchange
+from cp.native_all_gather import all_gather_attention, build_row_blocks
+from cp.native_p2p import build_ring_blocks, ring_attention
 from cp.packed_seq import PackedSeq
 from cp.support import AttentionChoice
 from parallel.collectives import WaitClock
@@ -27,22 +28,24 @@ Attention = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class NativeAttention:
-    """A method of `native` with its options."""
+    """A method of `native`.
 
-    method: Callable[..., Tensor]
+    Attributes:
+        build: makes what the method needs of a row; the row's cache keeps the result for all layers.
+        attend: the method.
+    """
+
+    build: Callable[..., Any]
+    attend: Callable[..., Tensor]
     options: AttentionOptions
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        packed_seq: PackedSeq,
-        group: dist.ProcessGroup,
-        *,
+        self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup,
         dropout: AttentionDropout | None = None,
-    ) -> Tensor:
-        return self.method(q, k, v, packed_seq, group, replace(self.options, dropout=dropout))
+    ) -> Tensor:  # fmt: skip
+        own = dict(cp_size=group.size(), cp_rank=group.rank(), device=q.device, with_dropout=dropout is not None)
+        built = packed_seq.cached((self.build, *own.values()), lambda: self.build(packed_seq, **own))
+        return self.attend(q, k, v, built, group, replace(self.options, dropout=dropout))
 
 
 def build_attention(
@@ -60,13 +63,14 @@ def build_attention(
     """
     scale = head_dim**-0.5
     if choice.backend == "native":
-        method: Callable[..., Tensor] = ring_attention  # p2p, and a2a without a neighbour to trade with
+        options = AttentionOptions(scale, clock=clock, heads_k_stride=choice.heads_k_stride)
         if choice.method == "all_gather":
-            method = partial(all_gather_attention, heads_k_stride=choice.heads_k_stride)
-        elif choice.a2a_size > 1:
-            assert a2a_groups is not None
-            method = partial(a2a_attention, a2a_group=a2a_groups[0], ring_group=a2a_groups[1])
-        return NativeAttention(method, AttentionOptions(scale, clock=clock))
+            return NativeAttention(build_row_blocks, all_gather_attention, options)
+        if choice.a2a_size == 1:  # p2p, or no neighbour to trade with: the ring alone
+            return NativeAttention(build_ring_blocks, ring_attention, options)
+        assert a2a_groups is not None
+        traded = partial(a2a_attention, a2a_group=a2a_groups[0], ring_group=a2a_groups[1])
+        return NativeAttention(partial(build_exchange, a2a_size=choice.a2a_size), traded, options)
     if choice.backend == "pytorch":
         from cp.pytorch_cp import pytorch_attention  # private names of PyTorch, imported only on demand
 

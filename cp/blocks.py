@@ -27,7 +27,7 @@ class Segments(NamedTuple):
     length: int
 
     def slices(self, count: int) -> list[slice]:
-        starts = range(self.start, self.start + count * self.distance, self.distance) if count > 1 else [self.start]
+        starts = (self.start + number * self.distance for number in range(count))
         return [slice(start, start + self.length) for start in starts]
 
 

@@ -76,11 +76,13 @@ class AttentionOptions:
         scale: of the softmax.
         dropout: of the probabilities; CPU only.
         clock: measures the time that computation waits for K, V and their gradients.
+        heads_k_stride: key/value heads that `all_gather` gathers at a time; divides their number.
     """
 
     scale: float
     dropout: AttentionDropout | None = None
     clock: WaitClock | None = None
+    heads_k_stride: int = 1
 
     def for_heads(self, first: int) -> AttentionOptions:
         """The options of a slice of the query heads that begins with head `first`."""

@@ -19,9 +19,6 @@ from torch import Tensor
 from cp.blocks import Block, Segments, take_tokens
 from cp.dropout_attention import AttentionOptions, dropout_backward, dropout_forward
 
-# ---------------------------------------------------------------------------------------------------
-# CPU
-
 
 def _run_view(x: Tensor, count: int, at: Segments) -> Tensor:
     """[t, h, d] -> [count, h, length, d] view of `count` segments."""
@@ -66,47 +63,29 @@ def _cpu_backward(
     return _cat(grads[0]), _cat(grads[1]), _cat(grads[2])
 
 
-# ---------------------------------------------------------------------------------------------------
-# CUDA. The log-sum-exp of a packed call is [h, tokens].
+def _cuda_lengths(block: Block) -> tuple[Tensor | None, Tensor | None, int, int]:
+    return block.cu_q, block.cu_k, block.max_q, block.max_k
 
 
 def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = take_tokens(q, block.q_tokens), take_tokens(k, block.k_tokens), take_tokens(v, block.k_tokens)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        take_tokens(q, block.q_tokens),
-        take_tokens(k, block.k_tokens),
-        take_tokens(v, block.k_tokens),
-        *(block.cu_q, block.cu_k, block.max_q, block.max_k),
-        0.0,
-        block.causal,
-        False,
-        scale=scale,
+        q, k, v, *_cuda_lengths(block), 0.0, block.causal, False, scale=scale
     )
-    return out, lse.transpose(0, 1)
+    return out, lse.transpose(0, 1)  # from [h, tokens]
 
 
 def _cuda_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, out, lse = (take_tokens(x, block.q_tokens) for x in (dout, q, out, lse))
+    k, v = take_tokens(k, block.k_tokens), take_tokens(v, block.k_tokens)
+    inputs = (dout.contiguous(), q, k, v, out, lse.transpose(0, 1).contiguous())
     # Without dropout the kernel reads neither the random state nor the tensor after it.
-    no_random_state = torch.empty(2, dtype=torch.uint64, device=q.device)
-    unused = torch.empty(0, device=q.device)
+    random_state = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     return torch.ops.aten._flash_attention_backward(
-        take_tokens(dout, block.q_tokens).contiguous(),
-        take_tokens(q, block.q_tokens),
-        take_tokens(k, block.k_tokens),
-        take_tokens(v, block.k_tokens),
-        take_tokens(out, block.q_tokens),
-        take_tokens(lse, block.q_tokens).transpose(0, 1).contiguous(),
-        *(block.cu_q, block.cu_k, block.max_q, block.max_k),
-        0.0,
-        block.causal,
-        no_random_state,
-        unused,
-        scale=scale,
+        *inputs, *_cuda_lengths(block), 0.0, block.causal, *random_state, scale=scale
     )
-
-
-# ---------------------------------------------------------------------------------------------------
 
 
 def block_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, options: AttentionOptions) -> tuple[Tensor, Tensor]:

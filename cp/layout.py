@@ -12,6 +12,8 @@ A BSHD row is the special case in which every document is one sequence.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from utils.errors import UserError
@@ -94,12 +96,8 @@ def attention_pairs(lengths: np.ndarray, padded_lengths: np.ndarray, *, cp_size:
     position = np.arange(padded_lengths.sum()) - np.repeat(start, padded_lengths)
     # A real query at position p of its document attends to p + 1 keys. Padding costs nothing.
     work = np.where(position < np.repeat(lengths, padded_lengths), position + 1, 0)
-    return np.array(
-        [
-            work[shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout)].sum()
-            for rank in range(cp_size)
-        ]
-    )
+    cut = partial(shard_indices, padded_lengths, cp_size=cp_size, layout=layout)
+    return np.array([work[cut(cp_rank=rank)].sum() for rank in range(cp_size)])
 
 
 def balance(pairs: np.ndarray) -> float:

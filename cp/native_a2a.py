@@ -21,13 +21,13 @@ from torch import Tensor
 from cp.blocks import Block
 from cp.dropout_attention import AttentionOptions
 from cp.layout import invert, shard_indices
-from cp.native_p2p import build_ring_blocks, ring_attention_blocks
+from cp.native_p2p import build_ring_blocks, ring_attention
 from cp.packed_seq import PackedSeq, to_device
 from parallel.collectives import all_to_all
 
 
 @dataclass(frozen=True, eq=False)
-class _Exchange:
+class Exchange:
     """The ring's blocks; `order` [t * A] takes exchanged tokens, by neighbour, to the ring's order; None: the same."""
 
     order: Tensor | None
@@ -38,13 +38,12 @@ class _Exchange:
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(order, inverse)
+        ctx.save_for_backward(inverse)
         return x.index_select(0, order)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        _, inverse = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+        return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
 def _permute(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
@@ -57,16 +56,10 @@ def kv_copies(kv_heads: int, a2a_size: int) -> int:
 
 
 def build_exchange(
-    packed_seq: PackedSeq,
-    a2a_group: dist.ProcessGroup,
-    ring_group: dist.ProcessGroup,
-    *,
-    device: torch.device,
-    with_dropout: bool,
-) -> _Exchange:
+    packed_seq: PackedSeq, *, a2a_size: int, cp_size: int, cp_rank: int, device: torch.device, with_dropout: bool
+) -> Exchange:
     """Build the permutation and the ring's blocks of this rank; `with_dropout`: they carry `dropout_ids`."""
-    a2a_size, ring_size, ring_rank = a2a_group.size(), ring_group.size(), ring_group.rank()
-    padded, cp_size = packed_seq.padded_lengths, a2a_size * ring_size
+    padded, ring_size, ring_rank = packed_seq.padded_lengths, cp_size // a2a_size, cp_rank // a2a_size
     neighbours = range(ring_rank * a2a_size, (ring_rank + 1) * a2a_size)
     exchanged = np.concatenate([shard_indices(padded, cp_size=cp_size, cp_rank=r, layout="zigzag") for r in neighbours])
     wanted = shard_indices(padded, cp_size=ring_size, cp_rank=ring_rank, layout="zigzag")
@@ -75,7 +68,7 @@ def build_exchange(
     index[exchanged] = np.arange(len(exchanged))
     order = index[wanted]
     is_same = (order == np.arange(len(order))).all()
-    return _Exchange(
+    return Exchange(
         order=None if is_same else to_device(order, device),
         inverse=None if is_same else to_device(invert(order), device),
         blocks=build_ring_blocks(
@@ -102,7 +95,7 @@ def a2a_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    packed_seq: PackedSeq,
+    exchange: Exchange,
     group: dist.ProcessGroup,
     options: AttentionOptions,
     *,
@@ -115,22 +108,19 @@ def a2a_attention(
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size; hq divides by the size of `a2a_group`.
+        exchange: of `build_exchange`.
         a2a_group: this rank's neighbours, with consecutive cp ranks.
         ring_group: the ranks with this rank's index among their own neighbours.
 
     Returns:
         [t, hq, d]; 0 in padding.
     """
-    size, with_dropout = a2a_group.size(), options.dropout is not None
-    assert size * ring_group.size() == group.size()
-    exchange = packed_seq.cached(
-        ("native_a2a", size, q.device, with_dropout),
-        lambda: build_exchange(packed_seq, a2a_group, ring_group, device=q.device, with_dropout=with_dropout),
-    )
+    size = a2a_group.size()
+    assert size * ring_group.size() == group.size() and group.rank() // size == ring_group.rank()
     copies = kv_copies(k.shape[1], size)
     if copies > 1:
         k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
     options = options.for_heads(a2a_group.rank() * (q.shape[1] // size))
     q, k, v = (_permute(_tokens_for_heads(x, a2a_group), exchange.order, exchange.inverse) for x in (q, k, v))
-    out = ring_attention_blocks(q, k, v, exchange.blocks, ring_group, options)  # [A * t, hq / A, d]
+    out = ring_attention(q, k, v, exchange.blocks, ring_group, options)  # [A * t, hq / A, d]
     return _heads_for_tokens(_permute(out, exchange.inverse, exchange.order), a2a_group)

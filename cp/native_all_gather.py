@@ -11,6 +11,7 @@ document (no mask).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +26,11 @@ from cp.kernels import block_backward, block_forward
 from cp.layout import invert, ranges, shard_indices, unshard_indices
 from cp.native_p2p import merge_tokens_
 from cp.packed_seq import PackedSeq, to_device
-from parallel.collectives import Transfer, WaitClock, reduce_scatter, start_all_gather
+from parallel.collectives import Transfer, reduce_scatter, start_all_gather
 
 
 @dataclass(frozen=True, eq=False)
-class _RowBlocks:
+class RowBlocks:
     """Queries in this rank's tokens, keys in the whole row in order.
 
     Attributes:
@@ -47,7 +48,7 @@ class _RowBlocks:
 
 def build_row_blocks(
     packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_dropout: bool = False
-) -> _RowBlocks:
+) -> RowBlocks:
     """Build this rank's blocks over the gathered row; `with_dropout`: they carry `dropout_ids`."""
     layout, padded = packed_seq.layout, packed_seq.padded_lengths
     owned = shard_indices(padded, cp_size=cp_size, cp_rank=cp_rank, layout=layout)
@@ -70,7 +71,7 @@ def build_row_blocks(
     if with_dropout:
         query_ids, _ = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=cp_rank)
         dropout_ids = query_ids, ranges(np.zeros_like(padded), padded)
-    return _RowBlocks(
+    return RowBlocks(
         own=build_block((q_start, real, k_start, real), causal=True, device=device, dropout_ids=dropout_ids),
         before=build_block(
             (q_start, real, document_start, before), causal=False, device=device, dropout_ids=dropout_ids
@@ -80,47 +81,39 @@ def build_row_blocks(
     )
 
 
-def _start_gather(k: Tensor, v: Tensor, heads: slice, group: dist.ProcessGroup) -> Transfer:
-    return start_all_gather(torch.stack((k[:, heads], v[:, heads]), 1), group)  # [t, 2, stride, d]
+def _gather_rounds(
+    q: Tensor, k: Tensor, v: Tensor, blocks: RowBlocks, group: dist.ProcessGroup, options: AttentionOptions
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Key/value heads, their query heads, and K and V of the whole row in order, [T, stride, d] each, of each round.
 
+    The next round's heads are in flight while the caller computes.
+    """
+    stride, queries = options.heads_k_stride, q.shape[1] // k.shape[1]
 
-def _whole_row(gather: Transfer, blocks: _RowBlocks, clock: WaitClock | None) -> tuple[Tensor, Tensor]:
-    """Wait for K and V of the whole row, [T, stride, d] each, in row order."""
-    kv = gather.wait(clock)  # [T, 2, stride, d], rank by rank
-    if blocks.to_row is not None:
-        kv = kv.index_select(0, blocks.to_row)
-    return kv[:, 0], kv[:, 1]
+    def start(first: int) -> Transfer:
+        heads = slice(first, first + stride)
+        return start_all_gather(torch.stack((k[:, heads], v[:, heads]), 1), group)  # [t, 2, stride, d]
 
-
-def _head_slices(kv_heads: int, stride: int, queries_per_group: int) -> list[tuple[slice, slice]]:
-    """(key/value heads, their query heads) of each round."""
-    return [
-        (slice(h, h + stride), slice(h * queries_per_group, (h + stride) * queries_per_group))
-        for h in range(0, kv_heads, stride)
-    ]
+    gather = start(0)
+    for first in range(0, k.shape[1], stride):
+        kv = gather.wait(options.clock)  # [T, 2, stride, d], rank by rank
+        if blocks.to_row is not None:
+            kv = kv.index_select(0, blocks.to_row)
+        stop = first + stride
+        if stop < k.shape[1]:
+            gather = start(stop)
+        yield slice(first, stop), slice(first * queries, stop * queries), kv[:, 0], kv[:, 1]
 
 
 class _AllGatherAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        blocks: _RowBlocks,
-        group: dist.ProcessGroup,
-        options: AttentionOptions,
-        stride: int,
+        ctx, q: Tensor, k: Tensor, v: Tensor, blocks: RowBlocks, group: dist.ProcessGroup, options: AttentionOptions
     ) -> Tensor:
         accumulate = accumulator_dtype(q.dtype)
         result = torch.zeros_like(q, memory_format=torch.contiguous_format)
         lse = q.new_zeros(q.shape[:2], dtype=accumulate)
-        rounds = _head_slices(k.shape[1], stride, q.shape[1] // k.shape[1])
-        gather = _start_gather(k, v, rounds[0][0], group)
-        for number, (_, q_heads) in enumerate(rounds):
-            row_k, row_v = _whole_row(gather, blocks, options.clock)
-            if number + 1 < len(rounds):
-                gather = _start_gather(k, v, rounds[number + 1][0], group)
+        for _, q_heads, row_k, row_v in _gather_rounds(q, k, v, blocks, group, options):
             if blocks.own is None:
                 continue
             part, part_options = q[:, q_heads], options.for_heads(q_heads.start)
@@ -132,7 +125,7 @@ class _AllGatherAttention(torch.autograd.Function):
                 merge_tokens_(out, part_lse, blocks.before, *before)
             result[:, q_heads], lse[:, q_heads] = out.to(q.dtype), part_lse
         ctx.save_for_backward(q, k, v, result, lse)
-        ctx.blocks, ctx.group, ctx.options, ctx.rounds = blocks, group, options, rounds
+        ctx.blocks, ctx.group, ctx.options = blocks, group, options
         return result
 
     @staticmethod
@@ -143,11 +136,7 @@ class _AllGatherAttention(torch.autograd.Function):
         dout = dout.contiguous()
         dq = torch.zeros(q.shape, dtype=accumulate, device=q.device)
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-        gather = _start_gather(k, v, ctx.rounds[0][0], group)
-        for number, (kv_heads, q_heads) in enumerate(ctx.rounds):
-            row_k, row_v = _whole_row(gather, blocks, ctx.options.clock)
-            if number + 1 < len(ctx.rounds):
-                gather = _start_gather(k, v, ctx.rounds[number + 1][0], group)
+        for kv_heads, q_heads, row_k, row_v in _gather_rounds(q, k, v, blocks, group, ctx.options):
             dkv = torch.zeros((len(row_k), 2, *row_k.shape[1:]), dtype=accumulate, device=q.device)
             part_dout, part_q, part_out, part_lse = (x[:, q_heads] for x in (dout, q, out, lse))
             options = ctx.options.for_heads(q_heads.start)
@@ -164,32 +153,19 @@ class _AllGatherAttention(torch.autograd.Function):
                 dkv = dkv.index_select(0, blocks.from_row)
             mine = reduce_scatter(dkv, group)  # [t, 2, stride, d]
             dk[:, kv_heads], dv[:, kv_heads] = mine[:, 0].to(k.dtype), mine[:, 1].to(v.dtype)
-        return dq.to(q.dtype), dk, dv, None, None, None, None
+        return dq.to(q.dtype), dk, dv, None, None, None
 
 
 def all_gather_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed_seq: PackedSeq,
-    group: dist.ProcessGroup,
-    options: AttentionOptions,
-    *,
-    heads_k_stride: int,
+    q: Tensor, k: Tensor, v: Tensor, blocks: RowBlocks, group: dist.ProcessGroup, options: AttentionOptions
 ) -> Tensor:
     """Causal attention within each document of a row sharded over `group` (zigzag or contiguous).
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size.
-        heads_k_stride: key/value heads gathered at a time; divides hkv.
+        blocks: of `build_row_blocks`.
 
     Returns:
         [t, hq, d]; 0 in padding.
     """
-    ranks = dict(cp_size=group.size(), cp_rank=group.rank())
-    with_dropout = options.dropout is not None
-    blocks = packed_seq.cached(
-        ("native_all_gather", q.device, with_dropout),
-        lambda: build_row_blocks(packed_seq, **ranks, device=q.device, with_dropout=with_dropout),
-    )
-    return _AllGatherAttention.apply(q, k, v, blocks, group, options, heads_k_stride)
+    return _AllGatherAttention.apply(q, k, v, blocks, group, options)

@@ -157,38 +157,16 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None
 
 
-def ring_attention_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: list[Block | None],
-    group: dist.ProcessGroup,
-    options: AttentionOptions,
-) -> Tensor:
-    """The ring over `group` with its blocks from `build_ring_blocks`; dropout needs blocks `with_dropout`."""
-    return _RingAttention.apply(q, k, v, blocks, group, options)
-
-
 def ring_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed_seq: PackedSeq,
-    group: dist.ProcessGroup,
-    options: AttentionOptions,
+    q: Tensor, k: Tensor, v: Tensor, blocks: list[Block | None], group: dist.ProcessGroup, options: AttentionOptions
 ) -> Tensor:
     """Causal attention within each document of a row sharded over `group` in zigzag order.
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size, hkv divides hq.
+        blocks: of `build_ring_blocks`.
 
     Returns:
         [t, hq, d]; 0 in padding, as are the gradients of padding's q, k and v.
     """
-    ranks = dict(cp_size=group.size(), cp_rank=group.rank())
-    with_dropout = options.dropout is not None
-    blocks = packed_seq.cached(
-        ("native_p2p", q.device, with_dropout),
-        lambda: build_ring_blocks(packed_seq, **ranks, device=q.device, with_dropout=with_dropout),
-    )
-    return ring_attention_blocks(q, k, v, blocks, group, options)
+    return _RingAttention.apply(q, k, v, blocks, group, options)

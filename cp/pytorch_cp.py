@@ -28,12 +28,17 @@ SEQUENCE_DIM = 2  # of [b, h, s, d]
 
 PRIVATE_MODULE = "torch.distributed.tensor.experimental._context_parallel._attention"
 # The functions that this file calls, with the leading parameters that it passes.
-_SHARDS = ("query", "key", "value")
+_RING, _SHARDS = ("group", "seq_dim", "op"), ("query", "key", "value")
 PRIVATE_FUNCTIONS = {
-    "_templated_ring_attention": ("group", "seq_dim", "op", *_SHARDS, "is_causal"),
+    "_templated_ring_attention": (*_RING, *_SHARDS, "is_causal"),
     "_templated_ring_attention_backward": (
-        *("group", "seq_dim", "op", "grad_out", "grad_out_name"),
-        *(*_SHARDS, "out", "logsumexp", "is_causal"),
+        *_RING,
+        "grad_out",
+        "grad_out_name",
+        *_SHARDS,
+        "out",
+        "logsumexp",
+        "is_causal",
     ),
     "set_rotate_method": ("rotate_method",),
 }

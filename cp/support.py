@@ -97,11 +97,7 @@ def methods(backend: str) -> tuple[str, ...]:
 
 
 def resolve_backend(name: str, *, has_te: bool = False) -> str:
-    """The backend that `--cp-backend auto` means; other names are returned unchanged.
-
-    Args:
-        has_te: the layers are Transformer Engine's.
-    """
+    """The backend that `--cp-backend auto` means with or without Transformer Engine's layers; other names are kept."""
     return ("te" if has_te else "native") if name == "auto" else name
 
 
@@ -111,8 +107,7 @@ class AttentionRequest:
 
     Attributes:
         layout: `auto` or a name.
-        a2a_size: `--cp-a2a-size`; None: not given.
-        heads_k_stride: `--heads-k-stride`; None: not given.
+        a2a_size, heads_k_stride: None: the flag is not given.
         heads, groups: query heads and key/value heads of one tp rank.
         dropout: probability of dropping an attention probability.
     """
@@ -182,29 +177,19 @@ def choose(request: AttentionRequest) -> AttentionChoice:
     _check_offered("--dtype", request.dtype, entry.dtypes[device], f"{asked} on {device}")
     min_cp = MIN_CP.get(backend, 1)
     if request.cp_size < min_cp:
-        raise UserError(
-            f"{asked} needs --cp-size {min_cp} or more, not {request.cp_size}; use --cp-backend native for one rank"
-        )
+        advice = "use --cp-backend native for one rank"
+        raise UserError(f"{asked} needs --cp-size {min_cp} or more, not {request.cp_size}; {advice}")
     if request.dropout and device not in DROPOUT_DEVICES.get(backend, ()):
         able = sorted(name for name, devices in DROPOUT_DEVICES.items() if device in devices)
         others = f"--cp-backend {' or '.join(able)} can" if able else f"none can on {device}"
-        raise UserError(
-            f"--attention-dropout {request.dropout}: {asked} cannot drop attention on {device}; {others}, or use 0"
-        )
+        refused = f"{asked} cannot drop attention on {device}"
+        raise UserError(f"--attention-dropout {request.dropout}: {refused}; {others}, or use 0")
     if device == "cuda" and (request.head_dim % HEAD_DIM_MULTIPLE or request.head_dim > HEAD_DIM_MAX):
-        raise UserError(
-            f"--kv-channels {request.head_dim}: {asked} on CUDA takes "
-            f"multiples of {HEAD_DIM_MULTIPLE} up to {HEAD_DIM_MAX}"
-        )
-    return AttentionChoice(
-        backend=backend,
-        method=method,
-        qkv_format=request.qkv_format,
-        layout=layout,
-        cp_size=request.cp_size,
-        a2a_size=_resolve_a2a_size(entry, request),
-        heads_k_stride=_resolve_stride(entry, request),
-    )
+        legal = f"multiples of {HEAD_DIM_MULTIPLE} up to {HEAD_DIM_MAX}"
+        raise UserError(f"--kv-channels {request.head_dim}: {asked} on CUDA takes {legal}")
+    kept = {name: getattr(request, name) for name in ("backend", "method", "qkv_format", "cp_size")}
+    a2a_size, stride = _resolve_a2a_size(entry, request), _resolve_stride(entry, request)
+    return AttentionChoice(layout=layout, a2a_size=a2a_size, heads_k_stride=stride, **kept)
 
 
 def _resolve_a2a_size(entry: Support, request: AttentionRequest) -> int:

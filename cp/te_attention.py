@@ -52,10 +52,8 @@ class TEAttention:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:
         dpa = self._module(q.shape[1], k.shape[1], q.shape[2], group)
         if packed_seq.qkv_format == "bshd":
-            sequences = len(packed_seq.lengths)
-            q4, k4, v4 = (x.unflatten(0, (sequences, -1)) for x in (q, k, v))  # [b, s / cp, h, d]
-            out = dpa(q4, k4, v4, qkv_format="bshd", attn_mask_type="causal")  # [b, s / cp, hq * d]
-            return out.reshape(q.shape)
+            split = (x.unflatten(0, (len(packed_seq.lengths), -1)) for x in (q, k, v))  # [b, s / cp, h, d]
+            return dpa(*split, qkv_format="bshd", attn_mask_type="causal").reshape(q.shape)  # from [b, s / cp, hq * d]
         # The kernels leave padding undefined, in the output and in the gradients. NaN there would reach the weights
         # through zero gradients: masked_fill stops NaN in both directions.
         if not packed_seq.is_padded:

@@ -11,8 +11,7 @@ from parallel.keyed_random import keep_mask, key_of
 class HiddenDropout(nn.Module):
     """Zero each channel of each token with probability `rate` in training, and scale the others by 1 / (1 - rate).
 
-    Args:
-        name: of the module in the whole model; masks of different names are independent.
+    Masks of different names, numbered in the whole model, are independent.
     """
 
     def __init__(self, rate: float, *, seed: int, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,28 +66,21 @@ class GPT(nn.Module):
         self.compute_dtype, self.precision = options.compute_dtype or options.dtype, options.precision
         self.pipeline_inputs: PipelineInputs | None = None  # set for a step under a pipeline schedule
         self.microbatch = 0  # set by the schedule before each forward
-        impl, dtype = get_layers(options.implementation), options.dtype
+        impl, dtype, hidden_size = get_layers(options.implementation), options.dtype, config.hidden_size
         self.rotary_tables = impl.rotary_tables
         self.embedding = self.final_norm = self.lm_head = None
         if self.is_first or (self.is_last and config.tie_embeddings):  # tied: the last stage holds a copy
-            self.embedding = impl.VocabParallelEmbedding(
-                config.padded_vocab_size, config.hidden_size, dtype=dtype, tp=tp
-            )
+            self.embedding = impl.VocabParallelEmbedding(config.padded_vocab_size, hidden_size, dtype=dtype, tp=tp)
+        ranks: dict[str, Any] = dict(attention=attention, cp_group=cp_group, tp=tp)
         self.layers = nn.ModuleDict(  # keyed by number in the whole model: names do not depend on the stage
-            {
-                str(number): TransformerLayer(
-                    config, number, attention=attention, cp_group=cp_group, tp=tp, options=options
-                )
-                for number in layers
-            }
+            {str(number): TransformerLayer(config, number, options=options, **ranks) for number in layers}
         )
         self.after_embedding = HiddenDropout(config.hidden_dropout, seed=options.dropout_seed, name="embedding")
         if self.is_last:
-            self.final_norm = impl.RMSNorm(config.hidden_size, eps=config.norm_epsilon, dtype=dtype)
+            self.final_norm = impl.RMSNorm(hidden_size, eps=config.norm_epsilon, dtype=dtype)
             if not config.tie_embeddings:
-                self.lm_head = impl.ColumnParallelLinear(
-                    config.hidden_size, config.padded_vocab_size, dtype=dtype, tp=tp
-                )
+                # Its weight alone is used: the loss multiplies by it.
+                self.lm_head = impl.VocabParallelEmbedding(config.padded_vocab_size, hidden_size, dtype=dtype, tp=tp)
 
     @property
     def output_weight(self) -> Tensor:
@@ -154,17 +148,9 @@ class GPT(nn.Module):
             x = self.embedding(x)  # [t, h], or [t / tp, h] with sequence parallelism
             x = self.after_embedding(x, token_ids)
         table_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        frequencies = rotary_frequencies(
-            head_dim=self.config.kv_channels,
-            base=self.config.rotary_base,
-            scaling=self.config.rope_scaling,
-            factor=self.config.rope_scaling_factor,
-            original_seq_length=self.config.rope_original_seq_length,
-            device=packed_seq.positions.device,
-        )
-        row = RowContext(
-            packed_seq, self.rotary_tables(packed_seq.positions, frequencies, dtype=table_dtype), token_ids
-        )
+        positions = packed_seq.positions
+        frequencies = rotary_frequencies(self.config, positions.device)
+        row = RowContext(packed_seq, self.rotary_tables(positions, frequencies, dtype=table_dtype), token_ids)
         with self.precision.model_context() if self.training else nullcontext():
             for layer in self.layers.values():
                 x = layer(x, row)
@@ -172,24 +158,16 @@ class GPT(nn.Module):
 
     def _token_ids(self, packed_seq: PackedSeq, device: torch.device) -> Tensor:
         """Ids of the tokens in this rank's residual stream, [t] or [t / tp]; cached per row and device."""
-        key = ("token ids", device)
-        if key not in packed_seq.cache:
+
+        def build() -> Tensor:
             ids, _ = packed_seq.token_ids_and_positions(cp_size=self.cp_group.size(), cp_rank=self.cp_group.rank())
-            if self.tp.sequence_parallel:
-                ids = ids.reshape(self.tp.size, -1)[self.tp.rank]
-            packed_seq.cache[key] = to_device(ids, device)
-        return packed_seq.cache[key]
+            return to_device(ids.reshape(self.tp.size, -1)[self.tp.rank] if self.tp.sequence_parallel else ids, device)
+
+        return packed_seq.cached(("token ids", device), build)
 
     def _loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return chunked_cross_entropy(
-            x,
-            self.output_weight,
-            labels,
-            vocab_size=self.config.vocab_size,
-            chunk_size=self.options.loss_chunk_size,
-            z_loss=self.options.z_loss,
-            tp=self.tp,
-        )
+        options: dict[str, Any] = dict(chunk_size=self.options.loss_chunk_size, z_loss=self.options.z_loss, tp=self.tp)
+        return chunked_cross_entropy(x, self.output_weight, labels, vocab_size=self.config.vocab_size, **options)
 
 
 class Stages(nn.Module):

@@ -14,9 +14,8 @@ from model.precision import Precision
 def get_layers(implementation: str) -> ModuleType:
     """`model.torch_layers` or `model.te_layers`; Transformer Engine is imported only here and in `build_precision`.
 
-    Both modules offer RMSNorm, ColumnParallelLinear, RowParallelLinear, LayerNormLinear, LayerNormMLP and
-    VocabParallelEmbedding with the same constructors, parameters and calls. Both offer `rotary_tables`, whose
-    result their `apply_rotary` takes.
+    Both offer the same layers, with the same constructors, parameters and calls, and `rotary_tables`, whose result
+    their `apply_rotary` takes.
 
     Args:
         implementation: a resolved value of `--transformer-impl`.

@@ -84,21 +84,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale: Tensor, _: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         # Scaled before the cast: 1 / tokens rounded to bf16 would be off by up to 0.4 %.
-        return (
-            (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype),
-            (grad_weight * scale).to(ctx.weight_dtype),
-            *(None,) * 6,
-        )
+        grad_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
+        return grad_hidden, (grad_weight * scale).to(ctx.weight_dtype), *(None,) * 6
 
 
 def _reduce_over_tp(
     log_probs: Tensor, log_sum: Tensor, at_target: Tensor, is_mine: Tensor, tp: TensorParallel
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Renormalise from each rank's columns to the whole vocabulary. Every rank gets the same bits.
-
-    Returns:
-        log_probs [c, V / tp], log_sum [c, 1] and at_target [c, 1] of the whole vocabulary.
-    """
+    """log_probs [c, V / tp], log_sum [c, 1] and at_target [c, 1] of the whole vocabulary. Equal bits on every rank."""
     logit = torch.where(is_mine, at_target + log_sum, 0.0)  # the target's, on its rank; 0 on others
     gathered = tp.gather_columns(torch.cat((log_sum, logit), 1))  # [c, 2 * tp]
     whole = torch.logsumexp(gathered[:, ::2], 1, keepdim=True)

@@ -15,11 +15,7 @@ class Precision:
         return nullcontext()
 
     def layer_context(self, number: int) -> AbstractContextManager:
-        """Surrounds one layer, in the forward pass and in its recomputation.
-
-        Args:
-            number: of the layer in the whole model.
-        """
+        """Surrounds the layer of this number in the whole model, in the forward pass and in its recomputation."""
         return nullcontext()
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:

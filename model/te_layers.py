@@ -21,11 +21,11 @@ from transformer_engine.pytorch.attention import rope as te_rope
 from model import torch_layers
 from model.fused_weights import FusedWeights
 from model.precision import Precision
-from model.torch_layers import ColumnParallelLinear, VocabParallelEmbedding
+from model.torch_layers import VocabParallelEmbedding
 from parallel.tensor import TensorParallel
 from utils.errors import UserError
 
-__all__ = ["ColumnParallelLinear", "VocabParallelEmbedding"]
+__all__ = ["VocabParallelEmbedding"]
 
 LARGEST_OFFSET = 2**31 - 1  # the rotary kernel counts elements in 32 bits
 
@@ -36,9 +36,7 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype)
     Transformer Engine's own table holds float32 angles by position: at position 1,000,000 the angle is off by 0.06, and
     the kernel would need the cp layout. So the kernel gets the row as one sequence with one angle a token.
 
-    Args:
-        positions: [t] int64, restarting at each document.
-        frequencies: [head_dim / 2] float64.
+    Arguments as `model.rope.rotary_tables`.
 
     Returns:
         One tensor [t, 1, 1, head_dim] fp32; both halves of a head have the same angles.
@@ -62,13 +60,8 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
 def _options(dtype: torch.dtype, tp: TensorParallel) -> dict:
     """Options of every Transformer Engine module with matrices."""
     own = tp if tp.size > 1 else TensorParallel()
-    return {
-        "bias": False,
-        "params_dtype": dtype,
-        "tp_group": own.group,
-        "tp_size": own.size,
-        "sequence_parallel": own.sequence_parallel,
-    }
+    tp_options = {"tp_group": own.group, "tp_size": own.size, "sequence_parallel": own.sequence_parallel}
+    return {"bias": False, "params_dtype": dtype, **tp_options}
 
 
 def _device() -> str:
@@ -99,15 +92,8 @@ class LayerNormLinear(te.LayerNormLinear):
         self, in_features: int, out_features: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
     ) -> None:
         tp.divide(out_features, "outputs")
-        super().__init__(
-            in_features,
-            out_features,
-            eps=eps,
-            normalization="RMSNorm",
-            parallel_mode="column" if tp.size > 1 else None,
-            device=_device(),
-            **_options(dtype, tp),
-        )
+        options = dict(parallel_mode="column" if tp.size > 1 else None, device=_device(), **_options(dtype, tp))
+        super().__init__(in_features, out_features, eps=eps, normalization="RMSNorm", **options)
 
 
 class _Fuse(torch.autograd.Function):
@@ -135,16 +121,8 @@ class LayerNormMLP(torch_layers.LayerNormMLP, FusedWeights):
         self, hidden_size: int, ffn_hidden_size: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
     ) -> None:
         super().__init__(hidden_size, ffn_hidden_size, eps=eps, dtype=dtype, tp=tp)
-        module = te.LayerNormMLP(
-            hidden_size,
-            ffn_hidden_size,
-            eps=eps,
-            normalization="RMSNorm",
-            activation="swiglu",
-            set_parallel_mode=tp.size > 1,
-            device="meta",
-            **_options(dtype, tp),
-        )
+        kinds = dict(normalization="RMSNorm", activation="swiglu", set_parallel_mode=tp.size > 1, device="meta")
+        module = te.LayerNormMLP(hidden_size, ffn_hidden_size, eps=eps, **kinds, **_options(dtype, tp))
         # A tuple hides the module from nn.Module: its own parameters stay on the meta device and ours replace them.
         self.hidden = (module,)
 
@@ -152,11 +130,7 @@ class LayerNormMLP(torch_layers.LayerNormMLP, FusedWeights):
         fc1_weight = _Fuse.apply(self.gate_weight, self.up_weight, self.fused)  # [2 * ffn / tp, h]
         if self.is_cached and self.fused is None:
             self.fused = fc1_weight.detach()
-        weights = {
-            "layer_norm_weight": self.layer_norm_weight,
-            "fc1_weight": fc1_weight,
-            "fc2_weight": self.fc2_weight,
-        }
+        weights = {"layer_norm_weight": self.layer_norm_weight, "fc1_weight": fc1_weight, "fc2_weight": self.fc2_weight}
         return functional_call(self.hidden[0], weights, (x,))
 
 

@@ -28,18 +28,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class ColumnParallelLinear(nn.Module):
-    """x @ weight.T without bias; this rank holds 1/tp of the outputs: weight [out / tp, in]."""
-
-    def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
-        super().__init__()
-        self.tp = tp
-        self.weight = nn.Parameter(torch.empty(tp.divide(out_features, "outputs"), in_features, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.tp.enter_parallel_region(x), self.weight)
-
-
 class RowParallelLinear(nn.Module):
     """x @ weight.T without bias; this rank holds 1/tp of the inputs: x [t, in / tp], weight [out, in / tp]."""
 
@@ -95,9 +83,8 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, padded_vocab_size: int, hidden_size: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = nn.Parameter(
-            torch.empty(tp.divide(padded_vocab_size, "padded vocabulary"), hidden_size, dtype=dtype)
-        )
+        rows = tp.divide(padded_vocab_size, "padded vocabulary")
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=dtype))
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.tp.size == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -117,11 +117,7 @@ class SelfAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """A decoder layer over the residual stream x: [t, h], or [t / tp, h] with sequence parallelism.
-
-    Args:
-        number: of the layer in the whole model.
-    """
+    """A decoder layer over the residual stream x: [t, h], or [t / tp, h] with sequence parallelism."""
 
     def __init__(
         self,
@@ -154,18 +150,18 @@ class TransformerLayer(nn.Module):
         self.attention.output.compile()
         self.mlp.compile()
 
-    def _block(self, x: Tensor, row: RowContext) -> Tensor:
-        with self.precision.layer_context(self.number) if self.training else nullcontext():
-            return self._in_precision(x, row)
+    def _precision_context(self) -> AbstractContextManager:
+        return self.precision.layer_context(self.number) if self.training else nullcontext()
 
-    def _in_precision(self, x: Tensor, row: RowContext) -> Tensor:
-        x = x + self.after_attention(self.attention(x, row), row.token_ids)
-        recompute = self.recompute == "selective" and torch.is_grad_enabled()
-        return x + self.after_mlp(checkpointed(self._mlp, x) if recompute else self.mlp(x), row.token_ids)
+    def _block(self, x: Tensor, row: RowContext) -> Tensor:
+        with self._precision_context():
+            x = x + self.after_attention(self.attention(x, row), row.token_ids)
+            recompute = self.recompute == "selective" and torch.is_grad_enabled()
+            return x + self.after_mlp(checkpointed(self._mlp, x) if recompute else self.mlp(x), row.token_ids)
 
     def _mlp(self, x: Tensor) -> Tensor:
         """The MLP in its precision context, which recomputation in the backward pass enters again."""
-        with self.precision.layer_context(self.number) if self.training else nullcontext():
+        with self._precision_context():
             return self.mlp(x)
 
 

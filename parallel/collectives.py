@@ -118,10 +118,7 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Transfer:
-    """Gather contiguous `x` [n, ...] from every rank of the group to [size * n, ...], rank by rank.
-
-    Returns at once. No gradient.
-    """
+    """Start to gather contiguous `x` [n, ...] of every rank to [size * n, ...], rank by rank. No gradient."""
     if group.size() == 1:
         return Transfer(x, x, [])
     gathered = x.new_empty((group.size() * len(x), *x.shape[1:]))

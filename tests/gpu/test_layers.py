@@ -165,7 +165,7 @@ def rotary_errors(rank: int) -> tuple[float, float]:
     found = []
     for start in (0, 1_000_000):
         positions = start + torch.arange(512, device="cuda")
-        frequencies = rope.rotary_frequencies(head_dim=64, base=5e5, device=positions.device)
+        frequencies = rope.rotary_frequencies(config_of(kv_channels=64, rotary_base=5e5), positions.device)
         x = torch.randn(
             512, 2, 4, 64, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(1)
         )

@@ -194,7 +194,8 @@ def test_rotary_angles_are_those_of_our_tables() -> None:
     """Turned back below 2 pi in float64, so that the kernel's float32 is enough for position 1,000,000."""
     from model import rope, te_layers
 
-    positions, frequencies = torch.tensor([0, 3, 1_000_000]), rope.rotary_frequencies(head_dim=8, base=1e4)
+    positions = torch.tensor([0, 3, 1_000_000])
+    frequencies = rope.rotary_frequencies(config_of(kv_channels=8))
     cos, sin = rope.rotary_tables(positions, frequencies, dtype=torch.float64)
     (angles,) = te_layers.rotary_tables(positions, frequencies, dtype=torch.float32)
     assert angles.shape == (3, 1, 1, 8) and angles.dtype == torch.float32

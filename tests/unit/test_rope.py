@@ -6,14 +6,23 @@ import math
 
 import torch
 
+from model.config import GPTConfig
 from model.rope import apply_rotary, rotary_frequencies, rotary_tables
 from tests.reference import relative_error
+
+
+def frequencies_of(head_dim: int, base: float, **scaling) -> torch.Tensor:
+    config = GPTConfig(
+        num_layers=1, hidden_size=head_dim, ffn_hidden_size=1, num_attention_heads=1, num_query_groups=1, vocab_size=1,
+        padded_vocab_size=1, kv_channels=head_dim, rotary_base=base, **scaling,
+    )  # fmt: skip
+    return rotary_frequencies(config)
 
 
 def tables(
     positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return rotary_tables(positions, rotary_frequencies(head_dim=head_dim, base=base), dtype=dtype)
+    return rotary_tables(positions, frequencies_of(head_dim, base), dtype=dtype)
 
 
 def rotated(x: torch.Tensor, positions: torch.Tensor, base: float) -> torch.Tensor:
@@ -60,7 +69,7 @@ def test_products_depend_on_distance_only() -> None:
 
 
 def test_linear_scaling_is_the_position_divided() -> None:
-    scaled = rotary_frequencies(head_dim=8, base=100.0, scaling="linear", factor=4.0)
+    scaled = frequencies_of(8, 100.0, rope_scaling="linear", rope_scaling_factor=4.0)
     got = rotary_tables(torch.tensor([40, 7]), scaled, dtype=torch.float64)
     want = rotated(torch.ones(2, 1, 8, dtype=torch.float64), torch.tensor([10.0, 1.75]), 100.0)
     assert relative_error(apply_rotary(torch.ones(2, 1, 8, dtype=torch.float64), *got), want) < 1e-14
@@ -70,8 +79,9 @@ def test_llama3_scaling_slows_what_turns_slowly() -> None:
     """By the wavelengths of Llama 3.1's configuration: below 8192/4 kept, above 8192/1 divided by 8, interpolated
     between.
     """
-    plain = rotary_frequencies(head_dim=128, base=500000.0)
-    scaled = rotary_frequencies(head_dim=128, base=500000.0, scaling="llama3", factor=8.0, original_seq_length=8192)
+    plain = frequencies_of(128, 500000.0)
+    llama3 = dict(rope_scaling="llama3", rope_scaling_factor=8.0, rope_original_seq_length=8192)
+    scaled = frequencies_of(128, 500000.0, **llama3)
     seen = set()
     for frequency, got in zip(plain.tolist(), scaled.tolist(), strict=True):
         wavelength = 2 * math.pi / frequency
