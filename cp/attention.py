@@ -40,9 +40,14 @@ class NativeAttention:
     options: AttentionOptions
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packed_seq: PackedSeq,
+        group: dist.ProcessGroup,
         dropout: AttentionDropout | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         own = dict(cp_size=group.size(), cp_rank=group.rank(), device=q.device, with_dropout=dropout is not None)
         built = packed_seq.cached((self.build, *own.values()), lambda: self.build(packed_seq, **own))
         return self.attend(q, k, v, built, group, replace(self.options, dropout=dropout))

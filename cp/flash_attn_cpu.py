@@ -15,7 +15,6 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-
 # Values of the options without effect; other values are refused.
 NEUTRAL = {"dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
 IGNORED = ("deterministic", "max_seqlen_q", "max_seqlen_k", "return_softmax")

@@ -37,13 +37,8 @@ def build_ring_blocks(
 ) -> list[Block | None]:
     """Build the block of each ring step; at step s, the shard of rank (cp_rank - s) mod cp_size is on this rank.
 
-    All lengths are known on the host, so no step reads a value from the device.
-
-    Args:
-        with_dropout: the blocks carry `dropout_ids`.
-
-    Returns:
-        [cp_size] blocks; None where a step computes nothing.
+    All lengths are known on the host, so no step reads a value from the device. `with_dropout`: the blocks carry
+    `dropout_ids`. None where a step computes nothing.
     """
     assert packed_seq.layout == "zigzag"
     lengths = packed_seq.lengths

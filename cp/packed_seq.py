@@ -77,8 +77,7 @@ class PackedSeq:
     def padding(self, *, cp_size: int, cp_rank: int) -> np.ndarray:
         """Which of a cp rank's tokens are padding, [T / cp_size] bool."""
         owned = shard_indices(self.padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=self.layout)
-        positions = ranges(np.zeros_like(self.padded_lengths), self.padded_lengths)
-        return (positions >= np.repeat(self.lengths, self.padded_lengths))[owned]
+        return (ranges(-self.lengths, self.padded_lengths) >= 0)[owned]  # tokens counted from the padding's first
 
     @property
     def is_padded(self) -> bool:

@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from utils.errors import UserError
 
@@ -223,23 +225,13 @@ def cells(*, device: str, cp_size: int, heads: int, groups: int) -> list[tuple[A
     """Every supported (choice, dtype) on a device, which the tests and `tools/verify.py --all` walk."""
     found = []
     two_level = [size for size in range(2, cp_size) if cp_size % size == 0] or [cp_size]
+    run: dict[str, Any] = dict(device=device, cp_size=cp_size, head_dim=HEAD_DIM_MULTIPLE, heads=heads, groups=groups)
     for entry in SUPPORT:
+        ask = partial(AttentionRequest, backend=entry.backend, method=entry.method, **run)
         a2a_sizes = two_level if entry.method == "a2a+p2p" else [None]
         for qkv_format, layouts in entry.layouts.items():
             for layout, dtype, a2a_size in itertools.product(layouts, entry.dtypes.get(device, ()), a2a_sizes):
-                request = AttentionRequest(
-                    backend=entry.backend,
-                    method=entry.method,
-                    qkv_format=qkv_format,
-                    layout=layout,
-                    dtype=dtype,
-                    device=device,
-                    cp_size=cp_size,
-                    head_dim=HEAD_DIM_MULTIPLE,
-                    heads=heads,
-                    groups=groups,
-                    a2a_size=a2a_size,
-                )
+                request = ask(qkv_format=qkv_format, layout=layout, dtype=dtype, a2a_size=a2a_size)
                 with suppress(UserError):  # the table refuses the cell at this size
                     found.append((choose(request), dtype))
     return found

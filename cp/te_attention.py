@@ -52,12 +52,12 @@ class TEAttention:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:
         dpa = self._module(q.shape[1], k.shape[1], q.shape[2], group)
         if packed_seq.qkv_format == "bshd":
-            split = (x.unflatten(0, (len(packed_seq.lengths), -1)) for x in (q, k, v))  # [b, s / cp, h, d]
-            return dpa(*split, qkv_format="bshd", attn_mask_type="causal").reshape(q.shape)  # from [b, s / cp, hq * d]
-        # The kernels leave padding undefined, in the output and in the gradients. NaN there would reach the weights
-        # through zero gradients: masked_fill stops NaN in both directions.
+            q4, k4, v4 = (x.unflatten(0, (len(packed_seq.lengths), -1)) for x in (q, k, v))  # [b, s / cp, h, d]
+            return dpa(q4, k4, v4, qkv_format="bshd", attn_mask_type="causal").reshape(q.shape)  # [b, s / cp, hq * d]
         if not packed_seq.is_padded:
             return dpa(q, k, v, **thd_arguments(packed_seq)).reshape(q.shape)  # from [t, hq * d]
+        # The kernels leave padding undefined, in the output and in the gradients. NaN there would reach the weights
+        # through zero gradients: masked_fill stops NaN in both directions.
         padding = packed_seq.cached(
             ("te padding", q.device),
             lambda: to_device(packed_seq.padding(cp_size=group.size(), cp_rank=group.rank()), q.device)[:, None, None],

@@ -57,11 +57,11 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
     return te_rope.apply_rotary_pos_emb(x, angles, tensor_format="sbhd", fused=True)
 
 
-def _options(dtype: torch.dtype, tp: TensorParallel) -> dict:
+def _options(dtype: torch.dtype, tp: TensorParallel, device: str) -> dict:
     """Options of every Transformer Engine module with matrices."""
     own = tp if tp.size > 1 else TensorParallel()
     tp_options = {"tp_group": own.group, "tp_size": own.size, "sequence_parallel": own.sequence_parallel}
-    return {"bias": False, "params_dtype": dtype, **tp_options}
+    return {"bias": False, "params_dtype": dtype, "device": device, **tp_options}
 
 
 def _device() -> str:
@@ -82,7 +82,7 @@ class RowParallelLinear(te.Linear):
     def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
         tp.divide(in_features, "inputs")
         mode = "row" if tp.size > 1 else None
-        super().__init__(in_features, out_features, parallel_mode=mode, device=_device(), **_options(dtype, tp))
+        super().__init__(in_features, out_features, parallel_mode=mode, **_options(dtype, tp, _device()))
 
 
 class LayerNormLinear(te.LayerNormLinear):
@@ -92,8 +92,10 @@ class LayerNormLinear(te.LayerNormLinear):
         self, in_features: int, out_features: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
     ) -> None:
         tp.divide(out_features, "outputs")
-        options = dict(parallel_mode="column" if tp.size > 1 else None, device=_device(), **_options(dtype, tp))
-        super().__init__(in_features, out_features, eps=eps, normalization="RMSNorm", **options)
+        mode, norm = "column" if tp.size > 1 else None, "RMSNorm"
+        super().__init__(
+            in_features, out_features, eps=eps, normalization=norm, parallel_mode=mode, **_options(dtype, tp, _device())
+        )
 
 
 class _Fuse(torch.autograd.Function):
@@ -121,8 +123,15 @@ class LayerNormMLP(torch_layers.LayerNormMLP, FusedWeights):
         self, hidden_size: int, ffn_hidden_size: int, *, eps: float, dtype: torch.dtype, tp: TensorParallel
     ) -> None:
         super().__init__(hidden_size, ffn_hidden_size, eps=eps, dtype=dtype, tp=tp)
-        kinds = dict(normalization="RMSNorm", activation="swiglu", set_parallel_mode=tp.size > 1, device="meta")
-        module = te.LayerNormMLP(hidden_size, ffn_hidden_size, eps=eps, **kinds, **_options(dtype, tp))
+        module = te.LayerNormMLP(
+            hidden_size,
+            ffn_hidden_size,
+            eps=eps,
+            normalization="RMSNorm",
+            activation="swiglu",
+            set_parallel_mode=tp.size > 1,
+            **_options(dtype, tp, "meta"),
+        )
         # A tuple hides the module from nn.Module: its own parameters stay on the meta device and ours replace them.
         self.hidden = (module,)
 
