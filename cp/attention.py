@@ -79,9 +79,8 @@ def build_attention(
     if choice.backend == "pytorch":
         from cp.pytorch_cp import pytorch_attention  # private names of PyTorch, imported only on demand
 
-        return partial(
-            pytorch_attention, scale=scale, rotate_method=choice.method, load_balance=choice.layout == "zigzag"
-        )
+        is_balanced = choice.layout == "zigzag"
+        return partial(pytorch_attention, scale=scale, rotate_method=choice.method, load_balance=is_balanced)
     if choice.backend == "te":
         from cp.te_attention import TEAttention  # an optional library
 

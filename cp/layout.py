@@ -6,8 +6,6 @@
 - `contiguous` cuts the row into cp equal parts; documents may have any length.
 - `doc_contiguous` cuts every document into cp equal parts; rank r takes part r.
 - `striped` deals every document's tokens out one by one (Striped Attention, arXiv:2311.09431).
-
-A BSHD row is the special case in which every document is one sequence.
 """
 
 from __future__ import annotations

@@ -137,14 +137,11 @@ def pytorch_attention(
     rotate_method: str,
     load_balance: bool,
 ) -> Tensor:
-    """Causal attention within each sequence of a BSHD row.
+    """Causal attention within each sequence of a BSHD row, [t, hq, d].
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size; zigzag with `load_balance`, else doc_contiguous.
         rotate_method: `allgather` or `alltoall`.
-
-    Returns:
-        [t, hq, d].
     """
     sequences = len(packed_seq.lengths)
     q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))  # [b, h, s / cp, d]

@@ -93,20 +93,17 @@ def ring_flash_attention(
     function: str,
     heads_k_stride: int,
 ) -> Tensor:
-    """Causal attention within each document by one of the library's functions.
+    """Causal attention within each document by one of the library's functions, [t, hq, d].
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size, in the function's layout.
         function: `zigzag`, `llama3`, `ring` (THD) or `zigzag`, `ring`, `stripe` (BSHD).
-
-    Returns:
-        [t, hq, d].
     """
     library = load_library(q.device.type)
     common = dict(causal=True, softmax_scale=scale, group=group)
     if packed_seq.qkv_format == "bshd":
-        sequences = len(packed_seq.lengths)
-        q, k, v = (x.unflatten(0, (sequences, -1)).contiguous() for x in (q, k, v))  # [b, s / cp, h, d]
+        shape = (len(packed_seq.lengths), -1)
+        q, k, v = (x.unflatten(0, shape).contiguous() for x in (q, k, v))  # [b, s / cp, h, d]
         return getattr(library, DENSE_FUNCTIONS[function])(q, k, v, **common).flatten(0, 1)
     arguments = packed_seq.cached(
         ("ring_flash", function, q.device), lambda: _varlen_arguments(library, function, packed_seq, group, q.device)

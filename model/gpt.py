@@ -71,9 +71,8 @@ class GPT(nn.Module):
         self.embedding = self.final_norm = self.lm_head = None
         if self.is_first or (self.is_last and config.tie_embeddings):  # tied: the last stage holds a copy
             self.embedding = impl.VocabParallelEmbedding(config.padded_vocab_size, hidden_size, dtype=dtype, tp=tp)
-        ranks: dict[str, Any] = dict(attention=attention, cp_group=cp_group, tp=tp)
         self.layers = nn.ModuleDict(  # keyed by number in the whole model: names do not depend on the stage
-            {str(number): TransformerLayer(config, number, options=options, **ranks) for number in layers}
+            {str(n): TransformerLayer(config, n, attention=attention, tp=tp, options=options) for n in layers}
         )
         self.after_embedding = HiddenDropout(config.hidden_dropout, seed=options.dropout_seed, name="embedding")
         if self.is_last:
@@ -150,7 +149,8 @@ class GPT(nn.Module):
         table_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         positions = packed_seq.positions
         frequencies = rotary_frequencies(self.config, positions.device)
-        row = RowContext(packed_seq, self.rotary_tables(positions, frequencies, dtype=table_dtype), token_ids)
+        rotary = self.rotary_tables(positions, frequencies, dtype=table_dtype)
+        row = RowContext(packed_seq, self.cp_group, rotary, token_ids)
         with self.precision.model_context() if self.training else nullcontext():
             for layer in self.layers.values():
                 x = layer(x, row)

@@ -12,13 +12,10 @@ from model.precision import Precision
 
 
 def get_layers(implementation: str) -> ModuleType:
-    """`model.torch_layers` or `model.te_layers`; Transformer Engine is imported only here and in `build_precision`.
+    """The module that `--transformer-impl` names; Transformer Engine is imported only here and in `build_precision`.
 
     Both offer the same layers, with the same constructors, parameters and calls, and `rotary_tables`, whose result
     their `apply_rotary` takes.
-
-    Args:
-        implementation: a resolved value of `--transformer-impl`.
     """
     if implementation == "te":
         from model import te_layers

@@ -56,11 +56,13 @@ class RowContext(NamedTuple):
     """What every layer reads of the row, made once a microbatch.
 
     Attributes:
+        cp_group: the ranks that hold the row's shards.
         rotary: tables of this rank's tokens, from the layers' `rotary_tables`.
         token_ids: of this rank's residual stream, [t], or [t / tp] with sequence parallelism; None: no hidden dropout.
     """
 
     packed_seq: PackedSeq
+    cp_group: dist.ProcessGroup
     rotary: tuple[Tensor, ...]
     token_ids: Tensor | None = None
 
@@ -68,22 +70,14 @@ class RowContext(NamedTuple):
 class SelfAttention(nn.Module):
     """Grouped-query attention (arXiv:2305.13245) with rotary positions over the cp group; 1/tp of the groups a tp rank.
 
-    Args:
-        number: of the layer in the whole model; names the dropout masks.
+    The layer's `number` in the whole model names the dropout masks.
     """
 
     def __init__(
-        self,
-        config: GPTConfig,
-        number: int,
-        *,
-        attention: Attention,
-        cp_group: dist.ProcessGroup,
-        tp: TensorParallel,
-        options: GPTOptions,
+        self, config: GPTConfig, number: int, *, attention: Attention, tp: TensorParallel, options: GPTOptions
     ) -> None:
         super().__init__()
-        self.config, self.attention, self.cp_group = config, attention, cp_group
+        self.config, self.attention = config, attention
         self.groups = tp.divide(config.num_query_groups, "query groups")
         self.dropout = None
         if config.attention_dropout:
@@ -112,7 +106,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, row: RowContext) -> Tensor:
         q, k, v = self.project(x, row.rotary)
         options = {"dropout": self.dropout} if self.dropout is not None and self.training else {}
-        out = self.attention(q, k, v, row.packed_seq, self.cp_group, **options)  # [t, hq, d]
+        out = self.attention(q, k, v, row.packed_seq, row.cp_group, **options)  # [t, hq, d]
         return self.output(out.flatten(1, 2))
 
 
@@ -120,19 +114,12 @@ class TransformerLayer(nn.Module):
     """A decoder layer over the residual stream x: [t, h], or [t / tp, h] with sequence parallelism."""
 
     def __init__(
-        self,
-        config: GPTConfig,
-        number: int,
-        *,
-        attention: Attention,
-        cp_group: dist.ProcessGroup,
-        tp: TensorParallel,
-        options: GPTOptions,
+        self, config: GPTConfig, number: int, *, attention: Attention, tp: TensorParallel, options: GPTOptions
     ) -> None:
         super().__init__()
         self.number, self.recompute, self.precision = number, options.recompute, options.precision
         rate, seed = config.hidden_dropout, options.dropout_seed
-        self.attention = SelfAttention(config, number, attention=attention, cp_group=cp_group, tp=tp, options=options)
+        self.attention = SelfAttention(config, number, attention=attention, tp=tp, options=options)
         self.after_attention = HiddenDropout(rate, seed=seed, name=f"layers.{number}.attention")
         self.after_mlp = HiddenDropout(rate, seed=seed, name=f"layers.{number}.mlp")
         self.mlp = get_layers(options.implementation).LayerNormMLP(

@@ -65,9 +65,9 @@ class Transfer:
 
 
 def start_ring_shift(x: Tensor, group: dist.ProcessGroup, *, tag: int = 0) -> Transfer:
-    """Send contiguous `x` to the next rank of `group`, and receive the same shape from the previous rank.
+    """Start to send contiguous `x` to the next rank of `group`, and to receive the same shape from the previous rank.
 
-    Returns at once. Transfers in flight together need different tags.
+    Transfers in flight together need different tags.
     """
     size, rank = group.size(), group.rank()
     following = dist.get_global_rank(group, (rank + 1) % size)
