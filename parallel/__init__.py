@@ -1,1 +1,1 @@
-"""Process groups and what communicates over them. Imports torch and numpy only."""
+"""Process groups and what communicates over them. Imports torch only."""

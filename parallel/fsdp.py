@@ -74,9 +74,7 @@ def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by name, as the optimizer holds them."""
     parameters = dict(model.named_parameters())
     if any(isinstance(module, FSDPModule) for module in model.modules()):
-        assert all(isinstance(p, DTensor) for p in parameters.values()), (
-            "weights are still gathered: reshard_model first"
-        )
+        assert all(isinstance(p, DTensor) for p in parameters.values()), "weights are gathered: reshard_model first"
     return parameters
 
 

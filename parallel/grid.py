@@ -1,6 +1,6 @@
 """The process grid: five axes and the process groups along them.
 
-The rank arithmetic slices an array of ranks, without torch.distributed; `build_grid` makes one `ProcessGroup` an axis
+The rank arithmetic is plain Python, tested without torch.distributed; `build_grid` makes one `ProcessGroup` an axis
 with `torch.distributed.new_group`. Axis order is Megatron-LM's default (`tp` has stride 1), with the data-parallel axis
 split into dp_replicate x dp_shard.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -63,23 +62,33 @@ class GridSizes:
 
 def coordinates_of(sizes: GridSizes, rank: int) -> dict[str, int]:
     """Coordinate of `rank` on each of the five axes."""
-    return dict(zip(AXES, map(int, np.unravel_index(rank, sizes.shape)), strict=True))
+    coordinates = {}
+    for axis in reversed(AXES):
+        rank, coordinates[axis] = divmod(rank, getattr(sizes, axis))
+    assert rank == 0, "rank outside the grid"
+    return coordinates
 
 
 def rank_of(sizes: GridSizes, coordinates: Mapping[str, int], axes: Sequence[str] = AXES) -> int:
     """Row-major index over the axes; over all five: tp + TP*(cp + CP*(dp_shard + DS*(dp_replicate + DR*pp)))."""
-    return int(np.ravel_multi_index([coordinates[a] for a in axes], [sizes.size(a) for a in axes]))
+    rank = 0
+    for axis in axes:
+        rank = rank * getattr(sizes, axis) + coordinates[axis]
+    return rank
 
 
-def ranks_along(sizes: GridSizes, axis: str) -> list[list[int]]:
-    """Every group of ranks that differ only along `axis` (or a derived axis).
+def ranks_along(sizes: GridSizes, *axes: str) -> list[list[int]]:
+    """Every group of ranks that differ only along an axis, a derived axis or several of them.
 
     Groups come in ascending order of their first rank, members in ascending rank order, which for a
     derived axis is row-major over its axes: rank within `fsdp` = dp_shard * CP + cp.
     """
-    along = [AXES.index(a) for a in DERIVED_AXES.get(axis, (axis,))]
-    grid = np.moveaxis(np.arange(sizes.world_size).reshape(sizes.shape), along, range(-len(along), 0))
-    return sorted(grid.reshape(-1, sizes.size(axis)).tolist())
+    along = {a for axis in axes for a in DERIVED_AXES.get(axis, (axis,))}
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(sizes.world_size):
+        at = coordinates_of(sizes, rank)
+        groups.setdefault(tuple(at[a] for a in AXES if a not in along), []).append(rank)
+    return sorted(groups.values())
 
 
 @dataclass(frozen=True)
@@ -147,11 +156,11 @@ def device_mesh(grid: Grid, axes: Sequence[str], device_type: str) -> DeviceMesh
         return DeviceMesh.from_group(grid.group(axes[0]), device_type, mesh_dim_names=(axes[0],))
     along = [a for axis in axes for a in DERIVED_AXES.get(axis, (axis,))]
     assert along == [a for a in AXES if a in along], "axes come in the grid's order"
-    at = coordinates_of(grid.sizes, grid.global_rank)
-    ranks = np.arange(grid.sizes.world_size).reshape(grid.sizes.shape)
-    own = ranks[tuple(slice(None) if a in along else at[a] for a in AXES)].reshape([grid.size(axis) for axis in axes])
+    rows: list = next(ranks for ranks in ranks_along(grid.sizes, *axes) if grid.global_rank in ranks)
+    for axis in reversed(axes[1:]):
+        rows = [rows[i : i + grid.size(axis)] for i in range(0, len(rows), grid.size(axis))]
     groups = [grid.group(axis) for axis in axes]
-    return DeviceMesh.from_group(groups, device_type, mesh=own.tolist(), mesh_dim_names=tuple(axes))
+    return DeviceMesh.from_group(groups, device_type, mesh=rows, mesh_dim_names=tuple(axes))
 
 
 def embedding_group(grid: Grid, *, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
@@ -175,9 +184,11 @@ def split_group(
         This rank's inner group (`inner_size` ranks) and outer group (size / inner_size ranks).
     """
     assert grid.size(axis) % inner_size == 0
-    cut = np.array(ranks_along(grid.sizes, axis)).reshape(-1, grid.size(axis) // inner_size, inner_size)
+    whole, size = ranks_along(grid.sizes, axis), grid.size(axis)
+    neighbours = [ranks[i : i + inner_size] for ranks in whole for i in range(0, size, inner_size)]
+    across = [ranks[i::inner_size] for ranks in whole for i in range(inner_size)]
     options: dict[str, Any] = dict(timeout=timeout, backend=dist.get_backend(grid.group(axis)))
-    inner = _join(cut.reshape(-1, inner_size).tolist(), group_desc=f"{axis} inner", **options)
-    outer = _join(cut.swapaxes(1, 2).reshape(-1, cut.shape[1]).tolist(), group_desc=f"{axis} outer", **options)
+    inner = _join(neighbours, group_desc=f"{axis} inner", **options)
+    outer = _join(across, group_desc=f"{axis} outer", **options)
     assert inner is not None and outer is not None
     return inner, outer

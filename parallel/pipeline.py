@@ -54,20 +54,13 @@ def build_schedule(
     stages: list[Any] = []
     for index, chunk in enumerate(chunks):
         stage = group.rank() + index * size
+        inputs, outputs = (number if stage == 0 else hidden,), (loss if stage == num_stages - 1 else hidden,)
         stages.append(
-            NumberedStage(
-                chunk,
-                stage,
-                num_stages,
-                device,
-                input_args=(number if stage == 0 else hidden,),
-                output_args=(loss if stage == num_stages - 1 else hidden,),
-                group=group,
-            )
+            NumberedStage(chunk, stage, num_stages, device, input_args=inputs, output_args=outputs, group=group)
         )
     # The loss is already divided by the step's token count: gradients are sums, not means over microbatches.
     options: dict[str, Any] = dict(
-        n_microbatches=microbatches, loss_fn=lambda output, target: output.sum(), scale_grads=False
+        n_microbatches=microbatches, loss_fn=lambda out, target: out.sum(), scale_grads=False
     )
     if schedule == "interleaved":
         return ScheduleInterleaved1F1B(stages, **options)
