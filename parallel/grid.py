@@ -155,8 +155,8 @@ def device_mesh(grid: Grid, axes: Sequence[str], device_type: str) -> DeviceMesh
     if len(axes) == 1:
         return DeviceMesh.from_group(grid.group(axes[0]), device_type, mesh_dim_names=(axes[0],))
     along = [a for axis in axes for a in DERIVED_AXES.get(axis, (axis,))]
-    assert along == [a for a in AXES if a in along], "axes come in the grid's order"
-    rows: list = next(ranks for ranks in ranks_along(grid.sizes, *axes) if grid.global_rank in ranks)
+    ranks = next(ranks for ranks in ranks_along(grid.sizes, *axes) if grid.global_rank in ranks)
+    rows: list = sorted(ranks, key=lambda rank: [coordinates_of(grid.sizes, rank)[a] for a in along])
     for axis in reversed(axes[1:]):
         rows = [rows[i : i + grid.size(axis)] for i in range(0, len(rows), grid.size(axis))]
     groups = [grid.group(axis) for axis in axes]

@@ -134,7 +134,14 @@ def test_the_embedding_group_has_the_first_and_last_stage(shape: tuple[int, ...]
 
 
 @pytest.mark.parametrize(
-    "axes", [("fsdp",), ("dp_replicate", "fsdp"), ("dp_replicate", "dp_shard", "cp"), ("pp", "loss", "tp")]
+    "axes",
+    [
+        ("fsdp",),
+        ("dp_replicate", "fsdp"),
+        ("dp_replicate", "dp_shard", "cp"),
+        ("pp", "loss", "tp"),
+        ("dp_replicate", "tp", "fsdp"),
+    ],
 )
 @pytest.mark.parametrize("shape", [(1, 2, 2, 3, 1), (2, 3, 1, 2, 2), (1, 1, 1, 4, 1)], ids=str)
 def test_a_mesh_is_the_grids_own_groups(shape: tuple[int, ...], axes: tuple[str, ...], monkeypatch) -> None:
