@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from parallel import tensor
 
 
 @dataclass
@@ -127,6 +130,24 @@ def fake_world(*, rank: int, world_size: int) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         sys.excepthook = hook  # `init_process_group` puts the rank in front of each line
+
+
+@contextmanager
+def held_messages() -> Iterator[None]:
+    """gloo frees the tensors of a collective late: those of the last two over tp stay until others follow."""
+    last: deque[tuple[Tensor, Tensor]] = deque(maxlen=2)
+
+    def hold(send: Any) -> Any:
+        def sent(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+            out = send(x, group)
+            last.append((x, out))
+            return out
+
+        return sent
+
+    names = ("_gather", "_sum", "reduce_scatter")
+    with mock.patch.multiple(tensor, **{name: hold(getattr(tensor, name)) for name in names}):
+        yield
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from model.gpt import GPT, Stages, get_chunks
 from parallel.fsdp import clip_grad_norm_
 from parallel.grid import AXES, GridSizes, build_grid, rank_of
 from parallel.stages import split_layers
-from planner.fake import MemoryLedger, fake_step, fake_world
+from planner.fake import MemoryLedger, fake_step, fake_world, held_messages
 from planner.fused import fused_rms_norm, use_te_mlp
 from training.build import COMPUTE_DTYPES, build_meta_model, build_pipeline
 from training.optimizer import build_optimizer
@@ -151,7 +151,7 @@ def measure_step(config: RunConfig, architecture: GPTConfig, stage: int, num_mic
     with fake_world(rank=rank, world_size=sizes.world_size), norms if is_fused else nullcontext():
         grid = build_grid(sizes, backend="fake")
         model = build_meta_model(fake, architecture, grid, device)
-        with fake_step(ledger):
+        with fake_step(ledger), held_messages() if parallel.device == "cpu" else nullcontext():
             model.to_empty(device=device)
             if is_te:
                 use_te_mlp(model, ledger)

@@ -142,24 +142,23 @@ def read_run_tokenizers(file: Path) -> Iterator[Tokenizer]:
                 yield SentencePieceTokenizer(trained)
 
 
-def find_tokenizer(args: argparse.Namespace, checkpoint: Path, fingerprint: str) -> Tokenizer:
+def find_tokenizer(
+    checkpoint: Path, fingerprint: str, *, kind: str | None, model: str | None, eod: str | None
+) -> Tokenizer:
     """Return the tokenizer that the model was trained with: the one that flags name, else the run's.
 
     Raises:
         UserError: no tokenizer with this fingerprint.
     """
     file = checkpoint.parent.parent / "config.json"
-    has_flags = args.tokenizer_type or args.tokenizer_model
     found: Iterable[Tokenizer] = (
-        [load_tokenizer(args.tokenizer_type or "auto", args.tokenizer_model, args.tokenizer_eod)]
-        if has_flags
-        else read_run_tokenizers(file)
+        [load_tokenizer(kind or "auto", model, eod)] if kind or model else read_run_tokenizers(file)
     )
     for tokenizer in found:
         if tokenizer.fingerprint == fingerprint:
             return tokenizer
     raise UserError(
-        f"--load {checkpoint}: its tokenizer is not that of {'the flags' if has_flags else file}; "
+        f"--load {checkpoint}: its tokenizer is not that of {'the flags' if kind or model else file}; "
         "give --tokenizer-model, or --tokenizer-type byte"
     )
 
@@ -222,7 +221,13 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     checkpoint = find_run_checkpoint(args.load)
     metadata = read_run_metadata(checkpoint)
-    tokenizer = find_tokenizer(args, checkpoint, metadata["tokenizer"])
+    tokenizer = find_tokenizer(
+        checkpoint,
+        metadata["tokenizer"],
+        kind=args.tokenizer_type,
+        model=args.tokenizer_model,
+        eod=args.tokenizer_eod,
+    )
     kind = ("cuda" if cuda_device_count() else "cpu") if args.device == "auto" else args.device
     device, _ = initialise_distributed(Launch(), kind, timeout=timedelta(minutes=10))
     model = load_model(checkpoint, metadata, device, COMPUTE_DTYPES[args.dtype])

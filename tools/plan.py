@@ -14,7 +14,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,14 +143,21 @@ def estimate_seconds(config: RunConfig, plan: Plan, node: int) -> float:
 
 
 def rank_layouts(
-    words: list[str], own: argparse.Namespace, node: int, vocab: int, lengths: np.ndarray | None
+    words: list[str],
+    world_size: int,
+    node: int,
+    vocab: int,
+    lengths: np.ndarray | None,
+    *,
+    gpu_memory: float,
+    most: int,
 ) -> tuple[list[Layout], int]:
     """The first --most layouts in the order of estimated time whose memory fits, and the number of legal layouts.
 
     Memory is measured in that order, and no longer than needed.
     """
-    limit, rows, found = USABLE * own.gpu_memory * GIB, {}, []  # type: ignore[var-annotated]
-    for config in legal_layouts(words, own.world_size, node):
+    limit, rows, found = USABLE * gpu_memory * GIB, {}, []  # type: ignore[var-annotated]
+    for config in legal_layouts(words, world_size, node):
         key = (config.parallel.cp_size, config.parallel.cp_layout, config.data.document_alignment)
         if key not in rows:
             rows[key] = pack_rows(config, lengths)
@@ -161,7 +168,7 @@ def rank_layouts(
     for layout in sorted(found, key=lambda layout: layout.seconds):
         config, architecture = layout.config, layout.config.model.architecture(vocab)
         shards = config.parallel.dp_shard_size * config.parallel.cp_size
-        if len(best) == own.most or STATE_BYTES * stage_parameters(config, architecture, 0) // shards > limit:
+        if len(best) == most or STATE_BYTES * stage_parameters(config, architecture, 0) // shards > limit:
             continue
         memory = max_rank_memory(config, architecture)
         if memory.peak <= limit:
@@ -169,14 +176,14 @@ def rank_layouts(
     return best, len(found)
 
 
-def check_numbers(own: argparse.Namespace) -> None:
+def check_numbers(counts: Mapping[str, int | None], gpu_memory: float | None) -> None:
     """Raises UserError for a size or count below 1, or a memory that is not finite and positive."""
     for name in ("world_size", "node_size", "vocab_size", "most"):
-        value = getattr(own, name)
+        value = counts[name]
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if own.gpu_memory is not None and not 0 < own.gpu_memory < math.inf:
-        raise UserError(f"--gpu-memory {own.gpu_memory:g}: must be finite and above 0")
+    if gpu_memory is not None and not 0 < gpu_memory < math.inf:
+        raise UserError(f"--gpu-memory {gpu_memory:g}: must be finite and above 0")
 
 
 def layout_as_json(layout: Layout) -> dict[str, Any]:
@@ -200,19 +207,19 @@ def print_layouts(best: list[Layout], legal: int, memory: float) -> None:
         )
 
 
-def print_plan(config: RunConfig, plan: Plan, own: argparse.Namespace, legal: dict[str, list[int]]) -> None:
+def print_plan(config: RunConfig, plan: Plan, gpu_memory: float | None, legal: dict[str, list[int]]) -> None:
     print(format_plan(config, plan))
-    if own.gpu_memory:
-        share = plan.memory.peak / GIB / own.gpu_memory
+    if gpu_memory:
+        share = plan.memory.peak / GIB / gpu_memory
         verdict = "yes" if share <= USABLE else "NO"
-        print(f"{'fits':<14} {verdict}: {share:.0%} of {own.gpu_memory:g} GiB, of which {USABLE:.0%} may be planned")
+        print(f"{'fits':<14} {verdict}: {share:.0%} of {gpu_memory:g} GiB, of which {USABLE:.0%} may be planned")
     sizes = (f"{axis} {', '.join(map(str, sizes)) or 'none'}" for axis, sizes in legal.items())
     print(f"{'legal sizes':<14} {'; '.join(sizes)}")
 
 
 def main(argv: list[str]) -> int:
     own, words = build_parser().parse_known_args(argv)
-    check_numbers(own)
+    check_numbers(vars(own), own.gpu_memory)
     node = own.node_size or min(8, own.world_size)
     if own.world_size % node:
         raise UserError(f"--world-size {own.world_size}: must be a multiple of --node-size {node}")
@@ -223,7 +230,9 @@ def main(argv: list[str]) -> int:
     vocab = own.vocab_size or vocab
     lengths = parse_lengths(own.lengths, np.random.default_rng(flags.training.seed)) if own.lengths else lengths
     if own.rank_layouts:
-        best, legal = rank_layouts(words, own, node, vocab, lengths)
+        best, legal = rank_layouts(
+            words, own.world_size, node, vocab, lengths, gpu_memory=own.gpu_memory, most=own.most
+        )
         if not best:
             fit = f"fits into {USABLE:.0%} of {own.gpu_memory:g} GiB"
             raise UserError(f"no layout of {own.world_size} ranks {fit}: more ranks, or smaller rows")
@@ -239,7 +248,7 @@ def main(argv: list[str]) -> int:
         return 0
     with contextlib.redirect_stderr(io.StringIO()):
         legal_sizes = find_legal_sizes(words, own.world_size, node)
-    print_plan(config, plan, own, legal_sizes)
+    print_plan(config, plan, own.gpu_memory, legal_sizes)
     return 0
 
 

@@ -90,7 +90,7 @@ def resolved(words: str, vocab: int, ranks: int) -> tuple[RunConfig, GPTConfig]:
 
 
 def measured(rank: int, words: str, vocab: int) -> int:
-    """Peak bytes of two steps, the least of three tries: a busy machine frees gloo's messages late, never early."""
+    """Peak bytes of two steps, the least of five tries: a busy machine frees gloo's messages late, never early."""
     config, architecture = resolved(words, vocab, torch.distributed.get_world_size())
     device, seq_length = torch.device("cpu"), config.data.seq_length
     grid = build_run_grid(config.parallel, device)
@@ -100,7 +100,7 @@ def measured(rank: int, words: str, vocab: int) -> int:
     row = [PackedSample(ids.numpy(), ids.roll(-1).numpy(), lengths, lengths)] * config.training.micro_batch_size
     batches = [plan.build_batch(row, step=0) for _ in range(plan.num_microbatches)]
     peaks = []
-    for _ in range(3):
+    for _ in range(5):
         gc.collect()  # what is left of the case before must not be freed in the middle of this one
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
             model = build_model(config, architecture, grid, device)

@@ -120,7 +120,7 @@ def test_timers_tell_phases_and_the_slowest(observed) -> None:
         )
         assert all(most > 0 and least <= most and rank in (0, 1) for least, most, rank in phases.values())
         assert phases["gradient reduction"][1] < phases["forward-backward"][1]
-    assert "eval" in timed[-2]["timers"] and "ms a step, least..most over ranks: data" in said
+    assert "eval" in timed[-2]["timers"] and "ms a step, min..max over ranks: data" in said
 
 
 def test_every_rank_leaves_a_trace(observed) -> None:

@@ -208,9 +208,7 @@ def test_legal_sizes_are_those_that_train_takes() -> None:
 
 def ranked(gib: float, most: int) -> tuple[list[plan_tool.Layout], int]:
     words = [*WORDS, "--num-layers", "2", "--global-batch-size", "8"]
-    tool_flags = ["--world-size", "2", "--gpu-memory", str(gib), "--most", str(most)]
-    own = plan_tool.build_parser().parse_args(tool_flags)
-    return plan_tool.rank_layouts(words, own, 2, 257, None)
+    return plan_tool.rank_layouts(words, 2, 2, 257, None, gpu_memory=gib, most=most)
 
 
 def test_layouts_that_fit_come_in_the_order_of_the_estimate() -> None:
