@@ -96,7 +96,7 @@ def main(argv: list[str], status: RunStatus) -> None:
     # Ranks and folders
 
     ranks = start_ranks(config.parallel, launch, config.flags(), status)
-    start = broadcast_object(start)  # all ranks take rank 0's view of the file system
+    start = broadcast_object(start)  # rank 0's view of the file system; `start_ranks` compared what follows from it
     paths = RunPaths.of(config, default_run_dir=broadcast_object(time.strftime("runs/%Y%m%d-%H%M%S")))
     if not config.training.eval_only:
         status.lock = run_on_rank_zero(lambda: lock_dir(paths.checkpoints))
@@ -138,8 +138,10 @@ def main(argv: list[str], status: RunStatus) -> None:
     # Reports
 
     metrics = open_reports(run, architecture, data, state, timers, cp_clock)
-    writes_stop_file = ranks.is_writer and not config.training.eval_only
-    stops.watch_file(paths.stop_file if writes_stop_file else None, ranks.control_group, is_restart=launch.restarts > 0)
+    watches_stop_file = ranks.is_writer and not config.training.eval_only
+    stops.watch_file(
+        paths.stop_file if watches_stop_file else None, ranks.control_group, is_restart=launch.restarts > 0
+    )
     if ranks.is_writer:
         RunSummary(config, chosen, architecture, ranks, metrics.peak_tflops, data, state, paths).print()
 
@@ -294,11 +296,11 @@ class Trainer:
 
     def _train_step(self, step: int, batches_ahead: Iterator[Batch], *, is_verified: bool) -> StepResult:
         """Fetch, forward and backward, clip, update."""
-        # The step's global count of labelled tokens divides the loss, and so the gradients.
         fetch_start = time.perf_counter()
         with self.timers("data"):
             batches = [next(batches_ahead) for _ in range(self.batch_plan.num_microbatches)]
         data_time = time.perf_counter() - fetch_start
+        # The step's global count of labelled tokens divides the loss, and so the gradients.
         counts = sum_over(count_rows(batches).to(self.device, non_blocking=True), self.grid.group("batch"))
         loss_tokens = counts[0].clamp(min=1)
         if is_verified:
@@ -325,6 +327,7 @@ class Trainer:
                 max_norm=self.config.training.clip_grad,
                 owned=self.norm_owned,
             )
+        # `sum_over` works in place; pipeline stages before the last hold 0.
         loss = sum_over(sum_over(cross_entropy.clone(), self.grid.group("loss")), self.grid.group("pp")) / loss_tokens
         done = self.shared.status.step = step + 1
         lr = self.lr_schedule.at(step)
@@ -337,7 +340,16 @@ class Trainer:
             tied_group = self.pipeline.tied_group if self.pipeline else None
             verify_weights(self.model, self.grid, self.device, self.optimizer, tied_group=tied_group)
         memory = max_memory_bytes(self.device)
-        return StepResult(done, loss, grad_norm, lr, counts, data_time, memory, self.guard.skipped)
+        return StepResult(
+            done,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            counts=counts,
+            data_time=data_time,
+            memory=memory,
+            skipped_steps=self.guard.skipped,
+        )
 
     def save(self, step: int) -> None:
         """Write a checkpoint after `step` steps."""

@@ -3,7 +3,7 @@
 `config/cli.py` makes argparse, YAML presets and the tables of docs/flags.md from these fields; `config/validate.py`
 fills in what is still open and refuses what cannot be done. No torch import: a refusal takes no seconds.
 
-A field whose default is None and whose type is not optional is open: `resolve` gives it a value.
+A field whose default is None and whose type is not optional is unset: `resolve` gives it a value.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ OnResume = Literal["model", "fixed", "printed", "free"]
 
 
 class Bound(NamedTuple):
-    """Legal values of a number: low <= value < high, or low < value where `is_open`; `words` completes "must be"."""
+    """Legal values of a number: low <= value < high, or low < value if `excludes_low`; `words` completes "must be"."""
 
     low: float
     high: float
     words: str
-    is_open: bool = False
+    excludes_low: bool = False
 
     def allows(self, value: float) -> bool:
-        return (self.low < value if self.is_open else self.low <= value) and value < self.high
+        return (self.low < value if self.excludes_low else self.low <= value) and value < self.high
 
 
 AT_LEAST_ONE = Bound(1, math.inf, "at least 1")
 NOT_NEGATIVE = Bound(0, math.inf, "0 or more")
-ABOVE_ZERO = Bound(0, math.inf, "above 0", is_open=True)
+ABOVE_ZERO = Bound(0, math.inf, "above 0", excludes_low=True)
 FRACTION = Bound(0, 1, "from 0 to below 1")
 
 
@@ -202,11 +202,6 @@ class ParallelConfig:
     def dp_size(self) -> int:
         """Data-parallel size: ranks with distinct data."""
         return self.dp_replicate_size * self.dp_shard_size
-
-    @property
-    def row_unit(self) -> int:
-        """Tokens of which a row's length is a multiple: cp shards in two chunks, tp shards the norms."""
-        return math.lcm(2 * self.cp_size, self.cp_size * self.tp_size)
 
 
 @dataclass

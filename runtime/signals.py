@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-# In order of precedence. A request to any rank is a request to all.
+# In ascending precedence: of several requests the last is the reason. A request to any rank is a request to all.
 REASONS = (
     "",
     "--exit-interval",
@@ -124,7 +124,7 @@ class StopRequests:
 def defer_worker_signals(worker: int) -> None:
     """Called first in each data worker: a signal to the whole job must not break the step that the ranks finish.
 
-    Ctrl-C, SIGUSR1 and SIGHUP are ignored. After SIGTERM the worker lives for `WORKER_SECONDS`.
+    Ctrl-C, SIGUSR1 and SIGHUP are ignored. SIGTERM starts a timer of `WORKER_SECONDS`, whose SIGALRM ends the worker.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

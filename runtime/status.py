@@ -118,7 +118,7 @@ class RunStatus:
 
     Attributes:
         file, watchdog, lock: set when the run has them; `lock` is the right to write checkpoints.
-        step: the last finished step.
+        step: the last step whose gradients are complete.
     """
 
     def __init__(self, *, rank: int = 0, local_rank: int = 0) -> None:

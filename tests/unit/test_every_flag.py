@@ -5,6 +5,7 @@ overruled.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from config.cli import build_parser, parse_arguments
-from config.schema import parse_split
+from config.schema import fields_of_flags, parse_split
 from config.validate import resolve
 from cp.layout import LAYOUTS
+from model.config import GPTConfig
 from tests.flags import flatten, resolved
 
 ACTIONS = [action for action in build_parser()._actions if action.dest not in ("help", "config")]
@@ -373,3 +375,11 @@ def test_presets_that_cannot_be_meant_are_refused(text: str | bytes, words: list
 
 def test_an_empty_preset_changes_nothing(tmp_path: Path) -> None:
     assert parse_arguments(preset(tmp_path, "# nothing\n")) == parse_arguments([])
+
+
+def test_every_flag_of_the_models_shape_reaches_the_model() -> None:
+    """A `model_flag` that `GPTConfig` does not have would neither change the model nor be compared on resume."""
+    names = {f.name for f in dataclasses.fields(GPTConfig)}
+    elsewhere = {"make_vocab_size_divisible_by": "padded_vocab_size", "init_method_std": "init_std"}
+    model_flags = [name for _, name, flag in fields_of_flags() if flag.on_resume == "model"]
+    assert model_flags and {elsewhere.get(name, name) for name in model_flags} <= names
