@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from data.encode import EncodedBatch, RecordBatch
 from data.indexed_dataset import index_file, token_file, write_index
 from data.sources import metadata_file
 from utils.errors import UserError
-from utils.files import checksum, replace_synced, sync
+from utils.files import checksum, is_trusted, open_new, open_regular, replace_synced, sync, write_synced
 
 SHOWN = 5  # bad records that are shown
 
@@ -75,7 +75,9 @@ class CorpusWriter:
         if index_file(prefix).exists() and not overwrite:
             raise UserError(f"--output-prefix {prefix}: {index_file(prefix)} exists already; --overwrite replaces it")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = self.files["lock"].open("w")
+        if self.folder.is_symlink() or not is_trusted(self.folder.stat(), prefix.parent):
+            raise UserError(f"--output-prefix {prefix}: {self.folder} is a link or another user's; remove it")
+        self.lock = open_regular(self.files["lock"], "ab", permissions=0o600)  # others could hold a lock that they read
         try:
             # lockf belongs to this process alone; a lock of flock would be held by its forked workers, too.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,9 +93,9 @@ class CorpusWriter:
             for name in ("tokens", "lengths", "progress.json"):
                 self.files[name].unlink(missing_ok=True)
         self.progress = progress or Progress()
-        self.outputs: dict[str, BinaryIO] = {}
+        self.outputs: dict[str, IO[bytes]] = {}
         for name, size in self._sizes(self.progress).items():
-            self.outputs[name] = self.files[name].open("ab")
+            self.outputs[name] = open_regular(self.files[name], "ab")
             self.outputs[name].truncate(size)  # what was written after the last save
 
     def _sizes(self, progress: Progress) -> dict[str, int]:
@@ -163,7 +165,7 @@ class CorpusWriter:
             out.close()
         index, final = self.folder / "index", index_file(self.prefix)
         lengths = np.memmap(self.files["lengths"], np.int32, "r") if self.progress.documents else np.empty(0, np.int32)
-        with index.open("wb") as out:
+        with open_new(index) as out:
             write_index(out, lengths, self.dtype)
         sync(index)
         tokens = self.files["tokens"]
@@ -171,8 +173,7 @@ class CorpusWriter:
         final.unlink(missing_ok=True)  # an older corpus ends here, before its tokens do
         if model is not None:
             copy = self.folder / "model"
-            shutil.copyfile(model, copy)
-            sync(copy)
+            write_synced(copy, model.read_bytes())
             os.replace(copy, model_copy(self.prefix, model))
         replace_synced(metadata_file(self.prefix), json.dumps(metadata, indent=1) + "\n")
         os.replace(tokens, token_file(self.prefix))

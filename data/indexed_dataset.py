@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import open_new
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -67,11 +68,11 @@ def write_indexed_dataset(prefix: Path, documents: Iterable[np.ndarray], *, voca
     """Writes `<prefix>.bin` and `<prefix>.idx`."""
     dtype = np.dtype(token_dtype(vocab_size))
     lengths = []
-    with token_file(prefix).open("wb") as out:
+    with open_new(token_file(prefix)) as out:
         for tokens in documents:
             out.write(tokens.astype(dtype).tobytes())
             lengths.append(len(tokens))
-    with index_file(prefix).open("wb") as out:
+    with open_new(index_file(prefix)) as out:
         write_index(out, np.array(lengths, np.int32), dtype)
 
 

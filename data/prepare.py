@@ -39,7 +39,7 @@ from data.readers import FORMATS, BadRecord, FileOffset
 from data.sources import TextSource, train_model
 from data.tokenizer import NUM_THREADS, TOKENIZER_TYPES, Tokenizer, TokenizerSpec, resolve_tokenizer_type
 from utils.errors import OneLineParser, UserError
-from utils.files import cache_key
+from utils.files import cache_key, replace_synced
 
 SAVE_EVERY = 5.0  # seconds
 Options = TypeVar("Options")
@@ -347,9 +347,7 @@ def _train_tokenizer_command(words: Sequence[str]) -> None:
         num_threads=options.threads,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(f"{output}.part")
-    scratch.write_bytes(model)
-    os.replace(scratch, output)
+    replace_synced(output, model)
     print(f"{output}: {options.vocab_size} pieces; {len(bad)} bad records left out")
     for error in bad[:SHOWN]:
         print(f"  left out: {error}")

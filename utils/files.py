@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
 import os
 import shutil
+import stat
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -70,6 +72,57 @@ def legacy_page_sum(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------
+# Folders that other users may write to
+
+
+def is_trusted(found: os.stat_result, folder: Path) -> bool:
+    """Whether a file in `folder` belongs to this user or to root."""
+    if found.st_uid in (os.geteuid(), 0):
+        return True
+    with suppress(OSError), tempfile.TemporaryFile(dir=folder) as probe:
+        return os.fstat(probe.fileno()).st_uid == found.st_uid  # a store that gives all files one owner
+    return False
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Create a file and open it for writing; what had the name before is removed, and a planted link not followed."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+def open_regular(path: Path, mode: str = "rb", *, permissions: int = 0o666) -> IO[Any]:
+    """Open a regular file, never a link, a FIFO or a device.
+
+    Args:
+        mode: "rb"; or "ab", which makes a missing file, and else opens only one that `is_trusted` and has one name.
+        permissions: of a new file, before the umask.
+
+    Raises:
+        OSError: the file is missing, or is none of these.
+    """
+    flags = {"rb": os.O_RDONLY, "ab": os.O_WRONLY | os.O_CREAT | os.O_APPEND}[mode]
+    try:
+        handle = os.open(
+            path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, permissions
+        )  # a FIFO would wait for its other end
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "is a link, which is not followed", str(path)) from error
+        raise
+    found, problem = os.fstat(handle), ""
+    if not stat.S_ISREG(found.st_mode):
+        problem = "is no regular file"
+    elif mode == "ab" and found.st_nlink > 1:
+        problem = "has a second name, a hard link"
+    elif mode == "ab" and not is_trusted(found, path.parent):
+        problem = f"belongs to another user (uid {found.st_uid})"
+    if problem:
+        os.close(handle)
+        raise OSError(errno.EPERM, problem, str(path))
+    return os.fdopen(handle, mode)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Writes that survive a loss of power
 
 
@@ -82,19 +135,19 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Write a UTF-8 file and flush it to the disk."""
-    with path.open("w", encoding="utf-8") as out:
-        out.write(text)
+def write_synced(path: Path, content: str | bytes) -> None:
+    """Write a new file, text as UTF-8, and flush it to the disk; opened as `open_new`."""
+    with open_new(path) as out:
+        out.write(content.encode() if isinstance(content, str) else content)
         out.flush()
         os.fsync(out.fileno())
 
 
-def replace_synced(path: Path, text: str) -> None:
+def replace_synced(path: Path, content: str | bytes) -> None:
     """Replace a file by one rename: a reader sees the old content or the new."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # ranks on several hosts may have the same pid
     try:
-        write_synced(scratch, text)
+        write_synced(scratch, content)
         os.replace(scratch, path)
     except OSError:
         scratch.unlink(missing_ok=True)
@@ -107,7 +160,7 @@ def replace_synced(path: Path, text: str) -> None:
 
 
 def acquire_lock(path: Path, timeout: float) -> FileLock | None:
-    """Lock a file until `release()` or the end of this process.
+    """Lock a file until `release()` or the end of this process; the file is this user's alone, and no link is followed.
 
     Args:
         timeout: seconds to wait for another holder.
@@ -118,7 +171,8 @@ def acquire_lock(path: Path, timeout: float) -> FileLock | None:
     Raises:
         TimeoutError: another holder kept the lock.
     """
-    lock = FileLock(path, timeout=timeout, poll_interval=0.1, fallback_to_soft=False)  # a soft lock outlives a kill
+    # A soft lock would outlive a kill; whoever may read the file could hold the lock.
+    lock = FileLock(path, timeout=timeout, poll_interval=0.1, fallback_to_soft=False, mode=0o600)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -178,6 +232,19 @@ def _remove_abandoned(folder: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
+def _is_built(path: Path) -> bool:
+    """Whether a cache entry is there. Raises UserError: it belongs to another user."""
+    if not path.is_dir():
+        return False
+    found = path.lstat()
+    if not is_trusted(found, path.parent):
+        raise UserError(
+            f"--data-cache-path: {path} belongs to another user (uid {found.st_uid}), not to you or root; "
+            "give a cache folder of your own"
+        )
+    return True
+
+
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:
     """Return the folder `path`, made by `build(empty folder)` where it does not exist.
 
@@ -186,29 +253,30 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
 
     Raises:
         CacheNotWritable: the folder is missing and cannot be made there.
+        UserError: the folder belongs to another user, who may have put anything into it.
     """
-    if path.is_dir():
+    if _is_built(path):
         return path
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_builder_lock(path))
-            if path.is_dir():
+            if _is_built(path):
                 return path
             _remove_abandoned(path.parent)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+            scratch.mkdir()
         except OSError as error:
             text = f"--data-cache-path: {path} is not there yet and cannot be made ({error.strerror})"
             raise CacheNotWritable(f"{text}; fill the cache once where it can be written") from error
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         build(scratch)
-        scratch.chmod(0o755)
         for file in (*scratch.iterdir(), scratch):
             sync(file)
         try:
             os.rename(scratch, path)
         except OSError:
-            if not path.is_dir():  # without a lock another builder may be first
+            if not _is_built(path):  # without a lock another builder may be first
                 raise
         sync(path.parent)
     return path
