@@ -450,8 +450,6 @@ def _resolve_data(data: DataConfig, training: TrainingConfig, chosen: list[str])
     if any(steps.stop > training.train_iters for steps in data.skip_steps):
         skips = format_skip_steps(data.skip_steps)
         raise UserError(f"--skip-steps {skips}: must end before the last step, --train-iters {training.train_iters}")
-    if data.tokenizer_model is not None and data.tokenizer_type != "byte" and not Path(data.tokenizer_model).is_file():
-        raise UserError(f"--tokenizer-model {data.tokenizer_model}: no such file")
     if data.tokenizer_eod is not None and data.tokenizer_model is None:
         raise UserError(f"--tokenizer-eod {data.tokenizer_eod} needs --tokenizer-model, a tokenizer.json")
     _resolve_tokenizer(data, chosen)

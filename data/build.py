@@ -11,7 +11,7 @@ from data.blend import whole_weights
 from data.dataset import BlendedDataset, PackedDataset, PackingOptions, SampleDataset
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.sources import DataSource, PreparedCorpus, TextSource, no_document_error, train_model
-from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_sentencepiece
+from data.tokenizer import SentencePieceTokenizer, Tokenizer, UnencodableText, load_sentencepiece
 from utils.errors import UserError
 from utils.files import build_once, cache_entry, cache_key
 
@@ -46,8 +46,14 @@ def build_tokens(source: TextSource, tokenizer: Tokenizer, *, cache_path: Path) 
         UserError: no document in the source, or a corrupted one.
     """
 
+    def encode(number: int, text: str) -> np.ndarray:
+        try:
+            return np.append(tokenizer.encode(text), np.int32(tokenizer.eod))
+        except UnencodableText as error:
+            raise UserError(f"{source.flag} {source.name}: document {number} {error}") from error
+
     def build(folder: Path) -> None:
-        documents = (np.append(tokenizer.encode(text), np.int32(tokenizer.eod)) for text in source.texts())
+        documents = (encode(number, text) for number, text in enumerate(source.texts(), 1))
         write_indexed_dataset(folder / "tokens", documents, vocab_size=tokenizer.vocab_size)
 
     key = cache_key(version=CACHE_VERSION, source=source.cache_facts(), tokenizer=tokenizer.fingerprint)

@@ -22,7 +22,7 @@ from data.files import file_size
 from data.indexed_dataset import MAX_DOCUMENT_TOKENS, token_dtype
 from data.readers import BadRecord, FileOffset, Record, decode_text, read_records
 from data.sources import TextSource
-from data.tokenizer import TokenizerSpec
+from data.tokenizer import TokenizerSpec, UnencodableText
 from utils.errors import UserError
 
 BATCH_BYTES = 1 << 19  # text in a batch
@@ -110,7 +110,11 @@ class Encoder:
             else:
                 empty += 1
         parts, lengths, text_bytes = [], [], 0
-        for number, text, ids in zip(numbers, texts, self.tokenizer.encode_batch(texts), strict=True):
+        for number, text, ids in zip(numbers, texts, self._encode(texts), strict=True):
+            if isinstance(ids, UnencodableText):
+                file, record = batch.records[number]
+                bad[number] = BadRecord(self.source.files[file], record.number, str(ids))
+                continue
             length = len(ids) + len(self.end)
             if length > MAX_DOCUMENT_TOKENS:
                 file, record = batch.records[number]
@@ -123,6 +127,13 @@ class Encoder:
         tokens = np.concatenate(parts).astype(self.dtype).tobytes() if parts else b""
         in_order = [bad[number] for number in sorted(bad)]
         return EncodedBatch(tokens, np.array(lengths, np.int32), empty, in_order, text_bytes)
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray | UnencodableText]:
+        """The ids, or the error, of each text."""
+        try:
+            return list(self.tokenizer.encode_batch(texts))
+        except UnencodableText as error:
+            return [error] if len(texts) == 1 else [one for text in texts for one in self._encode([text])]
 
     def _decode(self, file: int, record: Record | BadRecord) -> str:
         if isinstance(record, BadRecord):

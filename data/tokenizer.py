@@ -6,11 +6,17 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import re
+import subprocess
+import sys
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +31,20 @@ SPACE = "\u2581"  # SentencePiece's sign for a space
 # EOD tokens of published tokenizers; the first that a tokenizer.json has is taken.
 EOD_TOKENS: tuple[str, ...] = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>", "<|eos|>")
 EOD_TOKENS += ("<\uff5cend\u2581of\u2581sentence\uff5c>",)
+# Texts that show whether a tokenizer changes text: case, accents, compatibility characters, spaces, line ends.
+PROBES = ("A b", " a  b ", "a\n\n\tb\r\n", "\xe9\u2460\ufb01\u4e2d\U0001f600", "f(x)[0]!='a'")
+TRIAL_SECONDS = 60.0  # for encoding the texts of `TRIAL` in a child process
+TRIAL = """
+import sys, tokenizers
+tokenizer = tokenizers.Tokenizer.from_buffer(sys.stdin.buffer.read())
+for part in ("a", "A", " ", "0", "\\n", ".", "\\u4e2d", "a ", "a1", "ab"):
+    for count in (30, 300, 3000):
+        tokenizer.encode(part * count + "!", add_special_tokens=False)
+"""
+
+
+class UnencodableText(UserError):
+    """A text that a tokenizer would not give back. The message is a predicate, such as "holds U+2581, which ..."."""
 
 
 class Tokenizer(ABC):
@@ -32,7 +52,8 @@ class Tokenizer(ABC):
 
     Attributes:
         kind: of `TOKENIZER_TYPES`.
-        eod: id of the end-of-document token.
+        eod: id of the end-of-document token. No text has it: only whoever writes a corpus ends a document.
+        change: how the tokenizer changes texts, for a message; empty: `decode` gives back what was encoded.
         fingerprint: changes whenever the same text could get other ids.
     """
 
@@ -40,17 +61,26 @@ class Tokenizer(ABC):
     vocab_size: int
     eod: int
     fingerprint: str
+    change: str = ""
 
-    @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """[n] int32 ids of the text, without EOD."""
+        """[n] int32 ids of the text, without EOD. Raises UnencodableText."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, on one thread."""
-        return [self.encode(text) for text in texts]
+        found = self._encode_batch(texts)
+        for ids in found:
+            if (ids == self.eod).any():
+                raise UnencodableText(f"holds characters that become the end-of-document token, id {self.eod}")
+        return found
 
     @abstractmethod
-    def decode(self, ids: Iterable[int]) -> str: ...
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, without EOD."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -61,8 +91,8 @@ class ByteTokenizer(Tokenizer):
     eod = 256
     fingerprint = "byte"
 
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8", errors="surrogateescape"), np.uint8).astype(np.int32)
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -81,54 +111,144 @@ def load_sentencepiece() -> ModuleType:
 
 
 def _read_model(file: Path) -> bytes:
+    """The content of a model file. Raises UserError: says what to give instead of a folder or the name of a hub."""
+    wanted = "give the file tokenizer.json or tokenizer.model"
+    if file.is_dir():
+        raise UserError(f"--tokenizer-model {file}: is a folder; {wanted} in it")
     try:
-        return file.read_bytes()
+        content = file.read_bytes()
+    except FileNotFoundError as error:
+        advice = "" if file.suffix in (".model", ".json") else f"; models are not downloaded: {wanted} of the model"
+        raise UserError(f"--tokenizer-model {file}: no such file{advice}") from error
     except OSError as error:
         raise UserError(f"--tokenizer-model {file}: {error.strerror}") from error
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
+        raise UserError(f"--tokenizer-model {file}: is a tiktoken model; give the tokenizer.json of the same model")
+    return content
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model file; its end-of-sentence piece is the EOD.
+    """A SentencePiece model file; its end-of-sentence piece is the EOD, which the library never finds in a text.
 
     Raises:
-        UserError: not a SentencePiece model, or one without an end-of-sentence piece.
+        UserError: not a SentencePiece model, one without an end-of-sentence piece, or one that changes text.
     """
 
     kind = "sentencepiece"
 
     def __init__(self, model_file: Path) -> None:
         sentencepiece = load_sentencepiece()
-        model = _read_model(model_file)
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+        content = _read_model(model_file)
         try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise UserError(f"--tokenizer-model {model_file}: not a SentencePiece model ({error})") from error
-        self.eod = self.processor.eos_id()
+        self.eod, self.unknown = self.processor.eos_id(), self.processor.unk_id()
         if self.eod < 0:
             raise UserError(f"--tokenizer-model {model_file}: has no end-of-sentence piece to end documents with")
+        model = ModelProto.FromString(content)
+        form = model.normalizer_spec
+        changes = {
+            f"normalizes text ({form.name or 'its own rules'})": form.precompiled_charsmap
+            or model.denormalizer_spec.precompiled_charsmap,
+            "removes spaces (remove_extra_whitespaces)": form.remove_extra_whitespaces,
+            "adds a space at the end (treat_whitespace_as_suffix)": form.add_dummy_prefix
+            and model.trainer_spec.treat_whitespace_as_suffix,
+            "does not mark spaces (escape_whitespaces)": not form.escape_whitespaces,
+        }
+        found = [name for name, is_set in changes.items() if is_set]
+        if found:
+            raise UserError(
+                f"--tokenizer-model {model_file}: {' and '.join(found)}, so a model would learn another text; "
+                "take a model without, such as data.prepare train-tokenizer makes"
+            )
         self.vocab_size = self.processor.vocab_size()
-        self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
         # The library takes a text's own U+2581 for a space; the model's byte pieces, if it has them, tell the two
-        # apart.
+        # apart. A text is encoded in parts, and only the first part has the space that the model puts before a text.
         ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._space_sign = ids if all(self.processor.is_byte(i) for i in ids) else None
+        self._later_parts, version = self.processor, b""
+        if form.add_dummy_prefix:
+            form.add_dummy_prefix, version = False, b"2"  # raise the number when `encode` changes
+            self._later_parts = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        self.fingerprint = hashlib.sha256(content + version).hexdigest()[:16]
 
-    def encode(self, text: str) -> np.ndarray:
-        if self._space_sign is None or SPACE not in text:
-            return np.array(self.processor.encode(text), np.int32)
-        ids: list[int] = []
-        for number, part in enumerate(text.split(SPACE)):
-            ids += self._space_sign if number else []
-            ids += self.processor.encode(part)
-        return np.array(ids, np.int32)
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if any(SPACE in text for text in texts):
+            encoded = [self._encode_parts(text) for text in texts]
+        else:
+            encoded = self.processor.encode(list(texts), num_threads=1)
+        found = [np.array(ids, np.int32) for ids in encoded]
+        for text, ids in zip(texts, found, strict=True):
+            if (ids == self.unknown).any():
+                lost = next((c for c in text if self.unknown in self.processor.encode(c)), text[0])
+                raise UnencodableText(f"holds U+{ord(lost):04X}, for which the SentencePiece model has no piece")
+        return found
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if self._space_sign is not None and any(SPACE in text for text in texts):
-            return [self.encode(text) for text in texts]
-        return [np.array(ids, np.int32) for ids in self.processor.encode(list(texts), num_threads=1)]
+    def _encode_parts(self, text: str) -> list[int]:
+        first, *others = text.split(SPACE)
+        if others and self._space_sign is None:
+            raise UnencodableText("holds U+2581, which this SentencePiece model without byte pieces takes for a space")
+        ids = self.processor.encode(first)
+        for part in others:
+            ids += self._space_sign + self._later_parts.encode(part)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.processor.decode([int(i) for i in ids])
+        return self.processor.decode([int(i) for i in ids if i != self.eod])
+
+
+def _try_tokenizer(file: Path, content: bytes) -> None:
+    """Encode a few texts in a child process: a regular expression may take centuries, and nothing interrupts it.
+
+    Raises:
+        UserError: the child fails, or takes `TRIAL_SECONDS`.
+    """
+    try:
+        subprocess.run(
+            [sys.executable, "-c", TRIAL], input=content, capture_output=True, timeout=TRIAL_SECONDS, check=True
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"--tokenizer-model {file}: its regular expressions take more than {TRIAL_SECONDS:.0f} s for texts of up "
+            "to 6000 characters; take another tokenizer"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"signal {-error.returncode}"]
+        raise UserError(f"--tokenizer-model {file}: cannot encode a text of one letter ({reason[0]})") from error
+
+
+def _hide_token(said: dict[str, Any], token: str) -> bool:
+    """Rename `token` in the vocabulary of a tokenizer.json's model, so that no text has its id.
+
+    Returns:
+        False: the model finds the token in no text anyway.
+    """
+    model = said["model"]
+    vocab, merges, hidden = model["vocab"], model.get("merges"), f"\0{token}\0"
+    if isinstance(vocab, list):  # Unigram: [piece, score]
+        entry = next((entry for entry in vocab if entry[0] == token), None)
+        if entry is not None:
+            entry[0] = hidden
+    elif token not in vocab:
+        return False
+    else:
+        if merges is not None:  # BPE: by merges, or by `ignore_merges` for a whole word
+            parts = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+            kept = [pair for pair in parts if token not in (*pair, "".join(pair))]
+            if len(kept) == len(merges) and not model.get("ignore_merges") and len(token) > 1:
+                return False
+            model["merges"] = [" ".join(pair) if isinstance(merges[0], str) else pair for pair in kept]
+        vocab[hidden] = vocab.pop(token)
+        entry = hidden
+    if entry is None:
+        return False
+    if model.get("unk_token") == token:
+        model["unk_token"] = hidden
+    said["added_tokens"] = [added for added in said.get("added_tokens") or () if added["content"] != token]
+    return True
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -138,7 +258,7 @@ class HuggingFaceTokenizer(Tokenizer):
         eod: the EOD token; None: the first of `EOD_TOKENS` in the file.
 
     Raises:
-        UserError: not a tokenizer.json, or no such token in it.
+        UserError: not a tokenizer.json, one that cannot encode, or no such token in it.
     """
 
     kind = "huggingface"
@@ -151,34 +271,66 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"--tokenizer-model {file} needs the package tokenizers ({error}): pip install -r requirements.txt"
             ) from error
         content = _read_model(file)
+        if b'"Regex"' in content:
+            _try_tokenizer(file, content)
         try:
             self.processor = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises no narrower type
+            ids = self.processor.get_vocab(with_added_tokens=True)
+            wanted = (eod,) if eod is not None else EOD_TOKENS
+            found = next((token for token in wanted if token in ids), None)
+            said = json.loads(content)
+            version = b"2"  # raise the numbers when `encode` changes
+            if found is not None and _hide_token(said, found):
+                self.processor, version = tokenizers.Tokenizer.from_str(json.dumps(said)), b"3"
+            elif found is not None:
+                self.processor.add_special_tokens([found])  # the file may have it as an ordinary token
+        except BaseException as error:
+            _raise_interrupts(error)
             raise UserError(f"--tokenizer-model {file}: not a Hugging Face tokenizer.json ({error})") from error
-        # Documents stay whole and unpadded, whatever the file sets for short texts.
-        self.processor.no_truncation()
-        self.processor.no_padding()
-        # A quoted special token is its characters, not its id: else any text could end a document.
-        self.processor.encode_special_tokens = True
-        ids = self.processor.get_vocab(with_added_tokens=True)
-        wanted = (eod,) if eod is not None else EOD_TOKENS
-        found = next((token for token in wanted if token in ids), None)
         if found is None:
             raise UserError(
                 f"--tokenizer-model {file}: has no token {' or '.join(wanted)} to end documents with; name its own "
                 "with --tokenizer-eod"
             )
-        self.processor.add_special_tokens([found])  # the file may have it as an ordinary token
+        # Documents stay whole and unpadded, whatever the file sets for short texts.
+        self.processor.no_truncation()
+        self.processor.no_padding()
+        # A quoted special token is its characters, not its id: else any text could end a document.
+        self.processor.encode_special_tokens = True
         self.eod = ids[found]
         self.vocab_size = max(ids.values()) + 1  # ids may have holes
-        # Raise the number when `encode` changes.
-        self.fingerprint = hashlib.sha256(content + found.encode() + b"2").hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(content + found.encode() + version).hexdigest()[:16]
+        try:
+            encoded = self._encode_batch(PROBES)
+        except UnencodableText as error:
+            raise UserError(f"--tokenizer-model {file}: a text of a few letters {error}") from error
+        for text, probe in zip(PROBES, encoded, strict=True):
+            if not self._gives_back(text, probe):
+                self.change = f"{text!r} becomes {self.decode(probe)!r}"
 
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(self.processor.encode(text, add_special_tokens=False).ids, np.int32)
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        try:
+            found = [self.processor.encode(text, add_special_tokens=False).ids for text in texts]
+        except BaseException as error:
+            _raise_interrupts(error)
+            raise UnencodableText(f"cannot be tokenized ({error})") from error
+        for text, ids in zip(texts, found, strict=True):
+            if SPACE in text and not self.change and not self._gives_back(text, ids):
+                raise UnencodableText("holds U+2581, which this tokenizer.json takes for a space")
+        return [np.array(ids, np.int32) for ids in found]
+
+    def _gives_back(self, text: str, ids: Iterable[int]) -> bool:
+        """Whether the ids are the text, up to the form in which Unicode composes accents (NFC)."""
+        return unicodedata.normalize("NFC", self.decode(ids)) == unicodedata.normalize("NFC", text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.processor.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.processor.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
+
+
+def _raise_interrupts(error: BaseException) -> None:
+    """Raise what is no error of the tokenizers library, whose panics are BaseExceptions."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def load_tokenizer(tokenizer_type: str, model: str | None, eod: str | None = None) -> Tokenizer:

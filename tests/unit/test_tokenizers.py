@@ -1,0 +1,311 @@
+"""Tokenizers from elsewhere: text comes back exactly or is refused; no text ends a document; bad models are one line."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+import data.tokenizer as tokenizer_module
+from data.build import build_tokens
+from data.prepare import main
+from data.sources import open_text
+from data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, UnencodableText, load_tokenizer
+from utils.errors import UserError
+
+WORDS = "a ring of ranks turns once and every token knows its place in the row; "
+WORDS += "padding is silent, five axes make one loss. "
+TEXT = st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from("\u2581 ab\n"), max_size=40)
+
+
+def sentencepiece_bytes(**options) -> bytes:
+    """A small model of `WORDS`. Text stays as it is unless `options` say something else."""
+    model = io.BytesIO()
+    exact = dict(normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True, vocab_size=330)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([WORDS] * 5),
+        model_writer=model,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **exact | dict(model_type="bpe") | options,
+    )
+    return model.getvalue()
+
+
+def load_model(folder: Path, content: bytes, name: str = "m.model", eod: str | None = None):
+    (folder / name).write_bytes(content)
+    return load_tokenizer("auto", str(folder / name), eod)
+
+
+# ---------------------------------------------------------------------------------------------------
+# SentencePiece
+
+
+@functools.cache
+def exact_model(kind: str, has_prefix: bool, has_bytes: bool) -> SentencePieceTokenizer:
+    content = sentencepiece_bytes(
+        model_type=kind, add_dummy_prefix=has_prefix, byte_fallback=has_bytes, vocab_size=330 if has_bytes else 60
+    )
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return load_model(Path(folder), content)
+
+
+@pytest.mark.parametrize("has_bytes", [True, False])
+@pytest.mark.parametrize("has_prefix", [True, False])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@given(text=TEXT)
+@example("a\u2581b")
+@example("\u2581")
+@example("\u2581 b")
+@example(" \u2581\u2581  b ")
+@example(" a ring ")
+@example("</s><unk><0x41>\x00\ufeff")
+@example("e\u0301 \u2460 \ufb01 \u3000\r\n")
+@settings(max_examples=60, deadline=None)
+def test_text_comes_back_or_is_refused(kind: str, has_prefix: bool, has_bytes: bool, text: str) -> None:
+    tokenizer = exact_model(kind, has_prefix, has_bytes)
+    try:
+        ids = tokenizer.encode(text)
+    except UnencodableText as error:
+        assert not has_bytes and "holds U+" in str(error)
+        return
+    assert tokenizer.decode(ids) == text and tokenizer.eod not in ids
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"normalization_rule_name": "nmt_nfkc"}, "nmt_nfkc"),
+        ({"normalization_rule_name": "nfkc_cf"}, "nfkc_cf"),
+        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces"),
+        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),
+    ],
+)
+def test_models_that_change_text_are_refused(tmp_path: Path, options: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_model(tmp_path, sentencepiece_bytes(**options))
+
+
+def test_a_model_whose_ids_changed_has_another_fingerprint(tmp_path: Path) -> None:
+    """Old token files of a model with a dummy prefix hold another space after U+2581."""
+    import hashlib
+
+    for has_prefix in (True, False):
+        content = sentencepiece_bytes(add_dummy_prefix=has_prefix)
+        old = hashlib.sha256(content).hexdigest()[:16]
+        assert (load_model(tmp_path, content).fingerprint == old) == (not has_prefix)
+
+
+def test_a_document_without_pieces_is_a_bad_record(tmp_path: Path, capsys) -> None:
+    model = tmp_path / "m.model"
+    model.write_bytes(sentencepiece_bytes(byte_fallback=False, vocab_size=60))
+    texts = ["a ring", "a \u2581 ring", "ranks \u4e2d", "one loss"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = ["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "p"), "--workers", "0"]
+    flags += ["--tokenizer-model", str(model)]
+    assert main(flags) == 2 and "a.jsonl:2 holds U+2581" in capsys.readouterr().err
+    assert main([*flags, "--on-error", "skip"]) == 0
+    out = capsys.readouterr().out
+    assert "2 documents" in out and "2 bad records" in out and "a.jsonl:3 holds U+4E2D" in out
+    with pytest.raises(UserError, match=r"a\.jsonl: document 2 holds U\+2581"):
+        build_tokens(
+            open_text(str(tmp_path / "a.jsonl"), "text"), load_tokenizer("auto", str(model)), cache_path=tmp_path
+        )
+
+
+# ---------------------------------------------------------------------------------------------------
+# The end of a document, quoted in a text
+
+
+def word_level(unknown: str = "[UNK]") -> tokenizers.Tokenizer:
+    words = ["</s>", "[UNK]", "a", "b"]
+    made = tokenizers.Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unknown))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+def word_piece() -> tokenizers.Tokenizer:
+    pieces = ["[UNK]", "</s>", "a", "b", *"</s>", "##/", "##s", "##>", "##a"]
+    made = tokenizers.Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+def unigram() -> tokenizers.Tokenizer:
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((piece, -2.0) for piece in ("\u2581", *"</s>ab"))]
+    made = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return made
+
+
+def bpe(ignore_merges: bool = True, merges: tuple[tuple[str, str], ...] = ()) -> tokenizers.Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: n for n, piece in enumerate([*alphabet, "</s>", *("".join(pair) for pair in merges[:-1])])}
+    made = tokenizers.Tokenizer(models.BPE(vocab, list(merges), ignore_merges=ignore_merges))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def merged_bpe() -> tokenizers.Tokenizer:
+    return bpe(ignore_merges=False, merges=(("<", "/"), ("</", "s"), ("</s", ">")))
+
+
+@pytest.mark.parametrize("is_added", [True, False])
+@pytest.mark.parametrize("make", [word_level, word_piece, unigram, bpe, merged_bpe])
+def test_a_quoted_end_is_text(tmp_path: Path, make, is_added: bool) -> None:
+    """Where the EOD stands in the model's own vocabulary, a text's `</s>` was one."""
+    made = make()
+    if is_added:
+        made.add_special_tokens(["</s>"])
+    tokenizer = load_model(tmp_path, made.to_str().encode(), "t.json")
+    assert tokenizer.eod == made.token_to_id("</s>") and tokenizer.vocab_size == made.get_vocab_size()
+    for text in ("</s>", "a</s>b", "a </s> b", " </s>", "</s></s>"):
+        for ids in (tokenizer.encode(text), tokenizer.encode_batch([text, "a"])[0]):
+            assert len(ids) and tokenizer.eod not in ids
+            if make in (unigram, bpe, merged_bpe):
+                assert tokenizer.decode([*ids, tokenizer.eod]) == (
+                    text.strip() if make is unigram else text
+                )  # Metaspace
+    # Texts without the end have the ids that they had.
+    made.encode_special_tokens = True
+    for text in ("a b", "b<a", "/ s >"):
+        assert tokenizer.encode(text).tolist() == made.encode(text, add_special_tokens=False).ids
+
+
+def test_an_unknown_token_that_is_the_end_refuses_texts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="end-of-document token, id 0"):
+        load_model(tmp_path, word_level("</s>").to_str().encode(), "t.json").encode("a zebra")
+
+
+@pytest.mark.parametrize("option", ["user_defined_symbols", "control_symbols"])
+def test_no_text_holds_a_sentencepiece_end(tmp_path: Path, option: str) -> None:
+    """A user-defined `</s>` is found in texts; SentencePiece then names no end of its own, and the model is refused."""
+    content = sentencepiece_bytes(model_type="unigram", **{option: ["</s>"]})
+    try:
+        tokenizer = load_model(tmp_path, content)
+    except UserError as error:
+        assert "end-of-sentence" in str(error) and option == "user_defined_symbols"
+        return
+    assert (
+        tokenizer.eod not in tokenizer.encode("a</s> </s> </s>")
+        and tokenizer.decode(tokenizer.encode("a</s>")) == "a</s>"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# tokenizer.json: changed texts, expressions that never end
+
+
+def trained_bpe(**parts) -> bytes:
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    for name, part in parts.items():
+        setattr(made, name, part)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([WORDS], trainer)
+    made.add_special_tokens(["</s>"])
+    return made.to_str().encode()
+
+
+def test_a_tokenizer_that_changes_text_says_so(tmp_path: Path) -> None:
+    assert load_model(tmp_path, trained_bpe(), "t.json").change == ""
+    assert load_model(tmp_path, trained_bpe(normalizer=normalizers.NFC()), "t.json").change == ""  # as Qwen's
+    assert (
+        "'A b' becomes 'a b'" in load_model(tmp_path, trained_bpe(normalizer=normalizers.Lowercase()), "t.json").change
+    )
+
+
+def test_a_space_sign_that_becomes_a_space_is_refused(tmp_path: Path) -> None:
+    """As the tokenizer.json of Llama 2 and Mistral v1 do."""
+    parts = dict(
+        pre_tokenizer=None,
+        normalizer=normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]),
+        decoder=decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        ),
+    )
+    said = json.loads(trained_bpe(**parts))
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    said["model"]["byte_fallback"] = True
+    for piece in pieces:
+        said["model"]["vocab"][piece] = len(said["model"]["vocab"])
+    del said["added_tokens"][:]
+    tokenizer = load_model(tmp_path, json.dumps(said).encode(), "t.json", eod="<0x00>")
+    assert tokenizer.change == "" and tokenizer.decode(tokenizer.encode(" a ring")) == " a ring"
+    with pytest.raises(UnencodableText, match=r"U\+2581"):
+        tokenizer.encode("a\u2581ring")
+
+
+SLOW = r"a*a*a*[^a!]$"  # cubic in a run of one letter, at each of its places
+
+
+def test_expressions_that_never_end_are_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "TRIAL_SECONDS", 4.0)
+    slow = trained_bpe(pre_tokenizer=pre_tokenizers.Split(Regex(SLOW), "isolated"))
+    with pytest.raises(UserError, match=r"t\.json: .*(more than 4 s|cannot encode a text)"):
+        load_model(tmp_path, slow, "t.json")
+
+
+def test_a_panic_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    """Rust's panics are no `Exception`; the trial meets this one, and a document may."""
+    content = trained_bpe(pre_tokenizer=pre_tokenizers.Split(Regex(r"(z+)+$"), "isolated"))
+    tokenizer = load_model(tmp_path, content, "t.json")  # the trial has no z
+    with pytest.raises(UnencodableText, match="cannot be tokenized"):
+        tokenizer.encode("z" * 50 + "!")
+    assert len(tokenizer.encode("a ring"))
+    with pytest.raises(UserError, match=r"t\.json: cannot encode a text of one letter \(.*Onig"):
+        load_model(tmp_path, content.replace(b"(z+)", b"(a+)"), "t.json")
+    said = json.loads(content)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("a", "z" * 50 + "!", "b")))
+    (tmp_path / "t.json").write_text(json.dumps(said))
+    flags = ["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "p"), "--on-error", "skip"]
+    assert main([*flags, "--workers", "1", "--tokenizer-model", str(tmp_path / "t.json")]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is no model file
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("meta-llama/Llama-2-7b", "no such file; models are not downloaded: give the file tokenizer.json"),
+        ("gpt2", "no such file; models are not downloaded"),
+        ("folder", "is a folder; give the file tokenizer.json or tokenizer.model in it"),
+        ("tiktoken.model", "is a tiktoken model; give the tokenizer.json"),
+        ("missing.model", "no such file"),
+        ("vocab.json", "not a Hugging Face tokenizer.json"),
+        ("list.json", "not a Hugging Face tokenizer.json"),
+    ],
+)
+def test_what_is_no_model_file(tmp_path: Path, monkeypatch, name: str, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("tiktoken.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    Path("vocab.json").write_text('{"a": 0, "</s>": 1}')
+    Path("list.json").write_text("[]")
+    with pytest.raises(UserError) as refused:
+        load_tokenizer("auto", name)
+    assert str(refused.value).startswith(f"--tokenizer-model {name}: {words}") and "\n" not in str(refused.value)
+
+
+def test_ids_are_int32(tmp_path: Path) -> None:
+    for tokenizer in (load_model(tmp_path, sentencepiece_bytes()), load_model(tmp_path, trained_bpe(), "t.json")):
+        assert isinstance(tokenizer, (SentencePieceTokenizer, HuggingFaceTokenizer))
+        assert [ids.dtype for ids in tokenizer.encode_batch(["a", "a \u2581"])] == [np.int32] * 2
