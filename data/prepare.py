@@ -217,6 +217,8 @@ def prepare(options: PrepareOptions) -> Progress:
     kind = resolve_tokenizer_type(options.tokenizer_type, options.tokenizer_model)
     spec = TokenizerSpec(kind, options.tokenizer_model, options.tokenizer_eod)
     tokenizer = spec.load()
+    if tokenizer.change:
+        print(f"--tokenizer-model {spec.model} changes text: {tokenizer.change}", file=sys.stderr)
     model = Path(spec.model) if spec.model else None
     # Outputs of an earlier run in a folder of inputs are no inputs; a user's file under such a name is one, and is
     # refused.

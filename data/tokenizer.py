@@ -113,8 +113,8 @@ def load_sentencepiece() -> ModuleType:
 def _read_model(file: Path) -> bytes:
     """The content of a model file. Raises UserError: says what to give instead of a folder or the name of a hub."""
     wanted = "give the file tokenizer.json or tokenizer.model"
-    if file.is_dir():
-        raise UserError(f"--tokenizer-model {file}: is a folder; {wanted} in it")
+    if file.exists() and not file.is_file():
+        raise UserError(f"--tokenizer-model {file}: is a folder or a device; {wanted} in it")
     try:
         content = file.read_bytes()
     except FileNotFoundError as error:

@@ -80,6 +80,7 @@ class RunSummary:
             "chosen": "; ".join(self.chosen) or "no flag was left open",
             "attention": self._describe_attention(),
             "model": self._describe_model(),
+            **({"tokenizer": f"changes text: {self.data.tokenizer.change}"} if self.data.tokenizer.change else {}),
             "data": " ".join(self.config.data.data_path or ["the Python standard library of this interpreter"]),
             **_number("train", describe_sequences(self.data.train)),
             **_number("validation", self._describe_validation()),

@@ -31,7 +31,14 @@ from cp.packed_seq import PackedSeq, build_packed_seq
 from data.blend import parse_blend
 from data.indexed_dataset import index_file
 from data.sources import open_prepared
-from data.tokenizer import TOKENIZER_TYPES, SentencePieceTokenizer, Tokenizer, load_sentencepiece, load_tokenizer
+from data.tokenizer import (
+    TOKENIZER_TYPES,
+    SentencePieceTokenizer,
+    Tokenizer,
+    UnencodableText,
+    load_sentencepiece,
+    load_tokenizer,
+)
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.transformer import GPTOptions
@@ -233,12 +240,15 @@ def main(argv: list[str]) -> int:
     model = load_model(checkpoint, metadata, device, COMPUTE_DTYPES[args.dtype])
     draws = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     for prompt in args.prompt or [""]:
-        ids = tokenizer.encode(prompt).tolist() or [tokenizer.eod]
+        try:
+            ids = tokenizer.encode(prompt).tolist() or [tokenizer.eod]
+        except UnencodableText as error:
+            raise UserError(f"--prompt {error}") from error
         limit, length = metadata.get("--seq-length"), len(ids) + args.tokens
         if limit and length > limit:
             print(f"{length} tokens with the prompt; the model was trained on --seq-length {limit}", file=sys.stderr)
         added = continue_text(model, ids, tokens=args.tokens, eod=tokenizer.eod, **draws)
-        print(prompt + tokenizer.decode(added), flush=True)
+        print(tokenizer.decode([*ids, *added]), flush=True)  # decoded alone, the new ids may lose a space
     dist.destroy_process_group()
     return 0
 

@@ -14,12 +14,13 @@ from config.schema import RunConfig
 from cp.layout import document_unit
 from cp.packed_seq import build_packed_seq
 from data.batch import Batch
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, UnencodableText
 from metrics.tensorboard import TensorBoardWriter
 from model.gpt import GPT, Stages
 from parallel.grid import AXES, Grid, rank_of
 from runtime.distributed import Ranks
 from training.step import finish_forward, forward_only
+from utils.errors import UserError
 from utils.logger import log
 
 
@@ -112,9 +113,13 @@ class TextSampler:
             return
         self.ranks.watchdog.heartbeat("a sample")
         tokenizer = self.tokenizer
+        try:
+            prompt = tokenizer.encode(logging.sample_prompt).tolist() or [tokenizer.eod]
+        except UnencodableText as error:
+            raise UserError(f"--sample-prompt {error}") from error
         ids = generate(
             self.model,
-            tokenizer.encode(logging.sample_prompt).tolist() or [tokenizer.eod],
+            prompt,
             num_tokens=logging.sample_tokens,
             grid=self.ranks.grid,
             device=self.ranks.device,
@@ -132,7 +137,7 @@ class TextSampler:
             seed=self.config.training.seed,
         )
         if self.ranks.is_writer:
-            text = logging.sample_prompt + tokenizer.decode(ids)
+            text = tokenizer.decode([*prompt, *ids])  # decoded alone, the new ids may lose a space
             log(f"\n----- sample {when} -----\n{text}\n-----\n")
             for writer in self.writers:
                 writer.text(f"sample/{when.replace(' ', '_')}", text)

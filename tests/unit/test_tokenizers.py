@@ -1,4 +1,4 @@
-"""Tokenizers from elsewhere: text comes back exactly or is refused; no text ends a document; bad models are one line."""
+"""Tokenizers from elsewhere: text comes back exactly or is refused, no text ends a document, bad models are one line"""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +18,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data.tokenizer as tokenizer_module
+import tools.generate as generate_module
+import training.sample as sample_module
+from config.cli import parse_arguments
 from data.build import build_tokens
 from data.prepare import main
 from data.sources import open_text
@@ -122,6 +127,36 @@ def test_a_document_without_pieces_is_a_bad_record(tmp_path: Path, capsys) -> No
         build_tokens(
             open_text(str(tmp_path / "a.jsonl"), "text"), load_tokenizer("auto", str(model)), cache_path=tmp_path
         )
+
+
+def continued(tokenizer: SentencePieceTokenizer) -> tuple[list[int], str]:
+    """(new ids, the text that `a ring` and they are)."""
+    wanted = "a ring of ranks"
+    return tokenizer.encode(wanted).tolist()[len(tokenizer.encode("a ring")) :], wanted
+
+
+def test_a_sample_keeps_the_space_after_its_prompt(monkeypatch, capsys) -> None:
+    """The first piece of the new ids begins with a space, which a model with a dummy prefix takes off."""
+    tokenizer = exact_model("bpe", True, True)
+    new, wanted = continued(tokenizer)
+    monkeypatch.setattr(sample_module, "generate", lambda *arguments, **options: new)
+    ranks = SimpleNamespace(watchdog=mock.Mock(), grid=None, device=None, is_writer=True)
+    flags = ["--sample-tokens", "3", "--document-alignment", "2", "--cp-size", "1", "--tp-size", "1"]
+    for prompt, text in (("a ring", wanted), ("", tokenizer.decode(new))):
+        config = parse_arguments([*flags, "--sample-prompt", prompt])
+        sample_module.TextSampler(None, tokenizer, config, ranks, []).run("now")  # type: ignore[arg-type]
+        assert f"sample now -----\n{text}\n-----" in capsys.readouterr().out
+
+
+def test_generated_text_keeps_the_space_after_its_prompt(monkeypatch, capsys) -> None:
+    tokenizer = exact_model("bpe", True, True)
+    new, wanted = continued(tokenizer)
+    fakes: dict[str, object] = dict(find_run_checkpoint=None, read_run_metadata={"tokenizer": ""}, load_model=None)
+    fakes |= dict(find_tokenizer=tokenizer, initialise_distributed=(None, None), continue_text=iter(new), dist=None)
+    for name, result in fakes.items():
+        monkeypatch.setattr(generate_module, name, mock.Mock(return_value=result))
+    assert generate_module.main(["--load", "x", "--prompt", "a ring", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == wanted + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -287,7 +322,8 @@ def test_a_panic_is_one_line(tmp_path: Path, monkeypatch) -> None:
     [
         ("meta-llama/Llama-2-7b", "no such file; models are not downloaded: give the file tokenizer.json"),
         ("gpt2", "no such file; models are not downloaded"),
-        ("folder", "is a folder; give the file tokenizer.json or tokenizer.model in it"),
+        ("folder", "is a folder or a device; give the file tokenizer.json or tokenizer.model in it"),
+        ("/dev/zero", "is a folder or a device"),
         ("tiktoken.model", "is a tiktoken model; give the tokenizer.json"),
         ("missing.model", "no such file"),
         ("vocab.json", "not a Hugging Face tokenizer.json"),
