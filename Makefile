@@ -4,6 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 NPROC ?= 4
 ARGS ?=
+WORKERS ?= 2
 TE_PYTHON ?= python3
 GPU_PYTHON ?= python3
 MEGATRON ?=
@@ -30,12 +31,13 @@ $(STAMP): requirements.txt requirements-gpu.txt
 train: $(STAMP)
 	$(BIN)/torchrun --nproc-per-node $(NPROC) train.py --cp-size $(NPROC) $(ARGS)
 
+# WORKERS: processes that run test files side by side. A test starts up to eight ranks of its own, mostly two to four.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # All tests, also those that repeat others on more layouts; about twice as long.
 test-full: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not machine" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not machine" $(ARGS)
 
 # Transformer Engine itself, without a GPU (docs/gpu.md). TE_PYTHON: python of an environment that can import transformer_engine.
 test-te-import:

@@ -8,7 +8,6 @@ docs/architecture.md shows the rooms of this repository, the way of a batch and 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -56,7 +55,7 @@ from training.lr_schedule import build_lr_schedule
 from training.optimizer import build_optimizer, set_lr
 from training.sample import TextSampler
 from training.step import forward_backward, get_norm_owned_names
-from utils.errors import UserError
+from utils.errors import UserError, run_and_exit
 from utils.logger import log
 
 
@@ -377,4 +376,4 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run_and_exit(run)

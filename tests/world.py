@@ -20,6 +20,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tests import forked
+
 
 class RankError(AssertionError):
     """A rank of the world failed."""
@@ -70,7 +72,7 @@ class World:
         size = self.size
         self.directory = tempfile.TemporaryDirectory()
         self.in_step = True
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn") if self.device == "cuda" else forked.context()
         os.environ["OMP_NUM_THREADS"] = "1"
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []

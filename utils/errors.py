@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import os
 import sys
+import threading
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,3 +49,26 @@ def run_tool(main: Callable[[list[str]], int], *, prints: bool = True) -> int:
         if prints:
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
+
+
+def run_and_exit(main: Callable[[list[str]], object]) -> NoReturn:
+    """`main(sys.argv[1:])`, then the end of the process as Python makes it, but without C++'s teardown.
+
+    There gloo's threads abort now and then, and exit code 0 or 2 becomes 134.
+    """
+    code: object = 0
+    try:
+        main(sys.argv[1:])
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader is gone
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gc
-import json
 import shlex
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -73,13 +70,10 @@ PUSH = {
 
 def peak_of_trace(traced: profile) -> int:
     """Most bytes that tensors held at any moment since the profile began."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "trace.json"
-        traced.export_chrome_trace(str(place))
-        events = [e for e in json.loads(place.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    events = [e for e in traced.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = most = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        live += event["args"]["Bytes"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
         most = max(most, live)
     return most
 
@@ -90,7 +84,7 @@ def resolved(words: str, vocab: int, ranks: int) -> tuple[RunConfig, GPTConfig]:
 
 
 def measured(rank: int, words: str, vocab: int) -> int:
-    """Peak bytes of two steps, the least of five tries: a busy machine frees gloo's messages late, never early."""
+    """Peak bytes of two steps."""
     config, architecture = resolved(words, vocab, torch.distributed.get_world_size())
     device, seq_length = torch.device("cpu"), config.data.seq_length
     grid = build_run_grid(config.parallel, device)
@@ -99,29 +93,25 @@ def measured(rank: int, words: str, vocab: int) -> int:
     lengths = torch.tensor([seq_length]).numpy()
     row = [PackedSample(ids.numpy(), ids.roll(-1).numpy(), lengths, lengths)] * config.training.micro_batch_size
     batches = [plan.build_batch(row, step=0) for _ in range(plan.num_microbatches)]
-    peaks = []
-    for _ in range(5):
-        gc.collect()  # what is left of the case before must not be freed in the middle of this one
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
-            model = build_model(config, architecture, grid, device)
-            optimizer = build_optimizer(model, config.training)
-            pipeline = build_pipeline(config, model, grid, device, plan.num_microbatches)
-            owned = get_norm_owned_names(model, grid)
-            for _ in range(2):
-                forward_backward(
-                    model,
-                    batches,
-                    loss_tokens=torch.tensor(1000.0),
-                    device=device,
-                    reshard_between=config.parallel.reshard_after_forward == "on",
-                    pipeline=pipeline,
-                )
-                clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=1.0, owned=owned)
-                optimizer.step()
-                optimizer.zero_grad()
-        peaks.append(peak_of_trace(traced))
-        del model, optimizer, pipeline, owned
-    return min(peaks)
+    gc.collect()  # what is left of the case before must not be freed in the middle of this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
+        model = build_model(config, architecture, grid, device)
+        optimizer = build_optimizer(model, config.training)
+        pipeline = build_pipeline(config, model, grid, device, plan.num_microbatches)
+        owned = get_norm_owned_names(model, grid)
+        for _ in range(2):
+            forward_backward(
+                model,
+                batches,
+                loss_tokens=torch.tensor(1000.0),
+                device=device,
+                reshard_between=config.parallel.reshard_after_forward == "on",
+                pipeline=pipeline,
+            )
+            clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=1.0, owned=owned)
+            optimizer.step()
+            optimizer.zero_grad()
+    return peak_of_trace(traced)
 
 
 @pytest.fixture(scope="module")
@@ -139,15 +129,22 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     indirect=["world"],
 )
 def test_the_plan_is_within_ten_percent_of_the_measured_peak(world: World, name: str) -> None:
+    """Up to five tries, the least of which counts: a busy machine frees gloo's messages late, never early."""
     ranks, words, vocab = CONFIGURATIONS[name]
     config, architecture = resolved(words, vocab, ranks)
-    for rank, got in enumerate(world.run(measured, words, vocab)):
-        planned = rank_memory(config, architecture, stage=rank if config.parallel.pp_size > 1 else 0).peak
+    stages = range(ranks) if config.parallel.pp_size > 1 else [0] * ranks
+    planned = [rank_memory(config, architecture, stage=stage).peak for stage in stages]
+    least = world.run(measured, words, vocab)
+    for _ in range(4):
+        if all(plan / got >= 0.9 for plan, got in zip(planned, least, strict=True)):
+            break
+        least = [min(pair) for pair in zip(least, world.run(measured, words, vocab), strict=True)]
+    for rank, (plan, got) in enumerate(zip(planned, least, strict=True)):
         print(
-            f"{name:<42} rank {rank}: measured {got / 2**20:7.2f} MiB, planned {planned / 2**20:7.2f} MiB, "
-            f"ratio {planned / got:.3f}"
+            f"{name:<42} rank {rank}: measured {got / 2**20:7.2f} MiB, planned {plan / 2**20:7.2f} MiB, "
+            f"ratio {plan / got:.3f}"
         )
-        assert 0.9 <= planned / got <= 1.1, (name, rank, got, planned)
+        assert 0.9 <= plan / got <= 1.1, (name, rank, got, plan)
 
 
 def test_the_measure_measures() -> None:

@@ -8,14 +8,13 @@ import gzip
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.launch import ROOT, SMALL, environment, read_metrics, run_train, train, write_corpus
+from tests.forked import run_script
+from tests.launch import SMALL, environment, read_metrics, run_train, train, write_corpus
 
 # Everything that this file looks at, in one run of two ranks.
 RUN = (
@@ -174,10 +173,8 @@ def test_a_run_that_diverges_is_replayed(base, tmp_path: Path) -> None:
     step = json.loads(file.read_text())
     assert step["ranks"] and f"step {step['step']}:" in json.loads((tmp_path / "status.json").read_text())["reason"]
     (tmp_path / "preset.yaml").unlink()
-    command = [sys.executable, "tools/replay.py", str(file), "--cp-size", "1"]
-    replay = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    command = ["tools/replay.py", str(file), "--cp-size", "1"]
+    replay = run_script(*command, environment=environment(), timeout=120)
     assert replay.returncode == 1, replay.stdout + replay.stderr
     assert (
         "here:     loss nan" in replay.stdout
@@ -187,9 +184,7 @@ def test_a_run_that_diverges_is_replayed(base, tmp_path: Path) -> None:
     assert "layers.0" in replay.stdout and "updates before" not in replay.stdout
     assert f"weights: {tmp_path}/nonfinite/checkpoints/step_{step['step'] - 1:07d}" in replay.stdout
     assert f"here:     loss {step['loss']}" in replay.stdout or not math.isfinite(step["loss"])
-    fresh = subprocess.run(
-        [*command, "--fresh"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    fresh = run_script(*command, "--fresh", environment=environment(), timeout=120)
     assert fresh.returncode == 0 and os.linesep in fresh.stdout  # with the initial weights the same rows are fine
 
 

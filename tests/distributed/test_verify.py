@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
 import sys
 from contextlib import contextmanager
 from unittest import mock
@@ -21,7 +20,7 @@ from config.schema import RunConfig
 from parallel.collectives import Transfer
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.flags import resolve_config
-from tests.launch import ROOT, SMALL, environment, write_corpus
+from tests.launch import SMALL, run_torchrun, write_corpus
 from tests.world import World
 from tools.verify import Verifier, cells_of
 
@@ -246,26 +245,8 @@ def test_every_cell_of_the_table_agrees(world: World, flags: list[str], dp_shard
 
 
 def test_the_command_ends_with_0_and_writes_json(flags: list[str], tmp_path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "4",
-        "tools/verify.py",
-        *flags,
-    ]
     out = tmp_path / "v.json"
-    result = subprocess.run(
-        [*command, "--json", str(out)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    result = run_torchrun(4, "tools/verify.py", *flags, "--json", str(out))
     assert result.returncode == 0 and "agrees with one rank" in result.stdout and out.exists(), (
         result.stdout + result.stderr
     )

@@ -23,6 +23,7 @@ from model.gpt import GPT
 from model.transformer import GPTOptions
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of
+from tests.forked import run_script
 from tests.launch import ROOT, SMALL, environment, train, write_corpus
 from tools.generate import CachedAttention, choose, continue_text
 
@@ -165,10 +166,7 @@ def run_dir(tmp_path_factory) -> Path:
 
 
 def said(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/generate.py", *flags]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    return run_script("tools/generate.py", *flags, environment=environment(), timeout=120)
 
 
 def test_a_run_gives_text(run_dir: Path) -> None:
