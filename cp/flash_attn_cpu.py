@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cp.blocks import accumulator_dtype
+
 aten = torch.ops.aten
 
 # Values of the options without effect; other values are refused.
@@ -48,7 +50,8 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv in the layouts of q, k, v, given the final out and lse of the whole attention."""
     mask = _mask(q, k, causal)
-    inputs = (x.cpu().transpose(1, 2) for x in (dout, q, k, v, out))
+    dtype = accumulator_dtype(q.dtype)  # as cp/kernels.py
+    inputs = (x.to("cpu", dtype).transpose(1, 2) for x in (dout, q, k, v, out))
     grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *inputs, lse.cpu(), 0.0, mask.pop("is_causal", False), scale=scale, **mask
     )

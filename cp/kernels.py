@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cp.blocks import Block, Segments, take_tokens
+from cp.blocks import Block, Segments, accumulator_dtype, take_tokens
 from cp.dropout_attention import AttentionOptions, dropout_backward, dropout_forward
 
 
@@ -50,6 +50,8 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) ->
 def _cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # In bf16 the kernel would sum dk and dv over blocks of queries and over query heads in bf16.
+    dout, q, k, v, out = (x.to(accumulator_dtype(x.dtype)) for x in (dout, q, k, v, out))
     grads: tuple[list[Tensor], ...] = ([], [], [])
     tensors = (dout, q, k, v, out, lse[..., None])
     for run in block.runs:

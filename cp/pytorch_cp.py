@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cp.blocks import accumulator_dtype
 from cp.packed_seq import PackedSeq
 from utils.errors import UserError
 
@@ -113,6 +114,9 @@ class _TemplatedRing(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout: Tensor):  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
+        dtype = q.dtype
+        if q.device.type == "cpu":  # as cp/kernels.py
+            dout, q, k, v, out = (x.to(accumulator_dtype(dtype)) for x in (dout, q, k, v, out))
         arguments: dict[str, Any] = dict(scale=ctx.scale, dropout_p=0.0)
         operator = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
         if q.device.type != "cpu":
@@ -123,7 +127,7 @@ class _TemplatedRing(torch.autograd.Function):
             grads = torch_cp._templated_ring_attention_backward(
                 ctx.group, SEQUENCE_DIM, operator, dout.contiguous(), "grad_out", q, k, v, out, lse, True, **arguments
             )
-        return *(g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=False)), None, None, None, None
+        return *(grad.to(dtype) for grad in grads[:3]), None, None, None, None
 
 
 def pytorch_attention(

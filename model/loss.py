@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cp.blocks import accumulator_dtype
 from cp.packed_seq import IGNORE_LABEL
 from parallel.tensor import TensorParallel
 
@@ -29,7 +30,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         tp: TensorParallel,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        dtype = accumulator_dtype(hidden.dtype)
         first = tp.rank * len(weight)  # this rank's first column
         vocab_size = min(max(vocab_size - first, 0), len(weight))  # padded columns take no part in the softmax
         real_weight = weight[:vocab_size]

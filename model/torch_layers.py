@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from cp.blocks import accumulator_dtype
 from model.rope import apply_rotary, rotary_tables
 from parallel.tensor import TensorParallel
 
@@ -77,6 +79,26 @@ class LayerNormMLP(nn.Module):
         )
 
 
+class _Embedding(torch.autograd.Function):
+    """F.embedding, whose gradient is summed in fp32.
+
+    PyTorch sums in bf16 on the CPU, and on CUDA up to 3072 tokens: such a sum stops at 256 equal addends.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(tokens)
+        ctx.rows = len(weight)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (tokens,) = ctx.saved_tensors
+        wide = grad.to(accumulator_dtype(grad.dtype))
+        return None, torch.ops.aten.embedding_dense_backward(wide, tokens, ctx.rows, -1, False).to(grad.dtype)
+
+
 class VocabParallelEmbedding(nn.Module):
     """Lookup in a [padded vocabulary, hidden] table, 1/tp of its rows on each rank; returns the residual stream."""
 
@@ -88,8 +110,8 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return F.embedding(tokens, self.weight)
+            return _Embedding.apply(tokens, self.weight)
         local = tokens - self.tp.rank * len(self.weight)
         is_own = (local >= 0) & (local < len(self.weight))
         # Each token is one rank's row plus the other ranks' zeros: the sum is exact.
-        return self.tp.exit_parallel_region(F.embedding(local * is_own, self.weight) * is_own[:, None])
+        return self.tp.exit_parallel_region(_Embedding.apply(local * is_own, self.weight) * is_own[:, None])

@@ -1,0 +1,130 @@
+"""Sums of many bf16 numbers: each gradient is as near to fp32 as rounding allows, however many tokens a row has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cp import flash_attn_cpu
+from cp.attention import build_attention
+from cp.packed_seq import build_packed_seq
+from cp.support import AttentionChoice
+from data.batch import BatchPlan
+from data.dataset import PackedSample
+from model.torch_layers import VocabParallelEmbedding
+from parallel.fsdp import clip_grad_norm_, local_tensor
+from parallel.grid import Grid, GridSizes, build_grid
+from parallel.tensor import TensorParallel
+from tests.flags import resolve_config
+from tests.reference import relative_error
+from tools.one_step import compute_gradients
+from training.build import build_batch_plan, build_model
+
+BF16_ROUNDING = torch.finfo(torch.bfloat16).eps / 2
+SAMPLES, SEQ_LENGTH = 64, 128
+SHAPE = f"""--num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-query-groups 1 --device cpu
+    --seq-length {SEQ_LENGTH} --global-batch-size {SAMPLES}"""
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[Grid]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield build_grid(GridSizes())
+    dist.destroy_process_group()
+
+
+def samples() -> list[PackedSample]:
+    """Most tokens are one token, as spaces are in text: its row of the embedding is a sum of thousands."""
+    rng = np.random.default_rng(0)
+    tokens = np.where(rng.random((SAMPLES, SEQ_LENGTH + 1)) < 0.7, 32, rng.integers(0, 256, (SAMPLES, SEQ_LENGTH + 1)))
+    whole = np.array([SEQ_LENGTH])
+    return [PackedSample(row[:-1], row[1:], whole, whole, first_id=n * SEQ_LENGTH) for n, row in enumerate(tokens)]
+
+
+def gradients(grid: Grid, dtype: str, micro_batch: int, *flags: str) -> dict[str, Tensor]:
+    config = resolve_config(*SHAPE.split(), "--dtype", dtype, "--micro-batch-size", str(micro_batch), *flags)
+    model = build_model(config, config.model.architecture(256), grid, torch.device("cpu"))
+    plan: BatchPlan = build_batch_plan(config, grid)
+    rows = samples()
+    batches = [
+        plan.build_batch([rows[n] for n in plan.sample_numbers(0, m)], step=0) for m in range(plan.num_microbatches)
+    ]
+    compute_gradients(config, model, batches, grid, torch.device("cpu"))
+    return {name: local_tensor(p.grad).double() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("flags", [(), ("--qk-norm", "--tie-embeddings")], ids=["plain", "qk-norm, tied"])
+def test_each_gradient_at_any_micro_batch(grid: Grid, flags: tuple[str, ...]) -> None:
+    wanted = gradients(grid, "fp32", SAMPLES, *flags)
+    for micro_batch in (1, 8, SAMPLES):
+        got = gradients(grid, "bf16", micro_batch, *flags)
+        errors = {name: relative_error(got[name], want) for name, want in wanted.items()}
+        assert max(errors.values()) <= 5 * BF16_ROUNDING, (micro_batch, errors)
+        norms = {name: abs(got[name].norm() / want.norm() - 1).item() for name, want in wanted.items()}
+        assert max(norms.values()) <= 3 * BF16_ROUNDING, (micro_batch, norms)
+
+
+class _Second(TensorParallel):
+    """The second of two tp ranks, alone: what the other would add is left out."""
+
+    size, rank = 2, 1  # type: ignore[assignment]
+
+    def exit_parallel_region(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("tp", [TensorParallel(), _Second()], ids=["tp 1", "tp 2"])
+def test_a_token_of_every_place_gets_its_whole_gradient(tp: TensorParallel) -> None:
+    table = VocabParallelEmbedding(8, 4, dtype=torch.bfloat16, tp=tp)
+    with torch.no_grad():
+        table.weight.fill_(1.0)
+    out = table(torch.full((5000,), 6))
+    out.backward(torch.ones_like(out))
+    assert table.weight.grad is not None and table.weight.grad.dtype == torch.bfloat16
+    row = 6 - tp.rank * len(table.weight)
+    assert table.weight.grad[row].tolist() == [torch.tensor(5000.0).bfloat16().item()] * 4
+    assert table.weight.grad.count_nonzero() == 4
+
+
+def attention_gradients(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+    """dq, dk, dv of one document, by native attention on one rank."""
+    choice = AttentionChoice(backend="native", method="all_gather", qkv_format="thd", layout="contiguous", cp_size=1)
+    document = np.array([len(q)])
+    row, _ = build_packed_seq(document, document, cp_size=1, cp_rank=0, qkv_format="thd", layout="contiguous")
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    world = dist.group.WORLD
+    assert world is not None
+    build_attention(choice, head_dim=q.shape[2])(*leaves, row, world).backward(dout)
+    return [x.grad for x in leaves if x.grad is not None]
+
+
+def ring_gradients(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+    """As `attention_gradients`, by the functions that ring-flash-attn calls."""
+    lengths, grads = torch.tensor([0, len(q)]), [torch.empty_like(x) for x in (q, k, v)]
+    options = dict(softmax_scale=q.shape[2] ** -0.5, causal=True, cu_seqlens_q=lengths, cu_seqlens_k=lengths)
+    out, lse, *_ = flash_attn_cpu._flash_attn_varlen_forward(q=q, k=k, v=v, **options)
+    outputs = dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    flash_attn_cpu._flash_attn_varlen_backward(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, **outputs, **options)
+    return grads
+
+
+@pytest.mark.parametrize("gradients_of", [attention_gradients, ring_gradients])
+def test_keys_of_a_long_document_and_many_heads(grid: Grid, gradients_of: Callable[..., list[Tensor]]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(4096, heads, 16, generator=generator).bfloat16() for heads in (8, 1, 1, 8))
+    dout = dout + 1  # its sums grow
+    wanted = attention_gradients(*(x.double() for x in (q, k, v, dout)))
+    errors = [relative_error(*pair) for pair in zip(gradients_of(q, k, v, dout), wanted, strict=True)]
+    assert max(errors) <= BF16_ROUNDING, errors
+
+
+def test_the_norm_of_a_large_gradient(grid: Grid) -> None:
+    parameter = torch.nn.Parameter(torch.empty(1 << 25))
+    parameter.grad = torch.full_like(parameter, 0.1)
+    norm = clip_grad_norm_({"weight": parameter}, grid, max_norm=0.0, owned=["weight"])
+    assert norm.item() == pytest.approx(float(torch.tensor(0.1)) * (1 << 25) ** 0.5, rel=1e-4)
