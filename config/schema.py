@@ -366,7 +366,9 @@ class TrainingConfig:
     loss_chunk_size: int = flag(512, "tokens whose logits exist at a time", AT_LEAST_ONE)
     z_loss: float = printed(0.0, "weight of log(Z)^2 in the loss; 0: off", NOT_NEGATIVE)
     lr: float = printed(1e-3, "maximum learning rate", NOT_NEGATIVE)
-    min_lr: float = printed(1e-4, "learning rate at the end of the decay", NOT_NEGATIVE)
+    min_lr: float = printed(
+        1e-4, "learning rate at the end of the decay; 0: reached one step later, the last step trains", NOT_NEGATIVE
+    )
     lr_warmup_iters: int = printed(
         None, "steps of linear warm-up; default: 20, at most a tenth of the decay", NOT_NEGATIVE
     )
@@ -375,7 +377,9 @@ class TrainingConfig:
         "cosine", "shape of the decay; wsd: constant, then a decay at the end", choices=LR_DECAY_STYLES
     )
     lr_wsd_decay_iters: int = printed(
-        None, "steps of the decay of wsd; default: a tenth of --lr-decay-iters", NOT_NEGATIVE
+        None,
+        "steps of the decay of wsd, from the end of the warm-up at the earliest; default: a tenth of --lr-decay-iters",
+        NOT_NEGATIVE,
     )
     weight_decay: float = printed(0.1, "weight decay of matrices; 0: off", NOT_NEGATIVE)
     adam_beta1: float = printed(0.9, "decay of the first moment a step", FRACTION)

@@ -371,8 +371,9 @@ def _resolve_alignment(data: DataConfig, parallel: ParallelConfig, chosen: list[
         data.document_alignment = resumed
         chosen.append(f"--document-alignment {resumed} (the checkpoint's)")
     if data.document_alignment is None:
-        data.document_alignment = smallest
-        chosen.append(f"--document-alignment {smallest}")
+        # With one cp rank too, so that samples do not depend on it more than needed.
+        data.document_alignment = 2 if parallel.cp_layout == "zigzag" and parallel.cp_size == 1 else smallest
+        chosen.append(f"--document-alignment {data.document_alignment}")
     if data.document_alignment % smallest:
         nearest = nearest_multiple(data.document_alignment, smallest)
         raise UserError(
@@ -425,8 +426,11 @@ def _resolve_lr_schedule(training: TrainingConfig) -> None:
         )
     if training.lr_wsd_decay_iters is None:
         training.lr_wsd_decay_iters = max(1, training.lr_decay_iters // 10)
-    if training.min_lr > training.lr:
-        raise UserError(f"--min-lr {training.min_lr} is above --lr {training.lr}")
+    if decays and training.min_lr > training.lr:
+        raise UserError(
+            f"--min-lr {training.min_lr} is above --lr {training.lr}: give at most {training.lr}, or use "
+            "--lr-decay-style constant"
+        )
     if training.lr_wsd_decay_iters > training.lr_decay_iters:
         raise UserError(
             f"--lr-wsd-decay-iters {training.lr_wsd_decay_iters} is above --lr-decay-iters {training.lr_decay_iters}"

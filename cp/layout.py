@@ -20,7 +20,9 @@ LAYOUTS = ("zigzag", "contiguous", "doc_contiguous", "striped")
 
 
 def document_unit(layout: str, cp_size: int) -> int:
-    """The number of tokens that must divide each document's padded length."""
+    """The number of tokens that must divide each document's padded length; 1 for one rank, which cuts nothing."""
+    if cp_size == 1:
+        return 1
     return {"zigzag": 2 * cp_size, "contiguous": 1, "doc_contiguous": cp_size, "striped": cp_size}[layout]
 
 

@@ -41,9 +41,9 @@ def build_ring_blocks(
     `dropout_ids`. None where a step computes nothing.
     """
     assert packed_seq.layout == "zigzag"
-    lengths = packed_seq.lengths
-    chunk = packed_seq.padded_lengths // (2 * cp_size)
-    start = 2 * (np.cumsum(chunk) - chunk)  # of each document in a rank's T / cp tokens
+    lengths, padded = packed_seq.lengths, packed_seq.padded_lengths
+    chunk = -(-padded // (2 * cp_size))  # one rank takes documents of any length
+    start = (np.cumsum(padded) - padded) // cp_size  # of each document in a rank's T / cp tokens
 
     def real(chunk_index: int) -> np.ndarray:
         """[documents] real tokens in one of each document's chunks; chunks fill in order."""

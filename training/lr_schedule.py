@@ -13,7 +13,9 @@ class LRSchedule:
     """Linear warm-up to `lr`, then a decay to `min_lr` that ends at step `decay_iters`.
 
     `cosine` and `linear` decay all the way from the warm-up's end; `constant` does not; `wsd` (warm-up, stable,
-    decay; arXiv:2404.06395) holds `lr` until the last `wsd_decay_iters` steps and then decays linearly.
+    decay; arXiv:2404.06395) holds `lr` until the last `wsd_decay_iters` steps and then decays linearly. A longer
+    warm-up shortens this decay. A `min_lr` of 0 is reached one step later: a step at 0 trains nothing (torchtitan and
+    Megatron-LM also end above 0).
     """
 
     lr: float
@@ -30,10 +32,12 @@ class LRSchedule:
             return self.lr * done / self.warmup_iters
         if self.style == "constant":
             return self.lr
-        begin = self.decay_iters - self.wsd_decay_iters if self.style == "wsd" else self.warmup_iters
+        begin, end = self.warmup_iters, self.decay_iters + (self.min_lr == 0)
+        if self.style == "wsd":
+            begin = max(begin, self.decay_iters - self.wsd_decay_iters)
         if done <= begin:
             return self.lr
-        share = min(1.0, (done - begin) / max(1, self.decay_iters - begin))
+        share = min(1.0, (done - begin) / max(1, end - begin))
         height = (1 + math.cos(math.pi * share)) / 2 if self.style == "cosine" else 1 - share
         return self.min_lr + (self.lr - self.min_lr) * height
 

@@ -126,7 +126,7 @@ def test_the_sequence_length_that_is_advised_is_legal_and_near(
 @settings(max_examples=100, deadline=None)
 def test_the_alignment_that_is_advised_is_legal_and_near(alignment: int, cp_size: int) -> None:
     message = refusal("--document-alignment", str(alignment), "--cp-size", str(cp_size), world=cp_size)
-    if alignment % (2 * cp_size) == 0:
+    if cp_size == 1 or alignment % (2 * cp_size) == 0:  # one rank cuts nothing
         assert message is None or "--seq-length" in message
         return
     assert message is not None and f"--document-alignment {alignment}" in message

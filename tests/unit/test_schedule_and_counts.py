@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
+from config.schema import LR_DECAY_STYLES
 from metrics.banner import count_parameters
 from model.config import GPTConfig, padded_vocab_size
 from model.gpt import GPT
 from model.transformer import GPTOptions
+from tests.flags import resolve_config
 from training.flops import known_peak_tflops, training_flops
-from training.lr_schedule import LRSchedule
+from training.lr_schedule import LRSchedule, build_lr_schedule
+from utils.errors import UserError
 
 
 def schedule(style: str, **changes) -> LRSchedule:
@@ -32,6 +40,62 @@ def test_learning_rate(style: str, step: int, wanted: float) -> None:
 
 def test_no_warmup_starts_at_the_top() -> None:
     assert schedule("constant", warmup_iters=0).at(0) == 1.0
+
+
+def test_a_warm_up_that_reaches_into_the_decay_of_wsd_shortens_it() -> None:
+    rates = [schedule("wsd", wsd_decay_iters=60, warmup_iters=80).at(step) for step in (78, 79, 80, 94, 109)]
+    assert rates == pytest.approx([79 / 80, 1.0, 0.97, 0.55, 0.1])
+
+
+steps = st.integers(0, 60)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    style=st.sampled_from(LR_DECAY_STYLES),
+    train_iters=st.integers(1, 60),
+    warmup=st.none() | steps,
+    decay=st.none() | st.integers(1, 60),
+    wsd=st.none() | st.integers(1, 60),
+    min_lr=st.sampled_from([0.0, 1e-4, 0.5, 1.0]),
+)
+def test_every_schedule_is_continuous_and_as_documented_at_its_corners(
+    style: str, train_iters: int, warmup: int | None, decay: int | None, wsd: int | None, min_lr: float
+) -> None:
+    given = {"--lr-warmup-iters": warmup, "--lr-decay-iters": decay, "--lr-wsd-decay-iters": wsd}
+    flags = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    flags += ["--lr", "1", "--min-lr", str(min_lr), "--train-iters", str(train_iters), "--lr-decay-style", style]
+    try:
+        training = resolve_config(*flags).training
+    except UserError:
+        assume(False)
+    warmup, decay = training.lr_warmup_iters, training.lr_decay_iters
+    rates = [build_lr_schedule(training).at(step) for step in range(train_iters)]
+
+    up, down = rates[: warmup or 1], rates[max(warmup - 1, 0) :]
+    assert up == sorted(up) and down == sorted(down, reverse=True) and max(rates) <= 1.0
+    assert min(rates[: min(decay, train_iters)]) > 0  # every step up to the decay's end trains
+    assert not down or down[-1] >= min_lr
+    if 0 < warmup <= train_iters:
+        assert rates[warmup - 1] == 1.0
+    if style != "constant" and min_lr and warmup < decay <= train_iters:
+        assert rates[decay - 1 :] == pytest.approx([min_lr] * (train_iters - decay + 1))
+    # No jump: at most the steepest slope of a warm-up or of a cosine over the shortest decay.
+    shortest = decay - max(warmup, decay - training.lr_wsd_decay_iters) if style == "wsd" else decay - warmup
+    slope = max(1 / max(warmup, 1), (1 - min_lr) * math.pi / 2 / max(shortest, 1))
+    assert all(abs(b - a) <= slope + 1e-12 for a, b in itertools.pairwise(rates))
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "wsd"])
+def test_the_last_step_trains_where_the_decay_ends_at_0(style: str) -> None:
+    rates = [schedule(style, min_lr=0.0, wsd_decay_iters=20).at(step) for step in (108, 109, 110)]
+    assert rates[0] > rates[1] > 0 == rates[2]
+
+
+def test_a_rate_below_the_smallest_is_refused_only_where_it_decays() -> None:
+    assert resolve_config("--lr", "1e-5", "--lr-decay-style", "constant").training.lr == 1e-5
+    with pytest.raises(UserError, match=r"--min-lr 0.0001 is above --lr 1e-05: give at most 1e-05.*constant"):
+        resolve_config("--lr", "1e-5")
 
 
 def config(**changes) -> GPTConfig:
