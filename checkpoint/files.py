@@ -13,25 +13,40 @@ refused.
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from utils.errors import UserError
-from utils.files import FileLock, acquire_lock, checksum, replace_synced, sync, write_synced
+from utils.files import (
+    FileLock,
+    acquire_lock,
+    checksum,
+    checksum_file,
+    open_regular,
+    replace_synced,
+    sync,
+    write_synced,
+)
 
 RUN_FILE = "run.json"
 SUMS_FILE = "checksums.json"
 LATEST_FILE = "latest"
-STEP_FOLDER = re.compile(r"step_(\d{7,})")
-REPLACED_FOLDER = re.compile(r"\.(step_\d{7,})\.old")
-PARTIAL = re.compile(r"\.step_\d{7,}\.(part|gone)|\.latest\.[^/]+")
+STEP_FOLDER = re.compile(r"step_([0-9]{7}|[1-9][0-9]{7,11})")
+REPLACED_FOLDER = re.compile(rf"\.({STEP_FOLDER.pattern})\.old")
+PARTIAL = re.compile(rf"\.{STEP_FOLDER.pattern}\.(part|gone)|\.latest\.[^/]+")
+NAMED_STEP = re.compile(r"\.?step_([0-9]+)(\.old)?")  # a name that promises a step, also in other digits than ours
+MAX_STEP = 10**12 - 1
 LOCK_SECONDS = 30.0  # the processes of a run that ended may take so long to exit
 
 Checksums = dict[str, list]  # {file name: [bytes, checksum]}
+OpenedFile = tuple[str, str, tuple[int, int], tuple[int, int]]  # name, host, (inode, ctime), (bytes, mtime)
 
 
 class CorruptedCheckpoint(UserError):
@@ -88,43 +103,87 @@ def find_checkpoint(load: Path) -> Path:
     return found[-1]
 
 
-def find_run_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint that `find_checkpoint` returns, or the newest of a run's folder.
+def find_run_checkpoints(folder: Path) -> list[Path]:
+    """Return `folder`, where it is a checkpoint, or the checkpoints in it or in that folder of a run, oldest first.
 
     Raises:
         UserError: there is no checkpoint.
     """
     inside = folder / "checkpoints"
-    return find_checkpoint(inside if list_checkpoints(inside) else folder)
+    newest = find_checkpoint(inside if list_checkpoints(inside) else folder)
+    return [newest] if newest == folder else list_checkpoints(newest.parent)
+
+
+def find_run_checkpoint(folder: Path) -> Path:
+    """Return the newest of `find_run_checkpoints`."""
+    return find_run_checkpoints(folder)[-1]
 
 
 # ---------------------------------------------------------------------------------------------------
 # Reading and verifying
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a checkpoint's JSON file.
+@contextmanager
+def open_file(path: Path, opened: set[OpenedFile] | None = None) -> Iterator[IO[bytes]]:
+    """Open a file of a checkpoint, never a link out of its folder.
+
+    Args:
+        opened: gets which file was open, as `find_replaced` compares them, at its opening and its end.
+
+    Raises:
+        OSError: the file is missing or no regular file.
+    """
+    with open_regular(path) as file:
+
+        def note() -> None:
+            found = os.fstat(file.fileno())
+            marks = (found.st_ino, found.st_ctime_ns), (found.st_size, found.st_mtime_ns)
+            if opened is not None:
+                opened.add((path.name, platform.node(), *marks))
+
+        note()
+        yield file
+        note()
+
+
+def find_replaced(opened: Iterable[OpenedFile]) -> list[str]:
+    """Return the names under which different files were opened: what was verified may not be what was loaded.
+
+    Hosts may number the files of one store differently: inodes and their times are compared within a host.
+    """
+    seen = {mark for name, host, own, content in opened for mark in ((name, host, own), (name, "", content))}
+    counts = Counter((name, host) for name, host, _ in seen)
+    return sorted({name for (name, _), count in counts.items() if count > 1})
+
+
+def read_json(path: Path, opened: set[OpenedFile] | None = None) -> Any:
+    """Return the content of a checkpoint's JSON file; `opened` as of `open_file`.
 
     Raises:
         CorruptedCheckpoint: the file is missing or not JSON.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        with open_file(path, opened) as file:
+            return json.loads(file.read())
     except OSError as error:
         raise CorruptedCheckpoint(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptedCheckpoint(f"{path}: corrupted, not JSON any more") from error
 
 
-def read_run_metadata(checkpoint: Path) -> dict[str, Any]:
-    """Return the metadata that the run saved with its checkpoint, among them `step`.
+def read_run_metadata(checkpoint: Path, opened: set[OpenedFile] | None = None) -> dict[str, Any]:
+    """Return the metadata that the run saved with its checkpoint, among them `step`; `opened` as of `open_file`.
 
     Raises:
-        CorruptedCheckpoint: `run.json` is missing, or has no valid step.
+        CorruptedCheckpoint: `run.json` is missing, or its step is not valid or not that of the folder's name.
     """
-    metadata = read_json(checkpoint / RUN_FILE)
-    if not isinstance(metadata, dict) or type(metadata.get("step")) is not int or metadata["step"] < 0:
-        raise CorruptedCheckpoint(f"{checkpoint / RUN_FILE}: corrupted, has no valid step")
+    path = checkpoint / RUN_FILE
+    metadata = read_json(path, opened)
+    step = metadata.get("step") if isinstance(metadata, dict) else None
+    if type(step) is not int or not 0 <= step <= MAX_STEP:
+        raise CorruptedCheckpoint(f"{path}: corrupted, has no valid step")
+    if (named := NAMED_STEP.fullmatch(checkpoint.name)) and named[1].lstrip("0") != str(step).lstrip("0"):
+        raise CorruptedCheckpoint(f"{path}: corrupted, its step {step} is not the folder's, {checkpoint.name}")
     return metadata
 
 
@@ -133,14 +192,14 @@ def compute_checksums(paths: Iterable[Path]) -> Checksums:
     return {path.name: list(checksum(path)) for path in paths}
 
 
-def read_checksums(checkpoint: Path) -> Checksums:
-    """Return size and checksum of every file of a checkpoint, as written.
+def read_checksums(checkpoint: Path, opened: set[OpenedFile] | None = None) -> Checksums:
+    """Return size and checksum of every file of a checkpoint, as written; `opened` as of `open_file`.
 
     Raises:
         CorruptedCheckpoint: `checksums.json` is missing or corrupted, or names a file outside the folder.
     """
     path = checkpoint / SUMS_FILE
-    sums = read_json(path)
+    sums = read_json(path, opened)
     if not isinstance(sums, dict) or RUN_FILE not in sums:
         raise CorruptedCheckpoint(f"{path}: corrupted, does not list {RUN_FILE}")
     for name, value in sums.items():
@@ -151,14 +210,21 @@ def read_checksums(checkpoint: Path) -> Checksums:
     return sums
 
 
-def find_corrupted(checkpoint: Path, names: Iterable[str], sums: Checksums) -> list[str]:
-    """Return an error line for each named file that is missing or differs from its checksum."""
+def find_corrupted(
+    checkpoint: Path, names: Iterable[str], sums: Checksums, opened: set[OpenedFile] | None = None
+) -> list[str]:
+    """Return an error line for each named file that is missing or differs from its checksum.
+
+    Args:
+        opened: as of `open_file`.
+    """
     errors = []
     for name in names:
         path = checkpoint / name
         size, wanted = sums[name]
         try:
-            found_size, found = checksum(path, like=wanted)
+            with open_file(path, opened) as file:
+                found_size, found = checksum_file(file, like=wanted)
         except OSError as error:
             errors.append(f"{path}: {error.strerror or error}")
             continue
@@ -194,14 +260,20 @@ def lock_dir(save: Path) -> FileLock | None:
         None where the lock has no effect: no locks on this file system, or the folder above cannot be written.
 
     Raises:
-        UserError: another run holds the lock for more than `LOCK_SECONDS`.
+        UserError: another run holds the lock for more than `LOCK_SECONDS`, or another user made the lock's file.
     """
+    path = save.with_name(f".{save.name}.lock")
     try:
-        return acquire_lock(save.with_name(f".{save.name}.lock"), LOCK_SECONDS)
+        lock = acquire_lock(path, LOCK_SECONDS)
     except TimeoutError as error:
         raise UserError(
             f"--save {save}: another run is writing checkpoints there; end it, or choose another --run-dir"
         ) from error
+    if lock is None and os.path.lexists(path) and (path.is_symlink() or not os.access(path, os.W_OK)):
+        raise UserError(
+            f"--save {save}: its lock {path} is another user's, or a link; if no run writes there, remove that file"
+        )
+    return lock
 
 
 def remove_partial(save: Path) -> None:

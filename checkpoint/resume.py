@@ -13,6 +13,7 @@ from torch import nn
 
 from checkpoint.files import (
     CorruptedCheckpoint,
+    OpenedFile,
     find_checkpoint,
     list_checkpoints,
     list_older,
@@ -194,9 +195,11 @@ def load_start(
     skipped = list(plan.skipped)
     for checkpoint in (plan.checkpoint, *plan.older):
         try:
-            saved = read_run_metadata(checkpoint)
+            opened: set[OpenedFile] = set()
+            saved = read_run_metadata(checkpoint, opened)
             changed = check_same_run(saved, wanted, free, checkpoint)
-            step = load_checkpoint(checkpoint, model, None if plan.weights_only else optimizer, grid, group=group)
+            state = None if plan.weights_only else optimizer
+            step = load_checkpoint(checkpoint, model, state, grid, group=group, opened=opened)
             break
         except CorruptedCheckpoint as error:
             skipped.append((checkpoint, str(error)))

@@ -6,9 +6,8 @@ A checkpoint of any parallel layout loads into any other. `checkpoint/files.py` 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from checkpoint.files import (
     Checksums,
     CorruptedCheckpoint,
+    OpenedFile,
     compute_checksums,
     find_corrupted,
+    find_replaced,
     find_unlisted,
     prune,
     publish,
@@ -164,7 +165,7 @@ def trained_state(model: nn.Module, optimizer: torch.optim.AdamW | None, grid: G
     return _state(parts, grid, checkpoint_mesh(grid, device.type))
 
 
-def _first_cause(error: CheckpointException) -> tuple[int, BaseException]:
+def first_cause(error: CheckpointException) -> tuple[int, BaseException]:
     """Return the rank that failed and its error: the lowest rank with an OSError, else the lowest rank.
 
     On a full disk a rank gets an OSError, or an error of PyTorch's archive writer without the system's reason.
@@ -259,7 +260,7 @@ class Saver:
             if dist.get_rank() == 0:
                 shutil.rmtree(scratch, ignore_errors=True)  # frees space on a full disk
             if isinstance(error, CheckpointException):
-                rank, cause = _first_cause(error)
+                rank, cause = first_cause(error)
                 if isinstance(cause, OSError):
                     where = cause.filename or scratch / f"__{rank}_*.distcp"
                     raise CollectiveError(f"cannot write {where}: rank {rank}: {cause.strerror or cause}") from error
@@ -282,8 +283,7 @@ class Saver:
             own = compute_checksums(mine)
         except OSError as error:
             failure = str(error)
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (failure, own), group=self.group)
+        gathered = _all_gather((failure, own), self.group)
         for number, (failure, _) in enumerate(gathered):
             if failure:
                 raise CollectiveError(f"cannot write {scratch}: rank {number}: {failure}")
@@ -312,15 +312,23 @@ class Saver:
 # Loading
 
 
-def _verify_share(checkpoint: Path) -> list[str]:
+def _verify_share(checkpoint: Path, opened: set[OpenedFile]) -> list[str]:
     """Verify this rank's share of the files. Return an error line for each corrupted file."""
+    rank = dist.get_rank()
     try:
-        sums = read_checksums(checkpoint)
+        sums = read_checksums(checkpoint, opened)
+        errors = find_corrupted(checkpoint, sorted(sums)[rank :: dist.get_world_size()], sums, opened)
+        return errors + find_unlisted(checkpoint, sums) if rank == 0 else errors
     except CorruptedCheckpoint as error:
         return [str(error)]
-    rank = dist.get_rank()
-    errors = find_corrupted(checkpoint, sorted(sums)[rank :: dist.get_world_size()], sums)
-    return errors + find_unlisted(checkpoint, sums) if rank == 0 else errors
+    except OSError as error:  # another process removed the folder
+        return [f"{checkpoint}: {error.strerror or error}"]
+
+
+def _all_gather(item: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, item, group=group)
+    return gathered
 
 
 def load_checkpoint(
@@ -330,6 +338,7 @@ def load_checkpoint(
     grid: Grid,
     *,
     group: dist.ProcessGroup | None = None,
+    opened: Collection[OpenedFile] = (),
 ) -> int:
     """Load weights and optimizer state in place, each rank its shard, from any layout. Collective. Return the step.
 
@@ -338,36 +347,52 @@ def load_checkpoint(
     Args:
         optimizer: None loads only weights.
         group: as `Saver`'s.
+        opened: files of the checkpoint that this rank read before, as of `open_file`.
 
     Raises:
-        CorruptedCheckpoint: a file is missing or corrupted. Weights may be overwritten then.
+        CorruptedCheckpoint: a file is missing, corrupted, or replaced meanwhile. Weights may be overwritten then.
         UserError: the checkpoint lacks a tensor of this model, or has it in another shape.
     """
     state = trained_state(model, optimizer, grid)
-    reader = SafeReader(checkpoint)
-    if scales := state.pop("fp8", None):
+    scales = state.pop("fp8", {})
+    reader, refused = SafeReader(checkpoint), ""
+    try:
+        stored = reader.read_metadata().state_dict_metadata
         # Layers that the checkpoint has in bf16 start with fresh scales; the banner prints the changed flag.
-        with suppress(OSError, UnsafeCheckpoint):  # which loading raises, too
-            stored = reader.read_metadata().state_dict_metadata
-            known = {name: scale for name, scale in scales.items() if f"fp8.{name}" in stored}
-            state |= {"fp8": known} if known else {}
+        known = {name: scale for name, scale in scales.items() if f"fp8.{name}" in stored}
+        state |= {"fp8": known} if known else {}
+    except OSError as error:
+        refused = f"{error.filename}: {error.strerror or error}"
+    except UnsafeCheckpoint as error:
+        refused = str(error)
+    refusals = [line for line in _all_gather(refused, group) if line]
     failure: CheckpointException | None = None
+    checked: set[OpenedFile] = set()
     with ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(_verify_share, checkpoint)
+        verified = pool.submit(_verify_share, checkpoint, checked)
         try:
-            dcp.load(state, storage_reader=reader, process_group=group)
+            if not refusals:
+                dcp.load(state, storage_reader=reader, process_group=group)
         except CheckpointException as error:  # corruption, where it is the cause, is raised first
             failure = error
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, verified.result(), group=group)
-    lines = list(dict.fromkeys(line for part in found for line in part))
+        errors = verified.result()
+    everyone_checked = [file for part in _all_gather(checked, group) for file in part]
+    try:
+        step = read_run_metadata(checkpoint, reader.opened)["step"]
+    except CorruptedCheckpoint as error:
+        errors.append(str(error))
+    replaced = find_replaced([*opened, *reader.opened, *everyone_checked])
+    errors += [f"{checkpoint / name}: another process replaced this file while it was loaded" for name in replaced]
+    lines = list(dict.fromkeys(line for part in _all_gather(errors, group) for line in part))
     if lines:
         raise CorruptedCheckpoint(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from failure
+    if refusals:
+        raise UserError(f"cannot load {checkpoint}: {refusals[0]}")
     if failure is not None:
-        rank, cause = _first_cause(failure)
-        raise UserError(f"cannot load {checkpoint}: rank {rank}: {reader.refused or cause}") from failure
+        rank, cause = first_cause(failure)
+        raise UserError(f"cannot load {checkpoint}: rank {rank}: {cause}") from failure
     if optimizer is not None:
         # Tensors of a parameter's shape are loaded in place; scalars are new objects.
         for name, parameter in sharded_parameters(model).items():
             optimizer.state[parameter].update({k: v for k, v in state["optimizer"][name].items() if not v.dim()})
-    return int(read_run_metadata(checkpoint)["step"])
+    return step

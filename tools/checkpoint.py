@@ -1,10 +1,10 @@
 """Inspect, verify and compare checkpoints: one process, no GPU, none of the run's flags.
 
     python tools/checkpoint.py inspect DIR     step, metadata, tensors, files
-    python tools/checkpoint.py verify DIR      every file's checksum
+    python tools/checkpoint.py verify DIR      every file's checksum, and that no part of a tensor is missing
     python tools/checkpoint.py diff DIR DIR    metadata and tensors that differ
 
-DIR is a checkpoint (step_*), or a folder of checkpoints or of a run, whose newest checkpoint is taken.
+DIR is a checkpoint (step_*), or a folder of checkpoints or of a run: verify takes all of these, the others the newest.
 Exit code 1: corrupted (verify), different (diff), or not readable.
 """
 
@@ -22,31 +22,49 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from checkpoint.files import find_corrupted, find_run_checkpoint, find_unlisted, read_checksums, read_run_metadata
+from checkpoint.files import (
+    Checksums,
+    find_corrupted,
+    find_run_checkpoint,
+    find_run_checkpoints,
+    find_unlisted,
+    read_checksums,
+    read_run_metadata,
+)
 from checkpoint.reader import SafeReader
+from checkpoint.saver import first_cause
 from utils.errors import UserError
+from utils.logger import one_line
 
 
-def read_tensor_index(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+def read_tensor_index(reader: SafeReader) -> dict[str, TensorStorageMetadata]:
     """Return size, dtype and shards of every stored tensor, by name. Raises OSError or UnsafeCheckpoint."""
-    index = SafeReader(checkpoint).read_metadata().state_dict_metadata  # the reader refuses other entries
-    return cast(dict[str, TensorStorageMetadata], index)
+    return cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)  # without other entries
 
 
-def read_tensor(checkpoint: Path, name: str, like: TensorStorageMetadata) -> Tensor:
-    """Read one tensor, assembled from its shards."""
+def read_tensor(reader: SafeReader, name: str) -> Tensor:
+    """Read one tensor, assembled from its shards.
+
+    Raises:
+        UserError: a file is missing, or does not hold what the index says.
+    """
+    like = read_tensor_index(reader)[name]
     state = {name: torch.empty(like.size, dtype=like.properties.dtype)}
     with warnings.catch_warnings():  # of no_dist, that there is no process group
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        dcp.load(state, storage_reader=SafeReader(checkpoint), no_dist=True)
+        try:
+            dcp.load(state, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            raise UserError(f"{name}: {one_line(first_cause(error)[1])}") from error
     return state[name]
 
 
 def inspect(checkpoint: Path) -> int:
     """Print step, metadata, tensors and files of a checkpoint."""
-    metadata, tensors = read_run_metadata(checkpoint), read_tensor_index(checkpoint)
+    metadata, tensors = read_run_metadata(checkpoint), read_tensor_index(SafeReader(checkpoint))
     print(f"{checkpoint}: step {metadata.pop('step')}")
     for name, value in metadata.items():
         print(f"  {name:<32} {value}")
@@ -57,19 +75,29 @@ def inspect(checkpoint: Path) -> int:
         print(f"{part}: {len(stored)} tensors, {elements:,} numbers, {size / 2**20:,.1f} MiB")
         for name, tensor in stored.items() if part == "model" else ():
             print(f"  {name:<56} {tensor.properties.dtype} {list(tensor.size)} in {len(tensor.chunks)} parts")
-    sizes = [path.stat().st_size for path in checkpoint.iterdir()]
+    sizes = [path.lstat().st_size for path in checkpoint.iterdir()]
     print(f"files: {len(sizes)}, {sum(sizes) / 2**20:,.1f} MiB")
     return 0
 
 
-def verify(checkpoint: Path) -> int:
-    """Print a line for each corrupted file. Return 1 if there is one."""
-    sums = read_checksums(checkpoint)
-    errors = find_corrupted(checkpoint, sorted(sums), sums) + find_unlisted(checkpoint, sums)
-    size = sum(size for size, _ in sums.values())
-    verdict = f"{checkpoint}: {'CORRUPTED' if errors else 'whole'}, {len(sums)} files, {size:,} bytes"
-    print(*errors, verdict, sep="\n")
-    return 1 if errors else 0
+def verify(folder: Path) -> int:
+    """Print a line for each corrupted file of each checkpoint. Return 1 if there is one."""
+    is_corrupted = False
+    for checkpoint in find_run_checkpoints(folder):
+        sums: Checksums = {}
+        try:
+            sums = read_checksums(checkpoint)
+            errors = find_corrupted(checkpoint, sorted(sums), sums) + find_unlisted(checkpoint, sums)
+            if not errors:
+                read_run_metadata(checkpoint)
+                read_tensor_index(SafeReader(checkpoint))
+        except UserError as error:
+            errors = [str(error)]
+        size = sum(size for size, _ in sums.values())
+        verdict = f"{checkpoint}: {'CORRUPTED' if errors else 'whole'}, {len(sums)} files, {size:,} bytes"
+        print(*errors, verdict, sep="\n")
+        is_corrupted = is_corrupted or bool(errors)
+    return int(is_corrupted)
 
 
 def find_differences(first: Path, second: Path) -> Iterator[str]:
@@ -79,12 +107,13 @@ def find_differences(first: Path, second: Path) -> Iterator[str]:
         value, other = run.get(name, "missing"), other_run.get(name, "missing")
         if value != other:
             yield f"{name}: {value} | {other}"
-    index, other_index = read_tensor_index(first), read_tensor_index(second)
+    reader, other_reader = SafeReader(first), SafeReader(second)
+    index, other_index = read_tensor_index(reader), read_tensor_index(other_reader)
     for name in sorted({*index, *other_index}):
         if name not in index or name not in other_index:
             yield f"{name}: only in {first if name in index else second}"
             continue
-        a, b = read_tensor(first, name, index[name]), read_tensor(second, name, other_index[name])
+        a, b = read_tensor(reader, name), read_tensor(other_reader, name)
         try:
             torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
         except AssertionError as error:
@@ -107,7 +136,7 @@ def main(argv: list[str]) -> int:
         command.set_defaults(run=run)
     args = parser.parse_args(argv)
     try:
-        return args.run(*map(find_run_checkpoint, args.folders))
+        return args.run(*(args.folders if args.run is verify else map(find_run_checkpoint, args.folders)))
     except (UserError, OSError) as error:
         print(f"tools/checkpoint.py: {str(error).removeprefix('--load ')}", file=sys.stderr)
         return 1

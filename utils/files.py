@@ -46,28 +46,32 @@ def checksum(path: Path, *, like: str = "xxh3_128:") -> tuple[int, str]:
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if ":" not in like:
-            return size, legacy_page_sum(path)
-        digest = xxhash.xxh3_128()
-        if size:  # an empty file cannot be mapped; reading instead of mapping takes 1.7 times as long
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                digest.update(content)
-        return size, f"xxh3_128:{digest.hexdigest()}"
+        return checksum_file(file, like=like)
 
 
-def legacy_page_sum(path: Path) -> str:
+def checksum_file(file: IO[bytes], *, like: str) -> tuple[int, str]:
+    """`checksum` of an open file."""
+    size = os.fstat(file.fileno()).st_size
+    if ":" not in like:
+        return size, legacy_page_sum(file)
+    digest = xxhash.xxh3_128()
+    if size:  # an empty file cannot be mapped; reading instead of mapping takes 1.7 times as long
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            digest.update(content)
+    return size, f"xxh3_128:{digest.hexdigest()}"
+
+
+def legacy_page_sum(file: IO[bytes]) -> str:
     """Return the SHA-256 over a file's size and the sum of each 4 KiB page's 64-bit words.
 
     Only for checksums that are on disk already: a sum misses swapped words.
     """
-    digest = hashlib.sha256(path.stat().st_size.to_bytes(8, "little"))
-    with path.open("rb") as file:
-        while block := file.read(1024 * 4096):
-            pages = len(block) // 4096
-            words = np.frombuffer(block, "<u8", count=pages * 512).reshape(pages, 512)
-            digest.update(words.sum(1, dtype=np.uint64).tobytes())
-            digest.update(block[pages * 4096 :])
+    digest = hashlib.sha256(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
+    while block := file.read(1024 * 4096):
+        pages = len(block) // 4096
+        words = np.frombuffer(block, "<u8", count=pages * 512).reshape(pages, 512)
+        digest.update(words.sum(1, dtype=np.uint64).tobytes())
+        digest.update(block[pages * 4096 :])
     return digest.hexdigest()
 
 

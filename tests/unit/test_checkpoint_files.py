@@ -27,6 +27,7 @@ from checkpoint.files import (
     publish,
 )
 from tests.launch import ROOT
+from tools import checkpoint as checkpoint_tool
 from utils.errors import UserError
 from utils.files import checksum, legacy_page_sum
 
@@ -125,7 +126,8 @@ def test_the_legacy_sum_is_the_same_for_any_size(tmp_path: Path, size: int) -> N
     pages = size // 4096
     sums = np.frombuffer(content, "<u8", count=pages * 512).reshape(pages, 512).sum(1, dtype=np.uint64)
     whole = size.to_bytes(8, "little") + sums.tobytes() + content[pages * 4096 :]
-    assert legacy_page_sum(tmp_path / "file") == hashlib.sha256(whole).hexdigest()
+    with (tmp_path / "file").open("rb") as file:
+        assert legacy_page_sum(file) == hashlib.sha256(whole).hexdigest()
 
 
 def test_new_checksums_name_their_algorithm(tmp_path: Path) -> None:
@@ -261,6 +263,60 @@ def test_an_invalid_step_is_corruption(tmp_path: Path, step: str) -> None:
     (tmp_path / "run.json").write_text(f'{{"step": {step}}}')
     with pytest.raises(CorruptedCheckpoint, match="no valid step"):
         files.read_run_metadata(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "step"), [("step_9", 2), ("step_0000009", 2), ("step_00000004", 5), ("s", 10**12)])
+def test_a_folders_name_says_its_step(tmp_path: Path, name: str, step: int) -> None:
+    place = tmp_path / name
+    place.mkdir()
+    (place / "run.json").write_text(f'{{"step": {step}}}')
+    with pytest.raises(CorruptedCheckpoint, match=r"is not the folder's|no valid step"):
+        files.read_run_metadata(place)
+    (tmp_path / "step_00000004").mkdir(exist_ok=True)
+    (tmp_path / "step_00000004" / "run.json").write_text('{"step": 4}')
+    assert files.read_run_metadata(tmp_path / "step_00000004")["step"] == 4  # named by --load
+
+
+def test_a_step_has_one_name(tmp_path: Path) -> None:
+    for name in ("step_0000004", "step_00000004", "step_1000000000000000000", "step_٠٠٠٠٠٠٥", "step_12345678"):
+        (tmp_path / name).mkdir()
+    assert [place.name for place in list_checkpoints(tmp_path)] == ["step_0000004", "step_12345678"]
+
+
+def test_the_locks_file_is_the_users_alone(tmp_path: Path, monkeypatch) -> None:
+    save, lock_file = tmp_path / "checkpoints", tmp_path / ".checkpoints.lock"
+    lock = files.lock_dir(save)
+    assert lock is not None and lock_file.stat().st_mode & 0o777 == 0o600
+    lock.release()
+    lock_file.unlink(missing_ok=True)
+    (tmp_path / "precious").write_text("text")
+    lock_file.symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"its lock .* is another user's, or a link"):
+        files.lock_dir(save)
+    assert (tmp_path / "precious").read_text() == "text"
+    lock_file.unlink()
+    lock_file.touch()
+    monkeypatch.setattr(files, "acquire_lock", lambda *_: None)  # as for another user's file of mode 0600
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=r"its lock .* is another user's, or a link"):
+        files.lock_dir(save)
+
+
+def test_a_run_folders_checkpoints_are_all_verified(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint_tool, "read_tensor_index", lambda reader: {})
+    for step in (5, 7, 8):
+        made(tmp_path / "checkpoints", step)
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        assert checkpoint_tool.main(["verify", str(folder)]) == 0
+        assert capsys.readouterr().out.count("whole") == 3
+    (tmp_path / "checkpoints" / "step_0000005" / "__0_0.distcp").write_bytes(b"w")
+    (tmp_path / "checkpoints" / "step_0000007" / "checksums.json").unlink()
+    assert checkpoint_tool.main(["verify", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("CORRUPTED") == 2 and out.count("whole") == 1 and "step_0000007/checksums.json" in out
+    assert checkpoint_tool.main(["verify", str(tmp_path / "checkpoints" / "step_0000008")]) == 0
+    assert checkpoint_tool.main(["verify", str(tmp_path / "nothing")]) == 1
+    assert capsys.readouterr().err.startswith("tools/checkpoint.py: ")
 
 
 def test_partial_files_are_removed_like_folders(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Iterator
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +23,16 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
+    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
 
-from checkpoint.files import compute_checksums
-from checkpoint.reader import SafeReader, UnsafeCheckpoint
+from checkpoint import saver
+from checkpoint.files import CorruptedCheckpoint, compute_checksums, find_replaced
+from checkpoint.reader import SafeReader, UnsafeCheckpoint, _fill
 from checkpoint.saver import Saver, load_checkpoint
 from config.cli import parse_arguments
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
@@ -38,6 +42,7 @@ from parallel.grid import GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of
 from tests.distributed.test_reshard import optimizer_of
 from tools import checkpoint as checkpoint_tool
+from tools.checkpoint import read_tensor
 from utils.errors import UserError
 
 
@@ -231,6 +236,179 @@ def test_a_path_that_is_no_text(saved: tuple) -> None:
     rewrite(place, ".metadata", pickle.dumps(metadata))
     with pytest.raises(ValueError, match="where str should be"):
         load(place)
+
+
+def nested(kind: type, depth: int = 20) -> object:
+    """A container that holds another twice, and so on: `depth` objects, 2^depth steps for whoever follows each."""
+    inner = kind()
+    for _ in range(depth):
+        inner = kind((inner, inner))
+    return inner
+
+
+def test_a_key_of_tuples_in_tuples_is_not_hashed(saved: tuple) -> None:
+    place, load = saved
+    metadata = index_of(place)
+    metadata.planner_data = {nested(tuple): 0}
+    rewrite(place, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(UserError, match="key of type tuple"):
+        load(place)
+
+
+def test_lists_that_are_shared_cost_nothing(saved: tuple) -> None:
+    place, load = saved
+    metadata = index_of(place)
+    metadata.planner_data = {"a": nested(list, 60), "b": nested(tuple, 60)}
+    rewrite(place, ".metadata", pickle.dumps(metadata))
+    assert load(place) == 3
+    next(iter(metadata.storage_data.values())).relative_path = nested(list, 60)
+    rewrite(place, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(UserError, match="holds list where str"):
+        load(place)
+
+
+def chunks_of(metadata: Metadata) -> tuple[str, list[ChunkStorageMetadata]]:
+    """A matrix of the model, and its chunks; in one part, as one rank writes it."""
+    return next((n, x.chunks) for n, x in metadata.state_dict_metadata.items() if len(x.size) == 2)
+
+
+def _no_chunk(chunks: list) -> None:
+    chunks.clear()
+
+
+def _half(chunks: list) -> None:
+    chunks[0].sizes = torch.Size([chunks[0].sizes[0] // 2, chunks[0].sizes[1]])
+
+
+def _outside(chunks: list) -> None:
+    chunks[0].sizes = torch.Size([2 * chunks[0].sizes[0], chunks[0].sizes[1]])
+
+
+def _below_zero(chunks: list) -> None:
+    chunks[0].sizes = torch.Size([-n for n in chunks[0].sizes])
+
+
+def _twice(chunks: list) -> None:
+    chunks.append(chunks[0])
+
+
+def _of_one_dimension(chunks: list) -> None:
+    chunks[0].sizes = chunks[0].sizes[:1]
+
+
+@pytest.mark.parametrize("change", [_no_chunk, _half, _outside, _below_zero, _twice, _of_one_dimension])
+def test_chunks_that_do_not_fill_a_tensor(saved: tuple, change: Callable[[list], None]) -> None:
+    """The library would leave the elements that no chunk holds at their random initial values."""
+    place, load = saved
+    metadata = index_of(place)
+    name, chunks = chunks_of(metadata)
+    change(chunks)
+    rewrite(place, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(UserError, match=rf"{name[:12]}.*has a chunk|{name[:12]}.*leave gaps"):
+        load(place)
+    assert checkpoint_tool.main(["verify", str(place)]) == 1
+
+
+def test_halves_fill_a_tensor_and_overlaps_do_not() -> None:
+    def fill(*boxes: tuple[int, int, int, int]) -> bool:
+        chunks = [ChunkStorageMetadata(torch.Size([r, c]), torch.Size([h, w])) for r, c, h, w in boxes]
+        return _fill(chunks, torch.Size([4, 6]))
+
+    assert fill((0, 0, 4, 6)) and fill((0, 0, 3, 6), (3, 0, 1, 6)) and fill((0, 3, 4, 3), (0, 0, 4, 3))
+    assert fill(*((r, c, 2, 3) for r in (2, 0) for c in (0, 3)))
+    assert not fill((0, 0, 3, 6)) and not fill((0, 0, 3, 6), (2, 0, 2, 6)) and not fill((1, 0, 4, 6))
+    assert not fill((0, 0, 2, 6), (0, 0, 2, 3), (2, 0, 2, 3))  # the sizes add up, and half is twice there
+
+
+@pytest.mark.parametrize("kind", ["link", "FIFO", "folder"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "run.json", "checksums.json"])
+def test_only_regular_files_are_read(saved: tuple, tmp_path: Path, name: str, kind: str) -> None:
+    place, load = saved
+    (place / name).rename(tmp_path / "outside")
+    if kind == "link":
+        (place / name).symlink_to(tmp_path / "outside")
+    else:
+        os.mkfifo(place / name) if kind == "FIFO" else (place / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name}: (is a link|is no regular file|Is a directory)"):
+        load(place)
+    assert checkpoint_tool.main(["verify", str(place)]) == 1
+
+
+def saved_bytes(value: object, method: int = zipfile.ZIP_STORED, pickled: bytes | None = None) -> bytes:
+    """What torch.save writes, with its members packed by `method`, and with another pickle."""
+    saved, out = io.BytesIO(), io.BytesIO()
+    torch.save(value, saved)
+    with zipfile.ZipFile(out, "w", method) as archive, zipfile.ZipFile(saved) as source:
+        for member in source.namelist():
+            content = pickled if pickled and member.endswith("data.pkl") else source.read(member)
+            archive.writestr(member, content)
+    return out.getvalue()
+
+
+CHUNKS: dict[str, Callable[[torch.Size], bytes]] = {
+    "honest": lambda size: saved_bytes(torch.full(size, 7.0)),
+    "compressed": lambda size: saved_bytes(torch.zeros(size), zipfile.ZIP_DEFLATED),
+    "another module": lambda size: saved_bytes(torch.nn.Linear(1, 1)),
+    "a list": lambda size: saved_bytes([torch.zeros(size)]),
+    "a key of tuples": lambda size: saved_bytes(
+        torch.zeros(size), pickled=pickle.dumps({nested(tuple): 0}, protocol=2)
+    ),
+    "larger": lambda size: saved_bytes(torch.zeros(size[0] + 1, size[1])),
+    "one number, expanded": lambda size: saved_bytes(torch.zeros(1, 1).expand(size)),
+    "another dtype": lambda size: saved_bytes(torch.zeros(size, dtype=torch.float64)),
+    "no zip file": lambda size: bytes(1000),
+}
+
+
+@pytest.mark.parametrize("kind", CHUNKS)
+def test_chunks_that_train_py_does_not_write(saved: tuple, kind: str) -> None:
+    place, load = saved
+    metadata = index_of(place)
+    name, (chunk,) = chunks_of(metadata)
+    info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+    data, payload = (place / info.relative_path).read_bytes(), CHUNKS[kind](chunk.sizes)
+    info.offset, info.length = len(data), max(len(payload), info.length)
+    rewrite(place, info.relative_path, data + payload.rjust(info.length, b"\0"))
+    rewrite(place, ".metadata", pickle.dumps(metadata))
+    if kind == "honest":
+        assert load(place) == 3
+        assert bool((read_tensor(SafeReader(place), name) == 7).all())
+        return
+    with pytest.raises(UserError, match=f"no chunk of {name}") as refused:
+        load(place)
+    assert "weights_only" not in str(refused.value)
+
+
+def test_a_file_that_is_replaced_to_and_fro(saved: tuple, tmp_path: Path, monkeypatch) -> None:
+    """What is verified must be what is loaded."""
+    place, load = saved
+    bad = tmp_path / "bad"
+    bad.write_bytes((place / "__0_0.distcp").read_bytes())
+    read_chunks, verify = SafeReader.read_data, saver._verify_share
+    loaded = threading.Event()
+
+    def swap() -> None:
+        for one, other in ((place / "__0_0.distcp", tmp_path / "aside"), (bad, place / "__0_0.distcp")):
+            one.rename(other)
+        (tmp_path / "aside").rename(bad)
+
+    def read_the_bad_one(*args):
+        swap()
+        try:
+            return read_chunks(*args)
+        finally:
+            swap()
+            loaded.set()
+
+    def verify_the_good_one(*args):
+        assert loaded.wait(60)
+        return verify(*args)
+
+    monkeypatch.setattr(SafeReader, "read_data", read_the_bad_one)
+    monkeypatch.setattr(saver, "_verify_share", verify_the_good_one)
+    with pytest.raises(CorruptedCheckpoint, match=r"__0_0\.distcp: another process replaced this file"):
+        load(place)
+    assert find_replaced([("a", "x", (1, 2), (3, 4)), ("a", "y", (9, 9), (3, 4))]) == []
 
 
 @pytest.mark.parametrize("name", ["../other", "/dev/zero", ".."])
