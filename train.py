@@ -56,7 +56,7 @@ from training.optimizer import build_optimizer, set_lr
 from training.sample import TextSampler
 from training.step import forward_backward, get_norm_owned_names
 from utils.errors import UserError, run_and_exit
-from utils.logger import log
+from utils.logger import guard_output, log
 
 
 def main(argv: list[str], status: RunStatus) -> None:
@@ -370,6 +370,7 @@ def is_skipped(config: RunConfig, step: int) -> bool:
 
 def run(argv: list[str]) -> None:
     """`main` with every error turned into one line, status.json and an exit code."""
+    guard_output(ends=False)
     rank, local_rank = read_ranks()
     with RunStatus(rank=rank, local_rank=local_rank) as status, translate_worker_death():
         main(argv, status)

@@ -23,6 +23,7 @@ from data.indexed_dataset import index_file, token_file, write_index
 from data.sources import metadata_file
 from utils.errors import UserError
 from utils.files import checksum, is_trusted, open_new, open_regular, replace_synced, sync, write_synced
+from utils.names import redact
 
 SHOWN = 5  # bad records that are shown
 
@@ -175,7 +176,7 @@ class CorpusWriter:
             copy = self.folder / "model"
             write_synced(copy, model.read_bytes())
             os.replace(copy, model_copy(self.prefix, model))
-        replace_synced(metadata_file(self.prefix), json.dumps(metadata, indent=1) + "\n")
+        replace_synced(metadata_file(self.prefix), redact(json.dumps(metadata, indent=1)) + "\n")
         os.replace(tokens, token_file(self.prefix))
         os.replace(index, final)
         sync(self.prefix.parent)

@@ -38,7 +38,7 @@ from data.indexed_dataset import token_dtype
 from data.readers import FORMATS, BadRecord, FileOffset
 from data.sources import TextSource, train_model
 from data.tokenizer import NUM_THREADS, TOKENIZER_TYPES, Tokenizer, TokenizerSpec, resolve_tokenizer_type
-from utils.errors import OneLineParser, UserError
+from utils.errors import OneLineParser, UserError, run_tool
 from utils.files import cache_key, replace_synced
 
 SAVE_EVERY = 5.0  # seconds
@@ -376,4 +376,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(main))

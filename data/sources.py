@@ -25,6 +25,7 @@ from data.readers import BadRecord, Record, decode_text, detect_format, read_rec
 from data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from utils.errors import UserError
 from utils.files import checksum
+from utils.names import redact
 
 STDLIB = "the Python standard library"
 # Tests and vendored trees repeat themselves or are absent from some installations.
@@ -267,7 +268,7 @@ def open_sources(words: Sequence[str] | None, json_key: str, flag: str = "--data
             raise UserError(f"{flag} {path}: give the prefix of both files, {path.with_suffix('')}")
         else:
             content = open_text(part.path, json_key)
-        sources.append(DataSource(part.path, part.weight, content))
+        sources.append(DataSource(redact(part.path), part.weight, content))
     return sources
 
 

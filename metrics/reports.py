@@ -29,6 +29,7 @@ from training.build import RunData
 from training.flops import known_peak_tflops
 from utils.files import replace_synced
 from utils.logger import log
+from utils.names import redact
 
 
 def open_reports(
@@ -51,7 +52,7 @@ def open_reports(
         paths.run_dir.mkdir(parents=True, exist_ok=True)
     if ranks.is_writer and not eval_only:
         status_file.write("running", step=state.first_step)
-        replace_synced(paths.run_dir / "config.json", json.dumps(settings, indent=1, default=str) + "\n")
+        replace_synced(paths.run_dir / "config.json", json.dumps(settings, indent=1) + "\n")
         writers = open_writers(
             paths.tensorboard,
             config.logging.wandb_project,
@@ -97,8 +98,8 @@ def print_end(run: Run, data: RunData, done: int, stop: str, seconds: float) -> 
 def configuration(
     config: RunConfig, argv: Sequence[str], architecture: GPTConfig, *, world_size: int
 ) -> dict[str, Any]:
-    """What config.json holds: every resolved flag, command line, grid, model size, versions, start time."""
-    return {
+    """What config.json holds: resolved flags, command line, grid, model size, versions, start time; no credentials."""
+    settings = {
         "flags": config.flags(),
         "argv": list(argv),
         "layout": {axis: getattr(config.parallel, f"{axis}_size") for axis in AXES},
@@ -108,3 +109,4 @@ def configuration(
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+    return json.loads(redact(json.dumps(settings, default=str)))

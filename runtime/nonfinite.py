@@ -21,6 +21,7 @@ from parallel.grid import Grid, coordinates_of
 from runtime.distributed import broadcast_object
 from utils.files import replace_synced
 from utils.logger import log, one_line
+from utils.names import redact
 
 
 class NonFiniteError(FloatingPointError):
@@ -141,7 +142,7 @@ class NonFiniteGuard:
             record = {"step": step, **self.metadata, "loss": loss, "grad_norm": grad_norm, "ranks": reports}
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                replace_synced(path, json.dumps(record, indent=1) + "\n")
+                replace_synced(path, redact(json.dumps(record, indent=1)) + "\n")
             except OSError as error:
                 return f"{details}; its record could not be written to {path}: {error.strerror or error}"
         return f"{details}; tools/replay.py {path} runs it again"

@@ -20,6 +20,7 @@ from runtime.watchdog import Watchdog
 from utils.errors import CollectiveError, UserError
 from utils.files import replace_synced
 from utils.logger import log_error, one_line
+from utils.names import redact
 
 # Messages of gloo and NCCL if the rank at the other end is gone. Other errors, also of NCCL, are this rank's own.
 PEER_FAILURES = (
@@ -65,7 +66,7 @@ class StatusFile:
             "attempt": self.attempt,
             "lost": lost,
         }
-        replace_synced(self.path, json.dumps(record, indent=1) + "\n")
+        replace_synced(self.path, redact(json.dumps(record, indent=1)) + "\n")
 
     def read(self) -> dict[str, Any]:
         """The record; empty without a readable file."""

@@ -36,7 +36,7 @@ from checkpoint.files import (
 )
 from checkpoint.reader import SafeReader
 from checkpoint.saver import first_cause
-from utils.errors import UserError
+from utils.errors import UserError, run_tool
 from utils.logger import one_line
 
 
@@ -143,4 +143,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    sys.exit(run_tool(main))

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.schema import RunConfig, fields_of_flags, option
 from cp.support import markdown_table
+from utils.errors import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_RESUME = {"model": "no", "fixed": "no", "printed": "yes, printed", "free": "yes"}
@@ -40,10 +41,10 @@ def flags_table() -> str:
 TABLES = {"docs/flags.md": ("flags", flags_table), "docs/context_parallel.md": ("backends", markdown_table)}
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
-    is_check = parser.parse_args().check
+    is_check = parser.parse_args(argv).check
     stale = []
     for file, (name, table) in TABLES.items():
         path = ROOT / file
@@ -61,4 +62,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from utils.logger import guard_output
+
 
 class UserError(ValueError):
     """A flag, a file or a checkpoint that cannot be used as asked.
@@ -43,12 +45,15 @@ def run_tool(main: Callable[[list[str]], int], *, prints: bool = True) -> int:
     Args:
         prints: False on all ranks of a node but one, which raise the same error.
     """
+    guard_output(ends=True)
     try:
         return main(sys.argv[1:])
     except UserError as error:
         if prints:
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
+    finally:
+        sys.stdout.flush()  # now: at exit a reader that has gone would be a traceback
 
 
 def run_and_exit(main: Callable[[list[str]], object]) -> NoReturn:

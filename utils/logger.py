@@ -1,16 +1,84 @@
-"""The run's own log: lines on stdout, errors on stderr. A reader that goes away does not end the run."""
+"""What a process prints: the run's own log, and what keeps stdout and stderr safe for a terminal."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
 import sys
 from contextlib import suppress
 from typing import TextIO
 
+from utils.names import redact
+
+# All but line ends and tabs: a terminal obeys them (colours, titles, the clipboard). Also what reverses the order of
+# letters on a line.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+PROGRESS_BAR = re.compile(r"\r(?:\x1b\[K)?")  # how a bar's text begins
+
+
+class SafeOutput(io.TextIOWrapper):
+    """A stream over another one's buffer.
+
+    Control characters, and characters that the encoding lacks, become escapes; credentials in URLs become `***`. Once
+    the reader has gone, output is discarded.
+
+    Args:
+        code: exit code of the process once the reader has gone; None: the process goes on.
+
+    Raises:
+        SystemExit: the reader has gone, and there is a `code`.
+    """
+
+    def __init__(self, stream: TextIO, code: int | None) -> None:
+        options = {"line_buffering": stream.line_buffering, "write_through": True}
+        super().__init__(stream.buffer, stream.encoding, "backslashreplace", **options)  # type: ignore[arg-type]
+        self.code = code
+
+    def write(self, text: str) -> int:
+        bar = PROGRESS_BAR.match(text)
+        begin = bar[0] if bar else ""
+        shown = CONTROLS.sub(lambda found: ascii(found[0])[1:-1], redact(text[len(begin) :]))
+        with suppress(ValueError):  # closed at exit
+            try:
+                super().write(begin + shown)
+            except OSError:
+                self._discard()
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(ValueError):
+            try:
+                super().flush()
+            except OSError:
+                self._discard()
+
+    def close(self) -> None:
+        """Flush. The buffer is the other stream's."""
+        self.flush()
+
+    def _discard(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())  # also for what is buffered: Python flushes the stream once more at exit
+        os.close(null)
+        if self.code is not None:
+            raise SystemExit(self.code)
+
+
+def guard_output(*, ends: bool) -> None:
+    """Make stdout and stderr `SafeOutput`, once a process.
+
+    Args:
+        ends: whether the process ends, with 141 as by SIGPIPE, when the reader of stdout goes away (`| head`).
+    """
+    if not isinstance(sys.stdout, SafeOutput):
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = SafeOutput(sys.stdout, 141 if ends else None), SafeOutput(sys.stderr, None)
+
 
 class _Handler(logging.StreamHandler):
-    """Writes to sys.stdout or sys.stderr as they are now. After an I/O error (a closed pipe) output is discarded."""
+    """Writes to sys.stdout or sys.stderr as they are now. Output that cannot be written is discarded."""
 
     def __init__(self, stream_name: str, format: str) -> None:
         self.stream_name = stream_name
@@ -26,19 +94,8 @@ class _Handler(logging.StreamHandler):
         """`StreamHandler.__init__` sets its stream; this handler looks it up."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            with suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor
-                _redirect_to_null(self.stream.fileno())
-        elif not isinstance(error, ValueError):  # ValueError: the stream is closed
+        if not isinstance(sys.exc_info()[1], (OSError, ValueError)):  # ValueError: the stream is closed
             super().handleError(record)
-
-
-def _redirect_to_null(descriptor: int) -> None:
-    """Send buffered and later output to /dev/null: Python flushes the stream once more at exit."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, descriptor)
-    os.close(null)
 
 
 def _make_logger(name: str, handler: logging.Handler) -> logging.Logger:

@@ -1,8 +1,24 @@
-"""Short names for paths."""
+"""Names of files for people: short, and without credentials."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+# https://USER@host, scheme://USER:PASSWORD@host (a port is no password), and parameters such as ?token=SECRET.
+CREDENTIALS = re.compile(
+    r"""(?:(?<=https)|(?<=http))://[^/\s"'@]{0,999}@|://[^/\s"'@:]{0,99}:(?!\d+[/"'\s])[^\s"'@]{0,999}@"""
+)
+PARAMETERS = re.compile(
+    r"""([?&][\w.-]{0,50}(?:token|sig|secret|key|passw|credential|auth)[\w.-]{0,50}=)[^&\s"'#]+""", re.IGNORECASE
+)
+
+
+def redact(text: str) -> str:
+    """The text with `***` for user, password and secret parameters of its URLs."""
+    if "://" not in text:
+        return text
+    return PARAMETERS.sub(r"\1***", CREDENTIALS.sub("://***@", text))
 
 
 def distinct_suffixes(paths: Sequence[str]) -> list[str]:
