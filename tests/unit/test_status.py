@@ -14,7 +14,7 @@ from runtime import status as status_module
 from runtime.nonfinite import NonFiniteError
 from runtime.status import RunStatus, StatusFile, is_peer_failure
 from utils.errors import CollectiveError, UserError
-from utils.logger import log
+from utils.logger import guard_output, log
 
 
 def status_in(folder: Path, rank: int = 1, attempt: str = "a") -> RunStatus:
@@ -180,6 +180,8 @@ def test_a_run_outlives_the_reader_of_its_log(monkeypatch) -> None:
     read, write = os.pipe()
     out = os.fdopen(write, "w")
     monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # `guard_output` replaces both
+    guard_output(ends=False)
     os.close(read)
     for _ in range(3):
         log("a line")
