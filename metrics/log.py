@@ -264,11 +264,11 @@ class MetricsLog:
         if sources:
             record["validation"] = {name: {"loss": own, "tokens": count} for name, (own, count) in sources.items()}
         self._write_record(record)
-        values = {"validation/loss": loss, "validation/perplexity": perplexity(loss)}
-        names = distinct_suffixes(list(sources))
-        values |= {f"validation/{name}": own for name, (own, _) in zip(names, sources.values(), strict=True)}
+        values = {"loss": loss, "perplexity": perplexity(loss)}
+        names = distinct_suffixes(list(sources), taken=list(values))
+        values |= {name: own for name, (own, _) in zip(names, sources.values(), strict=True)}
         for writer in self.writers:
-            writer.scalars(values, step)
+            writer.scalars({f"validation/{name}": value for name, value in values.items()}, step)
 
     def close(self) -> None:
         if self.file is not None:

@@ -21,14 +21,17 @@ def redact(text: str) -> str:
     return PARAMETERS.sub(r"\1***", CREDENTIALS.sub("://***@", text))
 
 
-def distinct_suffixes(paths: Sequence[str]) -> list[str]:
+def distinct_suffixes(paths: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
     """The last parts of each path: the smallest number of parts that tells all paths apart.
 
     Equal paths keep all their parts.
+
+    Args:
+        taken: names of other things; a path that is one of them becomes `./path`.
     """
     parts = [path.split("/") for path in paths]
     for count in range(1, max(map(len, parts), default=1)):
         suffixes = ["/".join(each[-count:]) for each in parts]
-        if len(set(suffixes)) == len(suffixes):
+        if len({*suffixes, *taken}) == len(suffixes) + len(taken):
             return suffixes
-    return list(paths)
+    return [f"./{path}" if path in taken else path for path in paths]

@@ -16,5 +16,12 @@ def test_suffixes_are_as_long_as_needed() -> None:
     assert distinct_suffixes(["x"]) == ["x"] and distinct_suffixes([]) == []
 
 
+def test_a_source_has_the_curve_of_nothing_else() -> None:
+    taken = ("loss", "perplexity")
+    assert distinct_suffixes(["a/en", "a/de"], taken) == ["en", "de"]
+    assert distinct_suffixes(["a/loss", "a/web"], taken) == ["a/loss", "a/web"]
+    assert distinct_suffixes(["loss", "web", "perplexity"], taken) == ["./loss", "web", "./perplexity"]
+
+
 def test_equal_paths_keep_all_parts() -> None:
     assert distinct_suffixes(["a/x", "a/x"]) == ["a/x", "a/x"]

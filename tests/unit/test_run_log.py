@@ -261,12 +261,13 @@ def test_tensorboard_gets_every_number(tmp_path: Path, clock: Clock, monkeypatch
     out = log(tmp_path / "m.jsonl", writers=[TensorBoardWriter(tmp_path / "tb", 3)], keep_before=3, train_iters=4)
     clock.now += 1.0
     step(out, 4)
-    out.validation(4, 1.5, 10)
+    out.validation(4, 1.5, 10, {"en/corpus": (1.0, 4), "de/corpus": (1.2, 4), "loss": (1.7, 2)})
     out.close()
     assert calls[0] == ("open", str(tmp_path / "tb"), 4) and calls[-1] == ("close",)  # step 3 was done and stays
     (record, _) = read(tmp_path / "m.jsonl")
     wanted = {(f"train/{k}", v, 4) for k, v in record.items() if k != "step" and v is not None}
-    assert wanted | {("validation/loss", 1.5, 4), ("validation/perplexity", math.exp(1.5), 4)} == set(calls[1:-1])
+    wanted |= {("validation/loss", 1.5, 4), ("validation/perplexity", math.exp(1.5), 4), ("validation/./loss", 1.7, 4)}
+    assert wanted | {("validation/en/corpus", 1.0, 4), ("validation/de/corpus", 1.2, 4)} == set(calls[1:-1])
 
 
 # ---------------------------------------------------------------------------------------------------
