@@ -34,7 +34,7 @@ class SafeOutput(io.TextIOWrapper):
     def __init__(self, stream: TextIO, code: int | None) -> None:
         options = {"line_buffering": stream.line_buffering, "write_through": True}
         super().__init__(stream.buffer, stream.encoding, "backslashreplace", **options)  # type: ignore[arg-type]
-        self.code = code
+        self.code, self.replaced = code, stream  # kept: it closes the buffer when nothing refers to it
 
     def write(self, text: str) -> int:
         bar = PROGRESS_BAR.match(text)

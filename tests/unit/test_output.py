@@ -28,11 +28,11 @@ ENTRY_POINTS = [path for path in FILES if "__main__" in path.read_text()]
 
 def written(*texts: str, encoding: str = "utf-8") -> str:
     """What a stream of this encoding holds after these writes."""
-    place = io.TextIOWrapper(io.BytesIO(), encoding)
-    out = SafeOutput(place, 141)
+    place = io.BytesIO()
+    out = SafeOutput(io.TextIOWrapper(place, encoding), 141)
     for text in texts:
         assert out.write(text) == len(text)
-    return place.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    return place.getvalue().decode(encoding)
 
 
 @pytest.mark.parametrize(
