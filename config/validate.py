@@ -6,6 +6,9 @@ What was chosen for `auto` or an open flag is collected in `chosen`, one text a 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -13,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from config.advice import NPROC, Change, divisors, find_advice, flags_of, multiples, nearest
 from config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -32,7 +36,7 @@ from data.packing import PACKINGS, resolve_packing
 from data.sources import find_tokenizer, open_sources
 from data.tokenizer import load_sentencepiece
 from parallel.stages import check_microbatches, split_layers
-from utils.errors import UserError
+from utils.errors import SizeError, UserError
 
 FP8_UNIT = 16  # sizes of an 8-bit matrix are multiples of this number
 
@@ -50,7 +54,7 @@ def resolve(
     Args:
         local_world_size: ranks on this node.
         cuda_devices: called only if a CUDA device can be meant.
-        resumed: metadata of the checkpoint that the run resumes; its data order must be kept.
+        resumed: metadata of the checkpoint that the run resumes, whose weights and data order are kept.
 
     Returns:
         What was chosen, one text a flag.
@@ -58,30 +62,100 @@ def resolve(
     Raises:
         UserError: the first flag that cannot be used.
     """
-    chosen: list[str] = []
-    resumed = resumed or {}
-    parallel, model, data, training = config.parallel, config.model, config.data, config.training
-    _resolve_device(config, local_world_size, cuda_devices, chosen)
-    _check_bounds(config)
-    _resolve_grid(parallel, world_size, local_world_size, chosen)
-    _resolve_model(model, parallel.tp_size)
-    _resolve_implementation(config, chosen)
-    _resolve_attention(config, chosen)
-    _resolve_packing(data, chosen)
-    _resolve_alignment(data, parallel, chosen, resumed.get("--document-alignment"))
-    _resolve_batch(training, parallel, chosen, resumed.get("--global-batch-size"))
-    _check_stages(config)
-    _resolve_lr_schedule(training)
-    _resolve_data(data, training, chosen)
+    given = copy.deepcopy(config)
+    saved, nodes = resumed or {}, max(1, world_size // local_world_size)
+    count_devices = functools.cache(cuda_devices)
+
+    def attempt(change: Change) -> UserError | None:
+        trial = copy.deepcopy(given)
+        for group, name, _ in fields_of_flags():
+            if name in change:
+                setattr(getattr(trial, group), name, change[name])
+        ranks = change.get(NPROC, local_world_size)
+        try:
+            _resolve_sizes(trial, ranks * nodes, ranks, count_devices, saved)
+        except UserError as error:
+            return error
+        return None
+
+    try:
+        chosen = _resolve_sizes(config, world_size, local_world_size, count_devices, saved)
+    except SizeError as error:
+        advice = find_advice(error, attempt, config=given, ranks=local_world_size, nodes=nodes, is_resumed=bool(saved))
+        kept = " (a resumed run keeps the checkpoint's weights and data order)" if saved else ""
+        raise UserError(f"{error.what}{kept}: {advice}") from None
+    _resolve_lr_schedule(config.training)
+    _resolve_data(config.data, config.training, chosen, is_resumed=bool(saved))
     _resolve_checkpoint(config.checkpoint)
     _check_paths(config)
-    _check_outputs(training, config.checkpoint, config.logging)
+    _check_outputs(config.training, config.checkpoint, config.logging)
     return chosen
 
 
-def nearest_multiple(value: int, unit: int) -> int:
-    """The positive multiple of `unit` that is nearest to `value`."""
-    return unit * max(1, round(value / unit))
+def _resolve_sizes(
+    config: RunConfig,
+    world_size: int,
+    local_world_size: int,
+    cuda_devices: Callable[[], int],
+    saved: Mapping[str, Any],
+) -> list[str]:
+    """The part of `resolve` that reads no file: sizes, choices, and what the checkpoint's metadata `saved` fixes.
+
+    Raises:
+        SizeError: other values may mend the refusal.
+    """
+    chosen: list[str] = []
+    parallel, model, data = config.parallel, config.model, config.data
+    _resolve_device(config, local_world_size, cuda_devices, chosen)
+    _check_bounds(config)
+    if saved:
+        _keep_checkpoint(config, saved, chosen)
+    _resolve_grid(parallel, world_size, local_world_size, chosen)
+    _resolve_model(model, parallel.tp_size, saved.get("model padded_vocab_size"))
+    _resolve_implementation(config, chosen)
+    _resolve_attention(config, chosen)
+    _resolve_packing(data, chosen)
+    _resolve_alignment(data, parallel, chosen)
+    _resolve_batch(config.training, parallel, chosen)
+    _check_stages(config)
+    return chosen
+
+
+def _keep_checkpoint(config: RunConfig, saved: Mapping[str, Any], chosen: list[str]) -> None:
+    """Give open flags the checkpoint's values; refuse other values than the checkpoint's, all at once.
+
+    `--eval-only --valid-data-path` trains nothing, so data flags may differ there.
+    """
+    model, training = config.model, config.training
+    keeps_data = not (training.eval_only and config.data.valid_data_path)
+    differing: dict[str, tuple[Any, Any]] = {}  # field -> (its value, the checkpoint's)
+    for group, name, flag in fields_of_flags():
+        key = {"fixed": option(name), "model": f"model {name}"}.get(flag.on_resume, "")
+        if key not in saved:
+            continue
+        value, kept = getattr(getattr(config, group), name), saved[key]
+        if value in (None, "auto") and kept is not None:
+            setattr(getattr(config, group), name, flag.parse(kept) if flag.parse else kept)
+            chosen.append(f"{option(name)} {kept} (the checkpoint's)")
+        elif flag.on_resume == "fixed" and keeps_data and (flag.text(value) if flag.parse else value) != kept:
+            differing[name] = value, kept
+    if "model vocab_size" in saved:
+        architecture = dataclasses.asdict(model.architecture(saved["model vocab_size"]))
+        for name, value in architecture.items():
+            kept = saved.get(f"model {name}", value)
+            if name == "padded_vocab_size" and kept != value:
+                differing["make_vocab_size_divisible_by"] = model.make_vocab_size_divisible_by, kept
+            elif not name.endswith("_dropout") and kept != value:
+                differing["init_method_std" if name == "init_std" else name] = value, kept
+    dtype = saved.get("weights' dtype", training.parameter_dtype)
+    if dtype != training.parameter_dtype:
+        differing["dtype"] = training.dtype, dtype
+    if differing:
+        what = flags_of({name: value for name, (value, _) in differing.items()})
+        raise SizeError(
+            f"{what}: the checkpoint was made with other values",
+            together={name: kept for name, (_, kept) in differing.items()},
+        )
 
 
 def _is_installed(package: str) -> bool:
@@ -108,11 +182,12 @@ def _resolve_device(
     if parallel.device != "cpu":
         found = cuda_devices()
         if parallel.device == "cuda" and not found:
-            raise UserError("--device cuda: no CUDA device (or a PyTorch without CUDA); use --device cpu")
+            raise SizeError("--device cuda: no CUDA device (or a PyTorch without CUDA)", device=["cpu"])
         if found and local_world_size > found:
-            raise UserError(
-                f"{local_world_size} ranks on this node but {found} CUDA devices: use --nproc-per-node {found} or "
-                "--device cpu"
+            raise SizeError(
+                f"{local_world_size} ranks on this node but {found} CUDA devices",
+                nproc_per_node=range(found, 0, -1),
+                device=["cpu"],
             )
         if parallel.device == "auto":
             parallel.device = "cuda" if found else "cpu"
@@ -145,31 +220,22 @@ def _resolve_shards(parallel: ParallelConfig, world_size: int, local_world_size:
     others = parallel.pp_size * parallel.dp_replicate_size * parallel.cp_size * parallel.tp_size
     if parallel.dp_shard_size == -1:
         if world_size % others:
-            advice = _launch_advice(others * max(1, round(world_size / others)), world_size, local_world_size)
-            raise UserError(f"{world_size} ranks do not divide by pp * dp_replicate * cp * tp = {others}: {advice}")
+            raise SizeError(
+                f"{world_size} ranks do not divide by pp * dp_replicate * cp * tp = {others}",
+                nproc_per_node=nearest(range(1, local_world_size + others + 1), local_world_size),
+            )
         parallel.dp_shard_size = world_size // others
         chosen.append(f"--dp-shard-size {parallel.dp_shard_size}")
     if parallel.dp_shard_size < 1:
-        raise UserError(
-            f"--dp-shard-size {parallel.dp_shard_size}: must be at least 1, or -1 for all ranks that are left"
-        )
+        raise SizeError(f"--dp-shard-size {parallel.dp_shard_size}: must be at least 1, or -1", dp_shard_size=[-1])
     if parallel.world_size != world_size:
-        raise UserError(
+        raise SizeError(
             f"the sizes ask for {parallel.world_size} ranks (pp {parallel.pp_size} * dp_replicate "
             f"{parallel.dp_replicate_size} * dp_shard {parallel.dp_shard_size} * cp {parallel.cp_size} * tp "
-            f"{parallel.tp_size}) but there are {world_size}: "
-            f"{_launch_advice(parallel.world_size, world_size, local_world_size)}"
+            f"{parallel.tp_size}) but there are {world_size}",
+            nproc_per_node=[-(-parallel.world_size * local_world_size // world_size)],
+            dp_shard_size=[-1],
         )
-
-
-def _launch_advice(ranks: int, world_size: int, local_world_size: int) -> str:
-    """How to start this number of ranks instead."""
-    nodes = max(1, world_size // local_world_size)
-    if nodes == 1:
-        return f"use --nproc-per-node {ranks}"
-    if ranks % nodes == 0:
-        return f"use --nproc-per-node {ranks // nodes} on each of the {nodes} nodes"
-    return f"start {ranks} ranks in all (there are {nodes} nodes of {local_world_size})"
 
 
 def _check_stages(config: RunConfig) -> None:
@@ -180,11 +246,17 @@ def _check_stages(config: RunConfig) -> None:
         first=parallel.first_stage_layers,
         last=parallel.last_stage_layers,
     )
-    check_microbatches(parallel.pp_schedule, config.num_microbatches, parallel.pp_size, parallel.virtual_stages)
+    check_microbatches(
+        parallel.pp_schedule,
+        config.num_microbatches,
+        parallel.pp_size,
+        parallel.virtual_stages,
+        samples=config.training.micro_batch_size * parallel.dp_size,
+    )
     if parallel.pp_size > 1 and config.data.pad_rows == "dynamic":
-        raise UserError(
-            f"--pad-rows dynamic needs --pp-size 1, not {parallel.pp_size}: pipeline stages exchange tensors of one "
-            "shape; use full"
+        raise SizeError(
+            f"--pad-rows dynamic needs --pp-size 1, not {parallel.pp_size}, whose stages exchange tensors of one shape",
+            pad_rows=["full"],
         )
 
 
@@ -192,38 +264,40 @@ def _check_stages(config: RunConfig) -> None:
 # Model
 
 
-def _resolve_model(model: ModelConfig, tp_size: int) -> None:
+def _resolve_model(model: ModelConfig, tp_size: int, saved_vocab_size: int | None) -> None:
+    """Args: saved_vocab_size: padded vocabulary of the resumed checkpoint, which other multiples may give too."""
     heads, groups = model.num_attention_heads, model.num_query_groups
     if heads % groups:
-        nearest = min((g for g in range(1, heads + 1) if heads % g == 0), key=lambda g: abs(g - groups))
-        raise UserError(
-            f"--num-attention-heads {heads} does not divide by --num-query-groups {groups}: nearest legal value "
-            f"{nearest}"
+        raise SizeError(
+            f"--num-attention-heads {heads} does not divide by --num-query-groups {groups}",
+            num_query_groups=nearest(divisors(heads), groups),
         )
+    even = multiples(model.hidden_size, 2 * heads)  # heads have an even number of channels
     if model.kv_channels is None:
         if model.hidden_size % heads:
-            nearest = nearest_multiple(model.hidden_size, 2 * heads)  # heads have an even number of channels
-            raise UserError(
-                f"--hidden-size {model.hidden_size} does not divide by --num-attention-heads {heads}: use {nearest}, "
-                "or give --kv-channels"
+            raise SizeError(
+                f"--hidden-size {model.hidden_size} does not divide by --num-attention-heads {heads}",
+                hidden_size=even,
+                kv_channels=multiples(model.hidden_size // heads, 2),
             )
         model.kv_channels = model.hidden_size // heads
     if model.kv_channels % 2:
-        raise UserError(
-            f"--kv-channels {model.kv_channels}: rotary positions need an even number, such as {model.kv_channels + 1}"
+        raise SizeError(
+            f"--kv-channels {model.kv_channels}: rotary positions need an even number",
+            kv_channels=multiples(model.kv_channels, 2),
         )
     if model.ffn_hidden_size is None:
         unit = math.lcm(16, tp_size)
         model.ffn_hidden_size = -(-model.hidden_size * 8 // 3 // unit) * unit
     if groups % tp_size:
-        legal = ", ".join(str(t) for t in range(1, groups + 1) if groups % t == 0)
-        raise UserError(f"--tp-size {tp_size} does not divide --num-query-groups {groups}: choose from {legal}")
+        raise SizeError(f"--tp-size {tp_size} does not divide --num-query-groups {groups}", tp_size=divisors(groups))
     for name in ("ffn_hidden_size", "make_vocab_size_divisible_by"):
         value = getattr(model, name)
         if value % tp_size:
-            nearest = nearest_multiple(value, tp_size)
-            raise UserError(
-                f"{option(name)} {value} does not divide by --tp-size {tp_size}: nearest legal value {nearest}"
+            saved = [saved_vocab_size] if saved_vocab_size and name == "make_vocab_size_divisible_by" else []
+            raise SizeError(
+                f"{option(name)} {value} does not divide by --tp-size {tp_size}",
+                **{name: [*multiples(value, tp_size), *saved]},
             )
 
 
@@ -240,16 +314,17 @@ def _resolve_implementation(config: RunConfig, chosen: list[str]) -> None:
         chosen.append(f"--transformer-impl {model.transformer_impl}")
     if model.transformer_impl == "te":
         if device != "cuda":
-            raise UserError(
-                f"--transformer-impl te runs on --device cuda, not on {device}: use --transformer-impl torch"
-            )
+            what = f"--transformer-impl te runs on --device cuda, not on {device}"
+            raise SizeError(what, transformer_impl=["torch"])
         if dtype != "bf16":
-            raise UserError(f"--transformer-impl te takes --dtype bf16, not {dtype}: use --transformer-impl torch")
+            what = f"--transformer-impl te takes --dtype bf16, not {dtype}"
+            raise SizeError(what, transformer_impl=["torch"], dtype=["bf16"])
         _check_te_is_installed("--transformer-impl te", "--transformer-impl torch")
         if model.compile:
-            raise UserError("--compile is for --transformer-impl torch, not for te, whose kernels are fused already")
+            what = "--compile is for --transformer-impl torch, not for te, whose kernels are fused already"
+            raise SizeError(what, compile=[False], transformer_impl=["torch"])
     if model.fp8_first_last_bf16 and model.fp8 == "none":
-        raise UserError("--fp8-first-last-bf16 needs --fp8 delayed, current or block")
+        raise SizeError("--fp8-first-last-bf16 needs --fp8", fp8=["delayed", "current", "block"])
     if model.fp8 != "none":
         _check_fp8(config)
 
@@ -258,33 +333,46 @@ def _check_fp8(config: RunConfig) -> None:
     model, training, parallel = config.model, config.training, config.parallel
     fp8 = f"--fp8 {model.fp8}"
     if model.transformer_impl != "te":
-        raise UserError(
-            f"{fp8} needs --transformer-impl te (CUDA, bf16, Transformer Engine), not {model.transformer_impl}"
+        raise SizeError(
+            f"{fp8} needs --transformer-impl te (CUDA, bf16, Transformer Engine), not {model.transformer_impl}",
+            transformer_impl=["te"],
+            fp8=["none"],
         )
     if model.fp8 == "delayed" and training.recompute != "none":
-        raise UserError(
-            f"{fp8} cannot go with --recompute {training.recompute}: use --fp8 current, or --recompute none"
-        )
+        what = f"{fp8} cannot go with --recompute {training.recompute}"
+        raise SizeError(what, fp8=["current"], recompute=["none"])
     if config.data.pad_rows == "dynamic":
-        raise UserError(
-            f"{fp8} needs rows of a multiple of {FP8_UNIT} tokens on each rank, not --pad-rows dynamic: use full"
-        )
+        what = f"{fp8} needs rows of a multiple of {FP8_UNIT} tokens on each rank, not --pad-rows dynamic"
+        raise SizeError(what, pad_rows=["full"])
     tp = parallel.tp_size
     query = model.num_attention_heads * model.kv_channels
     key_value = 2 * model.num_query_groups * model.kv_channels
     tokens = training.micro_batch_size * config.data.seq_length
-    sizes = {
-        f"--hidden-size {model.hidden_size}": model.hidden_size,
-        f"--ffn-hidden-size {model.ffn_hidden_size} / --tp-size {tp}": model.ffn_hidden_size // tp,
-        f"query channels / --tp-size {tp}": query // tp,
-        f"query, key and value channels / --tp-size {tp}": (query + key_value) // tp,
-        f"--micro-batch-size {training.micro_batch_size} * --seq-length {config.data.seq_length} / (cp "
-        f"{parallel.cp_size} * tp {tp})": tokens // (parallel.cp_size * tp),
-    }
-    for what, size in sizes.items():
+    unit = parallel.cp_size * tp
+    channels = multiples(model.kv_channels, FP8_UNIT)
+    sizes: list[tuple[str, int, dict[str, list[int]]]] = [
+        (
+            f"--hidden-size {model.hidden_size}",
+            model.hidden_size,
+            {"hidden_size": multiples(model.hidden_size, math.lcm(FP8_UNIT, 2 * model.num_attention_heads))},
+        ),
+        (
+            f"--ffn-hidden-size {model.ffn_hidden_size} / --tp-size {tp}",
+            model.ffn_hidden_size // tp,
+            {"ffn_hidden_size": multiples(model.ffn_hidden_size, FP8_UNIT * tp)},
+        ),
+        (f"query channels / --tp-size {tp}", query // tp, {"kv_channels": channels}),
+        (f"query, key and value channels / --tp-size {tp}", (query + key_value) // tp, {"kv_channels": channels}),
+        (
+            f"--micro-batch-size {training.micro_batch_size} * --seq-length {config.data.seq_length} / (cp "
+            f"{parallel.cp_size} * tp {tp})",
+            tokens // unit,
+            {"seq_length": multiples(config.data.seq_length, FP8_UNIT * unit)},
+        ),
+    ]
+    for what, size, options in sizes:
         if size % FP8_UNIT:
-            nearest = nearest_multiple(size, FP8_UNIT)
-            raise UserError(f"{fp8}: {what} = {size} is not a multiple of {FP8_UNIT}: nearest {nearest}")
+            raise SizeError(f"{fp8}: {what} = {size} is not a multiple of {FP8_UNIT}", **options)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -347,67 +435,47 @@ def _resolve_packing(data: DataConfig, chosen: list[str]) -> None:
         chosen.append(f"--packing {data.packing}")
     legal = PACKINGS[data.qkv_format]
     if data.packing not in legal:
-        raise UserError(
-            f"--packing {data.packing} is not offered for --qkv-format {data.qkv_format}: use {' or '.join(legal)}"
-        )
+        what = f"--packing {data.packing} is not offered for --qkv-format {data.qkv_format}"
+        raise SizeError(what, packing=legal)
     if data.packing_window is not None and data.packing != "best-fit":
-        raise UserError(
-            f"--packing-window {data.packing_window} is for --packing best-fit, not for {data.packing}, which needs "
-            "none"
-        )
+        what = f"--packing-window {data.packing_window} is for --packing best-fit, not for {data.packing}"
+        raise SizeError(what, packing=["best-fit"])
 
 
-def _resolve_alignment(data: DataConfig, parallel: ParallelConfig, chosen: list[str], resumed: int | None) -> None:
-    """Args: resumed: --document-alignment of the resumed checkpoint, whose packing must be kept."""
+def _resolve_alignment(data: DataConfig, parallel: ParallelConfig, chosen: list[str]) -> None:
     smallest = document_unit(parallel.cp_layout, parallel.cp_size)
-    if data.document_alignment is None and resumed is not None:
-        if resumed % smallest:
-            raise UserError(
-                f"--cp-size {parallel.cp_size}: layout {parallel.cp_layout} needs documents aligned to a multiple of "
-                f"{smallest}, but the checkpoint's data were packed with --document-alignment {resumed}: use a "
-                f"--cp-size whose alignment divides {resumed}, or --cp-comm-type all_gather --cp-layout contiguous, or "
-                "start a new run from its weights with --load-weights-only"
-            )
-        data.document_alignment = resumed
-        chosen.append(f"--document-alignment {resumed} (the checkpoint's)")
     if data.document_alignment is None:
         # With one cp rank too, so that samples do not depend on it more than needed.
         data.document_alignment = 2 if parallel.cp_layout == "zigzag" and parallel.cp_size == 1 else smallest
         chosen.append(f"--document-alignment {data.document_alignment}")
     if data.document_alignment % smallest:
-        nearest = nearest_multiple(data.document_alignment, smallest)
-        raise UserError(
+        raise SizeError(
             f"--document-alignment {data.document_alignment} is not a multiple of {smallest}, which layout "
-            f"{parallel.cp_layout} over {parallel.cp_size} cp ranks needs: nearest legal value {nearest}"
+            f"{parallel.cp_layout} over --cp-size {parallel.cp_size} needs",
+            document_alignment=multiples(data.document_alignment, smallest),
         )
     ranks = parallel.cp_size * parallel.tp_size
-    nearest = nearest_multiple(data.seq_length, math.lcm(data.document_alignment, ranks))
+    legal = multiples(data.seq_length, math.lcm(data.document_alignment, ranks))
     for unit, name in ((data.document_alignment, "--document-alignment"), (ranks, "cp * tp =")):
         if data.seq_length % unit:
-            raise UserError(
-                f"--seq-length {data.seq_length} is not a multiple of {name} {unit}: nearest legal value {nearest}"
-            )
+            raise SizeError(f"--seq-length {data.seq_length} is not a multiple of {name} {unit}", seq_length=legal)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Training
 
 
-def _resolve_batch(training: TrainingConfig, parallel: ParallelConfig, chosen: list[str], resumed: int | None) -> None:
-    """Args: resumed: --global-batch-size of the resumed checkpoint, which must be kept."""
+def _resolve_batch(training: TrainingConfig, parallel: ParallelConfig, chosen: list[str]) -> None:
     unit = training.micro_batch_size * parallel.dp_size
-    if training.global_batch_size is None and resumed is not None:
-        training.global_batch_size = resumed
-        chosen.append(f"--global-batch-size {resumed} (the checkpoint's)")
     if training.global_batch_size is None:
         training.global_batch_size = unit * parallel.pp_size  # the fewest that every schedule takes
         chosen.append(f"--global-batch-size {training.global_batch_size}")
     if training.global_batch_size % unit:
-        nearest = nearest_multiple(training.global_batch_size, unit)
-        raise UserError(
+        raise SizeError(
             f"--global-batch-size {training.global_batch_size} does not divide by micro batch "
             f"{training.micro_batch_size} * dp_replicate {parallel.dp_replicate_size} * dp_shard "
-            f"{parallel.dp_shard_size} = {unit}: nearest legal value {nearest}"
+            f"{parallel.dp_shard_size} = {unit}",
+            global_batch_size=multiples(training.global_batch_size, unit),
         )
 
 
@@ -422,7 +490,7 @@ def _resolve_lr_schedule(training: TrainingConfig) -> None:
     if has_decay_end and decays and training.lr_warmup_iters >= training.lr_decay_iters:
         raise UserError(
             f"--lr-warmup-iters {training.lr_warmup_iters} leaves nothing of --lr-decay-iters "
-            f"{training.lr_decay_iters}: use at most {training.lr_decay_iters - 1}"
+            f"{training.lr_decay_iters}: use --lr-warmup-iters {training.lr_decay_iters - 1}"
         )
     if training.lr_wsd_decay_iters is None:
         training.lr_wsd_decay_iters = max(1, training.lr_decay_iters // 10)
@@ -437,16 +505,19 @@ def _resolve_lr_schedule(training: TrainingConfig) -> None:
         )
 
 
-def _resolve_data(data: DataConfig, training: TrainingConfig, chosen: list[str]) -> None:
-    if data.valid_data_path and data.data_split is not None and any(data.data_split[1:]):
+def _resolve_data(data: DataConfig, training: TrainingConfig, chosen: list[str], *, is_resumed: bool) -> None:
+    if training.eval_only and data.data_path is None:
+        data.data_path = data.valid_data_path  # nothing is trained
+    if not is_resumed and data.valid_data_path and data.data_split is not None and any(data.data_split[1:]):
         raise UserError(
             f"--data-split {format_split(data.data_split)} and --valid-data-path: give one; both name validation data"
         )
     if data.data_split is None:
         data.data_split = (1.0, 0.0, 0.0) if data.valid_data_path else (95.0, 5.0, 0.0)
     if not data.data_split[1] and training.eval_interval and not data.valid_data_path:
+        way = "give --valid-data-path" if is_resumed else "give VALID a weight"
         raise UserError(
-            f"--data-split {format_split(data.data_split)} leaves nothing to validate on: give VALID a weight or use "
+            f"--data-split {format_split(data.data_split)} leaves nothing to validate on: {way} or use "
             "--eval-interval 0"
         )
     if data.valid_data_path and not training.eval_interval:
@@ -483,11 +554,6 @@ def _resolve_checkpoint(checkpoint: CheckpointConfig) -> None:
         raise UserError("--load-weights-only needs --load, which names the checkpoint")
     if checkpoint.load_fallback and not (checkpoint.load or checkpoint.resume):
         raise UserError("--load-fallback needs --load or --resume")
-    if checkpoint.resume and checkpoint.load and not checkpoint.load_weights_only:
-        raise UserError(
-            "--resume and --load: give one (--resume looks under --save, --load names a checkpoint), or add "
-            "--load-weights-only, for a run that takes weights at its first start and resumes its own checkpoints after"
-        )
     if checkpoint.resume and not (checkpoint.save or checkpoint.run_dir):
         raise UserError(
             "--resume needs --save or --run-dir: without one every start has a new folder and nothing to resume"

@@ -8,13 +8,13 @@ the tests' matrix are made from the entries; no other file lists a backend's nam
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import SizeError, UserError
 
 QKV_FORMATS = ("thd", "bshd")
 DTYPES = ("bf16", "fp32", "fp64")
@@ -149,13 +149,18 @@ class AttentionChoice:
 
 def _check_offered(flag: str, value: str, legal: Sequence[str], by: str) -> None:
     if value not in legal:
-        raise UserError(f"{flag} {value} is not offered by {by}; choose {' or '.join(legal)}")
+        raise _misfit(f"{flag} {value} is not offered by {by}", flag, legal)
 
 
 def _check_divides(flag: str, value: int, total: int, what: str) -> None:
     if total % value:
-        legal = ", ".join(str(divisor) for divisor in range(1, total + 1) if total % divisor == 0)
-        raise UserError(f"{flag} {value} does not divide {what}; choose from {legal}")
+        legal = [divisor for divisor in range(total, 0, -1) if total % divisor == 0]
+        raise _misfit(f"{flag} {value} does not divide {what}", flag, legal)
+
+
+def _misfit(what: str, flag: str, legal: Iterable[int | str]) -> SizeError:
+    """Where none of the legal values fits the run, another backend may."""
+    return SizeError(what, **{flag.removeprefix("--").replace("-", "_"): legal})
 
 
 def choose(request: AttentionRequest) -> AttentionChoice:
@@ -167,28 +172,30 @@ def choose(request: AttentionRequest) -> AttentionChoice:
     backend, method, device = request.backend, request.method, request.device
     entry = next((entry for entry in SUPPORT if (entry.backend, entry.method) == (backend, method)), None)
     if entry is None:
-        offered = f"--cp-backend {backend}; choose from {', '.join(methods(backend))}"
-        raise UserError(f"{METHOD_FLAGS[backend]} {method} is not offered by {offered}")
+        _check_offered(METHOD_FLAGS[backend], method, methods(backend), f"--cp-backend {backend}")
+    assert entry is not None
     asked = entry.flags
     _check_offered("--qkv-format", request.qkv_format, tuple(entry.layouts), asked)
     layouts = entry.layouts[request.qkv_format]
     layout = layouts[0] if request.layout == "auto" else request.layout
     _check_offered("--cp-layout", layout, layouts, f"{asked} with --qkv-format {request.qkv_format}")
     if device not in entry.dtypes:
-        raise UserError(f"{asked} does not run on --device {device}; it runs on {', '.join(entry.dtypes)}")
+        what = f"{asked} runs on --device {' or '.join(entry.dtypes)}, not on {device}"
+        raise SizeError(what, cp_backend=BACKENDS, device=entry.dtypes)
     _check_offered("--dtype", request.dtype, entry.dtypes[device], f"{asked} on {device}")
     min_cp = MIN_CP.get(backend, 1)
     if request.cp_size < min_cp:
-        advice = "use --cp-backend native for one rank"
-        raise UserError(f"{asked} needs --cp-size {min_cp} or more, not {request.cp_size}; {advice}")
+        what = f"{asked} needs --cp-size {min_cp} or more, not {request.cp_size}"
+        raise SizeError(what, cp_backend=["native"], cp_size=[min_cp])
     if request.dropout and device not in DROPOUT_DEVICES.get(backend, ()):
         able = sorted(name for name, devices in DROPOUT_DEVICES.items() if device in devices)
-        others = f"--cp-backend {' or '.join(able)} can" if able else f"none can on {device}"
-        refused = f"{asked} cannot drop attention on {device}"
-        raise UserError(f"--attention-dropout {request.dropout}: {refused}; {others}, or use 0")
+        what = f"--attention-dropout {request.dropout}: {asked} cannot drop attention on {device}"
+        raise SizeError(what, attention_dropout=[0.0], cp_backend=able)
     if device == "cuda" and (request.head_dim % HEAD_DIM_MULTIPLE or request.head_dim > HEAD_DIM_MAX):
-        legal = f"multiples of {HEAD_DIM_MULTIPLE} up to {HEAD_DIM_MAX}"
-        raise UserError(f"--kv-channels {request.head_dim}: {asked} on CUDA takes {legal}")
+        legal = range(HEAD_DIM_MULTIPLE, HEAD_DIM_MAX + 1, HEAD_DIM_MULTIPLE)
+        what = f"--kv-channels {request.head_dim}: {asked} on CUDA takes multiples of {HEAD_DIM_MULTIPLE} up to"
+        nearest = sorted(legal, key=lambda size: abs(size - request.head_dim))
+        raise SizeError(f"{what} {HEAD_DIM_MAX}", kv_channels=nearest)
     kept = {name: getattr(request, name) for name in ("backend", "method", "qkv_format", "cp_size")}
     a2a_size, stride = _resolve_a2a_size(entry, request), _resolve_stride(entry, request)
     return AttentionChoice(layout=layout, a2a_size=a2a_size, heads_k_stride=stride, **kept)
@@ -199,7 +206,9 @@ def _resolve_a2a_size(entry: Support, request: AttentionRequest) -> int:
     if entry.method == "a2a+p2p":
         flag = "--cp-a2a-size"
         if a2a_size is None:
-            raise UserError(f"{entry.flags} needs --cp-a2a-size, a divisor of --cp-size {cp_size}")
+            divisors = [size for size in range(1, cp_size + 1) if cp_size % size == 0]
+            what = f"{entry.flags} needs --cp-a2a-size, a divisor of --cp-size {cp_size}"
+            raise SizeError(what, cp_a2a_size=divisors)
         _check_divides(flag, a2a_size, cp_size, f"--cp-size {cp_size}")
     elif a2a_size is not None:
         raise UserError(f"--cp-a2a-size {a2a_size} belongs to --cp-comm-type a2a+p2p, not to {entry.flags}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils.errors import UserError
+from utils.errors import SizeError, UserError
 
 PP_SCHEDULES = ("1f1b", "gpipe", "interleaved")
 
@@ -27,10 +27,14 @@ def split_layers(num_layers: int, num_stages: int, *, first: int | None = None, 
     free = [stage for stage in range(num_stages) if stage not in counts]
     left = num_layers - sum(counts.values())
     if left < len(free) or (not free and left):
-        raise UserError(
-            f"--num-layers {num_layers} cannot be cut into {num_stages} stages"
-            + (f" of which {counts} hold that many" if counts else "")
-            + f": {left} layers are left for {len(free)} stages"
+        held = "".join(
+            f", --{stage}-stage-layers {n}" for stage, n in (("first", first), ("last", last)) if n is not None
+        )
+        raise SizeError(
+            f"--num-layers {num_layers}{held} cannot be cut into {num_stages} stages: {left} layers are left for "
+            f"{len(free)}",
+            pp_size=range(num_stages, 0, -1),
+            num_layers=[num_layers - left + len(free)],
         )
     for index, stage in enumerate(free):
         counts[stage] = left // len(free) + (index < left % len(free))
@@ -38,28 +42,36 @@ def split_layers(num_layers: int, num_stages: int, *, first: int | None = None, 
     return [range(end - counts[stage], end) for stage, end in enumerate(ends)]
 
 
-def check_microbatches(schedule: str, microbatches: int, pp_size: int, virtual_stages: int) -> None:
+def check_microbatches(schedule: str, microbatches: int, pp_size: int, virtual_stages: int, *, samples: int) -> None:
     """Check that a schedule takes this number of microbatches a step and of stages a rank.
 
+    Args:
+        samples: of the global batch that make one microbatch on every data rank.
+
     Raises:
-        UserError: the schedule does not; names the nearest numbers that it takes.
+        UserError: the schedule does not.
     """
     if pp_size == 1:
         if virtual_stages > 1:
             raise UserError(f"--virtual-stages {virtual_stages} needs --pp-size above 1")
         return
     if (virtual_stages > 1) != (schedule == "interleaved"):
-        raise UserError(
-            f"--pp-schedule {schedule} with --virtual-stages {virtual_stages}: interleaved takes 2 or more, others 1"
+        raise SizeError(
+            f"--pp-schedule {schedule} with --virtual-stages {virtual_stages}: interleaved takes 2 or more, others 1",
+            virtual_stages=(1, 2),
+            pp_schedule=PP_SCHEDULES,
         )
     if microbatches < pp_size:
-        raise UserError(
-            f"--global-batch-size makes {microbatches} microbatches a step, fewer than --pp-size {pp_size}: raise it"
+        raise SizeError(
+            f"--global-batch-size {microbatches * samples} makes {microbatches} microbatches a step, fewer than "
+            f"--pp-size {pp_size}",
+            global_batch_size=[pp_size * samples],
         )
     rounds = microbatches // pp_size
     if schedule == "interleaved" and microbatches % rounds:
         legal = rounds * pp_size
-        raise UserError(
-            f"--pp-schedule {schedule} cannot run {microbatches} microbatches on {pp_size} ranks: "
-            f"make it {legal} or {legal + pp_size}"
+        raise SizeError(
+            f"--pp-schedule {schedule} cannot run {microbatches} microbatches (--global-batch-size "
+            f"{microbatches * samples}) on {pp_size} ranks",
+            global_batch_size=[legal * samples, (legal + pp_size) * samples],
         )

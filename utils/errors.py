@@ -8,10 +8,10 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from utils.logger import guard_output
 
@@ -22,6 +22,25 @@ class UserError(ValueError):
     The message is one line: the flag or file, the numbers that clash, what to do. `train.py` and the tools print it
     without a traceback and exit with code 2. Errors of our own code are never of this type.
     """
+
+
+class SizeError(UserError):
+    """A size, or a choice, that does not fit the others.
+
+    Args:
+        what: the flag and the numbers that clash.
+        options: values that may mend this, by field name, best first. `config.validate.resolve` advises those that
+            every other check accepts.
+        together: values by field name, all of which are needed.
+    """
+
+    def __init__(
+        self, what: str, *, together: Mapping[str, Any] | None = None, **options: Iterable[int | float | str]
+    ) -> None:
+        self.what, self.together = what, dict(together or {})
+        self.options = {name: list(values) for name, values in options.items()}
+        legal = "".join(f"; choose from {', '.join(map(str, values))}" for values in self.options.values())
+        super().__init__(what + legal)
 
 
 class CollectiveError(OSError):

@@ -56,10 +56,10 @@ def test_every_layer_has_one_stage(layers: int, stages: int, first: int | None, 
 
 
 def test_what_schedules_take() -> None:
-    check_microbatches("1f1b", 4, 4, 1)
-    check_microbatches("gpipe", 5, 4, 1)
-    check_microbatches("interleaved", 8, 4, 2)
-    check_microbatches("1f1b", 1, 1, 1)
+    check_microbatches("1f1b", 4, 4, 1, samples=1)
+    check_microbatches("gpipe", 5, 4, 1, samples=1)
+    check_microbatches("interleaved", 8, 4, 2, samples=1)
+    check_microbatches("1f1b", 1, 1, 1, samples=1)
     for wrong in (
         ("1f1b", 3, 4, 1),
         ("1f1b", 4, 2, 2),
@@ -68,7 +68,7 @@ def test_what_schedules_take() -> None:
         ("1f1b", 1, 1, 2),
     ):
         with pytest.raises(ValueError, match="--"):
-            check_microbatches(*wrong)
+            check_microbatches(*wrong, samples=1)
 
 
 @pytest.mark.parametrize("tied", [False, True])
