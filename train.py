@@ -127,9 +127,17 @@ def main(argv: list[str], status: RunStatus) -> None:
     metadata = run_metadata(config, architecture, data.tokenizer, data.train)
     state = TrainState()
     if start is not None:
-        group = ranks.checkpoint_group
-        state = load_start(start, metadata, model, optimizer, ranks.grid, save=paths.checkpoints, group=group)
-    if state.is_resumed:
+        state = load_start(
+            start,
+            metadata,
+            model,
+            optimizer,
+            ranks.grid,
+            save=paths.checkpoints,
+            keeps_data_order=config.keeps_data_order,
+            group=ranks.checkpoint_group,
+        )
+    if state.is_resumed and not config.training.eval_only:
         data.train.load_state_dict(state.data)
     status.step = state.first_step
 

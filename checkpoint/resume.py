@@ -22,12 +22,13 @@ from checkpoint.files import (
 )
 from checkpoint.saver import load_checkpoint
 from config.schema import CheckpointConfig, LoggingConfig, OnResume, RunConfig, option
-from data.dataset import SampleDataset
+from data.dataset import BlendedDataset, SampleDataset
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig
 from parallel.grid import Grid
 from utils.errors import UserError
 
+DOCUMENTS, SOURCES = "training documents", "data sources"  # metadata: one hash; name, hash and share of each source
 KEPT: tuple[OnResume, ...] = ("fixed", "printed")  # flags that a checkpoint stores
 # Metadata that may differ when a run is resumed; the banner prints each difference.
 FREE_ON_RESUME = tuple(option(name) for name in RunConfig().flags("printed"))
@@ -82,6 +83,8 @@ class TrainState:
 def find_start(config: CheckpointConfig, logging: LoggingConfig) -> LoadPlan | None:
     """Return the checkpoint that `--resume` and `--load` name; None: a fresh run.
 
+    With both, the run's own newest checkpoint comes first: a requeued job repeats the command of its first start.
+
     Raises:
         UserError: no checkpoint there, a corrupted one, or checkpoints or metrics of another run in the way.
     """
@@ -101,10 +104,8 @@ def find_start(config: CheckpointConfig, logging: LoggingConfig) -> LoadPlan | N
     metrics_file = logging.metrics_file or (config.run_dir and f"{config.run_dir}/metrics.jsonl")
     is_new = not resumed and not config.resume and metrics_file not in (None, "none")
     if is_new and metrics_file and Path(metrics_file).exists() and Path(metrics_file).stat().st_size:
-        raise UserError(
-            f"--metrics-file {metrics_file} is another run's: resume that run with --resume, or choose another file "
-            "or --run-dir"
-        )
+        way = "resume that run with --resume, or " if config.save or config.run_dir else ""
+        raise UserError(f"--metrics-file {metrics_file} is another run's: {way}choose another file or --run-dir")
     return plan
 
 
@@ -131,7 +132,7 @@ def _hint_fallback(older: Collection[Path], fallback: bool) -> str:
 
 
 def run_metadata(
-    config: RunConfig, architecture: GPTConfig, tokenizer: Tokenizer, sequences: SampleDataset
+    config: RunConfig, architecture: GPTConfig, tokenizer: Tokenizer, samples: SampleDataset
 ) -> dict[str, Any]:
     """Return what a resumed run must share with the run that wrote its checkpoint."""
     metadata = {option(name): value for kind in KEPT for name, value in config.flags(kind).items()}
@@ -139,7 +140,33 @@ def run_metadata(
         f"model {name}": value for name, value in asdict(architecture).items() if not name.endswith("_dropout")
     }
     metadata["weights' dtype"] = config.training.parameter_dtype
-    return metadata | {"tokenizer": tokenizer.fingerprint, "training documents": sequences.fingerprint()}
+    metadata |= {"tokenizer": tokenizer.fingerprint, DOCUMENTS: samples.fingerprint()}
+    if isinstance(samples, BlendedDataset):
+        sources, weights = samples.sources, samples.blend.weights
+    else:
+        sources, weights = [samples], [1]
+    rows = [[s.name, s.fingerprint(), w / sum(weights)] for s, w in zip(sources, weights, strict=True)]
+    return metadata | {SOURCES: rows}
+
+
+def describe_data_change(saved: list[list] | None, wanted: list[list]) -> str:
+    """Which source of the data is another one.
+
+    Args:
+        saved, wanted: [name, fingerprint, share] of each source; None: of an old checkpoint.
+    """
+    if saved is None:
+        return "the documents are others; the checkpoint is too old to say of which source"
+    before, now = ({name: facts for name, *facts in sources} for sources in (saved, wanted))
+    changes = []
+    for name in before | now:
+        if name not in before or name not in now:
+            changes.append(f"{name} is {'new' if name in now else 'missing'}")
+        elif before[name][0] != now[name][0]:
+            changes.append(f"the documents of {name} are others")
+        elif before[name][1] != now[name][1]:
+            changes.append(f"{now[name][1]:.4%} of samples from {name}, in the checkpoint {before[name][1]:.4%}")
+    return "; ".join(changes) or f"the sources stand in another order; the checkpoint's is {', '.join(before)}"
 
 
 def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], free: Collection[str], checkpoint: Path) -> list[str]:
@@ -157,9 +184,17 @@ def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], free: Collecti
     """
     changed = []
     for name, value in wanted.items():
-        if name in saved and saved[name] == value:
+        if name == SOURCES or (name in saved and saved[name] == value):
             continue
-        if name in free:
+        if name == DOCUMENTS and name in saved:
+            why = f"--data-path: {describe_data_change(saved.get(SOURCES), wanted[SOURCES])}"
+            if name not in free:
+                raise UserError(
+                    f"{why}; a resumed run reads the data of its checkpoint {checkpoint}: give those, or start a new "
+                    "run from its weights with --load-weights-only"
+                )
+            changed.append(why)
+        elif name in free:
             changed.append(f"{name} {value} (the checkpoint: {saved.get(name, 'unknown')})")
         elif name in saved:
             raise UserError(f"{name} {value}: the checkpoint {checkpoint} was made with {saved[name]}")
@@ -176,6 +211,7 @@ def load_start(
     grid: Grid,
     *,
     save: Path,
+    keeps_data_order: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> TrainState:
     """Load the checkpoint that `find_start` found, in place. Collective.
@@ -183,12 +219,15 @@ def load_start(
     Args:
         wanted: metadata of this run, from `run_metadata`.
         save: folder where the run saves; a corrupted checkpoint there is quarantined.
+        keeps_data_order: refuse other data than the checkpoint's.
         group: as `load_checkpoint`'s.
 
     Raises:
         UserError: another model or other data; or a corrupted checkpoint, without `--load-fallback` or an older one.
     """
     free: Collection[str] = FREE_ON_RESUME
+    if not keeps_data_order:
+        free = {*FREE_ON_RESUME, *(option(name) for name in RunConfig().flags("fixed")), DOCUMENTS}
     if plan.weights_only:
         of_model = {name for name in wanted if name.startswith("model ") or name == "tokenizer"}
         free = (wanted.keys() - of_model).union(FREE_FOR_WEIGHTS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from config.schema import RunConfig, option
@@ -69,20 +69,18 @@ def find_advice(
         searches.append([*_changes_of_one(_layout_options(config, ranks, nodes)), [CONTIGUOUS]])
         searches.append([_other_layouts(config, ranks, nodes)])
     for search in searches:
-        tried = (({**together, **change} for change in changes) for changes in search)
+        tried: Iterator[Iterator[Change]] = (({**together, **change} for change in changes) for changes in search)
         accepted = ((change for change in changes if attempt(change) is None) for changes in tried)
         found = [kept for changes in accepted if (kept := list(itertools.islice(changes, SHOWN)))]
         if found:
             return _advise(found, nodes)
     repairs = (_repair(error, {}, attempt, depth) for depth in range(2, MAX_REPAIRS + 1))
-    repair = next(filter(None, repairs), None)
+    repair = next(filter(None, repairs), {})
     return _advise([[repair]], nodes) if repair else "no near value mends this"
 
 
-def _repair(
-    error: SizeError, change: Change, attempt: Callable[[Change], UserError | None], depth: int
-) -> Change | None:
-    """A change of up to `depth` flags: each flag mends the refusal that the one before leads to."""
+def _repair(error: SizeError, change: Change, attempt: Callable[[Change], UserError | None], depth: int) -> Change:
+    """A change of up to `depth` flags: each flag mends the refusal that the one before leads to. Empty: none found."""
     for name, values in error.options.items():
         for value in values[:SHOWN] if name not in change else []:
             changed = {**change, name: value}
@@ -93,7 +91,7 @@ def _repair(
                 repaired = _repair(refusal, changed, attempt, depth - 1)
                 if repaired:
                     return repaired
-    return None
+    return {}
 
 
 def _advise(found: list[list[Change]], nodes: int) -> str:

@@ -423,11 +423,13 @@ class CheckpointConfig:
     save_final: bool = flag(None, "save after the last step; default: on, unless --save-interval is 0")
     async_save: bool = flag(False, "write checkpoints in the background, from a copy in host memory")
     keep_checkpoints: int = flag(0, "newest checkpoints that are kept; 0: all", NOT_NEGATIVE, metavar="N")
-    load: str | None = flag(None, "checkpoint, or folder of checkpoints, to start from; default: none")
+    load: str | None = flag(
+        None,
+        "checkpoint, or folder of checkpoints, to start from; with --resume only while --save holds none; default: none",
+    )
     resume: bool = flag(
         False,
-        "continue from the newest checkpoint under --save; without one start fresh (or as --load --load-weights-only "
-        "says)",
+        "continue from the newest checkpoint under --save; without one start from --load, or fresh",
     )
     load_weights_only: bool = flag(
         False,
@@ -484,6 +486,11 @@ class RunConfig:
         return count_microbatches(
             self.training.global_batch_size, self.training.micro_batch_size, self.parallel.dp_size
         )
+
+    @property
+    def keeps_data_order(self) -> bool:
+        """Whether a loaded checkpoint's data must be this run's: `--eval-only --valid-data-path` trains on none."""
+        return not (self.training.eval_only and self.data.valid_data_path)
 
     def flags(self, on_resume: OnResume | None = None) -> dict[str, Any]:
         """Values by field name as JSON has them; parsed values as the text of the command line.

@@ -127,7 +127,6 @@ def _keep_checkpoint(config: RunConfig, saved: Mapping[str, Any], chosen: list[s
     `--eval-only --valid-data-path` trains nothing, so data flags may differ there.
     """
     model, training = config.model, config.training
-    keeps_data = not (training.eval_only and config.data.valid_data_path)
     differing: dict[str, tuple[Any, Any]] = {}  # field -> (its value, the checkpoint's)
     for group, name, flag in fields_of_flags():
         key = {"fixed": option(name), "model": f"model {name}"}.get(flag.on_resume, "")
@@ -137,7 +136,11 @@ def _keep_checkpoint(config: RunConfig, saved: Mapping[str, Any], chosen: list[s
         if value in (None, "auto") and kept is not None:
             setattr(getattr(config, group), name, flag.parse(kept) if flag.parse else kept)
             chosen.append(f"{option(name)} {kept} (the checkpoint's)")
-        elif flag.on_resume == "fixed" and keeps_data and (flag.text(value) if flag.parse else value) != kept:
+        elif (
+            flag.on_resume == "fixed"
+            and config.keeps_data_order
+            and (flag.text(value) if flag.parse else value) != kept
+        ):
             differing[name] = value, kept
     if "model vocab_size" in saved:
         architecture = dataclasses.asdict(model.architecture(saved["model vocab_size"]))
@@ -152,10 +155,9 @@ def _keep_checkpoint(config: RunConfig, saved: Mapping[str, Any], chosen: list[s
         differing["dtype"] = training.dtype, dtype
     if differing:
         what = flags_of({name: value for name, (value, _) in differing.items()})
-        raise SizeError(
-            f"{what}: the checkpoint was made with other values",
-            together={name: kept for name, (_, kept) in differing.items()},
-        )
+        error = SizeError(f"{what}: the checkpoint was made with other values")
+        error.together = {name: kept for name, (_, kept) in differing.items()}
+        raise error
 
 
 def _is_installed(package: str) -> bool:

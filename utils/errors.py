@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,14 +31,14 @@ class SizeError(UserError):
         what: the flag and the numbers that clash.
         options: values that may mend this, by field name, best first. `config.validate.resolve` advises those that
             every other check accepts.
+
+    Attributes:
         together: values by field name, all of which are needed.
     """
 
-    def __init__(
-        self, what: str, *, together: Mapping[str, Any] | None = None, **options: Iterable[int | float | str]
-    ) -> None:
-        self.what, self.together = what, dict(together or {})
-        self.options = {name: list(values) for name, values in options.items()}
+    def __init__(self, what: str, **options: Iterable[int | float | str]) -> None:
+        self.what, self.options = what, {name: list(values) for name, values in options.items()}
+        self.together: dict[str, Any] = {}
         legal = "".join(f"; choose from {', '.join(map(str, values))}" for values in self.options.values())
         super().__init__(what + legal)
 

@@ -306,7 +306,7 @@ def test_load_starts_from_a_named_checkpoint_and_refuses_another_model(base, tmp
     loaded = train(0, tmp_path / "loaded", *flags, "--load", start)
     assert [(r["step"], r["loss"]) for r in loaded] == [(r["step"], r["loss"]) for r in whole[2:]]
     for flag, name in (
-        ("--hidden-size 64", "hidden_size"),
+        ("--hidden-size 64", "use --hidden-size 32"),
         ("--seed 5", "--seed"),
         ("--seq-length 512", "--seq-length"),
     ):
@@ -446,7 +446,9 @@ def test_data_order_is_the_list_checkpoints(base, tmp_path: Path) -> None:
     assert one["loss"] == pytest.approx(first[1]["loss"], rel=1e-9)
     result = run_train(4, *plain, "--cp-size", "4", "--load", start, "--run-dir", str(tmp_path / "four"))
     assert (
-        result.returncode != 0 and "--document-alignment 4" in result.stderr and "--load-weights-only" in result.stderr
+        result.returncode != 0
+        and "--document-alignment 4" in result.stderr
+        and "--cp-layout contiguous" in result.stderr
     ), result.stderr
 
 
@@ -505,7 +507,7 @@ def test_what_may_change_on_the_way_is_told(base, tmp_path: Path) -> None:
     )
     assert result.returncode == 0 and "--lr 0.02 (the checkpoint: 0.01)" in result.stdout, result.stdout + result.stderr
     for more, words in (
-        (["--dtype", "fp64"], "weights' dtype fp64"),
+        (["--dtype", "fp64"], "use --dtype fp32"),
         (["--save", str(tmp_path / "c" / "checkpoints")], "already holds step_0000001"),
     ):
         if "c" in str(more):
@@ -523,7 +525,7 @@ def test_another_runs_metrics_are_not_overwritten(base, tmp_path: Path) -> None:
 
 REFUSALS = {
     "misspelt flag": (["--cp-sise", "2"], ["--cp-sise", "--cp-size"]),
-    "world size": (["--cp-size", "3"], ["--nproc-per-node 3"]),
+    "world size": (["--cp-size", "3"], ["cp * tp = 3", "use --"]),
     "sequence length": (["--seq-length", "255"], ["--seq-length 255", "256"]),
     "missing data": (["--data-path", "no/such/file"], ["--data-path no/such/file"]),
     "missing checkpoint": (["--load", "no/such/checkpoint"], ["--load no/such/checkpoint"]),

@@ -21,7 +21,7 @@ from tests.flags import resolve_config
 from utils.errors import UserError
 
 VOCAB = 257
-SAMPLES = SimpleNamespace(fingerprint=lambda: "same", sources=lambda: [])
+SAMPLES = SimpleNamespace(fingerprint=lambda: "same", name="corpus")
 FAST = shlex.split("--data-path README.md --tokenizer-type byte")
 
 
@@ -89,7 +89,7 @@ SHAPE = shlex.split("--num-layers 4 --hidden-size 48 --num-attention-heads 6 --s
         ("--global-batch-size 4", 2, "", 3, "--nproc-per-node 4, 2 or 1"),
         ("", 1, "--cp-size 3", 3, "--cp-size"),
         # The vocabulary of 257 is padded to 384, a multiple of 3, or to 272, which is none.
-        (THREE_GROUPS, 1, f"{THREE_GROUPS} --tp-size 3", 3, "use --make-vocab-size-divisible-by 129 or 384"),
+        (THREE_GROUPS, 1, f"{THREE_GROUPS} --tp-size 3", 3, "use --make-vocab-size-divisible-by 384"),
         (
             f"{THREE_GROUPS} --make-vocab-size-divisible-by 16",
             1,
