@@ -7,10 +7,14 @@ import hashlib
 import json
 import os
 import resource
+import stat
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -117,6 +121,27 @@ def initialise_distributed(launch: Launch, device_type: str, *, timeout: timedel
         store = dist.PrefixStore(f"attempt {launch.restarts}", store)
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     return device, store.clone()  # type: ignore[attr-defined]
+
+
+def own_compile_cache() -> None:
+    """Keep `torch.compile`'s code in a folder that only this user can write; before the first compilation.
+
+    PyTorch's own folder has a name that other users know and may make first: they could put code there.
+
+    Raises:
+        UserError: another user has made the folder.
+    """
+    variables = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    if variables.keys() <= os.environ.keys():
+        return
+    folder = Path(tempfile.gettempdir()) / f"pentagrid-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UserError(f"--compile: {folder} is no folder of this user alone (mode 0700): remove it, or set TMPDIR")
+    for variable, name in variables.items():
+        os.environ.setdefault(variable, str(folder / name))
 
 
 def collective_timeout(parallel: ParallelConfig) -> timedelta:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -114,6 +115,7 @@ def test_the_call_of_torchrun(play: Path) -> None:
     code, out = run(play, "say done 10 '' a", "--lr", "0.1", SLURM_CPUS_ON_NODE="16")
     assert code == 0, out
     args = srun_args(play)
+    assert "--export=ALL" in args
     assert args[args.index("--cpus-per-task") + 1] == "16" and args[args.index("--nodes") + 1] == "2"
     assert args[args.index("node") + 1 :] == [
         "2",
@@ -355,13 +357,15 @@ def test_multi_node_calls_torchrun(play: Path) -> None:
 
 def test_local_calls_torchrun(play: Path) -> None:
     result = start("local.sh", play, "2", "--cp-size", "2", OMP_NUM_THREADS="3")
-    assert (
-        result.stdout.splitlines()[0]
-        == f"{ROOT}: --standalone --nproc-per-node 2 --max-restarts 0 train.py --cp-size 2"
-    )
-    assert "OMP_NUM_THREADS=3" in result.stdout.splitlines()
-    again = start("local.sh", play, "2", "--resume", PENTAGRID_TORCHRUN_RESTARTS="3")
-    assert again.stdout.splitlines()[0] == f"{ROOT}: --standalone --nproc-per-node 2 --max-restarts 3 train.py --resume"
+    static = r"--rdzv-backend static --master-addr 127\.0\.0\.1 --master-port \d+"
+    start_of_line = f"{ROOT}: --nnodes 1 --node-rank 0 --nproc-per-node 2 --max-restarts"
+    first, *environment = result.stdout.splitlines()
+    assert re.fullmatch(f"{start_of_line} 0 {static} train.py --cp-size 2", first), first
+    assert {"OMP_NUM_THREADS=3", "GLOO_SOCKET_IFNAME=lo"} <= set(environment)
+    again = start("local.sh", play, "2", "--resume", PENTAGRID_TORCHRUN_RESTARTS="3", PENTAGRID_INTERFACE="eth7")
+    first, *environment = again.stdout.splitlines()
+    assert re.fullmatch(f"{start_of_line} 3 {static} train.py --resume", first), first
+    assert "GLOO_SOCKET_IFNAME=eth7" in environment
     for text in ("often", "08"):
         wrong = start("local.sh", play, "2", PENTAGRID_TORCHRUN_RESTARTS=text)
         assert wrong.returncode == 2 and f"PENTAGRID_TORCHRUN_RESTARTS is {text}, not a number" in wrong.stderr
