@@ -156,7 +156,7 @@ def main(argv: list[str], status: RunStatus) -> None:
     # Train, or validate once
 
     trainer = Trainer(run, data, model, optimizer, metadata, metrics, timers, stops)
-    done, stop = trainer.validate_only(state.first_step) if config.training.eval_only else trainer.run(state.first_step)
+    done, stop = trainer.validate_only(state.first_step) if config.training.eval_only else trainer.run(state)
 
     # ------------------------------------------------------------------------------------------------
     # End
@@ -204,7 +204,14 @@ class Trainer:
             on_saved=lambda place: log(f"saved {place}"),
         )
         self.validator = Validator(
-            self.model, self.data.valid, self.batch_plan, ranks, self.metrics, self.timers, config.training.eval_iters
+            self.model,
+            self.data.valid,
+            self.batch_plan,
+            ranks,
+            self.metrics,
+            self.timers,
+            config.training.eval_iters,
+            self.stops,
         )
         self.sampler = TextSampler(self.model, self.data.tokenizer, config, ranks, self.metrics.writers)
         self.profiler = StepProfiler(
@@ -234,16 +241,18 @@ class Trainer:
         self.validator.run(first_step)
         return first_step, ""
 
-    def run(self, first_step: int) -> tuple[int, str]:
-        """Train from `first_step` to the last step or a request to stop.
+    def run(self, state: TrainState) -> tuple[int, str]:
+        """Train from `state` to the last step or a request to stop.
 
         Returns:
             (number of finished steps, why the run stopped; empty at its end)
         """
         self.stops.watch_interrupts()
         self.sampler.run("before training")
+        if state.validation_due and (stop := self.validator.run(state.first_step)):
+            return state.first_step, stop
         try:
-            done, stop = self._loop(first_step)
+            done, stop = self._loop(state.first_step)
         except NonFiniteError as error:
             self.metrics.flush()  # nothing is pending if the log found the step
             raise self.guard.explain(error, self.saver, self.metadata) from None
@@ -282,12 +291,20 @@ class Trainer:
                 self.metrics.flush()
             if self.profiler.after(done, is_last=bool(stop) or is_last):
                 self.metrics.restart_clock()
+            validates = is_due(done, training.eval_interval) or (is_last and training.eval_interval > 0)
+            is_requested = stop not in ("", "--exit-interval")
             if stop and not is_last:  # before a long validation: the run may be killed during it
-                self.save(done)
+                self.save(done, validation_due=validates and is_requested)
                 saved = done
-            if is_due(done, training.eval_interval) or (is_last and training.eval_interval):
-                self.validator.run(done)
+            if validates:
+                request = self.validator.run(done)
                 self.metrics.restart_clock()
+                is_noted = is_requested and saved == done
+                if request and not is_noted and (not is_last or config.checkpoint.save_final):
+                    self.metrics.flush()
+                    self.save(done, validation_due=True)
+                    saved = done
+                stop = request or stop
             if is_due(done, logging.sample_interval):
                 self.sampler.run(f"after step {done}")
                 self.metrics.restart_clock()
@@ -358,12 +375,13 @@ class Trainer:
             skipped_steps=self.guard.skipped,
         )
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint after `step` steps."""
+    def save(self, step: int, *, validation_due: bool = False) -> None:
+        """Write a checkpoint after `step` steps. Args: validation_due: the resumed run validates first."""
         self.ranks.watchdog.heartbeat("a checkpoint", step)
         position = self.data.train.state_dict(step * self.config.training.global_batch_size)
         with self.timers("save"):
-            self.saver.save(step, self.metadata | {"data": position})
+            due = {"validation_due": True} if validation_due else {}
+            self.saver.save(step, self.metadata | {"data": position} | due)
 
 
 def is_due(done: int, interval: int) -> bool:

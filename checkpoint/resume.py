@@ -68,12 +68,14 @@ class TrainState:
         first_step: number of steps that are done.
         notes: lines for the banner.
         data: state of the data sources, from run.json.
+        validation_due: a request to stop ended the validation after `first_step`.
     """
 
     checkpoint: Path | None = None
     first_step: int = 0
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    validation_due: bool = False
 
     @property
     def is_resumed(self) -> bool:
@@ -249,4 +251,5 @@ def load_start(
         ours = [path for path, _ in skipped if path.parent.resolve() == save.resolve()]
         notes += [f"quarantined as {quarantine(path).name}" for path in ours]
     notes += [f"changed: {line}" for line in changed]
-    return TrainState(checkpoint, 0 if plan.weights_only else step, notes, saved.get("data", {}))
+    first_step, due = (0, False) if plan.weights_only else (step, saved.get("validation_due") is True)
+    return TrainState(checkpoint, first_step, notes, saved.get("data", {}), due)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.batch import Batch, BatchPlan
 from data.dataset import SampleDataset
+
+SHARED_MEMORY = Path("/dev/shm")  # through which workers send batches
 
 
 class MicrobatchDataset(Dataset):
@@ -88,7 +92,11 @@ def translate_worker_death() -> Iterator[None]:
 
 
 def _worker_death(reason: str) -> DataError:
-    return DataError(f"a data worker died ({reason}); out of memory? --num-workers 0 reads in the rank itself")
+    memory = "memory"
+    if SHARED_MEMORY.is_dir():
+        size = shutil.disk_usage(SHARED_MEMORY).total
+        memory += f", or of {SHARED_MEMORY}, which holds {size / 2**20:,.1f} MiB (docker run --shm-size)"
+    return DataError(f"a data worker died ({reason}); out of {memory}? --num-workers 0 reads in the rank itself")
 
 
 def read_batches(loader: DataLoader) -> Generator[Batch, None, None]:

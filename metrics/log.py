@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,10 +30,11 @@ from parallel.collectives import WaitClock
 from runtime.nonfinite import NonFiniteError
 from training.flops import training_flops
 from utils.files import replace_synced
-from utils.logger import log
+from utils.logger import log, log_error
 from utils.names import distinct_suffixes
 
 APPEND_ONLY = sys.maxsize  # keep_before of a metrics file that another run may be writing
+NEWLINE = b"\n"
 
 # Counts of a row, summed over a step's rows, in this order, in one float64 tensor.
 ROW_COUNTS = ("loss_tokens", "real_tokens", "squared_lengths", "row_tokens", "cp_balance", "rows")
@@ -110,7 +113,8 @@ class MetricsLog:
         self.pending: list[StepResult] = []
         self.last_time = time.perf_counter()
         self.show_bar = self.is_writer and sys.stdout.isatty()
-        self.file: TextIO | None = None
+        self.file: FileIO | None = None
+        self.unwritten = b""  # of the metrics file
         if self.is_writer and metrics_file is not None:
             self.file = open_metrics_file(metrics_file, keep_before)
 
@@ -195,9 +199,20 @@ class MetricsLog:
         }
 
     def _write_record(self, record: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+        """Write the record; on an I/O error keep it, to be written with the next one: training goes on."""
+        if self.file is None:
+            return
+        failed_before = bool(self.unwritten)
+        self.unwritten += json.dumps(record).encode() + b"\n"
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            if not failed_before:
+                log_error(f"{self.file.name}: {error.strerror}; training goes on, and records wait in memory")
+        else:
+            if failed_before:
+                log(f"{self.file.name} can be written again: no record is missing")
 
     def _print_line(self, records: list[dict[str, Any]], pending: list[StepResult]) -> None:
         last, seconds = records[-1], sum(r.step_time for r in pending)
@@ -272,6 +287,8 @@ class MetricsLog:
 
     def close(self) -> None:
         if self.file is not None:
+            if self.unwritten:
+                log_error(f"{self.file.name}: {self.unwritten.count(NEWLINE)} records could not be written")
             self.file.close()
         for writer in self.writers:
             writer.close()
@@ -295,8 +312,8 @@ def _describe_loss(loss: float) -> str:
     return f"loss {loss:.5f}, perplexity {perplexity(loss):,.2f}"
 
 
-def open_metrics_file(path: Path, keep_before: int | None) -> TextIO:
-    """The file, open for appending.
+def open_metrics_file(path: Path, keep_before: int | None) -> FileIO:
+    """The file, open for appending without a buffer.
 
     Only whole records of steps up to `keep_before` are kept (APPEND_ONLY: all). They replace the file by one rename: a
     run that dies here, or a full disk, leaves the records as they were. None: a fresh start, which renames the records
@@ -304,14 +321,17 @@ def open_metrics_file(path: Path, keep_before: int | None) -> TextIO:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if keep_before == APPEND_ONLY:
-        return path.open("a")
+        file = path.open("ab+", buffering=0)
+        if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != NEWLINE:
+            file.write(NEWLINE)  # behind the line that a dead run was writing
+        return file
     before = path.read_text("utf-8", errors="replace") if path.exists() else ""
     if keep_before is None:
         if before:
             backup = _free_name(path)
             path.rename(backup)
             log(f"no checkpoint to resume: the records of an earlier start are now in {backup}")
-        return path.open("a")
+        return path.open("ab", buffering=0)
     kept: list[str] = []
     for line in before.splitlines():
         try:
@@ -321,7 +341,7 @@ def open_metrics_file(path: Path, keep_before: int | None) -> TextIO:
             continue  # the line that was being written when the run died
     if "".join(kept) != before:
         replace_synced(path, "".join(kept))
-    return path.open("a")
+    return path.open("ab", buffering=0)
 
 
 def _free_name(path: Path) -> Path:

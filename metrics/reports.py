@@ -82,7 +82,11 @@ def open_reports(
 def print_end(run: Run, data: RunData, done: int, stop: str, seconds: float) -> None:
     """Write the final status and print where everything is. On rank 0."""
     training, paths = run.config.training, run.paths
-    is_done = done >= training.train_iters or training.eval_only
+    if training.eval_only:
+        log(f"validated in {seconds:.0f} s, step {done}")
+        log(f"metrics:     {paths.metrics or 'off'}")
+        return
+    is_done = done >= training.train_iters
     found = list_checkpoints(paths.checkpoints)
     if run.status.file is not None:
         run.status.file.write("done" if is_done else "requeue", step=done, reason=stop)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from cp.layout import attention_pairs
 from data.dataset import BlendedDataset, PackedDataset, SampleDataset
+from utils.logger import log_error
 from utils.names import distinct_suffixes
 
 MAX_LENGTHS = 1_000_000  # in a histogram
@@ -29,16 +32,30 @@ class TensorBoardWriter:
     def __init__(self, folder: Path, keep_before: int | None, *, wandb_run: Any = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.folder, self.is_broken = folder, False
         self.events = SummaryWriter(str(folder), purge_step=None if keep_before is None else keep_before + 1)
         self.wandb_run = wandb_run
+        threading.excepthook = _hide_writer_errors
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Add a point to each curve, named such as `train/loss`."""
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+        with self._survives():
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
 
     def text(self, name: str, markdown: str) -> None:
-        self.events.add_text(name, markdown)
+        with self._survives():
+            self.events.add_text(name, markdown)
+
+    @contextmanager
+    def _survives(self) -> Iterator[None]:
+        """An I/O error ends the curves of this start, which is said once; training goes on."""
+        try:
+            yield
+        except OSError as error:
+            if not self.is_broken:
+                log_error(f"{self.folder}: {error.strerror or error}; training goes on without TensorBoard")
+            self.is_broken = True
 
     def histogram(self, name: str, values: np.ndarray, bins: np.ndarray) -> None:
         """Add counts of `values` between the [n + 1] edges `bins`; nothing where all values lie outside."""
@@ -57,9 +74,16 @@ class TensorBoardWriter:
             )
 
     def close(self) -> None:
-        self.events.close()
+        with self._survives():
+            self.events.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()
+
+
+def _hide_writer_errors(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread leaves its I/O error to the next call, which raises it."""
+    if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(failed)
 
 
 def start_wandb(project: str, *, run_dir: Path, settings: dict[str, Any]) -> Any:

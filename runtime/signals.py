@@ -33,6 +33,10 @@ REPEAT_SECONDS = 2.0  # torchrun repeats a Ctrl-C of the terminal at once
 WORKER_SECONDS = 25.0  # a data worker's life after SIGTERM; torchrun kills its ranks after 30
 
 
+class StopRequested(Exception):
+    """All ranks leave what they do, for the reason in the message. Raised on every rank."""
+
+
 class StopRequests:
     """Requests to stop this run.
 
@@ -61,7 +65,7 @@ class StopRequests:
         signal.signal(signal.SIGINT, self._on_signal)
 
     def restore_handlers(self) -> None:
-        """Let signals end the process again: there is nothing to save.
+        """Let signals end the process again, and no duration: there is nothing to save.
 
         Raises:
             KeyboardInterrupt: a stop was requested already.
@@ -69,6 +73,7 @@ class StopRequests:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, signal.SIG_DFL)
+        self.duration_minutes = None
         if self.requested:
             raise KeyboardInterrupt
 
@@ -94,15 +99,17 @@ class StopRequests:
         if self._group.size() > 1:
             self._work = dist.all_reduce(self._buffer, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
-    def stop_reason(self, done: int) -> str:
-        """Why all ranks stop after step `done`; empty: they continue. Collective, after `start_sync`."""
+    def request(self) -> str:
+        """The request to stop on which all ranks agree; empty: none. Collective, after `start_sync`."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        reason = REASONS[int(self._buffer[0])]
-        if not reason and self.interval and done % self.interval == 0:
-            return REASONS[1]
-        return reason
+        return REASONS[int(self._buffer[0])]
+
+    def stop_reason(self, done: int) -> str:
+        """Why all ranks stop after step `done`; empty: they continue. Collective, after `start_sync`."""
+        is_round = self.interval is not None and done % self.interval == 0
+        return self.request() or (REASONS[1] if is_round else "")
 
     def _requested_here(self) -> int:
         is_late = self.duration_minutes is not None and time.monotonic() - self.started >= 60 * self.duration_minutes

@@ -17,8 +17,10 @@ from model.gpt import GPT, Stages
 from parallel.collectives import sum_over
 from parallel.grid import Grid
 from runtime.distributed import Ranks
+from runtime.signals import StopRequested, StopRequests
 from training.step import finish_forward, forward_only
 from utils.errors import UserError
+from utils.logger import log
 
 
 def batched(items: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -30,25 +32,27 @@ def batched(items: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT | Stages, batches: Iterable[Batch], grid: Grid, device: torch.device, *, chunk_size: int = 8
+    model: GPT | Stages, batches: Iterable[Batch], grid: Grid, device: torch.device, *, stops: StopRequests
 ) -> tuple[float, int]:
     """Mean loss over every labelled token of the batches of the whole grid, and the number of these tokens. Collective.
 
     The mean is over tokens: the same number under every layout.
 
-    Args:
-        batches: taken `chunk_size` at a time, so that pipeline stages overlap.
-
     Raises:
+        StopRequested: a request to stop came in between two batches.
         UserError: no token has a label.
     """
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss sum, tokens
-    for chunk in batched(batches, chunk_size):
+    for chunk in batched(batches, 8 if grid.size("pp") > 1 else 1):  # several: pipeline stages overlap
+        stops.start_sync()
         rows = [batch.to(device) for batch in chunk]
         for row, (_, cross_entropy) in zip(rows, forward_only(model, rows, grid), strict=False):  # last stage only
             totals[0] += cross_entropy
             totals[1] += (row.labels >= 0).sum()
+        if reason := stops.request():
+            finish_forward(model)
+            raise StopRequested(reason)
     finish_forward(model)
     loss_sum, tokens = sum_over(sum_over(totals, grid.group("loss")), grid.group("pp")).tolist()
     if not tokens:
@@ -72,15 +76,27 @@ class Validator:
     log: MetricsLog
     timers: Timers
     eval_iters: int
+    stops: StopRequests
 
-    def run(self, step: int) -> None:
-        """Validate after `step` steps, and each source of a blend by itself. Collective."""
+    def run(self, step: int) -> str:
+        """Validate after `step` steps, and each source of a blend by itself. Collective.
+
+        Returns:
+            The request to stop that ended the validation without a result; empty: it is complete.
+        """
         if self.samples is None:
-            return
+            return ""
         sources = self.samples.sources if isinstance(self.samples, BlendedDataset) else []
         with self.timers("eval"):
-            loss, tokens = self._loss(self.samples)
-            self.log.validation(step, loss, tokens, sources={part.name: self._loss(part) for part in sources})
+            try:
+                loss, tokens = self._loss(self.samples)
+                losses = {part.name: self._loss(part) for part in sources}
+            except StopRequested as request:
+                if self.ranks.is_writer:
+                    log(f"validation after step {step}: left to the resumed run ({request})")
+                return str(request)
+            self.log.validation(step, loss, tokens, sources=losses)
+        return ""
 
     def _loss(self, samples: SampleDataset) -> tuple[float, int]:
         steps = min(self.eval_iters, -(-samples.samples_per_epoch // self.batch_plan.global_batch_size))
@@ -93,4 +109,4 @@ class Validator:
             limit=samples.samples_per_epoch,
         )
         with_heartbeats = self.ranks.watchdog.with_heartbeats(batches, "validation")
-        return evaluate(self.model, with_heartbeats, self.ranks.grid, self.ranks.device)
+        return evaluate(self.model, with_heartbeats, self.ranks.grid, self.ranks.device, stops=self.stops)
