@@ -203,6 +203,8 @@ class MetricsLog:
         if self.file is None:
             return
         failed_before = bool(self.unwritten)
+        if not failed_before and _ends_in_half_a_line(self.file):  # of a writer that died
+            self.unwritten = NEWLINE
         self.unwritten += json.dumps(record).encode() + b"\n"
         try:
             while self.unwritten:
@@ -321,17 +323,14 @@ def open_metrics_file(path: Path, keep_before: int | None) -> FileIO:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if keep_before == APPEND_ONLY:
-        file = path.open("ab+", buffering=0)
-        if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != NEWLINE:
-            file.write(NEWLINE)  # behind the line that a dead run was writing
-        return file
+        return path.open("ab+", buffering=0)
     before = path.read_text("utf-8", errors="replace") if path.exists() else ""
     if keep_before is None:
         if before:
             backup = _free_name(path)
             path.rename(backup)
             log(f"no checkpoint to resume: the records of an earlier start are now in {backup}")
-        return path.open("ab", buffering=0)
+        return path.open("ab+", buffering=0)
     kept: list[str] = []
     for line in before.splitlines():
         try:
@@ -341,7 +340,12 @@ def open_metrics_file(path: Path, keep_before: int | None) -> FileIO:
             continue  # the line that was being written when the run died
     if "".join(kept) != before:
         replace_synced(path, "".join(kept))
-    return path.open("ab", buffering=0)
+    return path.open("ab+", buffering=0)
+
+
+def _ends_in_half_a_line(file: FileIO) -> bool:
+    end = os.fstat(file.fileno()).st_size
+    return end > 0 and os.pread(file.fileno(), 1, end - 1) != NEWLINE
 
 
 def _free_name(path: Path) -> Path:

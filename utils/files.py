@@ -153,8 +153,9 @@ def replace_synced(path: Path, content: str | bytes) -> None:
     try:
         write_synced(scratch, content)
         os.replace(scratch, path)
-    except OSError:
+    except OSError as error:
         scratch.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a write names no file
         raise
     sync(path.parent)
 

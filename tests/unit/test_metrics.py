@@ -19,10 +19,10 @@ from model.config import GPTConfig
 def test_records_after_the_loaded_step_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "metrics.jsonl"
     with open_metrics_file(path, None) as out:
-        out.writelines(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 8))
-        out.write('{"step": 8, "lo')
+        out.writelines(json.dumps({"step": step, "loss": 1 / step}).encode() + b"\n" for step in range(1, 8))
+        out.write(b'{"step": 8, "lo')
     with open_metrics_file(path, 5) as out:
-        out.write('{"step": 6}\n')
+        out.write(b'{"step": 6}\n')
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert records[2]["loss"] == 1 / 3  # to the last bit
@@ -32,7 +32,7 @@ def test_a_fresh_start_puts_earlier_records_by(tmp_path: Path, capsys) -> None:
     path = tmp_path / "metrics.jsonl"
     for number in (1, 2):
         with open_metrics_file(path, None) as out:
-            out.write(f'{{"step": {number}}}\n')
+            out.write(f'{{"step": {number}}}\n'.encode())
     open_metrics_file(path, None).close()
     assert path.read_text() == "" and [(tmp_path / f"metrics.jsonl.before-{n}").read_text() for n in (1, 2)] == [
         '{"step": 1}\n',

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -295,7 +296,7 @@ def test_a_run_that_goes_on_keeps_what_it_does_not_repeat(tmp_path: Path, half: 
     lines = [json.dumps(r) + "\n" for r in records]
     path.write_bytes("".join(lines).encode() + half)
     with open_metrics_file(path, 4) as out:
-        out.write('{"step": 5}\n')
+        out.write(b'{"step": 5}\n')
     assert path.read_text() == "".join(lines[:5]) + '{"step": 5}\n'  # byte for byte, a validation after step 4 too
 
 
@@ -317,6 +318,56 @@ def test_a_full_disk_leaves_the_records(tmp_path: Path, monkeypatch) -> None:
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and len(list(tmp_path.iterdir())) == 1
 
 
+class SmallDisk:
+    """A file whose disk takes `room` bytes."""
+
+    def __init__(self, file: FileIO, room: int) -> None:
+        self.file, self.room, self.name, self.fileno = file, room, file.name, file.fileno
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        taken = self.file.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_records_wait_while_the_disk_is_full(tmp_path: Path, clock: Clock, capsys) -> None:
+    """Half a record is on the disk: with room again, its other half comes first. The fault is said once."""
+    out = log(tmp_path / "m.jsonl", log_interval=1)
+    assert out.file is not None
+    out.file = disk = SmallDisk(out.file, 700)  # type: ignore[assignment]
+    for number in range(1, 5):
+        clock.now += 1.0
+        step(out, number)
+    said = capsys.readouterr()
+    assert said.err.count("No space left on device; training goes on, and records wait in memory") == 1
+    assert said.err.count("\n") == 1
+    disk.room = 10**6
+    clock.now += 1.0
+    step(out, 5)
+    assert "m.jsonl can be written again: no record is missing" in capsys.readouterr().out
+    assert [record["step"] for record in read(tmp_path / "m.jsonl")] == [1, 2, 3, 4, 5]
+    disk.room = 10
+    clock.now += 1.0
+    step(out, 6)
+    out.close()
+    assert "1 records could not be written" in capsys.readouterr().err
+
+
+def test_a_record_stands_on_its_own_line_behind_a_dead_writers_half(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"ste')
+    out = log(tmp_path / "m.jsonl", keep_before=APPEND_ONLY)
+    out.validation(1, 2.0, 100)
+    out.validation(1, 3.0, 100)
+    first, half, *validations = (tmp_path / "m.jsonl").read_text().splitlines()
+    assert (first, half) == ('{"step": 1}', '{"ste')
+    assert [json.loads(line)["validation_loss"] for line in validations] == [2.0, 3.0]
+
+
 def test_a_file_that_another_run_writes_is_only_added_to(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"ste')  # it is in the middle of a line
@@ -324,7 +375,7 @@ def test_a_file_that_another_run_writes_is_only_added_to(tmp_path: Path) -> None
     with open_metrics_file(path, APPEND_ONLY) as out, path.open("a") as its:
         its.write('p": 2}\n')
         its.flush()
-        out.write('{"step": 2, "validation_loss": 1.5}\n')
+        out.write(b'{"step": 2, "validation_loss": 1.5}\n')
     assert (
         path.stat().st_ino == before
         and path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1.5}\n'

@@ -8,12 +8,15 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from runtime import signals
-from runtime.signals import StopRequests
+from runtime.signals import StopRequested, StopRequests
+from training import evaluate as validation
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +136,33 @@ def test_where_there_is_nothing_to_save_signals_end_the_process(group) -> None:
     stops.requested = 1  # before
     with pytest.raises(KeyboardInterrupt):
         stops.restore_handlers()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_ends_a_validation_between_two_batches(group, monkeypatch, number: signal.Signals) -> None:
+    stops, seen = requests(group, interval=1), []  # --exit-interval does not
+    row = SimpleNamespace(labels=torch.zeros(3))
+
+    def batches(stop_at: int) -> Iterator[SimpleNamespace]:
+        for at in range(10):
+            if at == stop_at:
+                os.kill(os.getpid(), number)
+            seen.append(at)
+            yield SimpleNamespace(to=lambda device: row)
+
+    monkeypatch.setattr(validation, "forward_only", lambda model, rows, grid: [(None, torch.tensor(1.5))] * len(rows))
+    monkeypatch.setattr(validation, "finish_forward", lambda model: seen.append("finished"))
+    grid = SimpleNamespace(group=lambda axis: group, size=lambda axis: 1)
+    model, cpu = SimpleNamespace(eval=lambda: None), torch.device("cpu")
+    assert validation.evaluate(model, batches(99), grid, cpu, stops=stops) == (0.5, 30)  # type: ignore[arg-type]
+    seen.clear()
+    with pytest.raises(StopRequested, match=number.name):
+        validation.evaluate(model, batches(3), grid, cpu, stops=stops)  # type: ignore[arg-type]
+    assert seen[-1] == "finished" and seen[-2] in (3, 4), seen
+
+
+def test_eval_only_has_no_duration(group) -> None:
+    stops = requests(group, duration_minutes=1.0, started=time.monotonic() - 100)
+    assert asked(stops) == "--exit-duration-in-mins"
+    stops.restore_handlers()
+    assert asked(stops) == ""

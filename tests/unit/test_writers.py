@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,24 @@ def test_a_resumed_run_hides_what_comes_again(tmp_path: Path) -> None:
     found = EventAccumulator(str(tmp_path))
     found.Reload()
     assert [event.step for event in found.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_ends_the_curves_and_not_the_run(tmp_path: Path, monkeypatch, capfd) -> None:
+    """The error comes from TensorBoard's thread, and its traceback is hidden."""
+    writer = TensorBoardWriter(tmp_path, None)
+    file = writer.events.file_writer.event_writer._general_file_writer
+
+    def full(content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(file, "write", full)
+    for step in range(30):  # more than TensorBoard's queue holds
+        writer.scalars({"loss": 1.0}, step)
+        time.sleep(0.01)
+    writer.text("a", "b")
+    writer.close()
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "No space left on device; training goes on without TensorBoard" in said, said
 
 
 def test_the_figure_shows_each_rank_against_the_mean() -> None:
