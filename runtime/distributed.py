@@ -123,25 +123,25 @@ def initialise_distributed(launch: Launch, device_type: str, *, timeout: timedel
     return device, store.clone()  # type: ignore[attr-defined]
 
 
-def own_compile_cache() -> None:
-    """Keep `torch.compile`'s code in a folder that only this user can write; before the first compilation.
+def own_temporary_folder() -> None:
+    """Make a temporary folder that only this user can open; before the first compilation.
 
-    PyTorch's own folder has a name that other users know and may make first: they could put code there.
+    `torch.compile` loads code from a folder with a known name in the temporary folder, which another user may make
+    first. TORCHINDUCTOR_CACHE_DIR names all of that folder but the precompiled headers.
 
     Raises:
         UserError: another user has made the folder.
     """
-    variables = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-    if variables.keys() <= os.environ.keys():
+    shared = Path(tempfile.gettempdir())
+    folder = shared / f"pentagrid-{os.getuid()}"
+    if shared.name == folder.name:
         return
-    folder = Path(tempfile.gettempdir()) / f"pentagrid-{os.getuid()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise UserError(f"--compile: {folder} is no folder of this user alone (mode 0700): remove it, or set TMPDIR")
-    for variable, name in variables.items():
-        os.environ.setdefault(variable, str(folder / name))
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
 
 
 def collective_timeout(parallel: ParallelConfig) -> timedelta:

@@ -28,7 +28,7 @@ from parallel.grid import Grid, embedding_group, split_group
 from parallel.pipeline import build_schedule
 from parallel.stages import split_layers
 from parallel.tensor import TensorParallel
-from runtime.distributed import collective_timeout, own_compile_cache
+from runtime.distributed import collective_timeout, own_temporary_folder
 from training.step import Pipeline
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -179,7 +179,7 @@ def build_meta_model(
                 layers=layers,
             )
         if model_flags.compile:
-            own_compile_cache()
+            own_temporary_folder()
             chunk.compile_layers()
         shard_model(
             chunk,

@@ -1,0 +1,54 @@
+"""`--compile` loads code from a folder that no other user can write."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from runtime.distributed import own_temporary_folder
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMPILE = """
+import torch
+from runtime.distributed import own_temporary_folder
+own_temporary_folder()
+own_temporary_folder()  # a second model of this process
+print(torch.compile(lambda x: (2 * x + 1).sin())(torch.ones(8))[0].item())
+"""
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return tmp_path
+
+
+def test_compiled_code_lies_in_the_users_own_folder(shared: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("0.14"), done.stderr
+    (own,) = shared.iterdir()
+    assert own.name == f"pentagrid-{os.getuid()}" and own.stat().st_mode & 0o777 == 0o700
+    assert list(own.rglob("*.so"))
+
+
+@pytest.mark.parametrize("planted", ["folder", "link", "file"])
+def test_a_folder_that_others_can_write_is_refused(shared: Path, planted: str) -> None:
+    own = shared / f"pentagrid-{os.getuid()}"
+    if planted == "folder":
+        own.mkdir()
+        own.chmod(0o777)
+    elif planted == "link":
+        (shared / "theirs").mkdir(mode=0o700)
+        own.symlink_to(shared / "theirs")
+    else:
+        own.touch()
+    with pytest.raises(ValueError, match=r"--compile: .* is no folder of this user alone"):
+        own_temporary_folder()
+    assert tempfile.gettempdir() == str(shared)
