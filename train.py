@@ -52,7 +52,7 @@ from runtime.status import RunStatus
 from training.build import RunData, build_batch_plan, build_data, build_model, build_pipeline
 from training.evaluate import Validator
 from training.lr_schedule import build_lr_schedule
-from training.optimizer import build_optimizer, set_lr
+from training.optimizer import build_optimizer, set_lr, skip_update_if
 from training.sample import TextSampler
 from training.step import forward_backward, get_norm_owned_names
 from utils.errors import UserError, run_and_exit
@@ -356,6 +356,7 @@ class Trainer:
         done = self.shared.status.step = step + 1
         lr = self.lr_schedule.at(step)
         set_lr(self.optimizer, lr)
+        skip_update_if(self.optimizer, counts[0] == 0)  # no label in the whole step: weights would only decay
         with self.timers("optimizer"):
             if self.guard.should_update(done, loss, grad_norm, cross_entropy):
                 self.optimizer.step()

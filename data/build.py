@@ -120,7 +120,7 @@ def build_dataset(
         flag: names the sources in errors.
 
     Raises:
-        UserError: a source has no document or no whole sample in this split.
+        UserError: a source has no document, no whole sample or no label in this split.
     """
     name = ("training", "validation", "test")[which]
     datasets = []
@@ -148,6 +148,10 @@ def build_dataset(
                 f"--seq-length {packing.seq_length}: the {name} documents of {source.name} hold {dataset.num_tokens} "
                 "tokens, "
                 f"not one sequence"
+            )
+        if dataset.longest < 2 and packing.method != "concat":
+            raise UserError(
+                f"{flag} {source.name}: each of its {len(documents)} {name} documents is one token: no label to learn"
             )
         datasets.append(dataset)
     if len(datasets) == 1:

@@ -87,6 +87,7 @@ class RunSummary:
             "step": self._describe_step(),
             "start": self._describe_start(),
             **{f"start, {number}": note for number, note in enumerate(self.state.notes, 1)},
+            **({"copies": note} if (note := self._describe_copies()) else {}),
             "epochs": f"at the end {self._describe_last_epoch()}",
             "run": str(self.paths.run_dir),
             "checkpoints": str(self.paths.checkpoints),
@@ -112,6 +113,14 @@ class RunSummary:
         method = f"{parallel.attention.backend} {parallel.attention.method}"
         aligned = f"documents aligned to {data.document_alignment}"
         return f"{method}, {data.qkv_format}, layout {parallel.cp_layout}, {aligned}"
+
+    def _describe_copies(self) -> str | None:
+        """A note where --check-weights-interval compares nothing."""
+        sizes, interval = self.ranks.grid.sizes, self.config.parallel.check_weights_interval
+        is_tied_copy = self.architecture.tie_embeddings and sizes.pp > 1
+        if not interval or sizes.dp_replicate > 1 or sizes.tp > 1 or is_tied_copy:
+            return None
+        return f"--check-weights-interval {interval} compares nothing: no two ranks hold the same weight"
 
     def _describe_model(self) -> str:
         model = self.architecture

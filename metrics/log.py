@@ -61,7 +61,7 @@ class StepResult:
         counts: `count_rows` summed over the `batch` axis.
         data_time: seconds that this rank waited for its batches.
         memory: peak bytes so far.
-        skipped_steps: steps skipped so far because they were not finite.
+        skipped_steps: steps skipped so far because they were not finite; the log adds those without a label.
         step_time, cp_wait: seconds of the step and of its waits for cp ranks; set by `MetricsLog`.
     """
 
@@ -111,6 +111,7 @@ class MetricsLog:
         self.skips_nonfinite = training.on_nonfinite == "skip"
         self.peak_tflops, self.cp_clock, self.writers = peak_tflops, cp_clock, writers
         self.pending: list[StepResult] = []
+        self.unlabelled_steps = 0
         self.last_time = time.perf_counter()
         self.show_bar = self.is_writer and sys.stdout.isatty()
         self.file: FileIO | None = None
@@ -166,7 +167,9 @@ class MetricsLog:
                 writer.scalars(numbers, record["step"])
         if self.is_writer:
             self._print_line(records, pending)
-        wrong = next((r for r in records if not (math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]))), None)
+        wrong = next(
+            (r for r in records if not (math.isfinite(r["loss"] or 0) and math.isfinite(r["grad_norm"]))), None
+        )
         if wrong is not None and not self.skips_nonfinite:
             raise NonFiniteError(wrong["step"], wrong["loss"], wrong["grad_norm"])
         if self.timers.level:
@@ -177,11 +180,13 @@ class MetricsLog:
         flops = training_flops(
             self.architecture, tokens=counts["real_tokens"], squared_lengths=counts["squared_lengths"]
         )
+        is_labelled = counts["loss_tokens"] > 0
+        self.unlabelled_steps += not is_labelled
         seconds = result.step_time
         tflops = flops / seconds / 1e12 / self.world_size
         return {
             "step": result.step,
-            "loss": result.loss.item(),
+            "loss": result.loss.item() if is_labelled else None,
             "grad_norm": result.grad_norm.item(),
             "lr": result.lr,
             "tokens": int(counts["real_tokens"]),
@@ -195,7 +200,7 @@ class MetricsLog:
             "data_share": result.data_time / seconds,
             "cp_wait_share": None if result.cp_wait is None else result.cp_wait / seconds,
             "max_memory_bytes": memory,
-            "skipped_steps": result.skipped_steps,
+            "skipped_steps": result.skipped_steps + self.unlabelled_steps,
         }
 
     def _write_record(self, record: dict[str, Any]) -> None:
@@ -225,7 +230,7 @@ class MetricsLog:
         left = int((self.train_iters - last["step"]) * seconds / len(records))
         parts = [
             f"step {last['step']:{len(str(self.train_iters))}d}/{self.train_iters}",
-            f"loss {last['loss']:8.5f}",
+            f"loss {'none' if last['loss'] is None else format(last['loss'], '8.5f')}",
             f"grad norm {last['grad_norm']:7.3f}",
             f"lr {last['lr']:.2e}",
             f"{speed:9,.0f} tok/s ({speed / self.world_size:,.0f} a rank)",
@@ -240,6 +245,8 @@ class MetricsLog:
             f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d} left",
         ]
         log(self._over_bar(" | ".join(parts)))
+        if unlabelled := [r["step"] for r in records if r["loss"] is None]:
+            log(f"no token of step {', '.join(map(str, unlabelled))} has a label: the weights are not updated")
 
     def _over_bar(self, text: str) -> str:
         """A line that replaces the progress bar on a terminal."""
@@ -263,12 +270,12 @@ class MetricsLog:
             writer.scalars(maxima, step)
 
     def validation(
-        self, step: int, loss: float, tokens: int, sources: Mapping[str, tuple[float, int]] | None = None
+        self, step: int, loss: float | None, tokens: int, sources: Mapping[str, tuple[float | None, int]] | None = None
     ) -> None:
         """Report a validation after `step` steps.
 
         Args:
-            loss: mean over the `tokens` labelled tokens.
+            loss: mean over the `tokens` labelled tokens; None: there are none.
             sources: the same of each source of a blend.
         """
         if not self.is_writer:
@@ -281,11 +288,11 @@ class MetricsLog:
         if sources:
             record["validation"] = {name: {"loss": own, "tokens": count} for name, (own, count) in sources.items()}
         self._write_record(record)
-        values = {"loss": loss, "perplexity": perplexity(loss)}
+        values = {"loss": loss, "perplexity": None if loss is None else perplexity(loss)}
         names = distinct_suffixes(list(sources), taken=list(values))
         values |= {name: own for name, (own, _) in zip(names, sources.values(), strict=True)}
         for writer in self.writers:
-            writer.scalars({f"validation/{name}": value for name, value in values.items()}, step)
+            writer.scalars({f"validation/{name}": value for name, value in as_floats(values).items()}, step)
 
     def close(self) -> None:
         if self.file is not None:
@@ -310,8 +317,8 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _describe_loss(loss: float) -> str:
-    return f"loss {loss:.5f}, perplexity {perplexity(loss):,.2f}"
+def _describe_loss(loss: float | None) -> str:
+    return "no token with a label" if loss is None else f"loss {loss:.5f}, perplexity {perplexity(loss):,.2f}"
 
 
 def open_metrics_file(path: Path, keep_before: int | None) -> FileIO:

@@ -133,6 +133,8 @@ def read_values(record: dict[str, Any]) -> dict[str, float]:
     if "validation_loss" in record:
         values["validation_loss"] = record["validation_loss"]
         for source, metadata in dict(record.get("validation", {})).items():
+            if metadata["loss"] is None:  # no token of the source had a label
+                continue
             loss = float(metadata["loss"])
             values[f"perplexity/{source}"] = math.exp(loss) if loss < 700 else loss * math.inf  # NaN stays NaN
     elif "timers" in record:

@@ -256,7 +256,10 @@ class Verifier:
         if key not in self._samples:
             data = run_on_rank_zero_first(lambda: build_data(config))
             architecture = config.model.architecture(data.tokenizer.vocab_size, num_layers=self.layers)
-            self._samples[key] = architecture, [data.train.sample(n) for n in range(self.num_samples)]
+            samples = [data.train.sample(n) for n in range(self.num_samples)]
+            if not any((sample.labels >= 0).any() for sample in samples):
+                raise UserError(f"--verify-sequences {self.num_samples}: no token of the samples has a label")
+            self._samples[key] = architecture, samples
         return self._samples[key]
 
     def _one_rank(self, config: RunConfig, dtype: str, *, is_reference: bool) -> Outcome:

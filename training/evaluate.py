@@ -19,7 +19,6 @@ from parallel.grid import Grid
 from runtime.distributed import Ranks
 from runtime.signals import StopRequested, StopRequests
 from training.step import finish_forward, forward_only
-from utils.errors import UserError
 from utils.logger import log
 
 
@@ -33,14 +32,13 @@ def batched(items: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 @torch.no_grad()
 def evaluate(
     model: GPT | Stages, batches: Iterable[Batch], grid: Grid, device: torch.device, *, stops: StopRequests
-) -> tuple[float, int]:
+) -> tuple[float | None, int]:
     """Mean loss over every labelled token of the batches of the whole grid, and the number of these tokens. Collective.
 
-    The mean is over tokens: the same number under every layout.
+    The mean is over tokens: the same number under every layout. None: no token has a label.
 
     Raises:
         StopRequested: a request to stop came in between two batches.
-        UserError: no token has a label.
     """
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss sum, tokens
@@ -55,9 +53,7 @@ def evaluate(
             raise StopRequested(reason)
     finish_forward(model)
     loss_sum, tokens = sum_over(sum_over(totals, grid.group("loss")), grid.group("pp")).tolist()
-    if not tokens:
-        raise UserError("--eval-iters: the validation batches hold no token with a label")
-    return loss_sum / tokens, int(tokens)
+    return loss_sum / tokens if tokens else None, int(tokens)
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class Validator:
             self.log.validation(step, loss, tokens, sources=losses)
         return ""
 
-    def _loss(self, samples: SampleDataset) -> tuple[float, int]:
+    def _loss(self, samples: SampleDataset) -> tuple[float | None, int]:
         steps = min(self.eval_iters, -(-samples.samples_per_epoch // self.batch_plan.global_batch_size))
         batches = build_loader(
             samples,

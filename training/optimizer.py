@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config.schema import TrainingConfig
 
@@ -20,3 +20,11 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.A
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def skip_update_if(optimizer: torch.optim.AdamW, is_skipped: Tensor) -> None:
+    """The next step changes no weight, moment or step count where the scalar is True. The host does not wait for it.
+
+    `found_inf` is how `torch.amp.GradScaler` tells a fused optimizer to skip.
+    """
+    optimizer.found_inf = is_skipped.to(torch.float32)  # type: ignore[attr-defined]
