@@ -69,7 +69,10 @@ class Tokenizer(ABC):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, on one thread."""
-        found = self._encode_batch(texts)
+        try:
+            found = self._encode_batch(texts)
+        except (UnicodeEncodeError, TypeError) as error:  # half a surrogate pair, such as a byte of a command line
+            raise UnencodableText(f"is no Unicode text ({error})") from error
         for ids in found:
             if (ids == self.eod).any():
                 raise UnencodableText(f"holds characters that become the end-of-document token, id {self.eod}")
@@ -99,9 +102,10 @@ class ByteTokenizer(Tokenizer):
 
 
 def load_sentencepiece() -> ModuleType:
-    """The sentencepiece library. Raises UserError: not installed."""
+    """The sentencepiece library with the types of its model files. Raises UserError: not installed."""
     try:
         import sentencepiece
+        import sentencepiece.sentencepiece_model_pb2
     except ImportError as error:
         raise UserError(
             f"--tokenizer-type sentencepiece needs its package ({error}): pip install -r requirements.txt, or "
@@ -138,8 +142,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model_file: Path) -> None:
         sentencepiece = load_sentencepiece()
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
         content = _read_model(model_file)
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -148,7 +150,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod, self.unknown = self.processor.eos_id(), self.processor.unk_id()
         if self.eod < 0:
             raise UserError(f"--tokenizer-model {model_file}: has no end-of-sentence piece to end documents with")
-        model = ModelProto.FromString(content)
+        model = sentencepiece.sentencepiece_model_pb2.ModelProto.FromString(content)
         form = model.normalizer_spec
         changes = {
             f"normalizes text ({form.name or 'its own rules'})": form.precompiled_charsmap
@@ -228,13 +230,12 @@ def _hide_token(said: dict[str, Any], token: str) -> bool:
     """
     model = said["model"]
     vocab, merges, hidden = model["vocab"], model.get("merges"), f"\0{token}\0"
-    if isinstance(vocab, list):  # Unigram: [piece, score]
-        entry = next((entry for entry in vocab if entry[0] == token), None)
-        if entry is not None:
-            entry[0] = hidden
-    elif token not in vocab:
+    entries = [entry for entry in vocab if entry[0] == token] if isinstance(vocab, list) else []  # Unigram's
+    if not entries and token not in vocab:
         return False
-    else:
+    for entry in entries:
+        entry[0] = hidden
+    if isinstance(vocab, dict):
         if merges is not None:  # BPE: by merges, or by `ignore_merges` for a whole word
             parts = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
             kept = [pair for pair in parts if token not in (*pair, "".join(pair))]
@@ -242,9 +243,6 @@ def _hide_token(said: dict[str, Any], token: str) -> bool:
                 return False
             model["merges"] = [" ".join(pair) if isinstance(merges[0], str) else pair for pair in kept]
         vocab[hidden] = vocab.pop(token)
-        entry = hidden
-    if entry is None:
-        return False
     if model.get("unk_token") == token:
         model["unk_token"] = hidden
     said["added_tokens"] = [added for added in said.get("added_tokens") or () if added["content"] != token]
@@ -271,7 +269,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"--tokenizer-model {file} needs the package tokenizers ({error}): pip install -r requirements.txt"
             ) from error
         content = _read_model(file)
-        if b'"Regex"' in content:
+        if re.search(rb'"Regex"|\\u00[0-7]', content):  # or its letters as JSON escapes
             _try_tokenizer(file, content)
         try:
             self.processor = tokenizers.Tokenizer.from_buffer(content)

@@ -24,7 +24,7 @@ from config.cli import parse_arguments
 from data.build import build_tokens
 from data.prepare import main
 from data.sources import open_text
-from data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, UnencodableText, load_tokenizer
+from data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, UnencodableText, load_tokenizer
 from utils.errors import UserError
 
 WORDS = "a ring of ranks turns once and every token knows its place in the row; "
@@ -304,8 +304,9 @@ def test_a_panic_is_one_line(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UnencodableText, match="cannot be tokenized"):
         tokenizer.encode("z" * 50 + "!")
     assert len(tokenizer.encode("a ring"))
-    with pytest.raises(UserError, match=r"t\.json: cannot encode a text of one letter \(.*Onig"):
-        load_model(tmp_path, content.replace(b"(z+)", b"(a+)"), "t.json")
+    for old, new in ((b"(z+)", b"(a+)"), (b'"Regex":"(z+)', b'"\\u0052egex":"(a+)')):  # the same name in JSON
+        with pytest.raises(UserError, match=r"t\.json: cannot encode a text of one letter \(.*Onig"):
+            load_model(tmp_path, content.replace(old, new), "t.json")
     said = json.loads(content)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("a", "z" * 50 + "!", "b")))
     (tmp_path / "t.json").write_text(json.dumps(said))
@@ -339,6 +340,12 @@ def test_what_is_no_model_file(tmp_path: Path, monkeypatch, name: str, words: st
     with pytest.raises(UserError) as refused:
         load_tokenizer("auto", name)
     assert str(refused.value).startswith(f"--tokenizer-model {name}: {words}") and "\n" not in str(refused.value)
+
+
+def test_half_a_surrogate_is_refused(tmp_path: Path) -> None:
+    for tokenizer in (ByteTokenizer(), exact_model("bpe", True, True), load_model(tmp_path, trained_bpe(), "t.json")):
+        with pytest.raises(UnencodableText, match=r"no Unicode text|cannot be tokenized"):
+            tokenizer.encode("a \ud800")
 
 
 def test_ids_are_int32(tmp_path: Path) -> None:
