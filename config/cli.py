@@ -128,6 +128,7 @@ def parse_arguments(argv: Sequence[str], defaults: Mapping[str, Any] | None = No
     preset_parser.add_argument("--config")
     preset = preset_parser.parse_known_args(argv)[0].config
     flags = _read_preset(preset, parser) if preset else []
+    parser.refuse_repeated_lists(argv)
     found, unknown = parser.parse_known_args([*flags, *argv])
     if unknown:
         guess = _did_you_mean(unknown[0].split("=")[0], parser._option_string_actions)

@@ -7,6 +7,8 @@ samples, each of k sources has given its share to within 1 - 1/(2k - 2) of a sam
 from __future__ import annotations
 
 import math
+import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +18,7 @@ import numpy as np
 import yaml
 
 from data.files import is_remote
+from data.indexed_dataset import index_file
 from utils.errors import UserError
 
 BLOCK = 4096  # samples whose sources are computed at a time
@@ -39,10 +42,16 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[BlendPa
     if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
         parts = _read_yaml(Path(words[0]), flag)
     elif len(words) > 1 and len(words) % 2 == 0 and all(_is_number(word) for word in words[::2]):
+        both = next((word for word in words[::2] if _is_source(word)), None)
+        if both is not None:
+            raise UserError(
+                f"{flag} {' '.join(words)}: {both} is a number and a file or folder; write ./{both} for the path, "
+                f"+{both} for the weight"
+            )
         pairs = zip(words[::2], words[1::2], strict=True)
         parts = [BlendPart(path, _parse_weight(number, path, flag)) for number, path in pairs]
     else:
-        stray = next((word for word in words if _is_number(word) and not Path(word).exists()), None)
+        stray = next((word for word in words if _is_number(word) and not _is_source(word)), None)
         if stray is not None:
             raise UserError(
                 f"{flag} {' '.join(words)}: {stray} stands where a path should; write WEIGHT PATH WEIGHT PATH ... or "
@@ -61,7 +70,7 @@ def _read_yaml(file: Path, flag: str) -> list[BlendPart]:
         loaded = yaml.safe_load(file.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{flag} {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{flag} {file}: not YAML ({' '.join(str(error).split())})") from error
     entries = loaded["sources"] if isinstance(loaded, dict) and set(loaded) == {"sources"} else None
     if not isinstance(entries, list) or not entries:
@@ -69,8 +78,11 @@ def _read_yaml(file: Path, flag: str) -> list[BlendPart]:
     parts = []
     for number, entry in enumerate(entries, 1):
         is_entry = isinstance(entry, dict) and set(entry) <= {"path", "weight"} and isinstance(entry.get("path"), str)
+        is_entry = is_entry and isinstance(entry.get("weight", 1), (int, float, str))
         if not is_entry:
-            raise UserError(f"{flag} {file}: entry {number} of sources must hold path and weight, not {entry!r}")
+            raise UserError(
+                f"{flag} {file}: entry {number} of sources must hold path and weight, not {reprlib.repr(entry)}"
+            )
         path = entry["path"] if is_remote(entry["path"]) else str(file.parent / entry["path"])
         weight = _parse_weight(str(entry["weight"]), path, flag) if "weight" in entry else None
         parts.append(BlendPart(path, weight))
@@ -85,6 +97,10 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_source(word: str) -> bool:
+    return os.path.lexists(word) or index_file(Path(word)).exists()
 
 
 def _parse_weight(text: str, path: str, flag: str) -> Fraction:

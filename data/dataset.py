@@ -7,7 +7,7 @@ Samples run on through the epochs without end. A blend of several datasets takes
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,12 +163,22 @@ class PackedDataset:
     def fingerprint(self) -> str:
         """Hash of all document lengths and of the first 64 tokens of up to 1000 documents: its cost does not grow."""
         digest = hashlib.sha256(self._lengths_hash.encode())
-        count = len(self.documents)
-        for at in np.unique(np.linspace(0, count - 1, num=min(1000, count), dtype=np.int64)):
-            document = int(self.documents[at])
-            ids = self.tokens.read(document, 0, min(64, int(self.tokens.lengths[document])))
+        for document in self._some_documents():
+            ids = self.tokens.read(document, 0, min(64, self.tokens.lengths.item(document)))
             digest.update(ids.astype(np.int64).tobytes())
         return digest.hexdigest()[:16]
+
+    def _some_documents(self) -> Iterator[int]:
+        """Up to 1000 documents, spread evenly."""
+        count = len(self.documents)
+        for at in np.unique(np.linspace(0, count - 1, num=min(1000, count), dtype=np.int64)):
+            yield int(self.documents[at])
+
+    def share_ending_with(self, token: int) -> float:
+        """Share of documents, of up to 1000 that are not empty, whose last token this is."""
+        lengths = ((document, self.tokens.lengths.item(document)) for document in self._some_documents())
+        last = [self.tokens.read(document, length - 1, 1).item() for document, length in lengths if length]
+        return last.count(token) / max(1, len(last))
 
     def state_dict(self, n: int) -> dict[str, Any]:
         """Epoch and position of each source before sample n, as JSON."""

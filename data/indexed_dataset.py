@@ -79,8 +79,7 @@ def write_indexed_dataset(prefix: Path, documents: Iterable[np.ndarray], *, voca
 class IndexedDataset:
     """Documents of a `.bin/.idx` pair, read through memory maps.
 
-    Opening checks the header, the sizes and the last entries: constant cost. A document's offset is checked when it is
-    read.
+    Opening checks the header, the sizes and the last entries: constant cost. `lengths` checks all sequences once.
 
     Attributes:
         tokens: all tokens of the `.bin` file, a view of the map.
@@ -145,14 +144,12 @@ class IndexedDataset:
         """[documents] tokens of each: the map itself, int32; sums, int64, where documents have several sequences.
 
         Raises:
-            UserError: a negative length, or document entries that run backwards.
+            UserError: sequences that overlap or lie outside the token file, document entries that run backwards, or a
+                document whose sequences do not lie end to end.
         """
         firsts = self._firsts
         assert firsts is not None
-        for at in range(0, len(self._sequence_lengths), CHUNK):
-            shortest = int(self._sequence_lengths[at : at + CHUNK].min())
-            if shortest < 0:
-                raise UserError(f"{index_file(self.prefix)}: a length of {shortest} tokens")
+        self._check_sequences()
         pieces = range(0, len(firsts), CHUNK)
         if len(firsts) == len(self._sequence_lengths) + 1 and all(
             (firsts[at : at + CHUNK] == np.arange(at, min(at + CHUNK, len(firsts)))).all() for at in pieces
@@ -161,8 +158,48 @@ class IndexedDataset:
             return self._sequence_lengths
         if (np.diff(firsts) < 0).any():
             raise UserError(f"{index_file(self.prefix)}: its document entries run backwards")
+        ends = self._offsets + self._sequence_lengths.astype(np.int64) * self.dtype.itemsize
+        apart = np.append(ends[:-1] != self._offsets[1:], False)
+        apart[firsts[1:] - 1] = False  # the last sequence of a document
+        if apart.any():
+            document = int(np.searchsorted(firsts, apart.argmax(), side="right")) - 1
+            raise UserError(f"{index_file(self.prefix)}: the sequences of document {document} do not lie end to end")
         sums = np.concatenate(([0], np.cumsum(self._sequence_lengths, dtype=np.int64)))
         return np.diff(sums[firsts])
+
+    def _check_sequences(self) -> None:
+        """Checks that all sequences lie inside the token file, and apart: then no length asks for more than it holds.
+
+        Raises:
+            UserError: names the first sequence, or says that some overlap.
+        """
+        size, held, last_end, is_in_order = self.dtype.itemsize, self.tokens.nbytes, 0, True
+        for at in range(0, len(self._offsets), CHUNK):
+            lengths = self._sequence_lengths[at : at + CHUNK]
+            starts = self._offsets[at : at + CHUNK]
+            ends = np.multiply(lengths, size, dtype=np.int64)
+            ends += starts
+            if starts[0] == last_end and ends[-1] <= held and lengths.min() >= 0 and (ends[:-1] == starts[1:]).all():
+                last_end = int(ends[-1])  # end to end, as data.prepare and Megatron-LM write them
+                continue
+            outside = (starts < 0) | (starts > held - (ends - starts)) | (starts % size != 0)
+            bad = (lengths < 0) | ((lengths > 0) & outside)  # an empty one may be anywhere
+            if bad.any():
+                number = int(bad.argmax())
+                raise UserError(
+                    f"{index_file(self.prefix)}: sequence {at + number} of {lengths[number]} tokens of {size} bytes at "
+                    f"byte {starts[number]}, but {self._token_file.name} holds {held} bytes"
+                )
+            starts, ends = starts[lengths > 0], ends[lengths > 0]
+            is_in_order &= bool((starts >= np.append(last_end, ends)[:-1]).all())
+            last_end = int(ends[-1]) if len(ends) else last_end
+        if not is_in_order:
+            full = self._sequence_lengths > 0
+            starts = self._offsets[full]
+            ends = starts + size * self._sequence_lengths[full].astype(np.int64)
+            order = np.argsort(starts)
+            if (starts[order[1:]] < ends[order[:-1]]).any():
+                raise UserError(f"{index_file(self.prefix)}: sequences overlap in {self._token_file.name}")
 
     # Pickled as its prefix: a worker process opens its own maps.
     def __getstate__(self) -> dict:
@@ -176,30 +213,12 @@ class IndexedDataset:
         return self._documents
 
     def locate(self, document: int, start: int, length: int) -> int:
-        """Index into `tokens` of a document's token `start`; checks that `length` tokens from there lie in the file.
-
-        Raises:
-            UserError: the index points outside the token file (a slice past the end of a map would be short).
-        """
-        size, whole = self.dtype.itemsize, self.lengths.item(document)
-        assert start >= 0 and length >= 0 and start + length <= whole
+        """Index into `tokens` of a document's token `start`. Raises UserError: as `lengths`."""
+        assert start >= 0 and length >= 0 and start + length <= self.lengths.item(document)
         if not length:
             return 0
         first = document if self._firsts is None else self._firsts.item(document)
-        offset = self._offsets.item(first)
-        if self._firsts is not None:
-            last = self._firsts.item(document + 1) - 1
-            if self._offsets.item(last) + self._sequence_lengths.item(last) * size - offset != whole * size:
-                raise UserError(
-                    f"{index_file(self.prefix)}: the sequences of document {document} do not lie end to end"
-                )
-        begin = offset // size + start
-        if offset < 0 or offset % size or begin + length > len(self.tokens):
-            raise UserError(
-                f"{self._token_file}: its index places document {document} at byte {offset}, {whole} tokens, "
-                f"but the file holds {len(self.tokens)} tokens of {size} bytes"
-            )
-        return begin
+        return self._offsets.item(first) // self.dtype.itemsize + start
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """[length] tokens of a document from token `start` on; a view of the map. Raises UserError: as `locate`."""

@@ -1,8 +1,8 @@
 """Tokenize text once, into a corpus that train.py reads: `<prefix>.bin` and `<prefix>.idx`, Megatron-LM's format.
 
     python -m data.prepare --input 'corpus/*.jsonl.zst' --output-prefix data/web --tokenizer-model spm.model
-    --append-eod python -m data.prepare train-tokenizer --input 'corpus/*.jsonl.zst' --output spm.model --vocab-size
-    32000 python -m data.prepare stats data/web
+    python -m data.prepare train-tokenizer --input 'corpus/*.jsonl.zst' --output spm.model --vocab-size 32000
+    python -m data.prepare stats data/web
 
 The main process reads records and writes tokens in order; workers decode and tokenize (data/encode.py), so the files do
 not depend on their number. Progress is saved every few seconds (data/corpus_writer.py); the same command resumes from
@@ -12,6 +12,7 @@ there.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -33,10 +34,10 @@ from data.corpus_writer import (
     refuse_overwriting,
 )
 from data.encode import encode_in_order, read_record_batches
-from data.files import file_size, is_remote, match_files, unique_files
+from data.files import LeftOut, describe_left_out, drop_empty, file_size, is_remote, match_files, unique_files
 from data.indexed_dataset import token_dtype
 from data.readers import FORMATS, BadRecord, FileOffset
-from data.sources import TextSource, train_model
+from data.sources import TextSource, metadata_file, train_model
 from data.tokenizer import NUM_THREADS, TOKENIZER_TYPES, Tokenizer, TokenizerSpec, resolve_tokenizer_type
 from utils.errors import OneLineParser, UserError, run_tool
 from utils.files import cache_key, replace_synced
@@ -66,7 +67,8 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         parser.add_argument(f"--{f.name.replace('_', '-')}", **default, **f.metadata)
 
 
-def parse_options(options: type[Options], parser: argparse.ArgumentParser, words: Sequence[str]) -> Options:
+def parse_options(options: type[Options], parser: OneLineParser, words: Sequence[str]) -> Options:
+    parser.refuse_repeated_lists(words)
     values = vars(parser.parse_args(words))
     return options(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
@@ -107,8 +109,9 @@ class PrepareOptions(InputOptions):
         "of a tokenizer.json: the token that ends a document; default: a usual one", None, metavar="TOKEN"
     )
     append_eod: bool = option(
-        "end each document with the end-of-document token, which a model must learn to stop at; default: off",
-        False,
+        "end each document with the end-of-document token, which a model must learn to stop at; default: on, as for "
+        "text that train.py reads",
+        True,
         action=argparse.BooleanOptionalAction,
     )
     workers: int = option(
@@ -138,12 +141,12 @@ class TrainTokenizerOptions(InputOptions):
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     """The main command's parser, which makes `PrepareOptions`."""
     parser = new_parser(
         "Tokenize documents into <prefix>.bin and <prefix>.idx. One document is a JSONL record, a Parquet row or a "
         "text file, each "
-        "file plain, .gz or .zst. The same command resumes where it was stopped.",
+        "file plain, .gz, .zst, .bz2 or .xz. The same command resumes where it was stopped.",
         epilog="also: python -m data.prepare train-tokenizer --help; python -m data.prepare stats --help",
     )
     add_options(parser, PrepareOptions)
@@ -154,25 +157,33 @@ def build_parser() -> argparse.ArgumentParser:
 # The main command
 
 
-def find_inputs(options: InputOptions, left_out: Collection[Path] = ()) -> TextSource:
+def find_inputs(options: InputOptions, outputs: Collection[Path] = ()) -> TextSource:
     """The files that `--input` names, once each, in the order of patterns and names.
 
     Args:
-        left_out: resolved files and folders that folders and patterns do not stand for.
+        outputs: resolved files and folders that folders and patterns do not stand for.
 
     Raises:
         UserError: a pattern matches no file.
     """
+
+    def without_outputs(names: list[str]) -> list[str]:
+        return [name for name in names if not {(at := Path(name).resolve()), *at.parents}.intersection(outputs)]
+
     files: list[str] = []
+    left_out: LeftOut = {}
     for pattern in options.input:
-        found = match_files(pattern)
-        if left_out and not os.path.isfile(pattern):
-            found = [name for name in found if not {(at := Path(name).resolve()), *at.parents}.intersection(left_out)]
+        found = match_files(pattern, left_out)
+        if outputs and not os.path.isfile(pattern):
+            found = without_outputs(found)
         if not found:
-            raise UserError(f"--input {pattern}: no such file, and nothing in it to read")
+            beside = f"; left out: {describe_left_out(left_out)}" if left_out else ""
+            raise UserError(f"--input {pattern}: no such file, and nothing in it to read{beside}")
         files += found
+    files = drop_empty(unique_files(files), left_out)
+    left_out = {kind: kept for kind, names in left_out.items() if (kept := without_outputs(names))}
     kind = None if options.format == "auto" else options.format
-    return TextSource(" ".join(options.input), tuple(unique_files(files)), options.json_key, kind, "--input")
+    return TextSource(" ".join(options.input), tuple(files), options.json_key, kind, "--input", left_out)
 
 
 def _check_options(options: PrepareOptions) -> None:
@@ -222,10 +233,10 @@ def prepare(options: PrepareOptions) -> Progress:
     model = Path(spec.model) if spec.model else None
     # Outputs of an earlier run in a folder of inputs are no inputs; a user's file under such a name is one, and is
     # refused.
-    left_out = set(output_files(prefix, model)[3:])
+    outputs = set(output_files(prefix, model)[3:])
     if is_written_by_prepare(prefix):
-        left_out = {*output_files(prefix, model), Path(f"{prefix}.lengths.png").resolve()}
-    source = find_inputs(options, left_out)
+        outputs = {*output_files(prefix, model), Path(f"{prefix}.lengths.png").resolve()}
+    source = find_inputs(options, outputs)
     refuse_overwriting(prefix, model, source.files, overwrite=options.overwrite)
     # Without --on-error: a run that a bad record stopped resumes with skip.
     key = cache_key(
@@ -242,7 +253,7 @@ def prepare(options: PrepareOptions) -> Progress:
         print(f"resuming after {writer.progress.documents:,} documents", file=sys.stderr)
     write_tokens(writer, source, spec, options)
     progress = writer.progress
-    if not progress.tokens:
+    if progress.tokens == progress.documents * options.append_eod:
         writer.discard()
         what = f"no token in its {progress.documents} documents" if progress.documents else "no document in it"
         raise UserError(f"--input {source.name}: {what} ({progress.empty} empty, {progress.bad} bad)")
@@ -294,7 +305,9 @@ def _describe_corpus(
         "bad_records": progress.bad,
         "first_bad_records": progress.shown,
         "append_eod": append_eod,
+        "end_of_document_token": tokenizer.eod if append_eod else None,
         "inputs": list(source.files),
+        "left_out": {kind: {"count": len(names), "first": names[:100]} for kind, names in source.left_out.items()},
         "tokenizer": {
             "type": spec.kind,
             "model": model_copy(prefix, Path(spec.model)).name if spec.model else None,
@@ -314,8 +327,11 @@ def _prepare_command(words: Sequence[str]) -> None:
     start = time.monotonic()
     progress = prepare(options)
     seconds = time.monotonic() - start
+    metadata = json.loads(metadata_file(Path(options.output_prefix)).read_text("utf-8"))
+    eod = metadata["end_of_document_token"]
+    ends = "without an end-of-document token" if eod is None else f"each ends with end-of-document token {eod}"
     print(
-        f"{options.output_prefix}.bin, .idx: {progress.documents:,} documents, {progress.tokens:,} tokens of "
+        f"{options.output_prefix}.bin, .idx: {progress.documents:,} documents ({ends}), {progress.tokens:,} tokens of "
         f"{progress.text_bytes:,} bytes "
         f"of text ({progress.text_bytes / progress.tokens:.2f} bytes a token), {progress.empty:,} empty and "
         f"{progress.bad:,} bad records "
@@ -323,6 +339,8 @@ def _prepare_command(words: Sequence[str]) -> None:
     )
     for line in progress.shown:
         print(f"  left out: {line}")
+    for kind, names in metadata["left_out"].items():
+        print(f"  left out: {names['count']:,} {kind}, first {names['first'][0]}")
 
 
 def _train_tokenizer_command(words: Sequence[str]) -> None:
@@ -340,8 +358,9 @@ def _train_tokenizer_command(words: Sequence[str]) -> None:
     if output.exists():
         raise UserError(f"--output {output}: exists already")
     bad: list[BadRecord] = []
+    source = find_inputs(options)
     model = train_model(
-        find_inputs(options),
+        source,
         vocab_size=options.vocab_size,
         flag="--vocab-size",
         skip=bad.append if options.on_error == "skip" else None,
@@ -353,6 +372,8 @@ def _train_tokenizer_command(words: Sequence[str]) -> None:
     print(f"{output}: {options.vocab_size} pieces; {len(bad)} bad records left out")
     for error in bad[:SHOWN]:
         print(f"  left out: {error}")
+    if source.left_out:
+        print(f"  left out: {describe_left_out(source.left_out)}")
 
 
 def main(words: Sequence[str]) -> int:

@@ -7,22 +7,20 @@ text of one record, which another process can do.
 from __future__ import annotations
 
 import codecs
-import gzip
 import importlib
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from data.files import COMPRESSIONS, PARQUET_SUFFIXES, content_suffix, file_size, open_store, open_stream
+from data.files import PARQUET_SUFFIXES, compression_of, content_suffix, file_size, open_store, open_stream
 from utils.errors import UserError
 
 FORMATS = ("jsonl", "text", "parquet")
-CORRUPTED_STREAM = (EOFError, gzip.BadGzipFile, zlib.error)
+MAX_RECORD_BYTES = 1 << 30  # a few KB of a compressed file may hold a line of many GB
+BATCH_ROWS, BATCH_BYTES = 32, 256 << 20  # of Parquet, read at a time; more rows are not faster
 
 
 class BadRecord(ValueError):
@@ -58,16 +56,18 @@ class Record(NamedTuple):
     """One record, not decoded yet.
 
     Attributes:
-        content: bytes of a line, a file or a Parquet string; None: a null.
+        content: bytes of a line, a file or a Parquet string; None: a null, or a record that is too long.
         number: line or row counted from 1; 0: a whole file.
         end: the `FileOffset.offset` behind the record.
         consumed: stored bytes of the file read so far, for progress.
+        is_too_long: more than `MAX_RECORD_BYTES`.
     """
 
     content: bytes | None
     number: int
     end: int
     consumed: int
+    is_too_long: bool = False
 
 
 def detect_format(file: str) -> str:
@@ -83,8 +83,8 @@ def detect_format(file: str) -> str:
         return "jsonl"
     try:
         with open_stream(file) as (_, lines):
-            first = next((line for line in lines if line.strip()), b"")
-    except (*CORRUPTED_STREAM, OSError) as error:
+            first = next((line for line, _ in _limited_lines(lines) if line.strip()), b"")
+    except (EOFError, OSError) as error:
         raise UserError(f"{file} cannot be read ({error})") from error
     first = first.removeprefix(codecs.BOM_UTF8).lstrip()
     if first[:1] == b"{":
@@ -96,6 +96,19 @@ def detect_format(file: str) -> str:
     if suffix == ".json":
         raise UserError(f"{file} is not JSON lines (one object a line), the only .json content that is read")
     return "text"
+
+
+def _limited_lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """(a line, its bytes); of a line of more than `MAX_RECORD_BYTES` only the beginning."""
+    readline = stream.readline
+    while line := readline(MAX_RECORD_BYTES + 1):
+        size = len(line)
+        if size > MAX_RECORD_BYTES and not line.endswith(b"\n"):
+            while rest := readline(1 << 20):
+                size += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+        yield line, size
 
 
 def read_records(file: str, *, kind: str, json_key: str, start: FileOffset = FileOffset()) -> Iterator[Record]:
@@ -117,20 +130,27 @@ def read_records(file: str, *, kind: str, json_key: str, start: FileOffset = Fil
         with open_stream(file) as (raw, stream):
             if kind == "text":
                 if not start.number:
-                    content = stream.read()
-                    yield Record(content, 0, len(content), raw.tell())
+                    content = stream.read(MAX_RECORD_BYTES + 1)
+                    yield _limited(content, 0, len(content), raw.tell())
                 return
             stream.seek(start.offset)
             end = start.offset
-            for line in stream:
+            for line, size in _limited_lines(stream):
                 number += 1
-                end += len(line)
+                end += size
                 if not line.isspace():
-                    yield Record(line, number, end, raw.tell())
-    except CORRUPTED_STREAM as error:
+                    yield _limited(line, number, end, raw.tell())
+    except EOFError as error:
         raise _bad_rest(file, number, error) from error
     except OSError as error:
         raise _name_file(file, error) from error
+
+
+def _limited(content: bytes | None, number: int, end: int, consumed: int) -> Record:
+    """A record without its content if that is longer than `MAX_RECORD_BYTES`."""
+    if content is not None and len(content) > MAX_RECORD_BYTES:
+        return Record(None, number, end, consumed, is_too_long=True)
+    return Record(content, number, end, consumed)
 
 
 def _bad_rest(file: str, done: int, error: Exception) -> BadRecord:
@@ -153,10 +173,13 @@ def _load_pyarrow(file: str) -> tuple[Any, Any]:
 
 
 def _open_parquet(pyarrow: Any, file: str) -> Any:
-    """A seekable file; the content of a compressed one is held in memory."""
-    if Path(file).suffix in COMPRESSIONS:
+    """A seekable file; the content of a compressed one is held in memory. Raises BadRecord: that is too much."""
+    if compression_of(file):
         with open_stream(file) as (_, stream):
-            return pyarrow.BufferReader(stream.read())
+            content = stream.read(MAX_RECORD_BYTES + 1)
+        if len(content) > MAX_RECORD_BYTES:
+            raise BadRecord(file, 0, f"unpacks to more than {MAX_RECORD_BYTES:,} bytes, which are held in memory")
+        return pyarrow.BufferReader(content)
     store, path = open_store(file)
     return store.open(path, "rb")
 
@@ -169,37 +192,50 @@ def _read_parquet(file: str, column: str, start: FileOffset) -> Iterator[Record]
             table = parquet.ParquetFile(opened)
             _check_column(pyarrow, file, table.schema_arrow, column)
             size, rows = file_size(file), table.metadata.num_rows
-            for batch in table.iter_batches(batch_size=1024, columns=[column]):
+            for batch in table.iter_batches(batch_size=_batch_rows(table.metadata, column), columns=[column]):
                 if row + batch.num_rows <= start.number:
                     row += batch.num_rows
                     continue
                 for value in batch.column(0):
                     row += 1
                     if row > start.number:
+                        value = value.value if isinstance(value, pyarrow.DictionaryScalar) else value
                         content = value.as_buffer()  # the bytes, whether they are UTF-8 or not
                         text = None if content is None else content.to_pybytes()
-                        yield Record(text, row, row, size * row // rows)
-    except (pyarrow.ArrowException, *CORRUPTED_STREAM, OSError) as error:
+                        yield _limited(text, row, row, size * row // rows)
+    except (pyarrow.ArrowException, EOFError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own, for corrupted content, have none
             raise _name_file(file, error) from error
         raise _bad_rest(file, row, error) from error
 
 
+def _batch_rows(metadata: Any, column: str) -> int:
+    """Rows to read at a time, by the sizes that the file states."""
+    at = [metadata.schema.column(n).path for n in range(metadata.num_columns)].index(column)
+    groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
+    mean = max((g.column(at).total_uncompressed_size / g.num_rows for g in groups if g.num_rows), default=0)
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / (mean + 1))))
+
+
 def _check_column(pyarrow: Any, file: str, schema: Any, column: str) -> None:
-    """Raises BadRecord unless the schema has one column of that name, of text."""
+    """Raises BadRecord unless the schema has one column of that name, of text or bytes, plain or a dictionary's."""
     names = schema.names
     if column not in names:
         raise BadRecord(file, 0, f"has no column {column!r}, but {', '.join(names[:10])}")
     if names.count(column) > 1:
         raise BadRecord(file, 0, f"has {names.count(column)} columns {column!r}")
     kind, types = schema.field(column).type, pyarrow.types
-    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    checks = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    if not any(getattr(types, f"is_{name}")(kind) for name in checks):
         raise BadRecord(file, 0, f"column {column!r} holds {kind}, no text")
 
 
 def decode_text(file: str, record: Record, *, kind: str, json_key: str) -> str:
     """A record's text, which may be empty. Raises BadRecord: corrupted JSON, no text under the key, not UTF-8."""
     content, number = record.content, record.number
+    if record.is_too_long:
+        raise BadRecord(file, number, f"is longer than {MAX_RECORD_BYTES:,} bytes, the most that a document may have")
     if content is None:
         raise BadRecord(file, number, f"has no text in column {json_key!r}")
     if kind != "jsonl":

@@ -12,14 +12,14 @@ import os
 import platform
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data.blend import parse_blend
-from data.files import file_size, file_version, is_remote, match_files
+from data.files import LeftOut, describe_left_out, drop_empty, file_version, is_remote, match_files
 from data.indexed_dataset import IndexedDataset, index_file, token_file
 from data.readers import BadRecord, Record, decode_text, detect_format, read_records
 from data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -46,6 +46,7 @@ class TextSource:
         json_key: JSONL field, or Parquet column, that holds the text.
         kind: format of every file (`readers.FORMATS`); None: detected for each file.
         flag: names the source in errors.
+        left_out: what lies in its folders beside.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TextSource:
     json_key: str = "text"
     kind: str | None = None
     flag: str = "--data-path"
+    left_out: LeftOut = field(default_factory=dict)
 
     def cache_facts(self) -> list:
         """Part of a cache key: changes whenever the documents may have changed."""
@@ -136,18 +138,20 @@ def open_text(data_path: str | None, json_key: str) -> TextSource:
     """
     if data_path is None:
         return open_stdlib()
-    files = match_files(data_path) if is_remote(data_path) or os.path.exists(data_path) else []
+    left_out: LeftOut = {}
+    files = match_files(data_path, left_out) if is_remote(data_path) or os.path.lexists(data_path) else []
     if not files and not os.path.isdir(data_path):
         name = Path(data_path).name
         raise UserError(f"--data-path {data_path}: no such file or folder, and no {name}.idx of a prepared corpus")
-    filled = tuple(file for file in files if file_size(file))
+    filled = drop_empty(files, left_out)
     if not filled:
+        beside = f"; left out: {describe_left_out(left_out)}" if left_out else ""
         raise UserError(
             f"--data-path {data_path}: the file is empty"
             if files == [data_path]
-            else f"--data-path {data_path}: no text in this folder (no .txt, .md, .jsonl, .parquet or the like)"
+            else f"--data-path {data_path}: no text in this folder (no .txt, .md, .jsonl, .parquet or the like){beside}"
         )
-    return TextSource(data_path, filled, json_key)
+    return TextSource(data_path, tuple(filled), json_key, left_out=left_out)
 
 
 # ---------------------------------------------------------------------------------------------------

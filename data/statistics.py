@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,8 @@ import numpy as np
 from data.indexed_dataset import IndexedDataset, index_file, token_file
 from data.packing import best_fit_decreasing, cut_documents
 from data.sources import metadata_file
-from utils.errors import UserError
+from utils.errors import OneLineParser, UserError
+from utils.files import replace_synced
 
 CP_SIZES = (1, 2, 4, 8)
 PERCENTILES = (1, 25, 50, 75, 99)
@@ -97,7 +98,7 @@ def format_report(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw_histogram(found: dict[str, Any], file: Path, title: str) -> None:
+def draw_histogram(found: dict[str, Any], title: str) -> bytes:
     """Documents and tokens by length, as a PNG."""
     import matplotlib
 
@@ -113,11 +114,13 @@ def draw_histogram(found: dict[str, Any], file: Path, title: str) -> None:
         axis.set_ylabel(counted)
         axis.grid(alpha=0.3)
     figure.suptitle(f"{title}: {found['documents']:,} documents, {found['tokens']:,} tokens")
-    figure.savefig(file, dpi=120)
+    out = io.BytesIO()
+    figure.savefig(out, dpi=120, format="png")
     pyplot.close(figure)
+    return out.getvalue()
 
 
-def stats_command(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
+def stats_command(words: Sequence[str], parser: OneLineParser) -> None:
     """`data.prepare stats P`."""
     parser.add_argument("prefix", metavar="P", help="prefix of P.bin and P.idx")
     parser.add_argument(
@@ -130,6 +133,7 @@ def stats_command(words: Sequence[str], parser: argparse.ArgumentParser) -> None
     )
     parser.add_argument("--png", help="the histogram's file; default: P.lengths.png; none: no picture")
     parser.add_argument("--json", metavar="FILE", help="also write all statistics to FILE; default: off")
+    parser.refuse_repeated_lists(words)
     options = parser.parse_args(words)
     for seq_length in options.seq_length:
         if seq_length < 16 or seq_length % 16:
@@ -148,5 +152,11 @@ def stats_command(words: Sequence[str], parser: argparse.ArgumentParser) -> None
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     if picture is not None:
-        draw_histogram(found, picture, prefix.name)
-        print(f"\npicture: {picture}")
+        try:
+            replace_synced(picture, draw_histogram(found, prefix.name))
+        except OSError as error:
+            if options.png:
+                raise
+            print(f"\nno picture: {picture.parent}: {error.strerror}; --png FILE writes it elsewhere")
+        else:
+            print(f"\npicture: {picture}")

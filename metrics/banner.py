@@ -18,16 +18,36 @@ from training.build import RunData
 from utils.logger import log
 
 
+def list_sources(sequences: SampleDataset) -> list[PackedDataset]:
+    return sequences.sources if isinstance(sequences, BlendedDataset) else [sequences]
+
+
 def describe_sequences(sequences: SampleDataset) -> list[str]:
     """Documents, tokens and packing; a line for each source."""
     if isinstance(sequences, BlendedDataset):
         blend = sequences.blend
         return [
-            f"{weight / blend.total:.4%} of samples from {source.name}: {_describe_source(source)}"
+            f"{weight / blend.total:.4%} of samples from {source.name}: {_describe_source(source)}; {_describe_ends(source)}"
             for source, weight in zip(sequences.sources, blend.weights, strict=True)
         ]
     assert isinstance(sequences, PackedDataset)
-    return [_describe_source(sequences)]
+    return [f"{_describe_source(sequences)}; {_describe_ends(sequences)}"]
+
+
+def _describe_ends(source: PackedDataset) -> str:
+    """How many documents end with the end-of-document token, which also fills padding."""
+    share, token = source.share_ending_with(source.pad_token), f"end-of-document token {source.pad_token}"
+    return f"each document ends with {token}" if share == 1 else f"{share:.1%} of documents end with {token}"
+
+
+def warn_of_missing_ends(sequences: SampleDataset) -> list[str]:
+    """A line for each source with documents that do not end with the end-of-document token."""
+    return [
+        f"warning: {source.name}: {_describe_ends(source)}: the model may not learn to stop; data.prepare ends each "
+        "document, unless --no-append-eod"
+        for source in list_sources(sequences)
+        if source.share_ending_with(source.pad_token) < 1
+    ]
 
 
 def _describe_source(source: PackedDataset) -> str:
@@ -45,7 +65,7 @@ def _describe_source(source: PackedDataset) -> str:
 
 def describe_epochs(sequences: SampleDataset, n: int) -> str:
     """How many epochs of each source the first `n` samples of a run are."""
-    sources = sequences.sources if isinstance(sequences, BlendedDataset) else [sequences]
+    sources = list_sources(sequences)
     counts = sequences.blend.counts(n) if isinstance(sequences, BlendedDataset) else [n]
     epochs = [f"{count / s.samples_per_epoch:.4g} epochs" for s, count in zip(sources, counts, strict=True)]
     if len(epochs) == 1:
@@ -82,6 +102,7 @@ class RunSummary:
             "model": self._describe_model(),
             **({"tokenizer": f"changes text: {self.data.tokenizer.change}"} if self.data.tokenizer.change else {}),
             "data": " ".join(self.config.data.data_path or ["the Python standard library of this interpreter"]),
+            **({"left out": self.data.left_out} if self.data.left_out else {}),
             **_number("train", describe_sequences(self.data.train)),
             **_number("validation", self._describe_validation()),
             "step": self._describe_step(),
@@ -96,6 +117,8 @@ class RunSummary:
         }
         rule = "-" * 100
         log("\n".join([rule, *(f"{key:<12} {value}" for key, value in lines.items()), rule]))
+        for line in warn_of_missing_ends(self.data.train):
+            log(line)
 
     def _describe_device(self) -> str:
         name = f"CPU, {torch.get_num_threads()} threads a rank"

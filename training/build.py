@@ -14,8 +14,9 @@ from cp.attention import build_attention
 from data.batch import BatchPlan
 from data.build import build_dataset, train_tokenizer
 from data.dataset import SampleDataset
+from data.files import describe_left_out
 from data.packing import PackingOptions
-from data.sources import DataSource, find_tokenizer, open_sources
+from data.sources import DataSource, TextSource, find_tokenizer, open_sources
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig
 from model.gpt import GPT, Stages, get_chunks
@@ -36,11 +37,12 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.f
 
 @dataclass(frozen=True)
 class RunData:
-    """Attributes: valid: None without validation."""
+    """Attributes: valid: None without validation; left_out: what lies in folders of text beside, in words."""
 
     tokenizer: Tokenizer
     train: SampleDataset
     valid: SampleDataset | None
+    left_out: str = ""
 
     def fingerprints(self) -> dict[str, str | None]:
         return {
@@ -94,7 +96,9 @@ def build_data(config: RunConfig) -> RunData:
             flag="--valid-data-path" if valid_parts else "--data-path",
             cache_path=cache_path,
         )
-    return RunData(tokenizer, train, valid)
+    text = [part.content for part in (*parts, *valid_parts) if isinstance(part.content, TextSource)]
+    left_out = ", ".join(describe_left_out(source.left_out) for source in text if source.left_out)
+    return RunData(tokenizer, train, valid, left_out)
 
 
 def build_batch_plan(config: RunConfig, grid: Grid) -> BatchPlan:

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,6 +56,17 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+    def refuse_repeated_lists(self, words: Sequence[str]) -> None:
+        """Refuse a flag that takes several values and is given twice: argparse would keep the last values only.
+
+        Raises:
+            UserError: names the flag.
+        """
+        for flag, action in self._option_string_actions.items():
+            count = sum(word == flag or word.startswith(f"{flag}=") for word in words)
+            if action.nargs in ("+", "*") and count > 1:
+                raise UserError(f"{flag} is given {count} times; give it once, with all its values")
 
 
 def run_tool(main: Callable[[list[str]], int], *, prints: bool = True) -> int:

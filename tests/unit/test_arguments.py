@@ -15,6 +15,7 @@ from config.validate import resolve
 from model.config import GPTConfig
 from runtime.distributed import Launch, read_launch
 from tests.flags import flatten, resolve_config, resolved
+from utils.errors import UserError
 
 REFUSALS = [
     (["--cp-sise", "2"], 1, ["unknown flag --cp-sise", "--cp-size"]),
@@ -219,6 +220,16 @@ def test_auto_says_what_it_chose() -> None:
     for words in ("--device cpu", "--dtype fp32", "--dp-shard-size 4", "--cp-backend native", "--document-alignment 4",
                   "--packing best-fit", "--reshard-after-forward on"):  # fmt: skip
         assert any(words in line for line in chosen), (words, chosen)
+
+
+@pytest.mark.parametrize("second", [["--data-path", "c"], ["--data-path=c"]])
+def test_a_list_that_is_given_twice_is_refused(tmp_path: Path, second: list[str]) -> None:
+    """argparse keeps the last one: half of the data would be missing."""
+    with pytest.raises(UserError, match="--data-path is given 2 times; give it once, with all its values"):
+        parse_arguments(["--data-path", "a", "b", "--seq-length", "64", *second])
+    preset = tmp_path / "p.yaml"
+    preset.write_text("data-path: [a, b]\n")
+    assert parse_arguments(["--config", str(preset), *second]).data.data_path == ["c"]  # the command line wins
 
 
 def test_presets(tmp_path: Path) -> None:

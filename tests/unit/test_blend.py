@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from data.blend import BLOCK, Blend, parse_blend, whole_weights
 from data.dataset import BlendedDataset
 from tests.unit.test_packed_rows import dataset
+from utils.errors import UserError
 
 weights = st.lists(st.integers(1, 10_000), min_size=1, max_size=7)
 
@@ -153,3 +154,49 @@ def test_an_epoch_of_a_blend_repeats_no_source() -> None:
     data = blended([5, 3, 1])
     counts = data.blend.counts(data.samples_per_epoch)
     assert all(c <= s.samples_per_epoch for c, s in zip(counts, data.sources, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["folder", "corpus", "link"])
+def test_a_path_that_is_a_number_is_no_weight(tmp_path: Path, monkeypatch, kind: str) -> None:
+    """`--data-path 2023 2024`: two folders of years, not one with a weight."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("2023", "2024"):
+        if kind == "folder":
+            Path(name).mkdir()
+        elif kind == "corpus":
+            Path(f"{name}.idx").write_bytes(b"")
+        else:
+            Path(name).symlink_to("gone")
+    with pytest.raises(ValueError, match=r"2023 is a number and a file or folder; write \./2023 for the path, \+2023"):
+        parse_blend(["2023", "2024"])
+    if kind != "link":  # `is named twice` compares what links lead to
+        assert [(p.path, p.weight) for p in parse_blend(["./2023", "2024"])] == [("./2023", None), ("2024", None)]
+        assert [p.path for p in parse_blend(["2024", "./2023", "other"])] == ["2024", "./2023", "other"]
+    assert [(p.path, p.weight) for p in parse_blend(["+2023", "2024"])] == [("2024", 2023)]
+    assert [p.weight for p in parse_blend(["2022", "2024"])] == [2022]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sources: [{path: a, weight: &a [1, 2]}]",
+        "sources: [{path: a, weight: {b: 1}}]",
+        "sources: [{path: 2023-99-99}]",
+        "sources: " + "[" * 5000,
+        "sources: [" + "9" * 5000 + "]",
+    ],
+)
+def test_broken_lists_of_sources_are_one_short_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "b.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"--data-path .*b\.yaml") as caught:
+        parse_blend([str(tmp_path / "b.yaml")])
+    assert type(caught.value) is UserError and len(str(caught.value)) < 700
+
+
+def test_a_value_shared_many_times_is_not_written_out(tmp_path: Path) -> None:
+    """Lists shared 30 deep: 2^30 words if printed whole."""
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 31))]
+    (tmp_path / "b.yaml").write_text("sources:\n- {" + ", ".join(["path: p", *lines]) + "}\n")
+    with pytest.raises(ValueError, match="entry 1 of sources must hold path and weight") as caught:
+        parse_blend([str(tmp_path / "b.yaml")])
+    assert len(str(caught.value)) < 1000

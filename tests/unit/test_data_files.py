@@ -99,6 +99,27 @@ def test_a_source_that_changes_is_another_source(tmp_path: Path) -> None:
     assert open_text(str(file), "text").cache_facts() != before
 
 
+@pytest.mark.parametrize("how", ["in place", "by rename"])
+def test_an_edit_that_keeps_size_and_time_is_another_source(tmp_path: Path, how: str) -> None:
+    """What `cp -p`, `rsync -t`, `tar` and `mv` do: tokens of the old text would be used."""
+    file, new = tmp_path / "one.txt", tmp_path / "new"
+    file.write_text("one")
+    new.write_text("two")
+    for each in (file, new):
+        os.utime(each, ns=(1, 1))
+    before = [open_text(str(file), "text").cache_facts() for _ in range(2)]
+    assert before[0] == before[1]
+    time.sleep(0.02)  # the clock of the file system ticks every 10 ms
+    if how == "in place":
+        file.write_text("two")
+        os.utime(file, ns=(1, 1))
+    else:
+        os.rename(file, tmp_path / "old")
+        os.rename(new, file)
+    assert file.read_text() == "two" and file.stat().st_mtime_ns == 1 and file.stat().st_size == 3
+    assert open_text(str(file), "text").cache_facts() != before[0]
+
+
 def test_a_cache_key_depends_on_files_and_options(tmp_path: Path, monkeypatch) -> None:
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text("one")

@@ -6,6 +6,7 @@ import itertools
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -73,6 +74,16 @@ def test_sequences_that_do_not_lie_end_to_end_are_refused(tmp_path: Path) -> Non
         IndexedDataset(tmp_path / "t").read(0, 0, 12)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "offsets", "firsts"),
+    [([2, 4, 2], [0, 16, 12], [0, 3]), ([0, 4, 0], [10, 0, 18], [0, 3]), ([4, 2, 2], [0, 8, 14], [0, 1, 3])],
+)
+def test_no_sequence_of_a_document_lies_elsewhere(tmp_path: Path, lengths, offsets, firsts) -> None:
+    write_raw(tmp_path / "t", np.arange(30, dtype=np.uint16), lengths, offsets, firsts)
+    with pytest.raises(ValueError, match=f"document {len(firsts) - 2} do not lie end to end"):
+        _ = IndexedDataset(tmp_path / "t").lengths
+
+
 @pytest.mark.parametrize("code", [6, 7, 99])
 def test_what_is_no_token_is_refused(tmp_path: Path, code: int) -> None:
     write_raw(tmp_path / "t", np.arange(8, dtype=np.uint8), [1], [0], [0, 1], code=code)
@@ -91,6 +102,58 @@ def test_document_entries_that_run_backwards_are_refused(tmp_path: Path) -> None
     write_raw(tmp_path / "t", np.arange(8, dtype=np.uint16), [4, 2, 2], [0, 8, 12], [0, 2, 1, 2, 3])
     with pytest.raises(ValueError, match="backwards"):
         _ = IndexedDataset(tmp_path / "t").lengths
+
+
+@pytest.mark.parametrize(
+    ("lengths", "offsets", "words"),
+    [
+        ([4, 4], [0, 4], "sequences overlap"),  # in order
+        ([4, 4], [4, 0], "sequences overlap"),  # backwards
+        ([4, 4, 2], [0, 8, 0], "sequences overlap"),
+        ([4, 4], [0, 18], r"sequence 1 of 4 tokens of 2 bytes at byte 18, but t.bin holds 20 bytes"),
+        ([4, 4], [-2, 8], "sequence 0 .* at byte -2"),
+        ([4, 4], [0, 9], "sequence 1 .* at byte 9"),
+        ([2**31 - 1, 4], [0, 0], "sequence 0 of 2147483647 tokens"),
+        ([-1, 4], [0, 8], "sequence 0 of -1 tokens"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_sequences_that_overlap_or_lie_outside_are_refused(tmp_path: Path, monkeypatch, lengths, offsets, words, chunk):
+    monkeypatch.setattr("data.indexed_dataset.CHUNK", chunk)
+    lengths, offsets = [*lengths, 0, 1], [*offsets, -99, 16]  # empty ones may be anywhere
+    if len(lengths) == 5:
+        offsets[-1] = 18
+    write_raw(tmp_path / "t", np.arange(10, dtype=np.uint16), lengths, offsets, [*range(len(lengths) + 1)])
+    with pytest.raises(ValueError, match=words):
+        _ = IndexedDataset(tmp_path / "t").lengths
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 1 << 20])
+def test_sequences_in_any_order_and_with_gaps_are_read(tmp_path: Path, monkeypatch, chunk: int) -> None:
+    """An index that leaves documents out, or shuffles them, over the same token file."""
+    monkeypatch.setattr("data.indexed_dataset.CHUNK", chunk)
+    write_raw(tmp_path / "t", np.arange(10, dtype=np.uint16), [3, 0, 2, 2], [14, 99, 0, 6], [0, 1, 2, 3, 4])
+    data = IndexedDataset(tmp_path / "t")
+    read = [data.read(n, 0, int(length)).tolist() for n, length in enumerate(data.lengths)]
+    assert read == [[7, 8, 9], [], [0, 1], [3, 4]]
+
+
+def test_an_index_of_a_few_bytes_asks_for_no_memory(tmp_path: Path) -> None:
+    """20 documents of 2^31 - 1 tokens each would be cut into millions of pieces."""
+    count, most = 20, 2**31 - 1
+    lengths = [most] * (count - 1) + [1]
+    write_raw(tmp_path / "t", np.arange(100, dtype=np.uint16), lengths, [0] * count, [*range(count + 1)])
+    assert index_file(tmp_path / "t").stat().st_size < 500
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"t\.idx: sequence 0 of {most} tokens"):
+        PackedDataset(
+            IndexedDataset(tmp_path / "t"),
+            np.arange(count),
+            PackingOptions(seq_length=64, method="best-fit", seed=1),
+            pad_token=0,
+        )
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
 
 
 @given(st.data())

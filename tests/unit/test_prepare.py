@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import json
@@ -21,6 +22,7 @@ import pytest
 import data.corpus_writer as writer_module
 import data.encode as encode_module
 import data.prepare as prepare_module
+import data.statistics as statistics_module
 from data.indexed_dataset import HEADER, IndexedDataset, index_file, write_indexed_dataset
 from data.prepare import CorpusWriter, PrepareOptions, build_parser, main, parse_options, prepare, write_tokens
 from data.sources import open_prepared
@@ -108,10 +110,36 @@ def test_every_format_gives_its_documents_in_order(tmp_path: Path, workers: int)
 def test_without_eod_documents_are_the_text_alone(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines_of(["one", "", "two"]))
     progress = run(
-        "--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", "--tokenizer-type", "byte", "--workers", 0
+        *("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p"),
+        *("--tokenizer-type", "byte", "--workers", 0, "--no-append-eod"),
     )
     assert texts_in(tmp_path / "p", end=None) == ["one", "two"] and progress.empty == 1
     assert IndexedDataset(tmp_path / "p").lengths.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--input", "a.jsonl", "--output-prefix", "p", *BYTE, "--input", "b.jsonl"],
+        ["train-tokenizer", "--input", "a.jsonl", "--output", "m", "--vocab-size", "300", "--input=b.jsonl"],
+        ["stats", "p", "--seq-length", "64", "--seq-length", "128"],
+    ],
+)
+def test_a_list_that_is_given_twice_is_refused(words: list[str], capsys) -> None:
+    assert main(words) == 2 and "is given 2 times; give it once, with all its values" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "token"), [((), 256), (("--append-eod",), 256), (("--no-append-eod",), None)])
+def test_a_corpus_says_how_its_documents_end(tmp_path: Path, capsys, flags: tuple[str, ...], token: int | None) -> None:
+    """By default as text that train.py reads: each document ends with EOD."""
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["one", "two"]))
+    words = ["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "p"), "--tokenizer-type", "byte"]
+    assert main([*words, "--workers", "0", *flags]) == 0
+    said = capsys.readouterr().out
+    assert json.loads((tmp_path / "p.json").read_text())["end_of_document_token"] == token
+    assert texts_in(tmp_path / "p", end=token) == ["one", "two"]
+    wanted = "without an end-of-document token" if token is None else "each ends with end-of-document token 256"
+    assert f"2 documents ({wanted})" in said
 
 
 class Stop(BaseException):
@@ -611,7 +639,7 @@ def test_statistics_of_an_index_with_a_negative_length_are_one_line(tmp_path: Pa
     index_file(tmp_path / "p").write_bytes(content)
     assert main(["stats", str(tmp_path / "p")]) == 2
     said = capsys.readouterr().err
-    assert "p.idx: a length of -5 tokens" in said and said.count("\n") == 1
+    assert "p.idx: sequence 0 of -5 tokens" in said and said.count("\n") == 1
 
 
 def test_histogram_bins_hold_their_lengths() -> None:
@@ -628,3 +656,29 @@ def test_padding_shares_are_those_of_the_epochs(tmp_path: Path, cp: int) -> None
     for packing, share in shares.items():
         epoch = dataset(lengths.tolist(), seq_length=128, alignment=2 * cp, packing=packing)
         assert share == pytest.approx(1 - lengths.sum() / (epoch.samples_per_epoch * 128))
+
+
+def test_statistics_of_a_read_only_corpus(tmp_path: Path, capsys, monkeypatch) -> None:
+    """The picture's default place is beside the corpus; the statistics are printed all the same."""
+    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS))
+    run("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", *BYTE, "--workers", 0)
+
+    def refuse(path: Path, content: bytes) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(statistics_module, "replace_synced", refuse)
+    capsys.readouterr()
+    assert main(["stats", str(tmp_path / "p"), "--seq-length", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "120 documents" in said and f"no picture: {tmp_path}: Permission denied; --png FILE" in said
+    assert main(["stats", str(tmp_path / "p"), "--seq-length", "64", "--png", str(tmp_path / "x.png")]) == 2
+    assert "x.png" in capsys.readouterr().err
+
+
+def test_the_picture_does_not_follow_a_link(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS[:5]))
+    run("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", *BYTE, "--workers", 0)
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "p.lengths.png").symlink_to(tmp_path / "mine")
+    assert main(["stats", str(tmp_path / "p"), "--seq-length", "64"]) == 0
+    assert (tmp_path / "mine").read_bytes() == b"mine" and (tmp_path / "p.lengths.png").read_bytes()[:4] == b"\x89PNG"

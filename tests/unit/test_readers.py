@@ -6,20 +6,25 @@ import errno
 import gzip
 import json
 import random
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import fsspec.implementations.local
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from backports.zstd import CompressionParameter, ZstdCompressor
 
 import data.readers as readers_module
 from data.prepare import main
 from data.readers import BadRecord, FileOffset, decode_text, detect_format, read_records
 from data.sources import TextSource, open_text
 from tests.unit.test_prepare import BYTE, TEXTS, lines_of, run, texts_in, zstd
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Failing:
@@ -29,13 +34,13 @@ class Failing:
         self.raw, self.code, self.after = raw, code, after
 
     def read(self, size: int = -1) -> bytes:
-        self._fail_at(self.after if size < 0 else self.raw.tell())
+        self._fail_at(self.raw.tell() if 0 <= size <= 1 << 20 else self.after)
         return self.raw.read(min(size, self.after))
 
-    def __iter__(self) -> Iterator[bytes]:
-        for line in iter(self.raw.readline, b""):
-            self._fail_at(self.raw.tell())
-            yield line
+    def readline(self, size: int = -1) -> bytes:
+        line = self.raw.readline(size)
+        self._fail_at(self.raw.tell())
+        return line
 
     def _fail_at(self, place: int) -> None:
         if place >= self.after:
@@ -129,3 +134,151 @@ def test_other_encodings_are_not_guessed(tmp_path: Path, encoding: str) -> None:
     record = readers_module.Record(json.dumps({"text": "x"}).encode(encoding), 1, 0, 0)
     with pytest.raises(BadRecord, match="not a JSON record in UTF-8"):
         decode_text("a", record, kind="jsonl", json_key="text")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Kinds of Parquet columns
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.dictionary(pa.int8(), pa.large_string()),
+        pa.dictionary(pa.int32(), pa.binary()),
+    ],
+    ids=str,
+)
+def test_columns_of_text_may_be_bytes_or_a_dictionary(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = ["one", "grüße", None, "one", "", "two"] * 20
+    values = pa.array([None if t is None else t.encode() for t in texts], pa.binary())
+    if not pa.types.is_dictionary(kind):
+        values = values.cast(kind)
+    else:
+        values = values.cast(kind.value_type).dictionary_encode().cast(kind)
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet", row_group_size=50)
+    assert pq.ParquetFile(tmp_path / "a.parquet").schema_arrow.field("text").type.id in (kind.id, pa.string().id)
+    records = list(read_records(str(tmp_path / "a.parquet"), kind="parquet", json_key="text"))
+    assert [None if r.content is None else r.content.decode() for r in records] == texts
+    bad: list[BadRecord] = []
+    source = open_text(str(tmp_path / "a.parquet"), "text")
+    assert list(source.texts(bad.append)) == [t for t in texts if t] and len(bad) == 20
+
+
+def test_bytes_that_are_no_text_are_named_by_row(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([b"fine", b"\xff\xfe"], pa.binary())}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet:2 is not UTF-8 text"):
+        list(open_text(str(tmp_path / "a.parquet"), "text").texts())
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.list_(pa.string()), pa.dictionary(pa.int32(), pa.int64())], ids=str)
+def test_other_columns_are_no_text(tmp_path: Path, kind: pa.DataType) -> None:
+    values = pa.array([[b"1"]] if pa.types.is_list(kind) else [1], kind if not pa.types.is_dictionary(kind) else None)
+    values = values.dictionary_encode() if pa.types.is_dictionary(kind) else values
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    with pytest.raises(BadRecord, match=r"column 'text' holds .*, no text"):
+        list(read_records(str(tmp_path / "a.parquet"), kind="parquet", json_key="text"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Zstandard
+
+
+def test_a_wide_window_is_read(tmp_path: Path) -> None:
+    """`zstd --long=31`."""
+    options = {CompressionParameter.window_log: 31, CompressionParameter.content_size_flag: 0}
+    compressor, data = ZstdCompressor(options=options), lines_of(TEXTS)
+    # In pieces, without a size in the header: a frame of known size has a window of that size.
+    packed = b"".join(compressor.compress(data[at : at + 100]) for at in range(0, len(data), 100)) + compressor.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    assert list(open_text(str(tmp_path / "a.jsonl.zst"), "text").texts()) == TEXTS
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.97])
+def test_a_cut_frame_gives_all_its_whole_blocks(tmp_path: Path, keep: float) -> None:
+    """A block of Zstandard, up to 128 KiB of text, is the least that can be unpacked."""
+    data = lines_of([random.Random(n).randbytes(400).hex() for n in range(2000)])
+    packed = zstd(data)
+    (tmp_path / "a.jsonl.zst").write_bytes(packed[: int(len(packed) * keep)])
+    bad: list[BadRecord] = []
+    texts = list(open_text(str(tmp_path / "a.jsonl.zst"), "text").texts(bad.append))
+    read = len(lines_of(texts))
+    assert len(bad) == 1 and len(data) * keep - read < (128 << 10) + 1000
+
+
+# ---------------------------------------------------------------------------------------------------
+# A limit on the bytes of a record
+
+
+@pytest.fixture
+def small_limit(monkeypatch) -> int:
+    monkeypatch.setattr(readers_module, "MAX_RECORD_BYTES", 1000)
+    return 1000
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt", "a.txt.zst"])
+def test_a_record_that_is_too_long_is_left_out_and_the_next_is_read(tmp_path: Path, small_limit, name: str) -> None:
+    texts = ["first", "x" * 5000, "last"]
+    pack = {".gz": gzip.compress, ".zst": zstd}.get(Path(name).suffix, bytes)
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"text": texts}), tmp_path / name)
+    elif ".txt" in name:
+        (tmp_path / name).write_bytes(pack(texts[1].encode()))
+    else:
+        (tmp_path / name).write_bytes(pack(lines_of(texts)))
+    bad: list[BadRecord] = []
+    source = open_text(str(tmp_path / name), "text")
+    assert list(source.texts(bad.append)) == ([] if ".txt" in name else ["first", "last"])
+    where = name if ".txt" in name else f"{name}:2"
+    assert [str(b) for b in bad] == [
+        f"{tmp_path / where} is longer than 1,000 bytes, the most that a document may have"
+    ]
+    if name.endswith("jsonl"):
+        records = list(read_records(str(tmp_path / name), kind="jsonl", json_key="text"))
+        assert records[-1].end == (tmp_path / name).stat().st_size
+        rest = read_records(str(tmp_path / name), kind="jsonl", json_key="text", start=FileOffset(records[1].end, 2))
+        assert [r.number for r in rest] == [3]
+
+
+def test_a_compressed_parquet_file_is_held_in_memory_to_a_limit(tmp_path: Path, small_limit) -> None:
+    pq.write_table(pa.table({"text": [random.Random(0).randbytes(2000).hex()]}), tmp_path / "a")
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a").read_bytes()))
+    with pytest.raises(BadRecord, match="unpacks to more than 1,000 bytes"):
+        list(read_records(str(tmp_path / "a.parquet.gz"), kind="parquet", json_key="text"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.data.zst"])
+def test_a_bomb_takes_no_memory(tmp_path: Path, name: str) -> None:
+    """512 MiB of zeros in one line."""
+    compressor, piece = ZstdCompressor(), bytes(16 << 20)
+    with (tmp_path / name).open("wb") as out:
+        for _ in range(32):
+            out.write(compressor.compress(piece))
+        out.write(compressor.flush())
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import data.readers
+data.readers.MAX_RECORD_BYTES = 16 << 20
+from data.sources import open_text
+bad = []
+assert list(open_text({str(tmp_path / name)!r}, "text").texts(bad.append)) == []
+assert len(bad) == 1 and "longer than" in str(bad[0]), bad
+print(next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 300
+
+
+@pytest.mark.parametrize("mean", [100, 10 << 20, 1 << 30])
+def test_few_rows_of_parquet_are_read_at_a_time(mean: int) -> None:
+    column = SimpleNamespace(path="text", total_uncompressed_size=mean * 5000)
+    group = SimpleNamespace(num_rows=5000, column=lambda at: column)
+    schema = SimpleNamespace(column=lambda at: column)
+    metadata = SimpleNamespace(num_columns=1, num_row_groups=3, schema=schema, row_group=lambda at: group)
+    rows = readers_module._batch_rows(metadata, "text")
+    assert 1 <= rows <= 32 and (rows == 1 or rows * mean <= readers_module.BATCH_BYTES)

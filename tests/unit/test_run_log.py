@@ -18,9 +18,9 @@ import torch
 
 from config.schema import LoggingConfig, TrainingConfig
 from data.batch import build_batch
-from data.dataset import PackedSample
+from data.dataset import BlendedDataset, PackedSample
 from metrics import log as metrics_module
-from metrics.banner import describe_sequences
+from metrics.banner import describe_sequences, warn_of_missing_ends
 from metrics.log import APPEND_ONLY, ROW_COUNTS, MetricsLog, StepResult, count_rows, open_metrics_file
 from metrics.tensorboard import TensorBoardWriter
 from metrics.timers import Timers
@@ -399,6 +399,26 @@ def test_what_became_of_the_documents() -> None:
     assert "91.67% full" in packed and "1 documents longer than a sample cut" in packed  # 16 is not longer than 16
     stream = describe_sequences(dataset([8, 17, 16, 3], seq_length=16, alignment=4, packing="concat"))[0]
     assert "2 samples of 16; 12 tokens" in stream and "unused" in stream
+
+
+@pytest.mark.parametrize(
+    ("eod", "wanted"),
+    [
+        ([], "0.0% of documents end with"),
+        ([7, 24], "50.0% of documents end with"),
+        ([7, 24, 40, 43], "each document ends"),
+    ],
+)
+def test_whether_documents_end_and_with_which_token(eod: list[int], wanted: str) -> None:
+    data = dataset([8, 17, 16, 3, 0], seq_length=16, alignment=4)
+    data.tokens.tokens[eod] = data.pad_token
+    for sequences in (data, BlendedDataset([data, data], [1, 2])):
+        assert all(
+            f"; {wanted}" in line and f"token {data.pad_token}" in line for line in describe_sequences(sequences)
+        )
+        warnings = warn_of_missing_ends(sequences)
+        assert len(warnings) == (0 if len(eod) == 4 else len(describe_sequences(sequences)))
+        assert all(line.startswith("warning: ") and wanted in line for line in warnings)
 
 
 @pytest.mark.parametrize(
