@@ -228,7 +228,7 @@ def test_a_read_only_cache_that_is_filled_is_used(base, corpora, tmp_path: Path)
     """
     cache = tmp_path / "cache"
     flags = [*FLAGS, "--device", "cpu", *blend(corpora)]
-    read_only = "mock.patch('tempfile.mkdtemp', side_effect=PermissionError(13, 'Permission denied'))"
+    read_only = "mock.patch('utils.files._remove_abandoned', side_effect=PermissionError(13, 'Permission denied'))"
 
     def run(folder: str, *more: str, around: str = "nullcontext()", place: Path = cache):
         code = "import sys, train, data.dataset\nfrom contextlib import nullcontext\nfrom unittest import mock\n"

@@ -6,7 +6,6 @@ import errno
 import pickle
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -263,7 +262,7 @@ def test_a_cache_that_cannot_be_written_does_not_end_a_run_at_an_epochs_border(
     count = on_disk(tokens, tmp_path, method=packing).samples_per_epoch  # fills it with the first epoch
     if why == "read-only":
         refuse = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
-        monkeypatch.setattr("utils.files.tempfile", SimpleNamespace(mkdtemp=refuse))
+        monkeypatch.setattr("utils.files._remove_abandoned", refuse)  # the first write of a new entry
     else:
         monkeypatch.setattr(np, "save", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     data, free = on_disk(tokens, tmp_path, method=packing), on_disk(tokens, None, method=packing)
