@@ -25,10 +25,10 @@ class SafeOutput(io.TextIOWrapper):
     the reader has gone, output is discarded.
 
     Args:
-        code: exit code of the process once the reader has gone; None: the process goes on.
+        code: exit code of the process once the reader has gone; None: the process goes on, whatever the error.
 
     Raises:
-        SystemExit: the reader has gone, and there is a `code`.
+        SystemExit: the reader has gone, or another error, and there is a `code`.
     """
 
     def __init__(self, stream: TextIO, code: int | None) -> None:
@@ -43,27 +43,27 @@ class SafeOutput(io.TextIOWrapper):
         with suppress(ValueError):  # closed at exit
             try:
                 super().write(begin + shown)
-            except OSError:
-                self._discard()
+            except OSError as error:
+                self._discard(error)
         return len(text)
 
     def flush(self) -> None:
         with suppress(ValueError):
             try:
                 super().flush()
-            except OSError:
-                self._discard()
+            except OSError as error:
+                self._discard(error)
 
     def close(self) -> None:
         """Flush. The buffer is the other stream's."""
         self.flush()
 
-    def _discard(self) -> None:
+    def _discard(self, error: OSError) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.fileno())  # also for what is buffered: Python flushes the stream once more at exit
         os.close(null)
         if self.code is not None:
-            raise SystemExit(self.code)
+            raise SystemExit(self.code if isinstance(error, BrokenPipeError) else f"output: {error.strerror}")
 
 
 def guard_output(*, ends: bool) -> None:
@@ -73,8 +73,10 @@ def guard_output(*, ends: bool) -> None:
         ends: whether the process ends, with 141 as by SIGPIPE, when the reader of stdout goes away (`| head`).
     """
     if not isinstance(sys.stdout, SafeOutput):
-        sys.stdout.flush()
-        sys.stdout, sys.stderr = SafeOutput(sys.stdout, 141 if ends else None), SafeOutput(sys.stderr, None)
+        null = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # where a stream is closed (`>&-`), it is None
+        out, error = sys.stdout or null, sys.stderr or null
+        out.flush()
+        sys.stdout, sys.stderr = SafeOutput(out, 141 if ends else None), SafeOutput(error, None)
 
 
 class _Handler(logging.StreamHandler):
