@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -202,6 +203,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self.processor.decode([int(i) for i in ids if i != self.eod])
 
 
+@functools.lru_cache(maxsize=4)  # workers inherit what their main process has tried
 def _try_tokenizer(file: Path, content: bytes) -> None:
     """Encode a few texts in a child process: a regular expression may take centuries, and nothing interrupts it.
 

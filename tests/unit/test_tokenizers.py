@@ -297,6 +297,16 @@ def test_expressions_that_never_end_are_refused(tmp_path: Path, monkeypatch) -> 
         load_model(tmp_path, slow, "t.json")
 
 
+def test_a_tokenizer_is_tried_once(tmp_path: Path, monkeypatch) -> None:
+    """Each of sixty workers would start a child of its own."""
+    calls = []
+    monkeypatch.setattr(tokenizer_module.subprocess, "run", lambda *arguments, **options: calls.append(1))
+    content = trained_bpe(pre_tokenizer=pre_tokenizers.Split(Regex("tried once"), "isolated"))
+    for _ in range(3):
+        load_model(tmp_path, content, "t.json")
+    assert calls == [1]
+
+
 def test_a_panic_is_one_line(tmp_path: Path, monkeypatch) -> None:
     """Rust's panics are no `Exception`; the trial meets this one, and a document may."""
     content = trained_bpe(pre_tokenizer=pre_tokenizers.Split(Regex(r"(z+)+$"), "isolated"))
