@@ -18,6 +18,11 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 PROGRESS_BAR = re.compile(r"\r(?:\x1b\[K)?")  # how a bar's text begins
 
 
+def escape(text: str) -> str:
+    """The text with escapes for what a terminal would obey, and without credentials."""
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], redact(text))
+
+
 class SafeOutput(io.TextIOWrapper):
     """A stream over another one's buffer.
 
@@ -39,10 +44,10 @@ class SafeOutput(io.TextIOWrapper):
     def write(self, text: str) -> int:
         bar = PROGRESS_BAR.match(text)
         begin = bar[0] if bar else ""
-        shown = CONTROLS.sub(lambda found: ascii(found[0])[1:-1], redact(text[len(begin) :]))
+        shown = begin + escape(text[len(begin) :])
         with suppress(ValueError):  # closed at exit
             try:
-                super().write(begin + shown)
+                super().write(shown)
             except OSError as error:
                 self._discard(error)
         return len(text)
@@ -123,5 +128,5 @@ def log_error(text: str, *, rank: int | None = None) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in one line; its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message in one line, safe for a terminal; its type where it has none."""
+    return escape(" ".join(str(error).split())) or type(error).__name__

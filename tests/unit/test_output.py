@@ -19,7 +19,7 @@ from metrics.reports import configuration
 from runtime.status import StatusFile
 from tests.launch import ROOT, environment
 from tests.unit.test_run_log import CONFIG
-from utils.logger import SafeOutput
+from utils.logger import SafeOutput, one_line
 from utils.names import redact
 
 FILES = [ROOT / "train.py", ROOT / "data" / "prepare.py", *sorted((ROOT / "tools").glob("*.py"))]
@@ -153,6 +153,11 @@ def test_files_of_a_run_hold_no_credentials(tmp_path: Path) -> None:
     assert "hunter2" not in json.dumps(told) and told["flags"]["data_path"][0] == "s3://***@bucket/x"
     StatusFile(tmp_path / "status.json", "x", 0).write("failed", step=0, reason=f"no such file {words[1]}")
     assert "hunter2" not in (tmp_path / "status.json").read_text()
+
+
+def test_a_reason_that_a_script_prints_is_safe() -> None:
+    """slurm.sbatch prints the reason of status.json."""
+    assert one_line(OSError("no\x1b]0;x\x07 file\nhttps://a:b@h")) == "no\\x1b]0;x\\x07 file https://***@h"
 
 
 def test_a_corpus_holds_no_credentials(tmp_path: Path) -> None:
