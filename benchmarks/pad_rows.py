@@ -47,9 +47,8 @@ def train(run_dir: Path, flags: list[str]) -> list[dict]:
     Raises:
         RuntimeError: the run failed.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "train.py", "--run-dir", str(run_dir), *FLAGS, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = ["launch/local.sh", "2", "--run-dir", str(run_dir), *FLAGS, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PENTAGRID_BIN": str(Path(sys.executable).parent)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     # gloo's threads sometimes abort at teardown, after the run has printed its last line.
     if done.returncode and "metrics:  " not in done.stdout:
