@@ -9,7 +9,7 @@ TE_PYTHON ?= python3
 GPU_PYTHON ?= python3
 MEGATRON ?=
 
-.PHONY: setup train test test-full test-te-import test-megatron test-faults test-slurm test-netns test-gpu lint bench report clean
+.PHONY: setup train test test-full test-te-import test-megatron test-faults test-reported test-slurm test-netns test-gpu lint bench report clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,10 @@ test-megatron: $(STAMP)
 # Kill, hang and corrupt runs (docs/operate.md); prints a table and writes JSON. Cases of full disks mount one, as root.
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign --json benchmarks/results/faults_cpu.json $(ARGS)
+
+# Faults that were reported from outside, as commands; prints a table. About four minutes.
+test-reported: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.reported $(ARGS)
 
 # launch/slurm.sbatch under a SLURM that the tests start and end; Debian: apt-get install slurm-wlm munge. About ten minutes.
 test-slurm: $(STAMP)

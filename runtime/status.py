@@ -37,6 +37,9 @@ PEER_FAILURES = (
     "remote process exited",
 )
 
+INTERRUPTED = 130  # exit code of Ctrl-C
+SHARED_ERROR_SECONDS = 20.0  # for local rank 0 to come to an error that all ranks have
+
 
 @dataclass
 class StatusFile:
@@ -145,7 +148,7 @@ class RunStatus:
         if isinstance(error, UserError):
             self._exit(one_line(error), 2, is_shared=True)
         if isinstance(error, KeyboardInterrupt):
-            self._exit("interrupted", 130, is_shared=True)
+            self._exit("interrupted", INTERRUPTED, is_shared=True)
         if isinstance(error, (FloatingPointError, CollectiveError)):
             self._exit(one_line(error), 1, is_shared=True)
         if isinstance(error, (DataError, OSError)):
@@ -164,6 +167,10 @@ class RunStatus:
 
     def _exit(self, text: str, code: int, *, is_shared: bool) -> None:
         """Args: is_shared: every rank has the same error; one rank of a node prints it."""
+        if is_shared and self.local_rank and code != INTERRUPTED:
+            # torchrun ends all ranks when the first one exits: local rank 0 must be first, for it prints the line.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(SHARED_ERROR_SECONDS)
         if not is_shared or self.local_rank == 0:
             log_error(text, rank=None if is_shared else self.rank)
         self._write_failure(text)

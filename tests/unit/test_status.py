@@ -54,6 +54,14 @@ def test_an_error_of_this_rank_is_one_line(tmp_path: Path, capsys, error: BaseEx
     assert told(tmp_path)["status"] == "failed" and told(tmp_path)["step"] == 12
 
 
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that a rank waited: no test does."""
+    waited: list[float] = []
+    monkeypatch.setattr(status_module.time, "sleep", waited.append)
+    return waited
+
+
 def test_what_all_ranks_know_is_said_once(tmp_path: Path, capsys) -> None:
     for rank in (0, 1):
         with pytest.raises(SystemExit), status_in(tmp_path, rank=rank):
@@ -67,12 +75,14 @@ def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
     assert told(tmp_path)["reason"] == "ZeroDivisionError: division by zero"
 
 
-def test_a_refusal_says_why(tmp_path: Path, capsys) -> None:
+def test_a_refusal_says_why(tmp_path: Path, capsys, waits: list[float]) -> None:
+    """torchrun ends all ranks with the first one: rank 1 waits for the rank that prints."""
     for rank in (0, 1):
         with pytest.raises(SystemExit) as ended, status_in(tmp_path, rank=rank):
             raise UserError("--lr is wrong")
         assert ended.value.code == 2
     assert told(tmp_path)["reason"] == "--lr is wrong" and capsys.readouterr().err == "train.py: --lr is wrong\n"
+    assert waits == [20.0]
 
 
 def test_an_io_error_is_one_line_and_a_collective_one_is_printed_once(tmp_path: Path, capsys) -> None:
