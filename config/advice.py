@@ -42,8 +42,10 @@ def flags_of(change: Change) -> str:
     """`{"tp_size": 2, "qk_norm": False}` -> `--tp-size 2 --no-qk-norm`."""
     words = []
     for name, value in change.items():
-        is_switch = isinstance(value, bool)
-        words.append(option(f"no_{name}" if value is False else name) + ("" if is_switch else f" {value}"))
+        if isinstance(value, bool):
+            words.append(option(name if value else f"no_{name}"))
+        else:
+            words.append(f"no {option(name)}" if value is None else f"{option(name)} {value}")
     return " ".join(words)
 
 

@@ -68,9 +68,9 @@ def resolve(
 
     def attempt(change: Change) -> UserError | None:
         trial = copy.deepcopy(given)
-        for group, name, _ in fields_of_flags():
+        for group, name, flag in fields_of_flags():
             if name in change:
-                setattr(getattr(trial, group), name, change[name])
+                setattr(getattr(trial, group), name, flag.parse(change[name]) if flag.parse else change[name])
         ranks = change.get(NPROC, local_world_size)
         try:
             _resolve_sizes(trial, ranks * nodes, ranks, count_devices, saved)
@@ -110,6 +110,7 @@ def _resolve_sizes(
     _check_bounds(config)
     if saved:
         _keep_checkpoint(config, saved, chosen)
+        _check_bounds(config)
     _resolve_grid(parallel, world_size, local_world_size, chosen)
     _resolve_model(model, parallel.tp_size, saved.get("model padded_vocab_size"))
     _resolve_implementation(config, chosen)
@@ -134,30 +135,40 @@ def _keep_checkpoint(config: RunConfig, saved: Mapping[str, Any], chosen: list[s
             continue
         value, kept = getattr(getattr(config, group), name), saved[key]
         if value in (None, "auto") and kept is not None:
+            _check_kept(name, kept, "" if flag.parse or flag.choices else 1)
             setattr(getattr(config, group), name, flag.parse(kept) if flag.parse else kept)
             chosen.append(f"{option(name)} {kept} (the checkpoint's)")
-        elif (
-            flag.on_resume == "fixed"
-            and config.keeps_data_order
-            and (flag.text(value) if flag.parse else value) != kept
-        ):
-            differing[name] = value, kept
-    if "model vocab_size" in saved:
+        elif flag.on_resume == "fixed" and config.keeps_data_order:
+            text = flag.text(value) if flag.parse else value
+            _check_kept(name, kept, text)
+            if text != kept:
+                differing[name] = text, kept
+    if type(saved.get("model vocab_size")) is int:
         architecture = dataclasses.asdict(model.architecture(saved["model vocab_size"]))
         for name, value in architecture.items():
             kept = saved.get(f"model {name}", value)
+            _check_kept(name, kept, value)
             if name == "padded_vocab_size" and kept != value:
                 differing["make_vocab_size_divisible_by"] = model.make_vocab_size_divisible_by, kept
+            elif name == "rope_original_seq_length" and not kept:
+                continue  # --rope-scaling differs, and the checkpoint's does not read the length
             elif not name.endswith("_dropout") and kept != value:
                 differing["init_method_std" if name == "init_std" else name] = value, kept
     dtype = saved.get("weights' dtype", training.parameter_dtype)
     if dtype != training.parameter_dtype:
-        differing["dtype"] = training.dtype, dtype
+        differing["dtype"] = training.dtype, dtype if dtype == "fp64" else "auto"
     if differing:
         what = flags_of({name: value for name, (value, _) in differing.items()})
         error = SizeError(f"{what}: the checkpoint was made with other values")
         error.together = {name: kept for name, (_, kept) in differing.items()}
         raise error
+
+
+def _check_kept(name: str, kept: Any, like: Any) -> None:
+    """A value of the checkpoint's metadata is of the flag's type; None: the flag was open."""
+    kinds = (int, float) if isinstance(like, (int, float)) else type(like)
+    if kept is not None and like is not None and not isinstance(kept, kinds):
+        raise UserError(f"{option(name)} {kept!r}: run.json of the checkpoint is corrupted")
 
 
 def _is_installed(package: str) -> bool:

@@ -507,7 +507,7 @@ def test_what_may_change_on_the_way_is_told(base, tmp_path: Path) -> None:
     )
     assert result.returncode == 0 and "--lr 0.02 (the checkpoint: 0.01)" in result.stdout, result.stdout + result.stderr
     for more, words in (
-        (["--dtype", "fp64"], "use --dtype fp32"),
+        (["--dtype", "fp64"], "use --dtype auto"),
         (["--save", str(tmp_path / "c" / "checkpoints")], "already holds step_0000001"),
     ):
         if "c" in str(more):

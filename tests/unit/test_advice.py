@@ -103,6 +103,9 @@ SHAPE = shlex.split("--num-layers 4 --hidden-size 48 --num-attention-heads 6 --s
         ("--qkv-format thd --cp-size 2", 2, "--cp-backend pytorch --cp-size 2", 2, "--qkv-format thd is not offered"),
         ("--qk-norm --dtype fp64", 1, "", 1, "--qk-norm"),
         ("--qk-norm", 1, "--no-qk-norm", 1, "use --qk-norm"),
+        ("--data-split 90,10,0", 1, "--data-split 95,5,0 --cp-size 2", 2, "--data-split 90,10,0 --cp-"),
+        ("", 1, "--rope-scaling llama3", 1, "use --rope-scaling none"),
+        ("--dtype bf16", 1, "--dtype fp64", 1, "use --dtype auto"),
     ],
 )
 def test_a_resumed_run_is_advised_what_its_checkpoint_leaves_free(
@@ -121,6 +124,19 @@ def test_open_flags_take_the_checkpoints_values() -> None:
     resumed = start([*flags, "--valid-data-path", "README.md", "--tp-size", "3"], 3, saved=saved)
     assert resumed.model.ffn_hidden_size == saved["model ffn_hidden_size"] == 192
     assert (resumed.data.data_split, resumed.data.document_alignment) == ((95.0, 5.0, 0.0), 6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"--data-split": 5}, {"--document-alignment": 0}, {"--global-batch-size": "4"}, {"model ffn_hidden_size": None},
+     {"model vocab_size": "x"}, {"--packing": ["x"]}, {"model kv_channels": 1.5}, {"--seq-length": {}}],
+)  # fmt: skip
+def test_corrupted_metadata_is_a_refusal(wrong: dict[str, Any]) -> None:
+    saved = metadata_of(start(SHAPE, 1)) | wrong
+    try:
+        resolve_config(*FAST, *SHAPE, resumed=saved)
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 SIZES = st.sampled_from([1, 2, 3, 4, 5, 6, 8])
