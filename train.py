@@ -104,9 +104,9 @@ def main(argv: list[str], status: RunStatus) -> None:
     # ------------------------------------------------------------------------------------------------
     # Data
 
-    with ranks.watchdog.suspend_timeout("data preparation"):
-        data = run_on_rank_zero_first(lambda: build_data(config))
-        check_ranks_agree(data.fingerprints(), "data")
+    waiting = ranks.watchdog.suspend_timeout("data preparation")
+    data = run_on_rank_zero_first(lambda: build_data(config), waiting=waiting)
+    check_ranks_agree(data.fingerprints(), "data")
 
     # ------------------------------------------------------------------------------------------------
     # Model and optimizer

@@ -22,7 +22,7 @@ from data.encode import EncodedBatch, RecordBatch
 from data.indexed_dataset import index_file, token_file, write_index
 from data.sources import metadata_file
 from utils.errors import UserError
-from utils.files import checksum, is_trusted, open_new, open_regular, replace_synced, sync, write_synced
+from utils.files import checksum, is_trusted, name_file, open_new, open_regular, replace_synced, sync, write_synced
 from utils.names import redact
 
 SHOWN = 5  # bad records that are shown
@@ -132,8 +132,9 @@ class CorpusWriter:
 
     def add(self, batch: RecordBatch, encoded: EncodedBatch) -> None:
         """Writes a batch's tokens, then counts them: whatever interrupts in between, `save` counts whole batches."""
-        self.outputs["tokens"].write(encoded.tokens)
-        self.outputs["lengths"].write(encoded.lengths.tobytes())
+        with name_file(self.folder):
+            self.outputs["tokens"].write(encoded.tokens)
+            self.outputs["lengths"].write(encoded.lengths.tobytes())
         before = self.progress
         self.progress = Progress(
             file=batch.file,
@@ -149,9 +150,10 @@ class CorpusWriter:
 
     def save(self) -> None:
         """Syncs the files, then writes the progress."""
-        for out in self.outputs.values():
-            out.flush()
-            os.fsync(out.fileno())
+        with name_file(self.folder):
+            for out in self.outputs.values():
+                out.flush()
+                os.fsync(out.fileno())
         replace_synced(self.files["progress.json"], json.dumps({"key": self.key, "progress": asdict(self.progress)}))
 
     def finish(self, metadata: dict[str, Any], model: Path | None) -> None:
@@ -166,7 +168,7 @@ class CorpusWriter:
             out.close()
         index, final = self.folder / "index", index_file(self.prefix)
         lengths = np.memmap(self.files["lengths"], np.int32, "r") if self.progress.documents else np.empty(0, np.int32)
-        with open_new(index) as out:
+        with name_file(index), open_new(index) as out:
             write_index(out, lengths, self.dtype)
         sync(index)
         tokens = self.files["tokens"]

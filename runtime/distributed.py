@@ -11,7 +11,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -213,15 +213,20 @@ def start_ranks(parallel: ParallelConfig, launch: Launch, flags: dict[str, Any],
     return Ranks(launch, device, grid, watchdog, checkpoint_group, control_group)
 
 
-def run_on_rank_zero_first(build: Callable[[], T]) -> T:
+def run_on_rank_zero_first(build: Callable[[], T], *, waiting: AbstractContextManager[None] | None = None) -> T:
     """`build()` on rank 0, then on the others, which find what rank 0 cached. The others wait without limit.
     Collective.
+
+    Args:
+        waiting: entered for rank 0's part; the other ranks' part has the watchdog's limit, so that one that hangs is
+            named.
 
     Raises:
         UserError: on every rank, with rank 0's message, if rank 0 raised it or an OSError.
     """
     group = dist.new_group(backend="gloo", timeout=timedelta(days=365))  # tokenizing a corpus takes its time
-    result = run_on_rank_zero(build, group=group)
+    with waiting or nullcontext():
+        result = run_on_rank_zero(build, group=group)
     dist.destroy_process_group(group)
     return result if result is not None else build()
 

@@ -88,6 +88,17 @@ def is_trusted(found: os.stat_result, folder: Path) -> bool:
     return False
 
 
+@contextmanager
+def name_file(path: Path | str) -> Iterator[None]:
+    """Put the file's name into an OSError without one, as of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
 def open_new(path: Path) -> BinaryIO:
     """Create a file and open it for writing; what had the name before is removed, and a planted link not followed."""
     path.unlink(missing_ok=True)
@@ -141,7 +152,7 @@ def sync(path: Path) -> None:
 
 def write_synced(path: Path, content: str | bytes) -> None:
     """Write a new file, text as UTF-8, and flush it to the disk; opened as `open_new`."""
-    with open_new(path) as out:
+    with name_file(path), open_new(path) as out:
         out.write(content.encode() if isinstance(content, str) else content)
         out.flush()
         os.fsync(out.fileno())
@@ -275,7 +286,8 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
             text = f"--data-cache-path: {path} is not there yet and cannot be made ({error.strerror})"
             raise CacheNotWritable(f"{text}; fill the cache once where it can be written") from error
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        build(scratch)
+        with name_file(path):
+            build(scratch)
         for file in (*scratch.iterdir(), scratch):
             sync(file)
         try:

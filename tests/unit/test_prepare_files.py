@@ -4,6 +4,7 @@ links are followed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -22,6 +23,7 @@ from data.readers import FileOffset
 from data.sources import open_text
 from data.tokenizer import train_sentencepiece
 from tests.unit.test_prepare import BYTE, TEXTS, files_of, lines_of, run, texts_in, zstd
+from utils.files import build_once
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -274,3 +276,37 @@ def test_a_corpus_of_megatron_is_replaced_only_with_overwrite(tmp_path: Path, ca
     assert "--overwrite" in refused(capsys, *flags) and files_of(tmp_path / "p") == before
     run(*flags, "--overwrite")
     assert texts_in(tmp_path / "p") == TEXTS
+
+
+# ---------------------------------------------------------------------------------------------------
+# A full disk is named
+
+
+class Full:
+    """A file on a full disk: the system names none for a write."""
+
+    def __init__(self, file) -> None:
+        self.file = file
+
+    def write(self, content) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_is_named_by_prepare(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS))
+    real = writer_module.open_regular
+    monkeypatch.setattr(writer_module, "open_regular", lambda path, *rest, **more: Full(real(path, *rest, **more)))
+    said = refused(capsys, "--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", *BYTE, "--workers", 0)
+    assert "No space left on device" in said and f"{tmp_path}/p.part" in said
+
+
+def test_a_full_disk_is_named_by_the_cache(tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        build_once(tmp_path / "tokens" / "key", build)
+    assert caught.value.filename == str(tmp_path / "tokens" / "key")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
-from runtime import watchdog
+from runtime import distributed, watchdog
 from runtime.watchdog import Watchdog, describe_frame
 
 
@@ -209,6 +209,25 @@ def test_a_suspended_timeout_ends_when_rank_0_is_gone(peers: list[Peer]) -> None
         "nothing heard of rank 0 for 0.003 minutes (--distributed-startup-timeout-minutes): "
         "data preparation; lost rank 0 on node7" in text
     )
+
+
+def test_a_rank_that_hangs_behind_rank_0s_preparation_names_itself(peers: list[Peer], monkeypatch) -> None:
+    """Rank 0 waits for it, so it must not count as one that waits for rank 0."""
+    store = dist.HashStore()
+    peers.append(Peer(store, 0, activity="data preparation", place="all_gather_object", waits=True))
+    said: list[str] = []
+    dog = Watchdog(store, rank=1, world_size=2, startup_minutes=0.003, minutes=0.003, on_hang=said.append)
+    monkeypatch.setattr(dist, "new_group", lambda **options: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group: None)
+
+    def wait_for_rank_zero(build, group) -> None:
+        time.sleep(0.6)  # longer than the limit
+        assert said == []
+
+    monkeypatch.setattr(distributed, "run_on_rank_zero", wait_for_rank_zero)
+    text = distributed.run_on_rank_zero_first(lambda: wait_for(said), waiting=dog.suspend_timeout("data preparation"))
+    assert "no progress for 0.003 minutes (--distributed-startup-timeout-minutes): data preparation, step 0" in text
+    assert text.endswith("this rank does not wait for another")
 
 
 def test_heartbeats_and_a_suspended_timeout_keep_it_quiet() -> None:
