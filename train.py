@@ -189,7 +189,7 @@ class Trainer:
     def __post_init__(self) -> None:
         config, ranks, paths = self.shared.config, self.shared.ranks, self.shared.paths
         self.config, self.ranks, self.grid, self.device = config, ranks, ranks.grid, ranks.device
-        self.batch_plan = build_batch_plan(config, self.grid)
+        self.batch_plan = build_batch_plan(config, self.metrics.architecture, self.grid)
         self.pipeline = build_pipeline(config, self.model, self.grid, self.device, self.batch_plan.num_microbatches)
         self.lr_schedule = build_lr_schedule(config.training)
         self.norm_owned = get_norm_owned_names(self.model, self.grid)
@@ -203,10 +203,11 @@ class Trainer:
             asynchronous=config.checkpoint.async_save,
             on_saved=lambda place: log(f"saved {place}"),
         )
+        in_order = replace(self.batch_plan, balance_work=False)
         self.validator = Validator(
             self.model,
             self.data.valid,
-            self.batch_plan,
+            in_order,
             ranks,
             self.metrics,
             self.timers,
@@ -325,7 +326,8 @@ class Trainer:
             batches = [next(batches_ahead) for _ in range(self.batch_plan.num_microbatches)]
         data_time = time.perf_counter() - fetch_start
         # The step's global count of labelled tokens divides the loss, and so the gradients.
-        counts = sum_over(count_rows(batches).to(self.device, non_blocking=True), self.grid.group("batch"))
+        own_counts = count_rows(batches, self.batch_plan).to(self.device, non_blocking=True)
+        counts = sum_over(own_counts, self.grid.group("batch"))
         loss_tokens = counts[0].clamp(min=1)
         if is_verified:
             verify_rows(batches, self.grid, self.device)

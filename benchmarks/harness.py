@@ -33,7 +33,6 @@ from config.schema import RunConfig
 from config.validate import resolve
 from data.batch import Batch, build_batch
 from data.dataset import PackedSample
-from metrics.log import count_rows
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_
 from parallel.grid import Grid
@@ -91,8 +90,8 @@ class TrainStep:
     def step(self, batches: list[Batch]) -> Tensor:
         """Forward and backward over the microbatches, clip, update. Returns the mean loss before the update."""
         training, grid = self.config.training, self.grid
-        counts = sum_over(count_rows(batches).to(self.device), grid.group("batch"))
-        loss_tokens = counts[0].clamp(min=1)
+        own_tokens = torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64, device=self.device)
+        loss_tokens = sum_over(own_tokens, grid.group("batch")).clamp(min=1)
         cross_entropy = forward_backward(
             self.model,
             batches,

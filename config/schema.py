@@ -325,6 +325,10 @@ class DataConfig:
     num_workers: int = flag(
         None, "processes that build batches ahead; 0: none; default: 2 on cuda, 0 on cpu", NOT_NEGATIVE
     )
+    balance_work: bool = printed(
+        True,
+        "deal a step's samples to data ranks and microbatches by their estimated work; off: in their order",
+    )
     check_data: bool = flag(False, "compare prepared corpora with their checksums before training")
     skip_steps: tuple[range, ...] = flag(
         (),

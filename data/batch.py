@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cp.layout import attention_pairs, balance
 from cp.packed_seq import IGNORE_LABEL, PackedSeq, build_packed_seq
+from data.balance import deal_step
 from data.dataset import PackedSample, padding_sample
 from data.packing import count_microbatches
 
@@ -146,6 +147,9 @@ class BatchPlan:
     Attributes:
         batch_size, batch_rank: size and coordinate of the grid's `batch` axis.
         row_unit: as `build_batch`'s.
+        attention_cost: work of attention to one squared length, in works of a token's projections and MLP.
+        balance_work: deal a step's samples to ranks and microbatches by their work (data/balance.py); False: in the
+            order of their numbers.
         hash_before_step: rows of steps below it carry their hash.
     """
 
@@ -159,17 +163,35 @@ class BatchPlan:
     layout: str
     pad_rows: str = "full"
     row_unit: int | None = None
+    attention_cost: float = 0.0
+    balance_work: bool = False
     hash_before_step: int = 0
 
     @property
     def num_microbatches(self) -> int:
         return count_microbatches(self.global_batch_size, self.micro_batch_size, self.batch_size)
 
-    def sample_numbers(self, step: int, microbatch: int) -> range:
-        """Samples of this rank's row; ranks and microbatches together read each sample of the step once."""
-        first = step * self.global_batch_size
-        first += (microbatch * self.batch_size + self.batch_rank) * self.micro_batch_size
-        return range(first, first + self.micro_batch_size)
+    def assign_samples(self, step: int, work: np.ndarray) -> list[list[int]]:
+        """[microbatches][micro_batch_size] numbers of this rank's samples.
+
+        Ranks and microbatches together read each sample of the step once.
+
+        Args:
+            work: [global_batch_size] float64 estimated work of each sample of the step.
+        """
+        first, count = step * self.global_batch_size, self.num_microbatches
+        if self.balance_work and self.batch_size * count > 1:
+            dealt = deal_step(work, data_ranks=self.batch_size, num_microbatches=count)[self.batch_rank]
+        else:
+            in_order = np.arange(self.global_batch_size).reshape(count, self.batch_size, self.micro_batch_size)
+            dealt = in_order[:, self.batch_rank].tolist()
+        return [[first + number for number in row] for row in dealt]
+
+    def row_work(self, batch: Batch) -> tuple[float, float]:
+        """Mean work of the cp ranks on a row and that of the busiest, in works of a token's projections and MLP."""
+        attention = self.attention_cost * float((batch.packed_seq.lengths**2).sum())
+        row_length = batch.packed_seq.row_length
+        return (row_length + attention) / self.cp_size, (row_length + attention * batch.cp_balance) / self.cp_size
 
     def build_batch(self, samples: Sequence[PackedSample], *, step: int) -> Batch:
         """The row of these samples, cut to this rank's tokens."""

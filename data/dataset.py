@@ -205,6 +205,23 @@ class PackedDataset:
         sample.first_id = n * self.seq_length
         return sample
 
+    def squared_lengths(self, first: int, count: int) -> np.ndarray:
+        """[count] int64 sum of length^2 over the documents of samples `first` to `first + count - 1`.
+
+        Read from the index: no token is touched.
+        """
+        if self.packing.one_document or self.packing.method == "concat":
+            return np.full(count, self.seq_length**2)
+        parts = []
+        while count:
+            epoch, at = divmod(first, self.samples_per_epoch)
+            taken = min(count, self.samples_per_epoch - at)
+            lengths, bounds = self.epoch(epoch).piece_lengths(at, at + taken)
+            sums = np.concatenate(([0], np.cumsum(lengths * lengths)))[bounds]
+            parts.append(np.diff(sums))
+            first, count = first + taken, count - taken
+        return np.concatenate(parts)
+
     def empty_sample(self) -> PackedSample:
         """Only padding: fills the last batch of an evaluation and counts nothing."""
         return padding_sample(self.seq_length, self.pad_token)
@@ -291,6 +308,16 @@ class BlendedDataset:
         sample = self.sources[source].sample(position)
         sample.first_id = n * self.seq_length  # of the run: repeated tokens get other dropout masks
         return sample
+
+    def squared_lengths(self, first: int, count: int) -> np.ndarray:
+        """As `PackedDataset.squared_lengths`."""
+        found = np.array([self.blend.at(n) for n in range(first, first + count)], np.int64)
+        squares = np.zeros(count, np.int64)
+        for number, source in enumerate(self.sources):
+            own = found[:, 0] == number
+            if own.any():  # a source's samples of a step follow each other
+                squares[own] = source.squared_lengths(int(found[own, 1][0]), int(own.sum()))
+        return squares
 
     def empty_sample(self) -> PackedSample:
         return self.sources[0].empty_sample()

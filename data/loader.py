@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.batch import Batch, BatchPlan
@@ -20,12 +21,18 @@ class MicrobatchDataset(Dataset):
 
     def __init__(self, dataset: SampleDataset, plan: BatchPlan, limit: int | None = None) -> None:
         self.dataset, self.plan, self.limit = dataset, plan, limit
+        self._assigned: tuple[int, list[list[int]]] = (-1, [])
 
     def __getitem__(self, at: tuple[int, int]) -> Batch:
         step, microbatch = at
+        if self._assigned[0] != step:
+            first, count = step * self.plan.global_batch_size, self.plan.global_batch_size
+            squares = self.dataset.squared_lengths(first, count) if self.plan.balance_work else np.zeros(count)
+            work = self.dataset.seq_length + self.plan.attention_cost * squares
+            self._assigned = (step, self.plan.assign_samples(step, work))
         samples = [
             self.dataset.sample(n) if self.limit is None or n < self.limit else self.dataset.empty_sample()
-            for n in self.plan.sample_numbers(step, microbatch)
+            for n in self._assigned[1][microbatch]
         ]
         return self.plan.build_batch(samples, step=step)
 

@@ -149,6 +149,11 @@ class PackedEpoch:
         """[pieces, 3] int64 document, start, length of sample n."""
         return self.pieces[self.first[n] : self.first[n + 1]]
 
+    def piece_lengths(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths [pieces] of the pieces of samples `begin` to `end` - 1, and the first piece [samples + 1] of each."""
+        first = self.first[begin : end + 1]
+        return self.pieces[first[0] : first[-1], 2], first - first[0]
+
 
 def pack_epoch(lengths: np.ndarray, *, seed: int, epoch: int, seq_length: int, alignment: int) -> PackedEpoch:
     """Best-fit packing of all documents, in an order of its own for each epoch."""
@@ -266,12 +271,29 @@ class WindowedEpoch:
         return int(self.first[-1])
 
     def sample_pieces(self, n: int) -> np.ndarray:
+        at, window = self._window_of(n)
+        return window.sample_pieces(n - at)
+
+    def piece_lengths(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `PackedEpoch.piece_lengths`."""
+        lengths, firsts, pieces = [], [np.zeros(1, np.int64)], 0
+        while begin < end:
+            at, window = self._window_of(begin)
+            stop = min(end, at + len(window))
+            own, first = window.piece_lengths(begin - at, stop - at)
+            lengths.append(own)
+            firsts.append(first[1:] + pieces)
+            pieces, begin = pieces + len(own), stop
+        return np.concatenate(lengths), np.concatenate(firsts)
+
+    def _window_of(self, n: int) -> tuple[int, PackedEpoch]:
+        """The first sample of the window that holds sample n, and the window."""
         at = int(np.searchsorted(self.first, n, side="right")) - 1
         if at not in self._packed:
             while len(self._packed) >= 2:  # a batch may span two
                 del self._packed[next(iter(self._packed))]
             self._packed[at] = self.windows.pack(int(self.order[at]), self.epoch)
-        return self._packed[at].sample_pieces(n - int(self.first[at]))
+        return int(self.first[at]), self._packed[at]
 
 
 def windowed_epoch(windows: Windows, counts: np.ndarray, epoch: int) -> WindowedEpoch:
@@ -323,6 +345,20 @@ class StreamEpoch:
         first = np.maximum(begin, starts) - starts
         taken = np.minimum(lengths, end - starts) - first
         return np.stack((self.documents[here], first, taken), 1)[taken > 0]
+
+    def piece_lengths(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `PackedEpoch.piece_lengths`, without lookahead; a sample's tail is a piece of length 0."""
+        cuts = np.arange(begin, end + 1) * self.seq_length
+        low, high = np.searchsorted(self.ends, [cuts[0], cuts[-1] - 1], side="right")
+        bounds = np.unique(np.concatenate((cuts, self.ends[low:high])))
+        starts = bounds[:-1]
+        document = np.searchsorted(self.ends, starts, side="right")
+        assert self.lengths is not None
+        is_real = document < len(self.ends)
+        document = np.minimum(document, len(self.ends) - 1)
+        before = np.where(document > 0, self.ends[document - 1], 0)
+        left = np.where(is_real, self.lengths[document] - (starts - before), 0)
+        return np.clip(left, 0, np.diff(bounds)), np.searchsorted(starts, cuts)
 
 
 def greedy_epoch(lengths: np.ndarray, *, seed: int, epoch: int, seq_length: int, alignment: int) -> StreamEpoch:

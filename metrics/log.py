@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config.schema import LoggingConfig, TrainingConfig
-from data.batch import Batch
+from data.batch import Batch, BatchPlan
 from metrics.tensorboard import TensorBoardWriter, as_floats
 from metrics.timers import Timers, describe_phases
 from model.config import GPTConfig
@@ -37,17 +37,23 @@ APPEND_ONLY = sys.maxsize  # keep_before of a metrics file that another run may 
 NEWLINE = b"\n"
 
 # Counts of a row, summed over a step's rows, in this order, in one float64 tensor.
-ROW_COUNTS = ("loss_tokens", "real_tokens", "squared_lengths", "row_tokens", "cp_balance", "rows")
+ROW_COUNTS = ("loss_tokens", "real_tokens", "squared_lengths", "row_tokens", "cp_balance", "rows", "work")
 
 
-def count_rows(batches: list[Batch]) -> Tensor:
-    """[len(ROW_COUNTS)] float64 sums over this rank's rows of a step."""
-    sums = [0.0] * len(ROW_COUNTS)
+def count_rows(batches: list[Batch], plan: BatchPlan) -> Tensor:
+    """[len(ROW_COUNTS) + data ranks] float64 sums over this rank's rows of a step.
+
+    The last numbers are the work of each data rank's busiest cp rank, 0 for other data ranks: a sum over the ranks
+    gathers them.
+    """
+    sums = [0.0] * (len(ROW_COUNTS) + plan.batch_size)
     for batch in batches:
         squares = (batch.packed_seq.lengths**2).sum()
         row_length = batch.packed_seq.row_length
-        counts = (batch.loss_tokens, batch.real_tokens, squares, row_length, batch.cp_balance, 1)
-        sums = [a + float(b) for a, b in zip(sums, counts, strict=True)]
+        work, busiest = plan.row_work(batch)
+        counts = (batch.loss_tokens, batch.real_tokens, squares, row_length, batch.cp_balance, 1, work)
+        sums[: len(ROW_COUNTS)] = [a + float(b) for a, b in zip(sums, counts, strict=False)]
+        sums[len(ROW_COUNTS) + plan.batch_rank] += busiest
     return torch.tensor(sums, dtype=torch.float64)
 
 
@@ -176,7 +182,8 @@ class MetricsLog:
             self._write_timers(records[-1]["step"], len(records))
 
     def _record(self, result: StepResult, memory: int) -> dict[str, Any]:
-        counts = dict(zip(ROW_COUNTS, result.counts.tolist(), strict=True))
+        numbers = result.counts.tolist()
+        counts, busiest = dict(zip(ROW_COUNTS, numbers, strict=False)), numbers[len(ROW_COUNTS) :]
         flops = training_flops(
             self.architecture, tokens=counts["real_tokens"], squared_lengths=counts["squared_lengths"]
         )
@@ -197,6 +204,7 @@ class MetricsLog:
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
             "packing_efficiency": counts["real_tokens"] / counts["row_tokens"],
             "cp_balance": counts["cp_balance"] / counts["rows"],
+            "work_balance": max(busiest) * len(busiest) / counts["work"],
             "data_share": result.data_time / seconds,
             "cp_wait_share": None if result.cp_wait is None else result.cp_wait / seconds,
             "max_memory_bytes": memory,
@@ -238,6 +246,7 @@ class MetricsLog:
             f"MFU {mfu}",
             f"packing {last['packing_efficiency']:6.2%}",
             f"cp balance {last['cp_balance']:.3f}",
+            f"work balance {last['work_balance']:.3f}",
             *([f"cp wait {sum(waits) / seconds:5.1%}"] if waits else []),
             *([f"skipped {last['skipped_steps']}"] if last["skipped_steps"] else []),
             f"data {sum(r.data_time for r in pending) / seconds:5.1%}",

@@ -9,7 +9,6 @@ import torch
 from config.schema import RunConfig
 from config.validate import resolve
 from data.batch import Batch
-from metrics.log import count_rows
 from model.gpt import GPT, Stages
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_
@@ -38,7 +37,8 @@ def compute_gradients(
     config: RunConfig, model: GPT | Stages, batches: Sequence[Batch], grid: Grid, device: torch.device
 ) -> tuple[float, float]:
     """Forward and backward of one step as in train.py, without clipping. Collective. Returns loss and gradient norm."""
-    loss_tokens = sum_over(count_rows(list(batches)).to(device), grid.group("batch"))[0].clamp(min=1)
+    own_tokens = torch.tensor(float(sum(batch.loss_tokens for batch in batches)), dtype=torch.float64, device=device)
+    loss_tokens = sum_over(own_tokens, grid.group("batch")).clamp(min=1)
     cross_entropy = forward_backward(
         model,
         batches,

@@ -129,10 +129,11 @@ def main(argv: list[str]) -> int:
     grid, device = start_grid(config, launch)
     data = run_on_rank_zero_first(lambda: build_data(config))
     check_same_data(data, record["fingerprints"])
-    model = build_model(config, config.model.architecture(data.tokenizer.vocab_size), grid, device)
+    architecture = config.model.architecture(data.tokenizer.vocab_size)
+    model = build_model(config, architecture, grid, device)
     loaded_step = load_checkpoint(checkpoint, model, None, grid) if checkpoint else 0
     layers = watch_layers(model)
-    plan = build_batch_plan(config, grid)
+    plan = build_batch_plan(config, architecture, grid)
     batches = list(build_loader(data.train, plan, steps=[step - 1], num_workers=0, pin_memory=False))
     loss, grad_norm = compute_gradients(config, model, batches, grid, device)
     reports: list[Any] = [None] * launch.world_size

@@ -69,6 +69,7 @@ MEASURES = (
     Measure("max_memory_bytes", "Peak memory", "GiB", 2**-30),
     Measure("packing_efficiency", "Packing efficiency", "% of row", 100),
     Measure("cp_balance", "CP balance", "attention work, max / mean of cp ranks"),
+    Measure("work_balance", "work balance", "work of a step, max / mean of all ranks"),
 )
 
 

@@ -148,11 +148,9 @@ def run_step(
         for layer in get_chunks(model)[0].layers.values():
             layer.attention.attention = reference_attention  # type: ignore[union-attr, assignment]
     optimizer = build_optimizer(model, config.training)
-    plan = replace(build_batch_plan(config, grid), global_batch_size=len(samples))
-    batches = [
-        plan.build_batch([samples[n] for n in plan.sample_numbers(0, microbatch)], step=0)
-        for microbatch in range(plan.num_microbatches)
-    ]
+    plan = replace(build_batch_plan(config, architecture, grid), global_batch_size=len(samples))
+    work = np.array([len(s.tokens) + plan.attention_cost * (s.lengths**2).sum() for s in samples])
+    batches = [plan.build_batch([samples[n] for n in row], step=0) for row in plan.assign_samples(0, work)]
     loss, grad_norm = compute_gradients(config, model, batches, grid, device)
 
     def gather(parts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def measured(rank: int, words: str, vocab: int) -> int:
     config, architecture = resolved(words, vocab, torch.distributed.get_world_size())
     device, seq_length = torch.device("cpu"), config.data.seq_length
     grid = build_run_grid(config.parallel, device)
-    plan = build_batch_plan(config, grid)
+    plan = build_batch_plan(config, architecture, grid)
     ids = torch.arange(seq_length) % (vocab - 1)
     lengths = torch.tensor([seq_length]).numpy()
     row = [PackedSample(ids.numpy(), ids.roll(-1).numpy(), lengths, lengths)] * config.training.micro_batch_size

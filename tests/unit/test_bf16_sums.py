@@ -48,12 +48,12 @@ def samples() -> list[PackedSample]:
 
 def gradients(grid: Grid, dtype: str, micro_batch: int, *flags: str) -> dict[str, Tensor]:
     config = resolve_config(*SHAPE.split(), "--dtype", dtype, "--micro-batch-size", str(micro_batch), *flags)
-    model = build_model(config, config.model.architecture(256), grid, torch.device("cpu"))
-    plan: BatchPlan = build_batch_plan(config, grid)
+    architecture = config.model.architecture(256)
+    model = build_model(config, architecture, grid, torch.device("cpu"))
+    plan: BatchPlan = build_batch_plan(config, architecture, grid)
     rows = samples()
-    batches = [
-        plan.build_batch([rows[n] for n in plan.sample_numbers(0, m)], step=0) for m in range(plan.num_microbatches)
-    ]
+    assigned = plan.assign_samples(0, np.ones(SAMPLES))
+    batches = [plan.build_batch([rows[n] for n in row], step=0) for row in assigned]
     compute_gradients(config, model, batches, grid, torch.device("cpu"))
     return {name: local_tensor(p.grad).double() for name, p in model.named_parameters()}
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from config.schema import LoggingConfig, TrainingConfig
-from data.batch import build_batch
+from data.batch import BatchPlan, build_batch
 from data.dataset import BlendedDataset, PackedSample
 from metrics import log as metrics_module
 from metrics.banner import describe_sequences, warn_of_missing_ends
@@ -78,7 +78,10 @@ def log(
     )
 
 
-COUNTS = dict(loss_tokens=90.0, real_tokens=95.0, squared_lengths=1000.0, row_tokens=200.0, cp_balance=3.0, rows=2.0)
+COUNTS = dict(
+    loss_tokens=90.0, real_tokens=95.0, squared_lengths=1000.0, row_tokens=200.0, cp_balance=3.0, rows=2.0, work=400.0
+)
+BUSIEST = [250.0, 150.0]  # of two data ranks
 
 
 def step(
@@ -90,7 +93,7 @@ def step(
     memory: int = 3 * 2**30,
     skipped: int = 0,
 ) -> None:
-    counts = torch.tensor([COUNTS[name] for name in ROW_COUNTS], dtype=torch.float64)
+    counts = torch.tensor([*(COUNTS[name] for name in ROW_COUNTS), *BUSIEST], dtype=torch.float64)
     loss_, norm = torch.tensor(loss), torch.tensor(0.5)
     log.step(StepResult(number, loss_, norm, 0.25, counts, data_time, memory, skipped_steps=skipped))
 
@@ -107,11 +110,17 @@ def test_facts_of_rows() -> None:
         row = PackedSample(np.zeros(total, int), labels, np.array(lengths), np.array(padded))
         return build_batch([row], cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag")
 
-    got = count_rows([replace(batch([3, 5, 0], [4, 6, 2]), cp_balance=1.25), batch([8], [8])])
+    plan = BatchPlan(
+        global_batch_size=6, micro_batch_size=1, batch_size=3, batch_rank=1, cp_size=2, cp_rank=0, qkv_format="thd",
+        layout="zigzag", attention_cost=0.5,
+    )  # fmt: skip
+    got = count_rows([replace(batch([3, 5, 0], [4, 6, 2]), cp_balance=1.25), batch([8], [8])], plan)
     wanted = dict(
-        loss_tokens=2 + 7, real_tokens=8 + 8, squared_lengths=9 + 25 + 64, row_tokens=12 + 8, cp_balance=2.25, rows=2
-    )
-    assert dict(zip(ROW_COUNTS, got.tolist(), strict=True)) == wanted and got.dtype == torch.float64
+        loss_tokens=2 + 7, real_tokens=8 + 8, squared_lengths=9 + 25 + 64, row_tokens=12 + 8, cp_balance=2.25, rows=2,
+        work=(12 + 0.5 * 34) / 2 + (8 + 0.5 * 64) / 2,
+    )  # fmt: skip
+    assert dict(zip(ROW_COUNTS, got.tolist(), strict=False)) == wanted and got.dtype == torch.float64
+    assert got[len(ROW_COUNTS) :].tolist() == [0.0, (12 + 0.5 * 34 * 1.25) / 2 + (8 + 0.5 * 64) / 2, 0.0]
 
 
 def test_one_steps_record_by_hand(tmp_path: Path, clock: Clock) -> None:
@@ -133,6 +142,7 @@ def test_one_steps_record_by_hand(tmp_path: Path, clock: Clock) -> None:
         "mfu": pytest.approx(tflops / 0.5),
         "packing_efficiency": 0.475,
         "cp_balance": 1.5,
+        "work_balance": 1.25,
         "data_share": 0.25,
         "cp_wait_share": None,
         "max_memory_bytes": 3 * 2**30,
@@ -184,6 +194,7 @@ def test_a_line_says_what_the_interval_was(clock: Clock, capsys) -> None:
         " 48 tok/s (12 a rank)",
         "packing 47.50%",
         "cp balance 1.500",
+        "work balance 1.250",
         "data 12.5%",
         "mem   3.00 GiB",
         f"MFU {2 * flops / 4.0 / 1e12 / 4 / 1e-6:6.1%}",

@@ -1,0 +1,84 @@
+"""Which data rank and microbatch computes each sample of a step: samples are dealt by their estimated work.
+
+Loss and gradients are sums over a step's samples, so the choice changes the time of a step, not its result.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+MAX_SWAPS = 64  # per call of `deal`; each needs a pass over all items
+EVEN = 1.005  # largest sum over the mean below which nothing is swapped
+
+
+def deal(work: np.ndarray, bins: int) -> list[list[int]]:
+    """Items in `bins` lists of equal counts, with the largest sum of work as small as simple means make it.
+
+    The largest item goes first to the list with the least work that has room (LPT; Graham, Bounds on Multiprocessing
+    Timing Anomalies, 1969). Then items of the busiest list are swapped against smaller ones while its sum falls. Ties
+    go by number: the result is a function of `work` alone.
+
+    Args:
+        work: [n] float64, n a multiple of `bins`.
+
+    Returns:
+        [bins][n / bins] item numbers, in ascending order.
+    """
+    assert len(work) % bins == 0
+    room = len(work) // bins
+    lists: list[list[int]] = [[] for _ in range(bins)]
+    loads = [(0.0, number) for number in range(bins)]
+    costs = work.tolist()
+    for item in np.argsort(-work, kind="stable").tolist():
+        load, number = heapq.heappop(loads)
+        lists[number].append(item)
+        if len(lists[number]) < room:
+            heapq.heappush(loads, (load + costs[item], number))
+    dealt = np.array(lists, np.int64).reshape(bins, room)
+    if bins > 1:
+        _swap(dealt, work)
+    dealt.sort(axis=1)
+    return dealt.tolist()
+
+
+def _swap(dealt: np.ndarray, work: np.ndarray) -> None:
+    """Swaps items of the busiest list in place, each time the swap that leaves the smaller larger sum of the two."""
+    loads = work[dealt].sum(1)
+    for _ in range(MAX_SWAPS):
+        busiest = int(loads.argmax())
+        if loads[busiest] <= EVEN * loads.mean():
+            return
+        # [item of the busiest list, list, item]: work that moves from the busiest list.
+        moved = work[dealt[busiest]][:, None, None] - work[dealt][None]
+        larger = np.maximum(loads[busiest] - moved, loads[None, :, None] + moved)
+        larger[:, busiest] = np.inf
+        mine, other, theirs = np.unravel_index(int(larger.argmin()), larger.shape)
+        if larger[mine, other, theirs] >= loads[busiest]:
+            return
+        change = moved[mine, other, theirs]
+        dealt[busiest, mine], dealt[other, theirs] = dealt[other, theirs], dealt[busiest, mine]
+        loads[busiest] -= change
+        loads[other] += change
+
+
+def deal_step(work: np.ndarray, *, data_ranks: int, num_microbatches: int) -> list[list[list[int]]]:
+    """The samples of each data rank's microbatches; both are even, the ranks first.
+
+    A rank's microbatches come in descending order of their work: microbatches of the same number then take about the
+    same time on all ranks, which matters where weights are gathered for each microbatch.
+
+    Args:
+        work: [samples of the step] float64.
+
+    Returns:
+        [data_ranks][num_microbatches][micro_batch_size] samples, numbered within the step.
+    """
+    ranks = []
+    for own in deal(work, data_ranks):
+        items = np.array(own)
+        rows = [items[row] for row in deal(work[items], num_microbatches)]
+        rows.sort(key=lambda row: (-work[row].sum(), row[0]))
+        ranks.append([row.tolist() for row in rows])
+    return ranks
