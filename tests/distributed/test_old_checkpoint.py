@@ -70,6 +70,7 @@ def test_a_flipped_byte_in_an_old_corpus_is_refused(run_dir: Path) -> None:
     tokens = bytearray(Path(f"{prefix}.bin").read_bytes())
     tokens[100] ^= 1
     Path(f"{prefix}.bin").write_bytes(tokens)
-    flags = [*flags_of(run_dir), "--run-dir", str(run_dir), "--resume", "--check-data", "--data-path", str(prefix)]
-    result = run_train(0, *flags)
+    flags = flags_of(run_dir)
+    flags[flags.index("--data-path") + 1] = str(prefix)
+    result = run_train(0, *flags, "--run-dir", str(run_dir), "--resume", "--check-data")
     assert result.returncode == 2 and "corpus.bin" in result.stderr and "checksum" in result.stderr, result.stderr

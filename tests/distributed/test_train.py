@@ -91,6 +91,16 @@ def test_every_layout_has_the_losses_of_one_rank(
         assert_golden(metrics, layout)
 
 
+def test_work_is_dealt_evenly_and_changes_no_loss(base, one_rank, tmp_path: Path) -> None:
+    flags = [*base, "--dtype", "fp64", "--dp-shard-size", "2", "--global-batch-size", "4"]
+    dealt = train(2, tmp_path / "dealt", *flags)
+    in_order = train(2, tmp_path / "order", *flags, "--no-balance-work")
+    assert_same_run(dealt, one_rank["fp64"], 1e-9)
+    assert_same_run(in_order, one_rank["fp64"], 1e-9)
+    pairs = [(a["work_balance"], b["work_balance"]) for a, b in zip(dealt, in_order, strict=True)]
+    assert all(1 <= a <= b + 1e-12 for a, b in pairs) and max(a for a, _ in pairs) < max(b for _, b in pairs)
+
+
 # Eight ranks, the sizes permuted over the axes.
 PERMUTED = [
     "--pp-size 2 --tp-size 2 --cp-size 2",
