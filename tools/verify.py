@@ -5,8 +5,8 @@
 
 From the same weights and the run's first samples, the layout's loss, every gradient and the weights after one optimizer
 step are compared with one rank in float64, whose attention is an explicit mask and shares no code with `cp/`. Beside
-each error stands the noise floor: the error of one rank in the run's own dtype against float64. Exit code 1: an error
-exceeds four times its floor.
+each error stands the noise floor: the error that the dtype imposes, whatever the kernels. Exit code 1: an error exceeds
+four times its floor.
 
     --verify-layers N     layers of the model that are checked (default 2)
     --verify-sequences N  samples that are read (default: a microbatch on each data rank, times --pp-size)
@@ -21,17 +21,21 @@ import importlib.util
 import json
 import math
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from checkpoint.saver import whole_tensors
 from config.cli import parse_arguments
@@ -66,13 +70,15 @@ def reference_attention(
 ) -> Tensor:
     """Causal attention within each document of a whole row, by an explicit mask, a chunk of queries at a time.
 
-    q [T, hq, d]; k, v [T, hkv, d]. Padding rows are 0. Differentiable by autograd.
+    q [T, hq, d]; k, v [T, hkv, d]; computed in float64. Padding rows are 0. Differentiable by autograd.
     """
     stored = packed_seq.padded_lengths
     number = np.repeat(np.arange(len(stored)), stored)  # [T]
     ends = (np.cumsum(stored) - stored + packed_seq.lengths)[number]  # of the document's real tokens
     document, is_real = (torch.from_numpy(x).to(q.device) for x in (number, np.arange(len(number)) < ends))
     order = torch.arange(len(q), device=q.device)
+    dtype = q.dtype
+    q, k, v = (x.double() for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     if dropout is not None:
         ids_and_positions = packed_seq.token_ids_and_positions(cp_size=1, cp_rank=0)
@@ -86,7 +92,34 @@ def reference_attention(
         if dropout is not None:
             weights = weights * dropout.kept(ids[rows], positions, q.shape[1]) / (1 - dropout.rate)
         parts.append(torch.einsum("hqk,khd->qhd", weights, v) * is_real[rows, None, None])
-    return torch.cat(parts)
+    return torch.cat(parts).to(dtype)
+
+
+class ExactOperations(TorchDispatchMode):
+    """Compute each operation on fp32 or bf16 tensors in float64, and round each result once to its dtype.
+
+    A run in this mode has the errors that its dtypes impose, and none of its kernels'. Operations in place are left
+    as they are.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        returns, tensors = func._schema.returns, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        is_plain = func.namespace == "aten" and all(type(x) is Tensor or type(x) is nn.Parameter for x in tensors)
+        if not is_plain or func._schema.is_mutable or any(r.alias_info for r in returns):
+            return out
+        if not any(x.dtype in (torch.float32, torch.bfloat16) for x in tensors):
+            return out
+
+        def widen(x: Any) -> Any:
+            return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        exact = func(*tree_map(widen, args), **tree_map(widen, kwargs))
+        for result, value in zip(tree_leaves(out), tree_leaves(exact), strict=True):
+            if isinstance(value, Tensor) and value.dtype == torch.float64:
+                result.copy_(value)
+        return out
 
 
 @dataclass
@@ -141,7 +174,7 @@ def run_step(
     """One step on the samples, from the run's initial weights. Collective over `grid`.
 
     Args:
-        is_reference: compute attention with `reference_attention`, on one rank.
+        is_reference: on one rank, with `reference_attention` and `ExactOperations`.
     """
     model = build_model(config, architecture, grid, device)
     if is_reference:
@@ -151,7 +184,8 @@ def run_step(
     plan = replace(build_batch_plan(config, architecture, grid), global_batch_size=len(samples))
     work = np.array([len(s.tokens) + plan.attention_cost * (s.lengths**2).sum() for s in samples])
     batches = [plan.build_batch([samples[n] for n in row], step=0) for row in plan.assign_samples(0, work)]
-    loss, grad_norm = compute_gradients(config, model, batches, grid, device)
+    with ExactOperations() if is_reference else nullcontext():
+        loss, grad_norm = compute_gradients(config, model, batches, grid, device)
 
     def gather(parts: dict[str, Tensor]) -> dict[str, Tensor]:
         whole = whole_tensors(parts, grid)  # collective
@@ -163,7 +197,7 @@ def run_step(
 
 
 def one_rank_config(config: RunConfig, dtype: str) -> RunConfig:
-    """The run on one rank: torch layers, native attention, one sample a microbatch, a whole row."""
+    """The run on one rank: torch layers, one sample a microbatch, a whole row."""
     alone = deepcopy(config)
     qkv_format, layout = config.data.qkv_format, "contiguous"
     choice = AttentionChoice(backend="native", method="all_gather", qkv_format=qkv_format, layout=layout, cp_size=1)
@@ -197,28 +231,39 @@ def step_noise(grad: Tensor, weight: Tensor, floor: float, config: RunConfig, dr
     return fmean(squares) ** 0.5
 
 
-def compare(got: Outcome, noisy: Outcome, exact: Outcome, config: RunConfig) -> tuple[Figure, ...]:
+def rounded_dtype(dtype: str) -> str:
+    """The dtype whose rounding is measured: of fp64, which is as exact as the reference, it is scaled from fp32."""
+    return "fp32" if dtype == "fp64" else dtype
+
+
+def compare(got: Outcome, rounded: Outcome, exact: Outcome, config: RunConfig, *, terms: int) -> tuple[Figure, ...]:
     """The figures of a layout: loss, gradient norm, and of gradients and weights the tensor furthest above its floor.
+
+    The floor is the error of `rounded`, the step in `ExactOperations`, whose sums are exact. Kernels sum bf16 in fp32,
+    but fp32 and fp64 in themselves, block by block: these floors grow by an eighth of the root of the `terms` summed.
 
     A floor is measured once and can be small by luck. A tensor's floor counts as at least the mean floor and the
     dtype's unit roundoff; a weight's also as what the optimizer makes of its gradient's floor. A scalar's counts as
-    at least the roundoff; in bf16 as a sixteenth of it, because scalars are sums of many terms in fp32.
+    at least the grown roundoff; in bf16 as a sixteenth of it, because scalars are sums of many terms in fp32.
     """
-    unit = torch.finfo(COMPUTE_DTYPES[config.training.dtype]).eps / 2
-    scalar_unit = unit / 16 if config.training.dtype == "bf16" else 2 * unit
+    dtype = config.training.dtype
+    unit, rounded_unit = (torch.finfo(COMPUTE_DTYPES[name]).eps / 2 for name in (dtype, rounded_dtype(dtype)))
+    growth = 1.0 if dtype == "bf16" else 1 + terms**0.5 / 8
+    scale = growth * unit / rounded_unit
+    least = unit / 16 if dtype == "bf16" else growth * unit
     figures = []
     for what in ("loss", "grad_norm"):
-        values = [getattr(outcome, what) for outcome in (got, noisy, exact)]
+        values = [getattr(outcome, what) for outcome in (got, rounded, exact)]
         error, floor = (abs(value / values[2] - 1) for value in values[:2])
-        figures.append(Figure(what.replace("_", " "), error, max(floor, scalar_unit)))
+        figures.append(Figure(what.replace("_", " "), error, max(floor * scale, least)))
     floors: dict[str, float] = {}
     for what in ("grads", "weights"):
-        tensors, noisy_tensors, wanted = (getattr(outcome, what) for outcome in (got, noisy, exact))
+        tensors, rounded_tensors, wanted = (getattr(outcome, what) for outcome in (got, rounded, exact))
         unpaired = sorted(tensors.keys() ^ wanted.keys())
         if unpaired:
             figures.append(Figure(what, math.inf, unit, f"{unpaired[0]} is missing on one side"))
             continue
-        noise = {name: relative(noisy_tensors[name], want) for name, want in wanted.items()}
+        noise = {name: scale * relative(rounded_tensors[name], want) for name, want in wanted.items()}
         least = max(unit, fmean(noise.values()))
         moved = {name: step_noise(exact.grads[name], wanted[name], floor, config) for name, floor in floors.items()}
         floors = {name: max(noise[name], least, moved.get(name, 0.0)) for name in wanted}
@@ -260,12 +305,12 @@ class Verifier:
             self._samples[key] = architecture, samples
         return self._samples[key]
 
-    def _one_rank(self, config: RunConfig, dtype: str, *, is_reference: bool) -> Outcome:
-        key = (config.data.qkv_format, config.data.document_alignment, dtype, is_reference)
+    def _one_rank(self, config: RunConfig, dtype: str) -> Outcome:
+        key = (config.data.qkv_format, config.data.document_alignment, dtype)
         if key not in self._outcomes:
             samples = self._data(config)
             alone = one_rank_config(config, dtype)
-            self._outcomes[key] = run_step(alone, *samples, self.alone, self.device, is_reference=is_reference)
+            self._outcomes[key] = run_step(alone, *samples, self.alone, self.device, is_reference=True)
         return self._outcomes[key]
 
     def verify(self, config: RunConfig) -> Report | None:
@@ -274,9 +319,10 @@ class Verifier:
         try:
             if dist.get_rank():
                 return None
-            exact = self._one_rank(config, "fp64", is_reference=True)
-            noisy = self._one_rank(config, config.training.dtype, is_reference=False)
-            return Report(describe_layout(config), compare(got, noisy, exact, config))
+            exact = self._one_rank(config, "fp64")
+            rounded = self._one_rank(config, rounded_dtype(config.training.dtype))
+            terms = self.num_samples * config.data.seq_length  # of a weight's gradient
+            return Report(describe_layout(config), compare(got, rounded, exact, config, terms=terms))
         finally:
             dist.barrier()  # also after an error: the other ranks wait here, and the next layout starts in step
 

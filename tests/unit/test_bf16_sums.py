@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from cp import flash_attn_cpu
@@ -16,6 +20,7 @@ from cp.packed_seq import build_packed_seq
 from cp.support import AttentionChoice
 from data.batch import BatchPlan
 from data.dataset import PackedSample
+from model import torch_layers
 from model.torch_layers import VocabParallelEmbedding
 from parallel.fsdp import clip_grad_norm_, local_tensor
 from parallel.grid import Grid, GridSizes, build_grid
@@ -23,6 +28,7 @@ from parallel.tensor import TensorParallel
 from tests.flags import resolve_config
 from tests.reference import relative_error
 from tools.one_step import compute_gradients
+from tools.verify import Report, Verifier
 from training.build import build_batch_plan, build_model
 
 BF16_ROUNDING = torch.finfo(torch.bfloat16).eps / 2
@@ -128,3 +134,32 @@ def test_the_norm_of_a_large_gradient(grid: Grid) -> None:
     parameter.grad = torch.full_like(parameter, 0.1)
     norm = clip_grad_norm_({"weight": parameter}, grid, max_norm=0.0, owned=["weight"])
     assert norm.item() == pytest.approx(float(torch.tensor(0.1)) * (1 << 25) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
+def test_verify_sees_a_fault_that_one_rank_has_too(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Its floor is what the dtype imposes, not the error of one rank with the same kernels."""
+    file = tmp_path / "spaces.jsonl"
+    file.write_text("".join(json.dumps({"text": " " * 200 + "words " * n}) + "\n" for n in range(20)))
+    flags = [*SHAPE.split(), "--dtype", dtype, "--micro-batch-size", "64", "--tokenizer-type", "byte"]
+    flags += ["--data-path", str(file), "--data-cache-path", str(tmp_path / "cache")]
+    verifier = Verifier(resolve_config(*flags), grid, torch.device("cpu"), layers=1, samples=None)
+
+    def report() -> Report:
+        found = verifier.verify(resolve_config(*flags))
+        assert found is not None
+        return found
+
+    assert report().passed, report()
+    monkeypatch.setattr(torch_layers, "_Embedding", SimpleNamespace(apply=coarse_embedding))
+    broken = report()
+    assert not broken.passed and broken.figures[2].name == "embedding.weight"
+
+
+def coarse_embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """F.embedding, whose gradient is summed in bf16 on the CPU: of bf16 weights by PyTorch, of others by this hook."""
+    out = F.embedding(tokens, weight)
+    out.register_hook(lambda grad: grad if grad.dtype == torch.bfloat16 else grad.bfloat16().to(grad.dtype))
+    return out
