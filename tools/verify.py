@@ -248,11 +248,15 @@ def compare(got: Outcome, rounded: Outcome, exact: Outcome, config: RunConfig, *
     """
     dtype = config.training.dtype
     unit, rounded_unit = (torch.finfo(COMPUTE_DTYPES[name]).eps / 2 for name in (dtype, rounded_dtype(dtype)))
-    growth = 1.0 if dtype == "bf16" else 1 + terms**0.5 / 8
-    scale = growth * unit / rounded_unit
-    least = unit / 16 if dtype == "bf16" else growth * unit
+
+    def grown(unit: float, terms: int) -> float:
+        return unit if dtype == "bf16" else unit * (1 + terms**0.5 / 8)
+
+    scale, scalar_unit = grown(unit, terms) / rounded_unit, unit / 16 if dtype == "bf16" else unit
+    least_floors = {"loss": grown(scalar_unit, terms)}
+    least_floors["grad_norm"] = grown(scalar_unit, sum(grad.numel() for grad in exact.grads.values()))
     figures = []
-    for what in ("loss", "grad_norm"):
+    for what, least in least_floors.items():
         values = [getattr(outcome, what) for outcome in (got, rounded, exact)]
         error, floor = (abs(value / values[2] - 1) for value in values[:2])
         figures.append(Figure(what.replace("_", " "), error, max(floor * scale, least)))
