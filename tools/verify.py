@@ -240,7 +240,7 @@ def compare(got: Outcome, rounded: Outcome, exact: Outcome, config: RunConfig, *
     """The figures of a layout: loss, gradient norm, and of gradients and weights the tensor furthest above its floor.
 
     The floor is the error of `rounded`, the step in `ExactOperations`, whose sums are exact. Kernels sum bf16 in fp32,
-    but fp32 and fp64 in themselves, block by block: these floors grow by an eighth of the root of the `terms` summed.
+    but fp32 and fp64 in themselves: these floors grow by the root of the `terms` of a sum.
 
     A floor is measured once and can be small by luck. A tensor's floor counts as at least the mean floor and the
     dtype's unit roundoff; a weight's also as what the optimizer makes of its gradient's floor. A scalar's counts as
@@ -250,7 +250,7 @@ def compare(got: Outcome, rounded: Outcome, exact: Outcome, config: RunConfig, *
     unit, rounded_unit = (torch.finfo(COMPUTE_DTYPES[name]).eps / 2 for name in (dtype, rounded_dtype(dtype)))
 
     def grown(unit: float, terms: int) -> float:
-        return unit if dtype == "bf16" else unit * (1 + terms**0.5 / 8)
+        return unit if dtype == "bf16" else unit * terms**0.5
 
     scale, scalar_unit = grown(unit, terms) / rounded_unit, unit / 16 if dtype == "bf16" else unit
     least_floors = {"loss": grown(scalar_unit, terms)}

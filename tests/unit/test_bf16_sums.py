@@ -122,7 +122,7 @@ def ring_gradients(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor
 @pytest.mark.parametrize("gradients_of", [attention_gradients, ring_gradients])
 def test_keys_of_a_long_document_and_many_heads(grid: Grid, gradients_of: Callable[..., list[Tensor]]) -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k, v, dout = (torch.randn(4096, heads, 16, generator=generator).bfloat16() for heads in (8, 1, 1, 8))
+    q, k, v, dout = (torch.randn(2048, heads, 16, generator=generator).bfloat16() for heads in (8, 1, 1, 8))
     dout = dout + 1  # its sums grow
     wanted = attention_gradients(*(x.double() for x in (q, k, v, dout)))
     errors = [relative_error(*pair) for pair in zip(gradients_of(q, k, v, dout), wanted, strict=True)]
@@ -160,7 +160,5 @@ def test_verify_sees_a_fault_that_one_rank_has_too(
 
 
 def coarse_embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-    """F.embedding, whose gradient is summed in bf16 on the CPU: of bf16 weights by PyTorch, of others by this hook."""
-    out = F.embedding(tokens, weight)
-    out.register_hook(lambda grad: grad if grad.dtype == torch.bfloat16 else grad.bfloat16().to(grad.dtype))
-    return out
+    """F.embedding, whose gradient is summed in bf16 by PyTorch's CPU kernel."""
+    return F.embedding(tokens, weight.bfloat16()).to(weight.dtype)
