@@ -8,6 +8,10 @@ from torch import Tensor
 
 from parallel.keyed_random import keep_mask, key_of
 
+# Root mean square error of rounding one value to bf16. An error measured on one rank can be exactly 0 (documents of one
+# token), so a limit in multiples of it needs this floor.
+BF16_ROUNDING = torch.finfo(torch.bfloat16).eps / 8
+
 
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths, padded_lengths, *, scale: float, kept: Tensor | None = None

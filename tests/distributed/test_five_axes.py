@@ -22,7 +22,7 @@ from parallel.fsdp import local_tensor
 from parallel.grid import AXES, Grid, GridSizes, build_grid
 from tests.distributed import test_model_parity as parity
 from tests.distributed.test_model_parity import built, config_of, oracle, rows_of, run_steps
-from tests.reference import relative_error, worst
+from tests.reference import BF16_ROUNDING, relative_error, worst
 from tests.world import World
 
 TWO = {f"{axis} 2": GridSizes(**{axis: 2}) for axis in AXES}
@@ -200,7 +200,7 @@ def test_bf16_is_at_most_four_times_as_noisy_as_one_rank(two: World, eight: Worl
     errors = errors_of(eight.run(run, layout, "bf16", "all", False)[0], wanted(layers, "all", False))
     for name, error in errors.items():
         if name.startswith("grads"):
-            assert error <= 4 * alone[name], (name, error, alone[name])
+            assert error <= 4 * max(alone[name], BF16_ROUNDING), (name, error, alone[name])
     assert errors["losses 0"] < 1e-2 and errors["norms 0"] < 5e-2
 
 

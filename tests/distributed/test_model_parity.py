@@ -30,7 +30,7 @@ from parallel.fsdp import clip_grad_norm_, local_tensor, shard_model
 from parallel.grid import Grid, GridSizes, build_grid
 from parallel.stages import split_layers
 from parallel.tensor import TensorParallel
-from tests.reference import random_documents, reference_loss, relative_error, worst
+from tests.reference import BF16_ROUNDING, random_documents, reference_loss, relative_error, worst
 from tests.world import World
 from training.build import build_pipeline
 from training.optimizer import build_optimizer
@@ -419,7 +419,7 @@ def test_bf16_is_as_close_as_without_cp(world: World) -> None:
         errors = world.run(check_layout, layout, "bf16", "thd", 1, {}, False)[0]
         for name, error in errors.items():
             if name not in ("loss", "norm"):  # scalars can be right by luck in one layout
-                assert error <= 4 * alone[name], (layout, name, error, alone[name])
+                assert error <= 4 * max(alone[name], BF16_ROUNDING), (layout, name, error, alone[name])
         assert errors["loss"] < 1e-2 and errors["norm"] < 5e-2
 
 
