@@ -48,6 +48,7 @@ from data.dataset import PackedSample
 from data.packing import resolve_packing
 from model.config import GPTConfig
 from model.gpt import get_chunks
+from parallel.fsdp import NORM_PART
 from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes
 from runtime.distributed import broadcast_object, read_launch, read_ranks, run_on_rank_zero_first
 from tools.one_step import compute_gradients, start_grid
@@ -253,8 +254,7 @@ def compare(got: Outcome, rounded: Outcome, exact: Outcome, config: RunConfig, *
         return unit if dtype == "bf16" else unit * terms**0.5
 
     scale, scalar_unit = grown(unit, terms) / rounded_unit, unit / 16 if dtype == "bf16" else unit
-    least_floors = {"loss": grown(scalar_unit, terms)}
-    least_floors["grad_norm"] = grown(scalar_unit, sum(grad.numel() for grad in exact.grads.values()))
+    least_floors = {"loss": grown(scalar_unit, terms), "grad_norm": grown(scalar_unit, NORM_PART)}
     figures = []
     for what, least in least_floors.items():
         values = [getattr(outcome, what) for outcome in (got, rounded, exact)]
