@@ -32,6 +32,11 @@ def base(tmp_path_factory) -> list[str]:
     ]
 
 
+def on_other_data(base: list[str], data: str) -> list[str]:
+    at = base.index("--data-path") + 1
+    return [*base[:at], data, *base[at + 1 :]]
+
+
 LAYOUTS = {
     "cp 2": (2, "--cp-size 2"),
     "cp 4": (4, "--cp-size 4"),
@@ -552,6 +557,8 @@ def test_refusals_are_one_line_and_exit_code_2(base, tmp_path: Path, name: str) 
             pytest.skip("this machine has a CUDA device")
     start = run_torchrun if name == "misspelt flag" else run_train  # one from a fresh interpreter
     script = ["train.py"] if name == "misspelt flag" else []
+    if "--data-path" in flags:
+        base, flags = on_other_data(base, flags[1]), []
     result = start(0, *script, *base, "--run-dir", str(tmp_path / "run"), *flags)
     assert result.returncode == 2
     assert result.stdout == "" and result.stderr.count("\n") == 1, result.stderr
@@ -578,9 +585,8 @@ def test_fresh_start_over_old_checkpoints_is_refused(base, tmp_path: Path) -> No
 def test_broken_data_is_refused_on_every_rank(base, tmp_path: Path) -> None:
     """The fault is found by rank 0 while the others wait for it."""
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 5}\n')
-    result = run_train(
-        2, *base, "--run-dir", str(tmp_path / "run"), "--data-path", str(tmp_path / "bad.jsonl"), "--cp-size", "2"
-    )
+    flags = on_other_data(base, str(tmp_path / "bad.jsonl"))
+    result = run_train(2, *flags, "--run-dir", str(tmp_path / "run"), "--cp-size", "2")
     assert result.returncode != 0 and "bad.jsonl:2" in result.stderr
 
 

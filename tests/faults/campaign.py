@@ -188,7 +188,10 @@ class Bench:
         return sorted(p for p in (self.run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name))
 
     def start(self, *more: str, faults: list[str] | None = None, restarts: int = 0) -> Run:
-        run = Run([*self.flags, *more], faults=faults, restarts=restarts)
+        flags = list(self.flags)
+        if "--data-path" in more:
+            del flags[(at := flags.index("--data-path")) : at + 2]
+        run = Run([*flags, *more], faults=faults, restarts=restarts)
         self.runs.append(run)
         return run
 
