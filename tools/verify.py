@@ -103,10 +103,10 @@ class ExactOperations(TorchDispatchMode):
     as they are.
     """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        returns, tensors = func._schema.returns, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    def __torch_dispatch__(self, func: Any, types: Any, inputs: tuple = (), options: dict | None = None) -> Any:
+        options = options or {}
+        out = func(*inputs, **options)
+        returns, tensors = func._schema.returns, [x for x in tree_leaves((inputs, options)) if isinstance(x, Tensor)]
         is_plain = func.namespace == "aten" and all(type(x) is Tensor or type(x) is nn.Parameter for x in tensors)
         if not is_plain or func._schema.is_mutable or any(r.alias_info for r in returns):
             return out
@@ -116,7 +116,7 @@ class ExactOperations(TorchDispatchMode):
         def widen(x: Any) -> Any:
             return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
-        exact = func(*tree_map(widen, args), **tree_map(widen, kwargs))
+        exact = func(*tree_map(widen, inputs), **tree_map(widen, options))
         for result, value in zip(tree_leaves(out), tree_leaves(exact), strict=True):
             if isinstance(value, Tensor) and value.dtype == torch.float64:
                 result.copy_(value)
