@@ -127,7 +127,7 @@ def own_temporary_folder() -> None:
     """Make a temporary folder that only this user can open; before the first compilation.
 
     `torch.compile` loads code from a folder with a known name in the temporary folder, which another user may make
-    first. TORCHINDUCTOR_CACHE_DIR names all of that folder but the precompiled headers.
+    first. TORCHINDUCTOR_CACHE_DIR names all of that folder but the precompiled headers, which follow TMPDIR.
 
     Raises:
         UserError: another user has made the folder.
@@ -142,6 +142,9 @@ def own_temporary_folder() -> None:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise UserError(f"--compile: {folder} is no folder of this user alone (mode 0700): remove it, or set TMPDIR")
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", folder))
+    if cache.parent == shared:  # PyTorch sets the variable when it is imported
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / cache.name)
 
 
 def collective_timeout(parallel: ParallelConfig) -> timedelta:
