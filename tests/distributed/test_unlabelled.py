@@ -32,7 +32,9 @@ def corpus(folder: Path, name: str, texts: list[str]) -> str:
     file = folder / f"{name}.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prefix = str(file.with_suffix(""))
-    assert prepare(["--input", str(file), "--output-prefix", prefix, "--tokenizer-type", "byte"]) == 0
+    assert (
+        prepare(["--input", str(file), "--output-prefix", prefix, "--tokenizer-type", "byte", "--no-append-eod"]) == 0
+    )
     return prefix
 
 
