@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 NPROC ?= 4
+FUZZ_SECONDS ?= 60
 ARGS ?=
 WORKERS ?= 2
 TE_PYTHON ?= python3
 GPU_PYTHON ?= python3
 MEGATRON ?=
 
-.PHONY: setup train test test-full test-te-import test-megatron test-faults test-reported test-slurm test-netns test-gpu lint bench report clean
+.PHONY: setup train test test-full fuzz test-te-import test-megatron test-faults test-reported test-slurm test-netns test-gpu lint bench report clean
 
 setup: $(STAMP)
 
@@ -37,7 +38,11 @@ test: $(STAMP)
 
 # All tests, also those that repeat others on more layouts; about twice as long.
 test-full: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not machine" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not machine and not fuzz" $(ARGS)
+
+# Mutated files for every reader, for about FUZZ_SECONDS in all; make fuzz FUZZ_SECONDS=3600 before a release.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -m fuzz --tb=short tests/fuzz $(ARGS)
 
 # Transformer Engine itself, without a GPU (docs/gpu.md). TE_PYTHON: python of an environment that can import transformer_engine.
 test-te-import:

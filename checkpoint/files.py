@@ -30,6 +30,7 @@ from utils.files import (
     checksum,
     checksum_file,
     open_regular,
+    parse_json,
     replace_synced,
     sync,
     write_synced,
@@ -164,10 +165,10 @@ def read_json(path: Path, opened: set[OpenedFile] | None = None) -> Any:
     """
     try:
         with open_file(path, opened) as file:
-            return json.loads(file.read())
+            return parse_json(file.read())
     except OSError as error:
         raise CorruptedCheckpoint(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CorruptedCheckpoint(f"{path}: corrupted, not JSON any more") from error
 
 

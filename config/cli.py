@@ -9,12 +9,15 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any
 
 import yaml
 
 from config.schema import Flag, RunConfig, fields_of_flags, option
 from utils.errors import OneLineParser, UserError
+from utils.files import read_text
+from utils.logger import one_line
 
 
 def build_parser() -> OneLineParser:
@@ -62,49 +65,70 @@ class _PlainLoader(yaml.BaseLoader):
     """Leaves every value as written, for argparse to read (`on` stays `on`); refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = [key for number, key in enumerate(keys) if key in keys[:number]]
-        if repeated:
-            raise yaml.YAMLError(f"{repeated[0]} is given twice")
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError("a key is no word")
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value} is given twice")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def _read_preset(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """The file's keys as command-line flags: argparse checks their types and choices."""
+    where = f"--config {path}"
     try:
-        loaded = yaml.load(Path(path).read_text("utf-8"), Loader=_PlainLoader) or {}
+        loaded = yaml.load(read_text(Path(path).resolve()), Loader=_PlainLoader) or {}
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{where}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not YAML ({one_line(error)})") from error
     if not isinstance(loaded, dict):
-        raise UserError(f"--config {path}: must be a mapping of flags to values")
+        raise UserError(f"{where}: must be a mapping of flags to values")
+    return _as_flags(where, loaded, parser)
+
+
+def _as_flags(where: str, values: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+    """The keys of a file as words of a command line."""
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     flags: list[str] = []
     seen: dict[str, str] = {}
-    for key, value in loaded.items():
-        action = actions.get(str(key).replace("-", "_"))
+    for key, value in values.items():
+        action = actions.get(key.replace("-", "_"))
         if action is None:
-            raise UserError(f"--config {path}: unknown key {key!r}{_did_you_mean(str(key), actions)}")
+            raise UserError(f"{where}: unknown key {short_repr(key)}{_did_you_mean(key, actions)}")
         if action.dest in seen:
-            raise UserError(f"--config {path}: {key} and {seen[action.dest]} are the same flag")
+            raise UserError(f"{where}: {key} and {seen[action.dest]} are the same flag")
         seen[action.dest] = key
-        flags += _as_flags(f"--config {path}: {key}", action, value)
+        flags += _as_words(f"{where}: {key}", action, value)
     return flags
 
 
-def _as_flags(where: str, action: argparse.Action, value: Any) -> list[str]:
-    """One key of a preset as words of a command line."""
+def _as_words(where: str, action: argparse.Action, value: Any) -> list[str]:
+    """One key of a file as words of a command line."""
     flag = action.option_strings[0]
     if action.nargs == 0:
         if value not in ("true", "false"):
-            raise UserError(f"{where} must be true or false, not {value!r}")
+            raise UserError(f"{where} must be true or false, not {short_repr(value)}")
         return [flag if value == "true" else action.option_strings[1]]
     if action.nargs == "+" and isinstance(value, list) and value and all(isinstance(w, str) and w for w in value):
+        stray = next((word for word in value if word.startswith("-")), None)
+        if stray is not None:  # argparse would read the word as another flag
+            raise UserError(f"{where} must be values, not the flag {short_repr(stray)}")
         return [flag, *value]
     if not isinstance(value, str) or not value or value in ("null", "~"):
-        raise UserError(f"{where} must be one value, not {value!r}")
+        raise UserError(f"{where} must be one value, not {short_repr(value)}")
     return [f"{flag}={value}"]
+
+
+def _as_text(value: Any) -> Any:
+    """A value of JSON as YAML has it: words, or a list of words."""
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, (int, float)) else value
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -113,21 +137,24 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {option(close[0])}?" if close else ""
 
 
-def parse_arguments(argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> RunConfig:
+def parse_arguments(
+    argv: Sequence[str], defaults: Mapping[str, Any] | None = None, *, source: str = "defaults"
+) -> RunConfig:
     """The flags of a run: those of a YAML preset, overruled by the command line. `resolve` comes next.
 
     Args:
         defaults: replace the flags' own, by field name, as `RunConfig.flags` returns them of another run.
+        source: file of the defaults, for errors.
 
     Raises:
         UserError: one line for an unknown flag or key, a wrong type or choice.
     """
-    parser = build_parser()
-    parser.set_defaults(**(defaults or {}))
+    parser, given = build_parser(), defaults or {}
     preset_parser = OneLineParser(add_help=False, allow_abbrev=False)
     preset_parser.add_argument("--config")
     preset = preset_parser.parse_known_args(argv)[0].config
-    flags = _read_preset(preset, parser) if preset else []
+    flags = _as_flags(source, {name: _as_text(value) for name, value in given.items() if value is not None}, parser)
+    flags += _read_preset(preset, parser) if preset else []
     parser.refuse_repeated_lists(argv)
     found, unknown = parser.parse_known_args([*flags, *argv])
     if unknown:

@@ -587,6 +587,12 @@ def _check_paths(config: RunConfig) -> None:
         if Path(logging.metrics_file).is_dir():
             raise UserError(f"--metrics-file {logging.metrics_file}: is a folder")
         folders["--metrics-file"] = str(Path(logging.metrics_file).parent)
+    for name in ("tensorboard", "nonfinite", "profile"):
+        inside = Path(config.checkpoint.run_dir or "") / name
+        if config.checkpoint.run_dir and inside.is_symlink():
+            raise UserError(
+                f"--run-dir {config.checkpoint.run_dir}: {inside} is a link, which is not followed; remove it"
+            )
     for flag, folder in folders.items():
         # A filled cache may be read-only; a missing entry is refused when it is needed.
         if folder is not None and not (flag == "--data-cache-path" and Path(folder).is_dir()):

@@ -333,14 +333,19 @@ class BlendedDataset:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if not state:  # an old checkpoint without data positions: they are computed from sample 0, which is slower
             return
-        positions = state["sources"]
+        try:
+            positions, n = [(p["epoch"], p["position"]) for p in state["sources"]], state["sequences"]
+            if not all(type(count) is int and count >= 0 for count in (n, *sum(positions, ()))):
+                raise TypeError("a count is no number")
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the checkpoint's position in the data is corrupted ({error})") from error
         if len(positions) != len(self.sources):
             raise UserError(
                 f"--data-path: {len(self.sources)} sources, but the checkpoint's data came from {len(positions)}"
             )
         pairs = zip(self.sources, positions, strict=True)
-        counts = [source.samples_per_epoch * p["epoch"] + p["position"] for source, p in pairs]
-        self.blend = Blend(self.blend.weights, (state["sequences"], counts))
+        counts = [source.samples_per_epoch * epoch + position for source, (epoch, position) in pairs]
+        self.blend = Blend(self.blend.weights, (n, counts))
 
 
 SampleDataset = PackedDataset | BlendedDataset

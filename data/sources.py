@@ -205,8 +205,11 @@ class PreparedCorpus:
                 f"--check-data: {metadata_file(self.prefix)} has no checksums; data.prepare writes them with a corpus"
             )
         for kind, path in (("bin", token_file(self.prefix)), ("idx", index_file(self.prefix))):
-            size, digest = checksum(path, like=sums[kind][1])
-            if [size, digest] != list(sums[kind]):
+            wanted = sums.get(kind) if isinstance(sums, dict) else None
+            if not isinstance(wanted, list) or [type(item) for item in wanted] != [int, str]:
+                raise UserError(f"{metadata_file(self.prefix)}: its checksums are not those that data.prepare writes")
+            size, digest = checksum(path, like=wanted[1])
+            if [size, digest] != wanted:
                 was = f"{sums[kind][0]} bytes and checksum {sums[kind][1]}"
                 raise UserError(f"{path}: {size} bytes and checksum {digest}, but data.prepare wrote {was}")
 

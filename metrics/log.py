@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ from model.config import GPTConfig
 from parallel.collectives import WaitClock
 from runtime.nonfinite import NonFiniteError
 from training.flops import training_flops
-from utils.files import replace_synced
+from utils.files import open_regular, parse_json, replace_synced
 from utils.logger import log, log_error
 from utils.names import distinct_suffixes
 
@@ -338,30 +338,36 @@ def open_metrics_file(path: Path, keep_before: int | None) -> FileIO:
     of an earlier start.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if keep_before == APPEND_ONLY:
-        return path.open("ab+", buffering=0)
-    before = path.read_text("utf-8", errors="replace") if path.exists() else ""
-    if keep_before is None:
-        if before:
-            backup = _free_name(path)
-            path.rename(backup)
-            log(f"no checkpoint to resume: the records of an earlier start are now in {backup}")
-        return path.open("ab+", buffering=0)
-    kept: list[str] = []
-    for line in before.splitlines():
-        try:
-            if json.loads(line)["step"] <= keep_before:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # the line that was being written when the run died
-    if "".join(kept) != before:
-        replace_synced(path, "".join(kept))
-    return path.open("ab+", buffering=0)
+    if keep_before != APPEND_ONLY and path.exists():
+        _keep_records(path, keep_before)
+    return cast(FileIO, open_regular(path, "ab+", buffering=0))
 
 
 def _ends_in_half_a_line(file: FileIO) -> bool:
     end = os.fstat(file.fileno()).st_size
     return end > 0 and os.pread(file.fileno(), 1, end - 1) != NEWLINE
+
+
+def _keep_records(path: Path, keep_before: int | None) -> None:
+    """Keep the records of `open_metrics_file`."""
+    with open_regular(path) as file:
+        before, found = file.read().decode("utf-8", errors="replace"), os.fstat(file.fileno())
+    if keep_before is None:
+        if before:
+            backup = _free_name(path)
+            path.rename(backup)
+            log(f"no checkpoint to resume: the records of an earlier start are now in {backup}")
+        return
+    kept: list[str] = []
+    for line in before.splitlines():
+        try:
+            if parse_json(line)["step"] <= keep_before:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that was being written when the run died
+    is_ours_alone = found.st_nlink == 1 and found.st_uid == os.geteuid()  # another may have made it, or linked a copy
+    if "".join(kept) != before or not is_ours_alone:
+        replace_synced(path, "".join(kept))
 
 
 def _free_name(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from planner.memory import Memory, rank_layers, rank_memory
 from training.build import COMPUTE_DTYPES
 from training.flops import training_flops
 from utils.errors import UserError
+from utils.files import read_text
 
 ROWS_READ = 50  # rows of a packing that its balance is averaged over
 GIB = 2**30
@@ -77,9 +79,9 @@ def parse_lengths(text: str, rng: np.random.Generator) -> np.ndarray:
             mean, sigma = (float(word) for word in rest.split(","))
             lengths = np.maximum(1, rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, 20_000).round()).astype(np.int64)
         else:
-            with open(text, encoding="utf-8") as file:
-                lengths = np.array([int(line) for line in file if line.strip()])
-    except (OSError, ValueError) as error:
+            lines = read_text(Path(text).resolve()).splitlines()
+            lengths = np.array([int(line) for line in lines if line.strip()], np.int64)
+    except (OSError, ValueError, OverflowError) as error:
         raise UserError(
             f"--lengths {text}: must be fixed:N, lognormal:MEAN,SIGMA or a file of lengths ({error})"
         ) from error

@@ -18,7 +18,7 @@ from typing import Any
 from data.loader import DataError
 from runtime.watchdog import Watchdog
 from utils.errors import CollectiveError, UserError
-from utils.files import replace_synced
+from utils.files import parse_json, read_text, replace_synced
 from utils.logger import log_error, one_line
 from utils.names import redact
 
@@ -72,12 +72,12 @@ class StatusFile:
         replace_synced(self.path, redact(json.dumps(record, indent=1)) + "\n")
 
     def read(self) -> dict[str, Any]:
-        """The record; empty without a readable file."""
+        """The record; empty without a readable file of ours."""
         try:
-            record = json.loads(self.path.read_text("utf-8"))
+            record = parse_json(read_text(self.path))
         except (OSError, ValueError):
             return {}
-        return record if isinstance(record, dict) else {}
+        return record if isinstance(record, dict) and {"rank", "host", "reason"} <= record.keys() else {}
 
     def is_ended(self) -> bool:
         """Whether this attempt's end is written: later failures are consequences and must not replace it."""

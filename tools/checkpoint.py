@@ -36,7 +36,7 @@ from checkpoint.files import (
 )
 from checkpoint.reader import SafeReader
 from checkpoint.saver import first_cause
-from utils.errors import UserError, run_tool
+from utils.errors import OneLineParser, UserError, run_tool
 from utils.logger import one_line
 
 
@@ -128,7 +128,7 @@ def diff(first: Path, second: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for run, folders in ((inspect, 1), (verify, 1), (diff, 2)):
         command = commands.add_parser(run.__name__)

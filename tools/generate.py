@@ -8,14 +8,14 @@ the forward pass of one token.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short_repr
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,8 +24,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from checkpoint.files import find_run_checkpoint, read_run_metadata
+from checkpoint.reader import SafeReader
 from checkpoint.saver import load_checkpoint
 from cp.packed_seq import PackedSeq, build_packed_seq
 from data.blend import parse_blend
@@ -39,13 +41,17 @@ from data.tokenizer import (
     load_sentencepiece,
     load_tokenizer,
 )
-from model.config import GPTConfig
+from model.config import GPTConfig, count_parameters
 from model.gpt import GPT
 from model.transformer import GPTOptions
 from parallel.grid import GridSizes, build_grid
 from runtime.distributed import Launch, cuda_device_count, initialise_distributed
 from training.build import COMPUTE_DTYPES
-from utils.errors import UserError, run_tool
+from utils.errors import OneLineParser, UserError, run_tool
+from utils.files import parse_json, read_text
+from utils.logger import one_line
+
+KINDS = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}  # by annotation
 
 
 class CachedAttention:
@@ -126,15 +132,15 @@ def read_run_tokenizers(file: Path) -> Iterator[Tokenizer]:
         UserError: no such file, not a run's configuration, or its tokenizer model is missing.
     """
     try:
-        flags = json.loads(file.read_text("utf-8"))["flags"]
+        flags = parse_json(read_text(file))["flags"]
         kind, model, eod, cache = (
             flags[name] for name in ("tokenizer_type", "tokenizer_model", "tokenizer_eod", "data_cache_path")
         )
         corpora = [list(flags[name] or ()) for name in ("data_path", "valid_data_path")]
         if not all(isinstance(text, str) for text in (kind, model or "", eod or "", cache, *corpora[0], *corpora[1])):
             raise TypeError("a path that is no text")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{file}: not a run's configuration ({error!r}); give --tokenizer-type") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a run's configuration ({one_line(error)}); give --tokenizer-type") from error
     if model is not None and not Path(model).is_file():
         raise UserError(f"{file}: its tokenizer {model} does not exist; give its file with --tokenizer-model")
     if kind == "byte" or model is not None:
@@ -170,17 +176,36 @@ def find_tokenizer(
     )
 
 
+def read_model_config(checkpoint: Path, metadata: dict[str, Any]) -> GPTConfig:
+    """Return the shape of the model that a checkpoint's metadata describe.
+
+    Raises:
+        UserError: they describe none, or one of another size than the checkpoint's tensors.
+    """
+    values = {key.removeprefix("model "): value for key, value in metadata.items() if key.startswith("model ")}
+    try:
+        config = GPTConfig(**values)
+        for field in fields(GPTConfig):
+            value, lowest = getattr(config, field.name), 1 if field.default is MISSING else 0
+            if type(value) not in KINDS[str(field.type)] or (type(value) is int and value < lowest):
+                raise TypeError(f"{field.name} is {short_repr(value)}")
+    except TypeError as error:
+        raise UserError(f"--load {checkpoint}: its run.json does not describe a model ({error})") from error
+    stored = SafeReader(checkpoint).read_metadata().state_dict_metadata
+    numbers = sum(cast(TensorStorageMetadata, x).size.numel() for name, x in stored.items() if name[:6] == "model.")
+    if numbers != count_parameters(config):
+        wanted = f"{count_parameters(config):,} numbers, its tensors hold {numbers:,}"
+        raise UserError(f"--load {checkpoint}: its run.json describes a model of {wanted}")
+    return config
+
+
 def load_model(checkpoint: Path, metadata: dict[str, Any], device: torch.device, dtype: torch.dtype) -> GPT:
     """Load the whole model on this device, from a checkpoint of any layout.
 
     Raises:
         UserError: a corrupted checkpoint, or metadata that do not describe a model.
     """
-    values = {key.removeprefix("model "): value for key, value in metadata.items() if key.startswith("model ")}
-    try:
-        config = GPTConfig(**values)
-    except TypeError as error:
-        raise UserError(f"--load {checkpoint}: its run.json does not describe a model ({error})") from error
+    config = read_model_config(checkpoint, metadata)
     grid = build_grid(GridSizes())
     options = GPTOptions(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     with torch.device(device):
@@ -192,7 +217,7 @@ def load_model(checkpoint: Path, metadata: dict[str, Any], device: torch.device,
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Parse and check the flags. --prompt-file's text becomes one more prompt."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
@@ -220,7 +245,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.prompt_file:
         if not args.prompt_file.is_file():
             raise UserError(f"--prompt-file {args.prompt_file}: no such file")
-        args.prompt.append(args.prompt_file.read_text("utf-8"))
+        try:
+            args.prompt.append(read_text(args.prompt_file.resolve()))
+        except ValueError as error:
+            raise UserError(f"--prompt-file {args.prompt_file}: not UTF-8 text ({one_line(error)})") from error
     return args
 
 
@@ -230,7 +258,7 @@ def main(argv: list[str]) -> int:
     metadata = read_run_metadata(checkpoint)
     tokenizer = find_tokenizer(
         checkpoint,
-        metadata["tokenizer"],
+        metadata.get("tokenizer", "unknown"),
         kind=args.tokenizer_type,
         model=args.tokenizer_model,
         eod=args.tokenizer_eod,
@@ -245,7 +273,7 @@ def main(argv: list[str]) -> int:
         except UnencodableText as error:
             raise UserError(f"--prompt {error}") from error
         limit, length = metadata.get("--seq-length"), len(ids) + args.tokens
-        if limit and length > limit:
+        if isinstance(limit, int) and length > limit:
             print(f"{length} tokens with the prompt; the model was trained on --seq-length {limit}", file=sys.stderr)
         added = continue_text(model, ids, tokens=args.tokens, eod=tokenizer.eod, **draws)
         print(tokenizer.decode([*ids, *added]), flush=True)  # decoded alone, the new ids may lose a space

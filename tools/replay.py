@@ -11,7 +11,6 @@ failed. Exit code 1: not finite again; 0: finite here.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -31,7 +30,9 @@ from runtime.distributed import read_launch, read_ranks, run_on_rank_zero_first
 from runtime.nonfinite import find_nonfinite_gradients
 from tools.one_step import compute_gradients, start_grid
 from training.build import RunData, build_batch_plan, build_data, build_model
-from utils.errors import UserError, run_tool
+from utils.errors import OneLineParser, UserError, run_tool
+from utils.files import parse_json, read_text
+from utils.logger import one_line
 
 # Flags that a replay does not take from the run: what the run loaded, wrote or skipped.
 LEFT_OUT = {
@@ -46,15 +47,16 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not one that a run wrote.
     """
+    kinds = {"step": int, "loss": object, "grad_norm": object, "flags": dict, "fingerprints": dict, "checkpoints": str}
     try:
-        record = json.loads(path.read_text("utf-8"))
-        if not isinstance(record["flags"], dict) or not isinstance(record["fingerprints"], dict):
-            raise TypeError("flags or fingerprints")
-        return {name: record[name] for name in ("step", "loss", "grad_norm", "flags", "fingerprints", "checkpoints")}
+        record = parse_json(read_text(path.resolve()))
+        if wrong := [name for name, kind in kinds.items() if not isinstance(record[name], kind)]:
+            raise TypeError(f"another type of {wrong[0]}")
+        return {name: record[name] for name in kinds}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not the record of a step ({error!r})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the record of a step ({one_line(error)})") from error
 
 
 def newest_before(folders: list[Path], step: int) -> Path:
@@ -112,7 +114,7 @@ def print_reports(reports: list[tuple[dict[int, tuple[float, int]], list[str]]])
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, help="step_*.json in a run's nonfinite folder")
@@ -121,7 +123,7 @@ def main(argv: list[str]) -> int:
     own, more = parser.parse_known_args(argv)
     launch, record = read_launch(), read_record(own.file)
     step, flags = record["step"], {name: value for name, value in record["flags"].items() if name not in LEFT_OUT}
-    config = parse_arguments(more, defaults=flags)
+    config = parse_arguments(more, defaults=flags, source=str(own.file))
     checkpoint = None
     if not own.fresh:
         folders = [own.file.parent / "checkpoints", Path(record["checkpoints"])]

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +28,9 @@ from plotly.subplots import make_subplots
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import UserError, run_tool
-from utils.files import replace_synced
+from utils.errors import OneLineParser, UserError, run_tool
+from utils.files import open_regular, parse_json, replace_synced
+from utils.logger import one_line
 from utils.names import distinct_suffixes
 
 MAX_POINTS = 1500  # of a curve
@@ -105,26 +105,22 @@ def read_file(path: Path) -> str:
     Raises:
         UserError: missing, no regular file, or a symbolic link, which may lead out of the run directory.
     """
-    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not block
     try:
-        with open(path, encoding="utf-8", errors="replace", opener=lambda p, mode: os.open(p, mode | flags)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UserError(f"{path} is no regular file")
-            return file.read()
+        with open_regular(path) as file:
+            return file.read().decode("utf-8", errors="replace")
     except OSError as error:
-        reason = "symbolic links are not followed" if os.path.islink(path) else error.strerror
-        raise UserError(f"{path} cannot be read: {reason}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def read_settings(path: Path, notes: list[str]) -> dict[str, str]:
     """Name -> text of each value in a JSON object, first the flags, with their dashes; empty where `notes` says why."""
     try:
-        found = dict(json.loads(read_file(path)))
+        found = dict(parse_json(read_file(path)))
         flags = dict(found.pop("flags", {}))
         settings = {f"--{name.replace('_', '-')}": value for name, value in flags.items()} | found
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
-    except (ValueError, TypeError, RecursionError) as error:
-        notes.append(f"{path.name} is left out: {error}")
+    except (ValueError, TypeError) as error:
+        notes.append(f"{path.name} is left out: {one_line(error)}")
         return {}
 
 
@@ -160,11 +156,11 @@ def read_run(folder: Path, name: str) -> Run:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             step, values = record["step"], read_values(record)
             if not isinstance(step, int) or abs(step) >= 2**53:  # float64 holds every smaller integer
                 raise ValueError("no step")
-        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
+        except (ValueError, KeyError, TypeError, ArithmeticError):
             broken.append(line_number)
             continue
         for key, value in values.items():
@@ -314,7 +310,7 @@ def build_report(runs: list[Run], *, now: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directory; several are overlaid")
     parser.add_argument("--out", type=Path, help="HTML file to write; default: report.html in the first run directory")
     args = parser.parse_args(argv)

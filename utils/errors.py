@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.logger import guard_output
+from utils.logger import guard_output, one_line
 
 
 class UserError(ValueError):
@@ -70,18 +70,19 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_tool(main: Callable[[list[str]], int], *, prints: bool = True) -> int:
-    """`main(sys.argv[1:])`; a UserError becomes one line on stderr and exit code 2.
+    """`main(sys.argv[1:])`; a UserError becomes one line on stderr and exit code 2, an OSError a line and 1.
 
     Args:
-        prints: False on all ranks of a node but one, which raise the same error.
+        prints: False on all ranks of a node but one, which raise the same UserError.
     """
     guard_output(ends=True)
     try:
         return main(sys.argv[1:])
-    except UserError as error:
-        if prints:
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+    except (UserError, OSError) as error:
+        is_shared = isinstance(error, (UserError, CollectiveError))
+        if prints or not is_shared:
+            print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 1
     finally:
         sys.stdout.flush()  # now: at exit a reader that has gone would be a traceback
 

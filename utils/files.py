@@ -105,36 +105,53 @@ def open_new(path: Path) -> BinaryIO:
     return path.open("xb")
 
 
-def open_regular(path: Path, mode: str = "rb", *, permissions: int = 0o666) -> IO[Any]:
+def open_regular(path: Path, mode: str = "rb", *, permissions: int = 0o666, buffering: int = -1) -> IO[Any]:
     """Open a regular file, never a link, a FIFO or a device.
 
     Args:
-        mode: "rb"; or "ab", which makes a missing file, and else opens only one that `is_trusted` and has one name.
+        mode: "rb"; or "ab" or "ab+", which make a missing file, and else open only one that `is_trusted` and has one
+            name.
+        buffering: as Python's `open`.
         permissions: of a new file, before the umask.
 
     Raises:
         OSError: the file is missing, or is none of these.
     """
-    flags = {"rb": os.O_RDONLY, "ab": os.O_WRONLY | os.O_CREAT | os.O_APPEND}[mode]
-    try:
-        handle = os.open(
-            path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, permissions
-        )  # a FIFO would wait for its other end
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, "is a link, which is not followed", str(path)) from error
-        raise
-    found, problem = os.fstat(handle), ""
+
+    def open_it(name: str, flags: int) -> int:
+        try:
+            return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, permissions)  # a FIFO would wait
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OSError(errno.ELOOP, "is a link, which is not followed", name) from error
+            raise
+
+    file = open(path, mode, buffering, opener=open_it)  # noqa: SIM115 - the caller closes it
+    found, problem = os.fstat(file.fileno()), ""
     if not stat.S_ISREG(found.st_mode):
         problem = "is no regular file"
-    elif mode == "ab" and found.st_nlink > 1:
+    elif mode != "rb" and found.st_nlink > 1:
         problem = "has a second name, a hard link"
-    elif mode == "ab" and not is_trusted(found, path.parent):
+    elif mode != "rb" and not is_trusted(found, path.parent):
         problem = f"belongs to another user (uid {found.st_uid})"
     if problem:
-        os.close(handle)
+        file.close()
         raise OSError(errno.EPERM, problem, str(path))
-    return os.fdopen(handle, mode)
+    return file
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text of a regular file, opened as `open_regular`. Raises OSError; ValueError: not UTF-8."""
+    with open_regular(path) as file:
+        return file.read().decode("utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` with one error for whatever is not JSON. Raises ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 # ---------------------------------------------------------------------------------------------------

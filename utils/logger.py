@@ -15,6 +15,7 @@ from utils.names import redact
 # All but line ends and tabs: a terminal obeys them (colours, titles, the clipboard). Also what reverses the order of
 # letters on a line.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+LONGEST = 1500  # characters of an error's line: a file may hold a value of any length
 PROGRESS_BAR = re.compile(r"\r(?:\x1b\[K)?")  # how a bar's text begins
 
 
@@ -128,5 +129,6 @@ def log_error(text: str, *, rank: int | None = None) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in one line, safe for a terminal; its type where it has none."""
-    return escape(" ".join(str(error).split())) or type(error).__name__
+    """An error's message in one line, safe for a terminal, at most `LONGEST` characters; its type where it has none."""
+    text = escape(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"

@@ -361,7 +361,7 @@ def test_links_out_of_a_run_are_not_read(name: str, tmp_path: Path) -> None:
     (folder / name).symlink_to(secret)
     page = page_of(folder, out=tmp_path / "report.html")
     assert "hunter2" not in page.text and "password" not in page.text
-    assert f"{folder / name} cannot be read: symbolic links are not followed" in page.text
+    assert f"{folder / name} cannot be read: is a link, which is not followed" in page.text
     (folder / name).unlink()
     (folder / name).write_text(secret.read_text())
     assert "hunter2" in page_of(folder, out=tmp_path / "report.html").text  # as a file of the run
@@ -371,11 +371,11 @@ def test_metrics_behind_a_link_or_in_a_pipe_are_refused(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     (folder / "metrics.jsonl").rename(tmp_path / "m.jsonl")
     (folder / "metrics.jsonl").symlink_to(tmp_path / "m.jsonl")
-    with pytest.raises(UserError, match="symbolic links are not followed"):
+    with pytest.raises(UserError, match="is a link, which is not followed"):
         main([str(folder)])
     (folder / "metrics.jsonl").unlink()
     os.mkfifo(folder / "metrics.jsonl")
-    with pytest.raises(UserError, match=r"metrics\.jsonl is no regular file"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read: is no regular file"):
         main([str(folder)])
     assert not (folder / "report.html").exists()
 

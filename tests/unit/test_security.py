@@ -38,9 +38,11 @@ from config.cli import parse_arguments
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.sources import open_sources
 from data.tokenizer import load_tokenizer
+from metrics.log import APPEND_ONLY, open_metrics_file
 from parallel.grid import GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of
 from tests.distributed.test_reshard import optimizer_of
+from tests.flags import resolve_config
 from tools import checkpoint as checkpoint_tool
 from tools.checkpoint import read_tensor
 from utils.errors import UserError
@@ -431,6 +433,52 @@ def test_yaml_presets(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--config"):
         parse_arguments(["--config", str(tmp_path / "preset.yaml")])
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("flag", ["data-path", "skip-steps"])
+def test_a_yaml_list_smuggles_no_flag(tmp_path: Path, flag: str) -> None:
+    for words in ("[--lr, '7']", "[x, --lr=7]", "[x, --dry-run]"):
+        (tmp_path / "preset.yaml").write_text(f"{flag}: {words}\n")
+        with pytest.raises(UserError, match=f"{flag} must be"):
+            parse_arguments(["--config", str(tmp_path / "preset.yaml")])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "a: " + "[" * 5000, "lr: &a [*a]", "? [a, b]\n: 1", "lr: 1\nlr: 2"])
+def test_presets_that_are_no_presets(tmp_path: Path, text: str) -> None:
+    (tmp_path / "preset.yaml").write_text(text)
+    with pytest.raises(UserError, match="--config") as refused:
+        parse_arguments(["--config", str(tmp_path / "preset.yaml")])
+    assert len(str(refused.value)) < 1000
+
+
+def test_shared_lists_of_a_preset_are_not_written_out(tmp_path: Path) -> None:
+    parts = ["&y0 [1]", *(f"&y{n} [*y{n - 1}, *y{n - 1}]" for n in range(1, 60))]
+    (tmp_path / "preset.yaml").write_text(f"lr: [{', '.join(parts)}]")
+    with pytest.raises(UserError, match="lr must be one value") as refused:
+        parse_arguments(["--config", str(tmp_path / "preset.yaml")])
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "nonfinite", "profile"])
+def test_a_runs_folders_are_no_links(tmp_path: Path, name: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name} is a link"):
+        resolve_config("--run-dir", str(tmp_path))
+
+
+def test_metrics_are_not_appended_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("text\n")
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "precious")
+    for keep_before in (None, 3, APPEND_ONLY):
+        with pytest.raises(OSError, match="is a link"):
+            open_metrics_file(tmp_path / "metrics.jsonl", keep_before)
+    assert (tmp_path / "precious").read_text() == "text\n"
+    (tmp_path / "metrics.jsonl").unlink()
+    os.link(tmp_path / "precious", tmp_path / "metrics.jsonl")  # as a backup links a copy
+    with open_metrics_file(tmp_path / "metrics.jsonl", 3) as file:
+        file.write(b"x")
+    assert (tmp_path / "precious").read_text() == "text\n"
 
 
 def test_yaml_blends(tmp_path: Path) -> None:
