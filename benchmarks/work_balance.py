@@ -1,0 +1,139 @@
+"""A step's samples dealt by work (--balance-work) against their order, on two data ranks of one thread.
+
+    python benchmarks/work_balance.py [--only 8192] [--rounds 5] [--json FILE]
+
+Whole training steps of a small model (2 layers, hidden 256) in fp32, dp_shard 2, four sequences a rank, documents with
+log-normal lengths. The predicted ratio comes from the estimated work alone (data/balance.py): a step waits for the rank
+with the most. Runs that disagree on the loss fail; a missed goal does not.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch.distributed as dist
+
+from benchmarks.harness import (
+    CPU,
+    LOSS_TOLERANCE,
+    TrainStep,
+    World,
+    benchmark_parser,
+    build_config,
+    describe_goal,
+    is_met,
+    median_ratio,
+    round_ratios,
+    take_turns,
+    time_call,
+    write_figures,
+)
+from data.balance import deal_step
+from data.batch import Batch
+from data.dataset import PackedSample
+from training.build import build_batch_plan
+
+VOCAB_SIZE, RANKS, SAMPLES, STEPS, SIGMA, SEED = 4096, 2, 8, 3, 1.5, 1234
+MEDIANS = {"8192": 600, "32768": 2000}  # median length of a document for each sequence length
+GOAL = 0.9  # of the predicted gain
+FLAGS = "--device cpu --dtype fp32 --num-layers 2 --hidden-size 256 --num-attention-heads 4 --dp-shard-size 2"
+
+
+def packed_sample(rng: np.random.Generator, seq_length: int) -> PackedSample:
+    """Documents of log-normal lengths; the last one is cut at the end of the sample."""
+    lengths, left = [], seq_length
+    while left:
+        length = min(left, int(rng.lognormal(np.log(MEDIANS[str(seq_length)]), SIGMA)) + 1)
+        lengths.append(length)
+        left -= length
+    tokens = rng.integers(0, VOCAB_SIZE, seq_length + 1)
+    padded = np.array(lengths)
+    return PackedSample(tokens[:-1], tokens[1:], padded, padded)
+
+
+@dataclass
+class Work:
+    """Attributes: largest: of the two ranks in each step, dealt and in order."""
+
+    losses: list[float]
+    largest: dict[bool, list[float]]
+
+
+class Rank:
+    """What a data rank runs."""
+
+    def prepare(self, seq_length: int) -> Work:
+        """Build the model and the batches of both orders. Returns the losses of both on the initial weights."""
+        flags = (
+            f"{FLAGS} --seq-length {seq_length} --global-batch-size {SAMPLES} --document-alignment 1 --lr 0 --min-lr 0"
+        )
+        flags += " --cp-backend native --cp-comm-type all_gather --cp-layout contiguous"
+        config = build_config(flags, world_size=dist.get_world_size())
+        self.ours = TrainStep(config, vocab_size=VOCAB_SIZE, device=CPU)
+        rng = np.random.default_rng(SEED)
+        samples = [packed_sample(rng, seq_length) for _ in range(STEPS * SAMPLES)]
+        self.batches: dict[bool, list[list[Batch]]] = {}
+        largest: dict[bool, list[float]] = {}
+        plan = build_batch_plan(config, self.ours.architecture, self.ours.grid)
+        for is_dealt in (True, False):
+            own = replace(plan, balance_work=is_dealt)
+            self.batches[is_dealt], largest[is_dealt] = [], []
+            for step in range(STEPS):
+                squares = [float((s.lengths**2).sum()) for s in samples[step * SAMPLES : (step + 1) * SAMPLES]]
+                work = seq_length + plan.attention_cost * np.array(squares)
+                rows = own.assign_samples(step, work)
+                self.batches[is_dealt].append([own.build_batch([samples[n] for n in row], step=step) for row in rows])
+                everyone = [replace(own, batch_rank=rank).assign_samples(step, work) for rank in range(RANKS)]
+                largest[is_dealt].append(max(sum(work[n % SAMPLES] for row in r for n in row) for r in everyone))
+        losses = [self.ours.step(self.batches[is_dealt][0]).item() for is_dealt in (True, False)]
+        return Work(losses, largest)
+
+    def time_steps(self, is_dealt: bool) -> float:
+        """Seconds of all steps."""
+        return time_call(lambda: [self.ours.step(batches) for batches in self.batches[is_dealt]], dist.barrier)
+
+
+def time_slowest(world: World, is_dealt: bool) -> float:
+    return max(world.run(Rank.time_steps, is_dealt))
+
+
+def seconds_of_dealing() -> float:
+    """Seconds to deal 1024 samples to 256 data ranks: the least of 20 tries."""
+    work = 1.0 + np.random.default_rng(SEED).lognormal(0.0, 1.0, 1024)
+    return min(time_call(lambda: deal_step(work, data_ranks=256, num_microbatches=4)) for _ in range(20))
+
+
+def main() -> None:
+    args = benchmark_parser(__doc__, rounds=5, parts=MEDIANS).parse_args()
+    figures = []
+    print(f"dealing 1024 samples to 256 data ranks: {1000 * seconds_of_dealing():.2f} ms\n")
+    print(f"{'sequence':>8} {'predicted':>10} {'measured':>9} {'quartiles':>14}   share of the predicted gain")
+    for name in args.only:
+        with World(RANKS, Rank) as world:
+            prepared = world.run(Rank.prepare, int(name))[0]
+            assert abs(prepared.losses[0] / prepared.losses[1] - 1) <= LOSS_TOLERANCE, prepared.losses
+            turns = {is_dealt: partial(time_slowest, world, is_dealt) for is_dealt in (True, False)}
+            times = take_turns(turns, args.rounds)
+        predicted = sum(prepared.largest[False]) / sum(prepared.largest[True])
+        measured = median_ratio(times[False], times[True])
+        low, high = round_ratios(times[False], times[True])["quartiles"]
+        share = (measured - 1) / (predicted - 1)
+        verdict = describe_goal(share, GOAL)
+        print(
+            f"{name:>8} {predicted:>10.3f} {measured:>9.3f} {low:>7.3f}-{high:.3f}   {share:.2f} {verdict}", flush=True
+        )
+        figures.append(
+            dict(seq_length=int(name), predicted=predicted, ratio=measured, share=share, is_met=is_met(share, GOAL))
+            | {"seconds in order": times[False], "seconds dealt": times[True]}
+        )
+    write_figures(args.json, {"rounds": args.rounds, "dealing, seconds": seconds_of_dealing(), "figures": figures})
+
+
+if __name__ == "__main__":
+    main()
