@@ -54,3 +54,15 @@ def test_a_folder_that_others_can_write_is_refused(shared: Path, planted: str) -
     with pytest.raises(ValueError, match=r"--compile: .* is no folder of this user alone"):
         own_temporary_folder()
     assert tempfile.gettempdir() == str(shared)
+
+
+def test_an_idle_pool_of_threads_does_not_keep_a_run_from_its_end() -> None:
+    """`torch.compile` leaves one behind."""
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+from utils.errors import run_and_exit
+pool = ThreadPoolExecutor(1)
+run_and_exit(lambda argv: print(pool.submit(lambda: "ran").result()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr
