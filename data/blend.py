@@ -20,6 +20,7 @@ import yaml
 from data.files import is_remote
 from data.indexed_dataset import index_file
 from utils.errors import UserError
+from utils.files import read_text
 
 BLOCK = 4096  # samples whose sources are computed at a time
 
@@ -67,7 +68,7 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[BlendPa
 
 def _read_yaml(file: Path, flag: str) -> list[BlendPart]:
     try:
-        loaded = yaml.safe_load(file.read_text("utf-8"))
+        loaded = yaml.safe_load(read_text(file.resolve()))
     except OSError as error:
         raise UserError(f"{flag} {file}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -22,7 +22,18 @@ from data.encode import EncodedBatch, RecordBatch
 from data.indexed_dataset import index_file, token_file, write_index
 from data.sources import metadata_file
 from utils.errors import UserError
-from utils.files import checksum, is_trusted, name_file, open_new, open_regular, replace_synced, sync, write_synced
+from utils.files import (
+    checksum,
+    is_trusted,
+    name_file,
+    open_new,
+    open_regular,
+    parse_json,
+    read_text,
+    replace_synced,
+    sync,
+    write_synced,
+)
 from utils.names import redact
 
 SHOWN = 5  # bad records that are shown
@@ -36,7 +47,7 @@ def model_copy(prefix: Path, model: Path) -> Path:
 def is_written_by_prepare(prefix: Path) -> bool:
     """Whether `<prefix>.json` names data.prepare as its writer."""
     try:
-        metadata = json.loads(metadata_file(prefix).read_text("utf-8"))
+        metadata = parse_json(read_text(metadata_file(prefix).resolve()))
     except (OSError, ValueError):
         return False
     return isinstance(metadata, dict) and str(metadata.get("made by", "")).startswith("data.prepare")
@@ -110,7 +121,7 @@ class CorpusWriter:
         """
         file = self.files["progress.json"]
         try:
-            saved = json.loads(file.read_text("utf-8"))
+            saved = parse_json(read_text(file))
             key, progress = saved["key"], Progress(**saved["progress"])
             sizes = self._sizes(progress)
         except FileNotFoundError:

@@ -7,7 +7,6 @@ and a copy of its model. Corpora of Megatron-LM have neither: flags give their t
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sysconfig
@@ -24,7 +23,7 @@ from data.indexed_dataset import IndexedDataset, index_file, token_file
 from data.readers import BadRecord, Record, decode_text, detect_format, read_records
 from data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from utils.errors import UserError
-from utils.files import checksum
+from utils.files import checksum, parse_json, read_text
 from utils.names import redact
 
 STDLIB = "the Python standard library"
@@ -220,7 +219,7 @@ def open_prepared(prefix: Path) -> PreparedCorpus:
     metadata: dict[str, Any] = {}
     if file.exists():
         try:
-            metadata = json.loads(file.read_text("utf-8"))
+            metadata = parse_json(read_text(file.resolve()))
             counted = (metadata["documents"], metadata["tokens"])
             named = metadata["tokenizer"]
             _ = named["type"], named["model"], named["eod"], named["fingerprint"]

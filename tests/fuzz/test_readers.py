@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import json
 import os
 import random
@@ -152,7 +153,7 @@ def run_generate(path: Path) -> None:
     run = next(parent for parent in path.parents if parent.name == "run")
     place = run / "checkpoints" / "step_0000003"
     sums = json.loads((place / "checksums.json").read_text())
-    if path.name in sums:
+    if path.name in sums and path.is_file() and not path.is_symlink():
         write_json(place / "checksums.json", sums | compute_checksums([path]))
     try:
         generate.main(["--load", str(run), "--tokens", "1", "--device", "cpu", "--prompt", "a", "--greedy"])
@@ -187,7 +188,8 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def inspect_checkpoint(path: Path) -> None:
-    checkpoint_tool.inspect(path.parent)
+    with contextlib.redirect_stdout(io.StringIO()):  # a process writes to a SafeOutput
+        checkpoint_tool.inspect(path.parent)
 
 
 def read_preset(path: Path) -> None:
@@ -383,9 +385,9 @@ def test_mutated_files(honest: Path, name: str, capsys) -> None:
         capsys.readouterr()
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", [name for name, (_, read) in READERS.items() if read is not read_text_file])
 def test_a_fifo_does_not_hang(honest: Path, name: str) -> None:
-    """Nor a link to an endless device."""
+    """Nor a link to an endless device. Texts may come through a pipe."""
     file, read = READERS[name]
     path = honest / file
     content = path.read_bytes()
