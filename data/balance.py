@@ -9,7 +9,8 @@ import heapq
 
 import numpy as np
 
-MAX_SWAPS = 64  # per call of `deal`; each needs a pass over all items
+MAX_SWAPS = 64  # per call of `deal`
+PARTNERS = 16  # lists with the least work that a swap is tried with
 EVEN = 1.005  # largest sum over the mean below which nothing is swapped
 
 
@@ -44,27 +45,35 @@ def deal(work: np.ndarray, bins: int) -> list[list[int]]:
 
 
 def _swap(dealt: np.ndarray, work: np.ndarray) -> None:
-    """Swaps items of the busiest list in place, each time the swap that leaves the smaller larger sum of the two."""
+    """Swaps items of the busiest list in place while the larger sum of the two lists falls."""
     loads = work[dealt].sum(1)
+    mean = loads.mean()
     for _ in range(MAX_SWAPS):
         busiest = int(loads.argmax())
-        if loads[busiest] <= EVEN * loads.mean():
+        if loads[busiest] <= EVEN * mean:
             return
-        # [item of the busiest list, list, item]: work that moves from the busiest list.
-        moved = work[dealt[busiest]][:, None, None] - work[dealt][None]
-        larger = np.maximum(loads[busiest] - moved, loads[None, :, None] + moved)
-        larger[:, busiest] = np.inf
-        mine, other, theirs = np.unravel_index(int(larger.argmin()), larger.shape)
-        if larger[mine, other, theirs] >= loads[busiest]:
+        idle = np.argpartition(loads, min(PARTNERS, len(loads)) - 1)[:PARTNERS]
+        if not any(_swap_once(dealt, work, loads, busiest, others) for others in (idle, np.arange(len(loads)))):
             return
-        change = moved[mine, other, theirs]
-        dealt[busiest, mine], dealt[other, theirs] = dealt[other, theirs], dealt[busiest, mine]
-        loads[busiest] -= change
-        loads[other] += change
 
 
-def deal_step(work: np.ndarray, *, data_ranks: int, num_microbatches: int) -> list[list[list[int]]]:
-    """The samples of each data rank's microbatches; both are even, the ranks first.
+def _swap_once(dealt: np.ndarray, work: np.ndarray, loads: np.ndarray, busiest: int, others: np.ndarray) -> bool:
+    """The swap with one of the other lists that leaves the smallest larger sum. False: none is better than before."""
+    # [item of the busiest list, other list, its item]: work that leaves the busiest list.
+    moved = work[dealt[busiest]][:, None, None] - work[dealt[others]][None]
+    larger = np.maximum(loads[busiest] - moved, loads[others][None, :, None] + moved)
+    mine, at, theirs = np.unravel_index(int(larger.argmin()), larger.shape)
+    other, change = int(others[at]), moved[mine, at, theirs]
+    if other == busiest or larger[mine, at, theirs] >= loads[busiest]:
+        return False
+    dealt[busiest, mine], dealt[other, theirs] = dealt[other, theirs], dealt[busiest, mine]
+    loads[busiest] -= change
+    loads[other] += change
+    return True
+
+
+def deal_step(work: np.ndarray, *, data_rank: int, data_ranks: int, num_microbatches: int) -> list[list[int]]:
+    """The samples of a data rank's microbatches. Ranks are even first, then the microbatches of each rank.
 
     A rank's microbatches come in descending order of their work: microbatches of the same number then take about the
     same time on all ranks, which matters where weights are gathered for each microbatch.
@@ -73,12 +82,9 @@ def deal_step(work: np.ndarray, *, data_ranks: int, num_microbatches: int) -> li
         work: [samples of the step] float64.
 
     Returns:
-        [data_ranks][num_microbatches][micro_batch_size] samples, numbered within the step.
+        [num_microbatches][micro_batch_size] samples, numbered within the step.
     """
-    ranks = []
-    for own in deal(work, data_ranks):
-        items = np.array(own)
-        rows = [items[row] for row in deal(work[items], num_microbatches)]
-        rows.sort(key=lambda row: (-work[row].sum(), row[0]))
-        ranks.append([row.tolist() for row in rows])
-    return ranks
+    own = np.array(deal(work, data_ranks)[data_rank])
+    rows = [own[row] for row in deal(work[own], num_microbatches)]
+    rows.sort(key=lambda row: (-work[row].sum(), row[0]))
+    return [row.tolist() for row in rows]

@@ -181,7 +181,7 @@ class BatchPlan:
         """
         first, count = step * self.global_batch_size, self.num_microbatches
         if self.balance_work and self.batch_size * count > 1:
-            dealt = deal_step(work, data_ranks=self.batch_size, num_microbatches=count)[self.batch_rank]
+            dealt = deal_step(work, data_rank=self.batch_rank, data_ranks=self.batch_size, num_microbatches=count)
         else:
             in_order = np.arange(self.global_batch_size).reshape(count, self.batch_size, self.micro_batch_size)
             dealt = in_order[:, self.batch_rank].tolist()
