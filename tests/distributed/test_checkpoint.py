@@ -366,13 +366,13 @@ def test_the_systems_own_words_come_first() -> None:
     """On a full disk one rank gets the system's error, another only that of PyTorch's writer."""
     from torch.distributed.checkpoint import CheckpointException
 
-    from checkpoint.saver import _first_cause
+    from checkpoint.saver import first_cause
 
     full, writer = (
         OSError(28, "No space left on device"),
         RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"),
     )
     told: dict = {0: (writer, None), 1: (full, None)}
-    assert _first_cause(CheckpointException("save", told)) == (1, full)
-    rank, cause = _first_cause(CheckpointException("save", {0: (writer, None)}))  # type: ignore[dict-item]
+    assert first_cause(CheckpointException("save", told)) == (1, full)
+    rank, cause = first_cause(CheckpointException("save", {0: (writer, None)}))  # type: ignore[dict-item]
     assert rank == 0 and isinstance(cause, OSError) and "PytorchStreamWriter" in str(cause)
