@@ -429,7 +429,7 @@ class CheckpointConfig:
     keep_checkpoints: int = flag(0, "newest checkpoints that are kept; 0: all", NOT_NEGATIVE, metavar="N")
     load: str | None = flag(
         None,
-        "checkpoint, or folder of checkpoints, to start from; with --resume only while --save holds none; default: none",
+        "checkpoint, or folder of checkpoints, to start from; with --resume: only while --save is empty; default: none",
     )
     resume: bool = flag(
         False,

@@ -125,7 +125,10 @@ def _sort_out(names: Iterable[str], left_out: LeftOut) -> list[str]:
 
 
 def drop_empty(files: Iterable[str], left_out: LeftOut) -> list[str]:
-    """The files with content; others go to `left_out`. An empty Parquet or compressed file stays: its reader refuses."""
+    """The files with content; others go to `left_out`.
+
+    An empty Parquet or compressed file stays: its reader refuses the file.
+    """
     filled: list[str] = []
     empty: list[str] = []
     for name in files:

@@ -27,7 +27,8 @@ def describe_sequences(sequences: SampleDataset) -> list[str]:
     if isinstance(sequences, BlendedDataset):
         blend = sequences.blend
         return [
-            f"{weight / blend.total:.4%} of samples from {source.name}: {_describe_source(source)}; {_describe_ends(source)}"
+            f"{weight / blend.total:.4%} of samples from {source.name}: {_describe_source(source)}; "
+            f"{_describe_ends(source)}"
             for source, weight in zip(sequences.sources, blend.weights, strict=True)
         ]
     assert isinstance(sequences, PackedDataset)

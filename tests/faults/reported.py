@@ -234,7 +234,8 @@ def _(bench: Bench) -> None:
     (bench.folder / "launch").mkdir()
     shutil.copy(ROOT / "launch" / "multi_node.sh", bench.folder / "launch")
     scripts = {
-        "srun": '#!/bin/bash\nfor word in "$@"; do [ "$word" = --export=ALL ] && exec env > "$OUT"; done\nexec env -i > "$OUT"\n',
+        "srun": '#!/bin/bash\nfor word in "$@"; do [ "$word" = --export=ALL ] && exec env > "$OUT"; done\n'
+        'exec env -i > "$OUT"\n',
         "scontrol": "#!/bin/sh\necho node0\n",
         "torchrun": "#!/bin/sh\n",
     }
