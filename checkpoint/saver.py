@@ -382,8 +382,10 @@ def load_checkpoint(
     except CorruptedCheckpoint as error:
         errors.append(str(error))
     replaced = find_replaced([*opened, *reader.opened, *everyone_checked])
-    errors += [f"{checkpoint / name}: another process replaced this file while it was loaded" for name in replaced]
-    lines = list(dict.fromkeys(line for part in _all_gather(errors, group) for line in part))
+    gathered = _all_gather((errors, replaced), group)
+    for name in sorted({name for _, names in gathered for name in names}):  # not corrupted: never quarantined
+        refusals.append(f"another process replaced {name} while it was loaded; start again")
+    lines = list(dict.fromkeys(line for found, _ in gathered for line in found))
     if lines:
         raise CorruptedCheckpoint(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from failure
     if refusals:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ GRID = ("tp_size", "cp_size", "pp_size")
 CONTIGUOUS: Change = {"cp_backend": "native", "cp_comm_type": "all_gather", "cp_layout": "contiguous"}
 SHOWN = 3  # values of a flag, and flags
 MAX_REPAIRS = 4  # flags of one repair
+MAX_SECONDS = 2.0  # of a search, which every rank makes
 
 
 def nearest(values: Iterable[int], to: int) -> list[int]:
@@ -65,18 +67,22 @@ def find_advice(
         config: the flags as given.
         ranks: of a node.
     """
-    together = error.together
+    deadline, together = time.monotonic() + MAX_SECONDS, error.together
+
+    def is_accepted(change: Change) -> bool:
+        return time.monotonic() < deadline and attempt(change) is None
+
     searches: list[list[list[Change]]] = [[[{}]] if together else [], _changes_of_one(error.options)]
     if is_resumed:
         searches.append([*_changes_of_one(_layout_options(config, ranks, nodes)), [CONTIGUOUS]])
         searches.append([_other_layouts(config, ranks, nodes)])
     for search in searches:
         tried: Iterator[Iterator[Change]] = (({**together, **change} for change in changes) for changes in search)
-        accepted = ((change for change in changes if attempt(change) is None) for changes in tried)
+        accepted = ((change for change in changes if is_accepted(change)) for changes in tried)
         found = [kept for changes in accepted if (kept := list(itertools.islice(changes, SHOWN)))]
         if found:
             return _advise(found, nodes)
-    repairs = (_repair(error, {}, attempt, depth) for depth in range(2, MAX_REPAIRS + 1))
+    repairs = (_repair(error, {}, attempt, depth) for depth in range(2, MAX_REPAIRS + 1) if time.monotonic() < deadline)
     repair = next(filter(None, repairs), {})
     return _advise([[repair]], nodes) if repair else "no near value mends this"
 

@@ -84,7 +84,6 @@ def resolve(
         advice = find_advice(error, attempt, config=given, ranks=local_world_size, nodes=nodes, is_resumed=bool(saved))
         kept = " (a resumed run keeps the checkpoint's weights and data order)" if saved else ""
         raise UserError(f"{error.what}{kept}: {advice}") from None
-    _resolve_lr_schedule(config.training)
     _resolve_data(config.data, config.training, chosen, is_resumed=bool(saved))
     _resolve_checkpoint(config.checkpoint)
     _check_paths(config)
@@ -111,6 +110,7 @@ def _resolve_sizes(
     if saved:
         _keep_checkpoint(config, saved, chosen)
         _check_bounds(config)
+    _resolve_lr_schedule(config.training)
     _resolve_grid(parallel, world_size, local_world_size, chosen)
     _resolve_model(model, parallel.tp_size, saved.get("model padded_vocab_size"))
     _resolve_implementation(config, chosen)
@@ -501,9 +501,10 @@ def _resolve_lr_schedule(training: TrainingConfig) -> None:
     # A run shorter than its warm-up is a trial; a decay that ends inside the warm-up is a mistake.
     decays = training.lr_decay_style != "constant"
     if has_decay_end and decays and training.lr_warmup_iters >= training.lr_decay_iters:
-        raise UserError(
+        raise SizeError(
             f"--lr-warmup-iters {training.lr_warmup_iters} leaves nothing of --lr-decay-iters "
-            f"{training.lr_decay_iters}: use --lr-warmup-iters {training.lr_decay_iters - 1}"
+            f"{training.lr_decay_iters}",
+            lr_warmup_iters=[training.lr_decay_iters - 1],
         )
     if training.lr_wsd_decay_iters is None:
         training.lr_wsd_decay_iters = max(1, training.lr_decay_iters // 10)

@@ -11,6 +11,8 @@ import numpy as np
 
 MAX_SWAPS = 64  # per call of `deal`
 PARTNERS = 16  # lists with the least work that a swap is tried with
+MIN_GAIN = 1e-3  # of the largest sum; smaller gains end the swaps
+MAX_PAIRS = 1 << 17  # pairs of items that are compared for one swap
 EVEN = 1.005  # largest sum over the mean below which nothing is swapped
 
 
@@ -59,12 +61,14 @@ def _swap(dealt: np.ndarray, work: np.ndarray) -> None:
 
 def _swap_once(dealt: np.ndarray, work: np.ndarray, loads: np.ndarray, busiest: int, others: np.ndarray) -> bool:
     """The swap with one of the other lists that leaves the smallest larger sum. False: none is better than before."""
+    if len(others) * dealt.shape[1] ** 2 > MAX_PAIRS:
+        return False
     # [item of the busiest list, other list, its item]: work that leaves the busiest list.
     moved = work[dealt[busiest]][:, None, None] - work[dealt[others]][None]
     larger = np.maximum(loads[busiest] - moved, loads[others][None, :, None] + moved)
     mine, at, theirs = np.unravel_index(int(larger.argmin()), larger.shape)
     other, change = int(others[at]), moved[mine, at, theirs]
-    if other == busiest or larger[mine, at, theirs] >= loads[busiest]:
+    if other == busiest or larger[mine, at, theirs] >= (1 - MIN_GAIN) * loads[busiest]:
         return False
     dealt[busiest, mine], dealt[other, theirs] = dealt[other, theirs], dealt[busiest, mine]
     loads[busiest] -= change

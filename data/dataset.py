@@ -112,10 +112,10 @@ class PackedDataset:
         return self.tokens.lengths[self.documents].astype(np.int64)
 
     def epoch(self, number: int) -> Epoch:
-        """The index of an epoch; the latest one stays in memory."""
+        """The index of an epoch; the latest two stay in memory, for a step may need both in turns."""
         if number not in self._epochs:
             index = self._load_epoch(number) if self.packing.window is None else self._load_windows(number)
-            self._epochs = {number: index}
+            self._epochs = dict([*self._epochs.items(), (number, index)][-2:])
         return self._epochs[number]
 
     def _cache_folder(self, **more: int) -> Path:

@@ -8,6 +8,7 @@ import functools
 import glob
 import gzip
 import importlib
+import io
 import lzma
 import os
 import stat
@@ -23,6 +24,7 @@ from fsspec import AbstractFileSystem
 from fsspec.compression import register_compression
 from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from utils.errors import UserError
 
@@ -177,7 +179,11 @@ def files_in_folder(folder: str, left_out: LeftOut) -> list[str]:
         if hidden:
             left_out.setdefault("hidden", []).extend(hidden)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [_check_file(os.path.join(at, name)) for name in names if not name.startswith(".")]
+        for name in names:
+            path = os.path.join(at, name)
+            # Only what would be read, or may be a folder, is refused where it is broken.
+            if not name.startswith("."):
+                found.append(_check_file(path) if is_readable(path) or "." not in name else path)
     return unique_files(_sort_out(sorted(found, key=Path), left_out))
 
 
@@ -255,7 +261,8 @@ def open_stream(name: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     opened = OpenFile(store, path, "rb", compression)
     try:
         with opened as stream:
-            yield opened.fobjects[0], stream
+            # `readline` of a remote store's file takes no size.
+            yield opened.fobjects[0], io.BufferedReader(stream) if isinstance(stream, AbstractBufferedFile) else stream
     except corrupted as error:
         raise EOFError(str(error)) from error
     except OSError as error:

@@ -188,7 +188,7 @@ class PreparedCorpus:
         if found.fingerprint != named["fingerprint"]:
             raise UserError(
                 f"{metadata_file(self.prefix)}: the {named['type']} model beside it is not the tokenizer that it was "
-                "made with"
+                "made with, or encodes some texts in another way since CHANGELOG.md's last release: prepare it again"
             )
         return found
 

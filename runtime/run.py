@@ -46,7 +46,9 @@ class RunPaths:
 
 
 def _optional(flag: str | None, default: Path) -> Path | None:
-    return None if flag == "none" else Path(flag) if flag else default
+    if flag == "none" or not flag:
+        return None if flag else default
+    return Path(flag).resolve() if Path(flag).is_symlink() else Path(flag)  # a link that the user names is followed
 
 
 @dataclass(frozen=True)

@@ -167,13 +167,14 @@ class RunStatus:
 
     def _exit(self, text: str, code: int, *, is_shared: bool) -> None:
         """Args: is_shared: every rank has the same error; one rank of a node prints it."""
+        self._write_failure(text)
         if is_shared and self.local_rank and code != INTERRUPTED:
             # torchrun ends all ranks when the first one exits: local rank 0 must be first, for it prints the line.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(SHARED_ERROR_SECONDS)
+            is_shared = False  # else this process would have been ended
         if not is_shared or self.local_rank == 0:
             log_error(text, rank=None if is_shared else self.rank)
-        self._write_failure(text)
         raise SystemExit(code) from None
 
     def _exit_after_peer_failure(self, error: BaseException) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from config.schema import RunConfig
+from config.schema import LoggingConfig, RunConfig
 from cp.layout import document_unit
 from cp.packed_seq import build_packed_seq
 from data.batch import Batch
@@ -116,7 +116,9 @@ class TextSampler:
         try:
             prompt = tokenizer.encode(logging.sample_prompt).tolist() or [tokenizer.eod]
         except UnencodableText as error:
-            raise UserError(f"--sample-prompt {error}") from error
+            if logging.sample_prompt != LoggingConfig().sample_prompt:
+                raise UserError(f"--sample-prompt {error}") from error
+            prompt = [tokenizer.eod]  # the default prompt is no text of this tokenizer
         ids = generate(
             self.model,
             prompt,

@@ -97,12 +97,16 @@ def run_and_exit(main: Callable[[list[str]], object]) -> NoReturn:
         main(sys.argv[1:])
     except SystemExit as end:
         code = end.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1
-    threading._shutdown()  # type: ignore[attr-defined]  # ends pools (torch.compile has one), then joins threads
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # the reader is gone
-            stream.flush()
-    os._exit(code if isinstance(code, int) else 1)
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # ends pools (torch.compile has one), then joins threads
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # the reader is gone
+                stream.flush()
+    finally:
+        os._exit(code if isinstance(code, int) else 1)

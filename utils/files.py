@@ -80,8 +80,11 @@ def legacy_page_sum(file: IO[bytes]) -> str:
 
 
 def is_trusted(found: os.stat_result, folder: Path) -> bool:
-    """Whether a file in `folder` belongs to this user or to root."""
+    """Whether a file in `folder` belongs to this user, to root, or to the folder's owner in a place of his own."""
     if found.st_uid in (os.geteuid(), 0):
+        return True
+    others_can_write = stat.S_IWGRP | stat.S_IWOTH  # they could have made `folder` themselves
+    if folder.stat().st_uid == found.st_uid and not folder.resolve().parent.stat().st_mode & others_can_write:
         return True
     with suppress(OSError), tempfile.TemporaryFile(dir=folder) as probe:
         return os.fstat(probe.fileno()).st_uid == found.st_uid  # a store that gives all files one owner
@@ -193,7 +196,9 @@ def replace_synced(path: Path, content: str | bytes) -> None:
 
 
 def acquire_lock(path: Path, timeout: float) -> FileLock | None:
-    """Lock a file until `release()` or the end of this process; the file is this user's alone, and no link is followed.
+    """Lock a file until `release()` or the end of this process; no link is followed.
+
+    The file is this user's alone; in a folder that a group may write to, the group's.
 
     Args:
         timeout: seconds to wait for another holder.
@@ -204,10 +209,11 @@ def acquire_lock(path: Path, timeout: float) -> FileLock | None:
     Raises:
         TimeoutError: another holder kept the lock.
     """
-    # A soft lock would outlive a kill; whoever may read the file could hold the lock.
-    lock = FileLock(path, timeout=timeout, poll_interval=0.1, fallback_to_soft=False, mode=0o600)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A soft lock would outlive a kill; whoever may read the file could hold the lock.
+        mode = 0o600 | 0o060 * bool(path.parent.stat().st_mode & stat.S_IWGRP)
+        lock = FileLock(path, timeout=timeout, poll_interval=0.1, fallback_to_soft=False, mode=mode)
         lock.acquire()
     except Timeout:
         raise

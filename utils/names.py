@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 # https://USER@host, scheme://USER:PASSWORD@host (a port is no password), and parameters such as ?token=SECRET.
 CREDENTIALS = re.compile(
-    r"""(?:(?<=https)|(?<=http))://[^/\s"'@]{0,999}@|://[^/\s"'@:]{0,99}:(?!\d+[/"'\s])[^\s"'@]{0,999}@"""
+    r"""(?:(?<=https)|(?<=http))://[^/\s"'@\\]{0,999}@|://[^/\s"'@:\\]{0,99}:(?!\d+[/"'\s])[^\s"'@\\]{0,999}@"""
 )
 PARAMETERS = re.compile(
-    r"""([?&][\w.-]{0,50}(?:token|sig|secret|key|passw|credential|auth)[\w.-]{0,50}=)[^&\s"'#]+""", re.IGNORECASE
+    r"""([?&](?:[\w.-]{0,50}[_.-])?(?:token|sig|signature|secret|(?:api|access|secret|account)?key(?:id)?|awsaccesskeyid"""
+    r"""|password|passwd|credentials?|auth|authorization)=)[^&\s"'#\\]+""",
+    re.IGNORECASE,
 )
 
 

@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from backports.zstd import CompressionParameter, ZstdCompressor
+from fsspec.spec import AbstractBufferedFile
 
 import data.readers as readers_module
+from data.files import open_stream
 from data.prepare import main
-from data.readers import BadRecord, FileOffset, decode_text, detect_format, read_records
+from data.readers import BadRecord, FileOffset, _limited_lines, decode_text, detect_format, read_records
 from data.sources import TextSource, open_text
 from tests.unit.test_prepare import BYTE, TEXTS, lines_of, run, texts_in, zstd
 
@@ -282,3 +284,20 @@ def test_few_rows_of_parquet_are_read_at_a_time(mean: int) -> None:
     metadata = SimpleNamespace(num_columns=1, num_row_groups=3, schema=schema, row_group=lambda at: group)
     rows = readers_module._batch_rows(metadata, "text")
     assert 1 <= rows <= 32 and (rows == 1 or rows * mean <= readers_module.BATCH_BYTES)
+
+
+class Stored(AbstractBufferedFile):
+    """A remote store's file: its `readline` takes no size."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return self.kwargs["content"][start:end]
+
+
+def test_lines_of_a_remote_stores_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b'{"text": "a"}\n{"text": "b"}\n' + b"x" * 100
+    file = Stored(SimpleNamespace(blocksize=7), "a.jsonl", size=len(content), content=content)
+    store = SimpleNamespace(open=lambda *_, **__: file)
+    monkeypatch.setattr("data.files.open_store", lambda name: (store, name))
+    with open_stream("s3://bucket/a.jsonl") as (_, stream):
+        lines = list(_limited_lines(stream))
+    assert lines == [(line, len(line)) for line in content.splitlines(keepends=True)]

@@ -56,9 +56,15 @@ def test_an_error_of_this_rank_is_one_line(tmp_path: Path, capsys, error: BaseEx
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that a rank waited: no test does."""
+    """Seconds that a rank waited: no test does. torchrun ends a rank that waits for the one that prints."""
     waited: list[float] = []
-    monkeypatch.setattr(status_module.time, "sleep", waited.append)
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if seconds == status_module.SHARED_ERROR_SECONDS:
+            raise SystemExit(143)
+
+    monkeypatch.setattr(status_module.time, "sleep", sleep)
     return waited
 
 
@@ -80,16 +86,25 @@ def test_a_refusal_says_why(tmp_path: Path, capsys, waits: list[float]) -> None:
     for rank in (0, 1):
         with pytest.raises(SystemExit) as ended, status_in(tmp_path, rank=rank):
             raise UserError("--lr is wrong")
-        assert ended.value.code == 2
+        assert ended.value.code == (143 if rank else 2)
     assert told(tmp_path)["reason"] == "--lr is wrong" and capsys.readouterr().err == "train.py: --lr is wrong\n"
     assert waits == [20.0]
+
+
+def test_a_rank_that_alone_refuses_says_why_after_a_wait(tmp_path: Path, capsys, monkeypatch) -> None:
+    """No other rank ended the wait: the error was this rank's own."""
+    monkeypatch.setattr(status_module.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as ended, status_in(tmp_path, rank=1):
+        raise UserError("the cache is another user's")
+    assert ended.value.code == 2 and told(tmp_path)["rank"] == 1
+    assert capsys.readouterr().err == "train.py: rank 1: the cache is another user's\n"
 
 
 def test_an_io_error_is_one_line_and_a_collective_one_is_printed_once(tmp_path: Path, capsys) -> None:
     for rank in (0, 1):
         with pytest.raises(SystemExit) as ended, status_in(tmp_path, rank=rank, attempt=f"a{rank}"):
             raise CollectiveError("cannot write: No space left on device")
-        assert ended.value.code == 1
+        assert ended.value.code == (143 if rank else 1)
     assert capsys.readouterr().err == "train.py: cannot write: No space left on device\n"
     with pytest.raises(SystemExit), status_in(tmp_path, rank=1, attempt="b"):
         raise OSError(28, "No space left on device", "metrics.jsonl")
