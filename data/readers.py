@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from data.files import PARQUET_SUFFIXES, compression_of, content_suffix, file_size, open_store, open_stream
 from utils.errors import UserError
+from utils.files import parse_json
 
 FORMATS = ("jsonl", "text", "parquet")
 MAX_RECORD_BYTES = 1 << 30  # a few KB of a compressed file may hold a line of many GB
@@ -89,7 +90,7 @@ def detect_format(file: str) -> str:
     first = first.removeprefix(codecs.BOM_UTF8).lstrip()
     if first[:1] == b"{":
         try:
-            if isinstance(json.loads(first.decode()), dict):
+            if isinstance(parse_json(first.decode()), dict):
                 return "jsonl"
         except ValueError:
             pass  # text that begins with a brace
@@ -203,7 +204,7 @@ def _read_parquet(file: str, column: str, start: FileOffset) -> Iterator[Record]
                         content = value.as_buffer()  # the bytes, whether they are UTF-8 or not
                         text = None if content is None else content.to_pybytes()
                         yield _limited(text, row, row, size * row // rows)
-    except (pyarrow.ArrowException, EOFError, OSError) as error:
+    except (pyarrow.ArrowException, EOFError, OSError, UnicodeDecodeError) as error:  # a column's name may be no UTF-8
         if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own, for corrupted content, have none
             raise _name_file(file, error) from error
         raise _bad_rest(file, row, error) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import reprlib
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -222,7 +223,9 @@ def open_prepared(prefix: Path) -> PreparedCorpus:
             metadata = parse_json(read_text(file.resolve()))
             counted = (metadata["documents"], metadata["tokens"])
             named = metadata["tokenizer"]
-            _ = named["type"], named["model"], named["eod"], named["fingerprint"]
+            for key, kinds in (("type", str), ("model", str | None), ("eod", str | None), ("fingerprint", str)):
+                if not isinstance(named[key], kinds):  # type: ignore[arg-type]
+                    raise TypeError(f"tokenizer {key} is {reprlib.repr(named[key])}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file}: not written by data.prepare ({type(error).__name__}: {error}); remove it to read the corpus "

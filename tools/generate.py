@@ -41,7 +41,7 @@ from data.tokenizer import (
     load_sentencepiece,
     load_tokenizer,
 )
-from model.config import GPTConfig, count_parameters
+from model.config import ROPE_SCALINGS, GPTConfig, count_parameters
 from model.gpt import GPT
 from model.transformer import GPTOptions
 from parallel.grid import GridSizes, build_grid
@@ -189,6 +189,8 @@ def read_model_config(checkpoint: Path, metadata: dict[str, Any]) -> GPTConfig:
             value, lowest = getattr(config, field.name), 1 if field.default is MISSING else 0
             if type(value) not in KINDS[str(field.type)] or (type(value) is int and value < lowest):
                 raise TypeError(f"{field.name} is {short_repr(value)}")
+        if config.rope_scaling not in ROPE_SCALINGS:
+            raise TypeError(f"rope_scaling is {short_repr(config.rope_scaling)}")
     except TypeError as error:
         raise UserError(f"--load {checkpoint}: its run.json does not describe a model ({error})") from error
     stored = SafeReader(checkpoint).read_metadata().state_dict_metadata

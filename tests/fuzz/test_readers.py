@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import io
+import itertools
 import json
 import os
 import random
@@ -50,6 +51,7 @@ from utils.errors import UserError
 from utils.logger import one_line
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
+SEED = os.environ.get("FUZZ_SEED")  # first of the seeds, one after the other; without: random ones
 HANG_SECONDS = 20.0  # of one file, on a busy machine
 GIBIBYTES = 8  # that one file may take beside what is mapped
 
@@ -371,8 +373,9 @@ def test_mutated_files(honest: Path, name: str, capsys) -> None:
             path.write_bytes(content)
 
     end = time.monotonic() + SECONDS / len(READERS)
-    while time.monotonic() < end:
-        seed = random.randrange(2**32)
+    for seed in itertools.count(int(SEED)) if SEED else iter(lambda: random.randrange(2**32), None):
+        if time.monotonic() >= end:
+            break
         settings = hypothesis.settings(
             max_examples=10,
             deadline=None,
