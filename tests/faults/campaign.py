@@ -568,7 +568,7 @@ def _nan(bench: Bench, layout_rank: int) -> None:
     )
     bench.expect_status("failed", "step 12")
     check(max(numbers_of(bench.run_dir)["steps"]) == 11, "the steps before were not written")
-    check((bench.run_dir / "nonfinite" / "step_0000012.npz").exists(), "the step's rows were not kept")
+    check((bench.run_dir / "nonfinite" / "step_0000012.json").exists(), "the step's record was not kept")
     bench.finish()
 
 
