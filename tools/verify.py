@@ -6,7 +6,7 @@
 From the same weights and the run's first samples, the layout's loss, every gradient and the weights after one optimizer
 step are compared with one rank in float64, whose attention is an explicit mask and shares no code with `cp/`. Beside
 each error stands the noise floor: the error that the dtype imposes, whatever the kernels. Exit code 1: an error exceeds
-four times its floor.
+four times its floor, or a token reaches another document (tools/leak_probe.py).
 
     --verify-layers N     layers of the model that are checked (default 2)
     --verify-sequences N  samples that are read (default: a microbatch on each data rank, times --pp-size)
@@ -21,7 +21,7 @@ import importlib.util
 import json
 import math
 import sys
-from contextlib import nullcontext
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from cp.dropout_attention import AttentionDropout
 from cp.layout import document_unit
 from cp.packed_seq import PackedSeq
 from cp.support import AttentionChoice, cells
+from data.batch import Batch
 from data.dataset import PackedSample
 from data.packing import resolve_packing
 from model.config import GPTConfig
@@ -51,6 +52,7 @@ from model.gpt import get_chunks
 from parallel.fsdp import NORM_PART
 from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes
 from runtime.distributed import broadcast_object, read_launch, read_ranks, run_on_rank_zero_first
+from tools.leak_probe import Leak, change_samples, probe
 from tools.one_step import compute_gradients, start_grid
 from training.build import COMPUTE_DTYPES, build_batch_plan, build_data, build_model
 from training.optimizer import build_optimizer
@@ -125,8 +127,12 @@ class ExactOperations(TorchDispatchMode):
 
 @dataclass
 class Outcome:
-    """Results of one step. Tensors are whole, in float64 on the CPU of rank 0; other ranks have none."""
+    """Results of one step. Tensors are whole, in float64 on the CPU of rank 0; other ranks have none.
 
+    `leak` is None of the reference.
+    """
+
+    leak: Leak | None
     loss: float
     grad_norm: float
     grads: dict[str, Tensor]
@@ -157,10 +163,11 @@ class Report:
 
     title: str
     figures: tuple[Figure, ...]
+    leak: Leak
 
     @property
     def passed(self) -> bool:
-        return all(figure.passed for figure in self.figures)
+        return self.leak.passed and all(figure.passed for figure in self.figures)
 
 
 def run_step(
@@ -184,9 +191,21 @@ def run_step(
     optimizer = build_optimizer(model, config.training)
     plan = replace(build_batch_plan(config, architecture, grid), global_batch_size=len(samples))
     work = np.array([len(s.tokens) + plan.attention_cost * (s.lengths**2).sum() for s in samples])
-    batches = [plan.build_batch([samples[n] for n in row], step=0) for row in plan.assign_samples(0, work)]
-    with ExactOperations() if is_reference else nullcontext():
-        loss, grad_norm = compute_gradients(config, model, batches, grid, device)
+    rows = plan.assign_samples(0, work)
+
+    def build_batches(samples: list[PackedSample]) -> list[Batch]:
+        return [plan.build_batch([samples[n] for n in row], step=0) for row in rows]
+
+    def run(batches: Sequence[Batch]) -> tuple[float, float]:
+        return compute_gradients(config, model, batches, grid, device)
+
+    batches, leak = build_batches(samples), None
+    if is_reference:
+        with ExactOperations():
+            loss, grad_norm = run(batches)
+    else:
+        changed, parts = change_samples(samples, architecture.vocab_size)
+        (loss, grad_norm), leak = probe(model, batches, build_batches(changed), parts, run, grid, device)
 
     def gather(parts: dict[str, Tensor]) -> dict[str, Tensor]:
         whole = whole_tensors(parts, grid)  # collective
@@ -194,7 +213,7 @@ def run_step(
 
     grads = gather({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     optimizer.step()
-    return Outcome(loss, grad_norm, grads, gather(dict(model.named_parameters())))
+    return Outcome(leak, loss, grad_norm, grads, gather(dict(model.named_parameters())))
 
 
 def one_rank_config(config: RunConfig, dtype: str) -> RunConfig:
@@ -326,7 +345,9 @@ class Verifier:
             exact = self._one_rank(config, "fp64")
             rounded = self._one_rank(config, rounded_dtype(config.training.dtype))
             terms = self.num_samples * config.data.seq_length  # of a weight's gradient
-            return Report(describe_layout(config), compare(got, rounded, exact, config, terms=terms))
+            figures = compare(got, rounded, exact, config, terms=terms)
+            assert got.leak is not None
+            return Report(describe_layout(config), figures, got.leak)
         finally:
             dist.barrier()  # also after an error: the other ranks wait here, and the next layout starts in step
 
@@ -380,12 +401,18 @@ def print_report(report: Report) -> None:
         print(
             f"  {figure.what:12} {figure.error:10.2e} {figure.floor:10.2e} {figure.ratio:12.2f} {mark:8} {figure.name}"
         )
+    leak = report.leak
+    print(
+        f"  leak probe   {leak.others} other tokens: {leak.changed} changed, {leak.gradients} have gradients; "
+        f"{leak.later} later tokens: {leak.reached} changed {'ok' if leak.passed else 'LEAK'}"
+    )
 
 
 def print_row(report: Report) -> None:
     """Print error / floor of each figure of one layout, as a row of a table."""
     ratios = " | ".join(f"{figure.ratio:.2f}" for figure in report.figures)
-    print(f"| {report.title:<42} | {ratios} | {'ok' if report.passed else 'TOO FAR'} |", flush=True)
+    leaks = report.leak.changed + report.leak.gradients
+    print(f"| {report.title:<42} | {ratios} | {leaks} | {'ok' if report.passed else 'TOO FAR'} |", flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -408,8 +435,8 @@ def main(argv: list[str]) -> int:
         print(f"{grid.describe()}; {size}; device {config.parallel.device}")
     runs = cells_of(config) if own.all else [config]
     if own.all and launch.rank == 0:
-        print(f"Each number is error / noise floor; up to {TOLERANCE:g} agrees.\n")
-        print(f"| {'layout':<42} | loss | grad norm | worst gradient | worst weight | |\n|{'---|' * 6}")
+        print(f"Each number is error / noise floor; up to {TOLERANCE:g} agrees. Leaks are tokens, and must be 0.\n")
+        print(f"| {'layout':<42} | loss | grad norm | worst gradient | worst weight | leaks | |\n|{'---|' * 7}")
     reports = []
     for run in runs:
         if (report := verifier.verify(run)) is not None:

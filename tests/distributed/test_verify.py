@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -22,6 +24,7 @@ from parallel.grid import Grid, GridSizes, build_grid
 from tests.flags import resolve_config
 from tests.launch import SMALL, run_torchrun, write_corpus
 from tests.world import World
+from tools.leak_probe import Leak
 from tools.verify import Verifier, cells_of
 
 # Its rows are ragged: documents of one corpus, aligned to 2 * cp.
@@ -84,18 +87,34 @@ def wrong_positions():
 
 
 @contextmanager
-def padded_taken_for_real():
-    """Padding takes part in attention as if it were text, and the text behind it sees it."""
+def joined_documents(number: int):
+    """Document `number` and the next are one, with the padding between: the second sees the first."""
     real = data.batch.build_packed_seq
 
-    def build(lengths, padded_lengths, **kwargs):
-        # One document where there were two: the second sees the first and its padding.
-        joined = np.concatenate(([padded_lengths[:2].sum()], padded_lengths[2:]))
-        if kwargs["cp_size"] > 1 and len(lengths) > 1:
-            return real(joined, joined, **kwargs)
-        return real(lengths, padded_lengths, **kwargs)
+    def build(lengths, padded_lengths, *, first_ids, **kwargs):
+        documents = np.flatnonzero(lengths)
+        if kwargs["cp_size"] > 1 and len(documents) > number + 1:
+            first, second = documents[number : number + 2]
+            kept = np.delete(np.arange(len(lengths)), np.s_[first + 1 : second + 1])
+            padded_lengths, first_ids = np.add.reduceat(padded_lengths, kept), first_ids[kept]
+            lengths = padded_lengths
+        return real(lengths, padded_lengths, first_ids=first_ids, **kwargs)
 
     with mock.patch("data.batch.build_packed_seq", build):
+        yield
+
+
+def padded_taken_for_real():
+    """Padding takes part in attention as if it were text, and the text behind it sees it."""
+    return joined_documents(0)
+
+
+@contextmanager
+def seen_future():
+    """Attention within a block is not causal."""
+    real = cp.native_p2p.block_forward
+    blind = lambda q, k, v, block, options: real(q, k, v, replace(block, causal=False), options)  # noqa: E731
+    with mock.patch.object(cp.native_p2p, "block_forward", blind):
         yield
 
 
@@ -155,6 +174,8 @@ BREAKS = {
     "missing_merge": missing_merge,
     "wrong_positions": wrong_positions,
     "padded_taken_for_real": padded_taken_for_real,
+    "joined_1_and_2": partial(joined_documents, 1),
+    "seen_future": seen_future,
     "dropped_dk": dropped_dk,
     "library_loses_a_hop": library_loses_a_hop,
 }
@@ -170,7 +191,7 @@ def grid_of(dp_shard: int, cp_size: int) -> Grid:
 def sound_verifier(flags: tuple[str, ...]) -> tuple[Verifier, RunConfig]:
     """One that has passed the layout unbroken, and so holds one rank's outcomes from before anything is broken."""
     args = resolved([*flags])
-    verifier = Verifier(args, grid_of(1, 4), torch.device("cpu"), layers=2, samples=1)
+    verifier = Verifier(args, grid_of(1, 4), torch.device("cpu"), layers=2, samples=None)
     report = verifier.verify(args)
     assert dist.get_rank() or (report is not None and report.passed), report
     return verifier, args
@@ -182,6 +203,13 @@ def verified(rank: int, flags: list[str], broken: str) -> bool | None:
     with BREAKS[broken]():
         report = verifier.verify(args)
     return None if report is None else report.passed
+
+
+def leak_of(rank: int, flags: list[str], broken: str) -> Leak | None:
+    verifier, args = sound_verifier(tuple(flags))
+    with BREAKS[broken]():
+        report = verifier.verify(args)
+    return None if report is None else report.leak
 
 
 NATIVE = {"p2p": [], "all_gather": [], "a2a": [], "a2a+p2p": ["--cp-a2a-size", "2"]}
@@ -214,6 +242,28 @@ def test_broken_native_attention_is_found(world: World, flags: list[str], method
     assert world.run(verified, own, broken)[0] is False
 
 
+@pytest.mark.parametrize("method", NATIVE)
+@pytest.mark.parametrize(
+    ("broken", "direction"), [("padded_taken_for_real", "changed"), ("joined_1_and_2", "gradients")]
+)
+def test_joined_documents_leak(world: World, flags: list[str], method: str, broken: str, direction: str) -> None:
+    """A change reaches the odd document behind an even one; an odd document gets a gradient from the even behind it."""
+    two_samples = ["--global-batch-size", "2", "--micro-batch-size", "2"]
+    leak = world.run(leak_of, [*flags, "--cp-comm-type", method, *NATIVE[method], *two_samples], broken)[0]
+    assert getattr(leak, direction) > 0 and not leak.passed
+
+
+def test_a_seen_future_leaks(world: World, flags: list[str]) -> None:
+    leak = world.run(leak_of, [*flags, "--cp-comm-type", "p2p"], "seen_future")[0]
+    assert leak.changed > 0 and not leak.passed
+
+
+def test_lost_keys_and_values_are_not_reached() -> None:
+    assert Leak(others=9, changed=0, gradients=0, later=10, reached=9).passed
+    assert not Leak(others=9, changed=0, gradients=0, later=10, reached=8).passed
+    assert not Leak(others=9, changed=1, gradients=0, later=0, reached=0).passed
+
+
 @pytest.mark.parametrize(
     "library",
     [
@@ -234,7 +284,9 @@ def all_cells(rank: int, flags: list[str], dp_shard: int, cp_size: int) -> list[
     args = resolved([*flags, "--cp-size", str(cp_size), "--global-batch-size", str(dp_shard)])
     verifier = Verifier(args, grid_of(dp_shard, cp_size), torch.device("cpu"), layers=1, samples=None)
     reports = [verifier.verify(run) for run in cells_of(args)]
-    return None if rank else [(report.title, report.passed) for report in reports if report is not None]
+    found = [report for report in reports if report is not None]
+    assert all(report.leak.others > 0 and report.leak.later > 0 for report in found)
+    return None if rank else [(report.title, report.passed) for report in found]
 
 
 @pytest.mark.parametrize(("dp_shard", "cp_size"), [pytest.param(1, 4, marks=pytest.mark.full), (2, 2)])
