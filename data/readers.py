@@ -21,7 +21,7 @@ from utils.files import parse_json
 
 FORMATS = ("jsonl", "text", "parquet")
 MAX_RECORD_BYTES = 1 << 30  # a few KB of a compressed file may hold a line of many GB
-BATCH_ROWS, BATCH_BYTES = 32, 256 << 20  # of Parquet, read at a time; more rows are not faster
+BATCH_ROWS, BATCH_BYTES = 32, 32 << 20  # of Parquet, read at a time, bytes as stored; more rows are not faster
 
 
 class BadRecord(ValueError):
@@ -192,8 +192,10 @@ def _read_parquet(file: str, column: str, start: FileOffset) -> Iterator[Record]
         with closing(_open_parquet(pyarrow, file)) as opened:
             table = parquet.ParquetFile(opened)
             _check_column(pyarrow, file, table.schema_arrow, column)
-            size, rows = file_size(file), table.metadata.num_rows
-            for batch in table.iter_batches(batch_size=_batch_rows(table.metadata, column), columns=[column]):
+            size, rows = file_size(file), max(1, table.metadata.num_rows)
+            # Sizes of row groups would be exact, but asking for them ends the process where they are corrupted.
+            at_a_time = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
+            for batch in table.iter_batches(batch_size=at_a_time, columns=[column]):
                 if row + batch.num_rows <= start.number:
                     row += batch.num_rows
                     continue
@@ -208,14 +210,6 @@ def _read_parquet(file: str, column: str, start: FileOffset) -> Iterator[Record]
         if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own, for corrupted content, have none
             raise _name_file(file, error) from error
         raise _bad_rest(file, row, error) from error
-
-
-def _batch_rows(metadata: Any, column: str) -> int:
-    """Rows to read at a time, by the sizes that the file states."""
-    at = [metadata.schema.column(n).path for n in range(metadata.num_columns)].index(column)
-    groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
-    mean = max((g.column(at).total_uncompressed_size / g.num_rows for g in groups if g.num_rows), default=0)
-    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / (mean + 1))))
 
 
 def _check_column(pyarrow: Any, file: str, schema: Any, column: str) -> None:
