@@ -13,12 +13,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import config.advice as advice
 from checkpoint.resume import FREE_ON_RESUME, check_same_run, run_metadata
 from config.schema import RunConfig
 from cp.layout import LAYOUTS
 from cp.support import BACKENDS, METHOD_FLAGS, methods
 from tests.flags import resolve_config
-from utils.errors import UserError
+from utils.errors import SizeError, UserError
 
 VOCAB = 257
 SAMPLES = SimpleNamespace(fingerprint=lambda: "same", name="corpus")
@@ -249,3 +250,14 @@ def test_every_advice_starts(flags: dict[str, Any], world: int, cuda: int, backe
 def test_advice_on_several_nodes_counts_ranks_of_a_node() -> None:
     message = follow_all(["--cp-size", "6", "--seq-length", "2520", "--document-alignment", "24"], 16, local=8)
     assert message.endswith("use --nproc-per-node 9, 6 or 12 on each of the 2 nodes")
+
+
+def test_advice_takes_two_seconds_at_most(monkeypatch) -> None:
+    """Every rank searches, and the job waits."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(advice.time, "monotonic", lambda: float(next(clock)))  # a trial takes a second
+    tried: list[advice.Change] = []
+    attempt = lambda change: tried.append(change) or UserError("no")  # noqa: E731
+    error = SizeError("too many", cp_size=range(1, 100), seq_length=range(1, 100))
+    found = advice.find_advice(error, attempt, config=start([], 1), ranks=8, nodes=64, is_resumed=True)
+    assert found == "no near value mends this" and len(tried) <= 2

@@ -161,3 +161,31 @@ def test_verify_sees_a_fault_that_one_rank_has_too(
 def coarse_embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """F.embedding, whose gradient is summed in bf16 by PyTorch's CPU kernel."""
     return F.embedding(tokens, weight.bfloat16()).to(weight.dtype)
+
+
+def test_replicas_clip_by_the_same_factor(monkeypatch) -> None:
+    """The second replica's node rounds its own sum differently; both must scale by the same bits."""
+    sums: list[torch.Tensor] = []
+    norms_of = torch._foreach_norm
+
+    def clip(replica: int, total: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        def all_reduce(squares: torch.Tensor, group: str) -> None:
+            sums.append(squares.clone())
+            if total is not None and group == "loss":
+                squares.copy_(total)
+
+        monkeypatch.setattr("parallel.fsdp.dist.all_reduce", all_reduce)
+        monkeypatch.setattr(torch, "_foreach_norm", lambda xs: [n * (1 + replica * 2**-22) for n in norms_of(xs)])
+        parameter = torch.nn.Parameter(torch.zeros(64))
+        parameter.grad = torch.linspace(1, 2, 64)
+        sizes = {"loss": 2, "model": 1, "dp_replicate": 2}
+        grid = SimpleNamespace(size=sizes.get, group=lambda axis: axis)
+        norm = clip_grad_norm_({"weight": parameter}, grid, max_norm=0.5, owned=["weight"])  # type: ignore[arg-type]
+        return norm, parameter.grad
+
+    for replica in (0, 1):
+        clip(replica, None)
+    assert sums[0] != sums[1]
+    (norm, grad), (other_norm, other_grad) = (clip(replica, sums[0] + sums[1]) for replica in (0, 1))
+    assert torch.equal(norm, other_norm) and torch.equal(grad, other_grad)
+    assert grad.norm().item() == pytest.approx(0.5, rel=1e-5)

@@ -181,6 +181,16 @@ def test_a_step_does_not_depend_on_what_was_read_before(tokens: IndexedDataset) 
     assert {n: backwards.sample(n).tokens.tolist() for n in reversed(numbers)} == want
 
 
+def test_a_step_over_an_epochs_border_builds_each_index_once(tokens: IndexedDataset, monkeypatch) -> None:
+    data, built = on_disk(tokens), []
+    load = PackedDataset._load_epoch
+    monkeypatch.setattr(PackedDataset, "_load_epoch", lambda self, n: built.append(n) or load(self, n))
+    border = data.samples_per_epoch
+    for n in (border - 1, border, border - 2, border + 1, 2 * border, border + 2, 2 * border + 1):
+        data.sample(n)
+    assert built == [1, 2]  # epoch 0 is there from the start
+
+
 def test_a_worker_reads_the_same(tokens: IndexedDataset, tmp_path: Path) -> None:
     data = on_disk(tokens, tmp_path)
     data.sample(0)

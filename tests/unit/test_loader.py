@@ -255,3 +255,14 @@ def test_a_worker_that_dies_while_it_sends_a_batch_is_reported_the_same(error: E
     assert next(batches) == "a batch"
     with pytest.raises(DataError, match=r"a data worker died.*--num-workers 0"):
         next(batches)
+
+
+@pytest.mark.parametrize("has_shared_memory", [True, False])
+def test_a_dead_worker_names_what_may_be_full(tmp_path: Path, monkeypatch, has_shared_memory: bool) -> None:
+    """Docker gives /dev/shm 64 MiB, and a write beyond them is a bus error."""
+    monkeypatch.setattr("data.loader.SHARED_MEMORY", tmp_path if has_shared_memory else tmp_path / "none")
+    death = "DataLoader worker (pid 5) is killed by signal: Bus error.\nIt is possible that ..."
+    with pytest.raises(DataError, match=r"Bus error.*--num-workers 0") as caught, translate_worker_death():
+        raise RuntimeError(death)
+    assert "\n" not in str(caught.value)
+    assert (f"of {tmp_path}, which holds" in str(caught.value)) is has_shared_memory

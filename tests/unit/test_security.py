@@ -413,6 +413,17 @@ def test_a_file_that_is_replaced_to_and_fro(saved: tuple, tmp_path: Path, monkey
     assert find_replaced([("a", "x", (1, 2), (3, 4)), ("a", "y", (9, 9), (3, 4))]) == []
 
 
+def test_a_file_that_was_replaced_for_another_rank(saved: tuple, monkeypatch) -> None:
+    """All ranks refuse alike, and no checkpoint is called corrupted."""
+    place, load = saved
+    others = {tuple: ([], ["__1_0.distcp"])}
+    monkeypatch.setattr(
+        saver, "_all_gather", lambda item, group: [item, *([others[type(item)]] if type(item) in others else [])]
+    )
+    with pytest.raises(UserError, match=r"another process replaced __1_0\.distcp while it was loaded"):
+        load(place)
+
+
 @pytest.mark.parametrize("name", ["../other", "/dev/zero", ".."])
 def test_checksums_name_files_of_the_folder_only(saved: tuple, name: str) -> None:
     place, load = saved

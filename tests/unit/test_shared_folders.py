@@ -15,7 +15,7 @@ from data.indexed_dataset import write_indexed_dataset
 from data.prepare import main
 from tests.unit.test_prepare import BYTE, lines_of
 from utils.errors import UserError
-from utils.files import acquire_lock, build_once, open_new, open_regular, replace_synced, write_synced
+from utils.files import acquire_lock, build_once, is_trusted, open_new, open_regular, replace_synced, write_synced
 
 SECRET = b"ssh-ed25519 AAAA me@home\n"
 OTHER_UID = 12345
@@ -86,6 +86,24 @@ def test_another_users_file_is_not_appended_to(tmp_path: Path) -> None:
         open_regular(tmp_path / "tokens", "ab")
 
 
+@needs_root
+@pytest.mark.parametrize(
+    ("file_uid", "parent_mode", "is_ours"),
+    [(OTHER_UID, 0o755, True), (OTHER_UID, 0o775, False), (OTHER_UID, 0o777, False), (OTHER_UID + 1, 0o755, False)],
+)
+def test_the_folders_owner_is_trusted_in_a_place_of_his_own(
+    tmp_path: Path, file_uid: int, parent_mode: int, is_ours: bool
+) -> None:
+    """A colleague's corpus may be read; a folder that anyone could have made is no proof."""
+    folder = tmp_path / "home" / "corpus"
+    folder.mkdir(parents=True)
+    (folder / "file").touch()
+    os.chown(folder, OTHER_UID, -1)
+    os.chown(folder / "file", file_uid, -1)
+    folder.parent.chmod(parent_mode)
+    assert is_trusted((folder / "file").stat(), folder) is is_ours
+
+
 # ---------------------------------------------------------------------------------------------------
 # Locks
 
@@ -93,6 +111,14 @@ def test_another_users_file_is_not_appended_to(tmp_path: Path) -> None:
 def test_a_lock_is_its_users_alone(tmp_path: Path, umask: int) -> None:
     lock = acquire_lock(tmp_path / "lock", 1)
     assert lock is not None and mode_of(tmp_path / "lock") == 0o600
+    lock.release()
+
+
+def test_a_groups_lock_is_the_groups(tmp_path: Path, umask: int) -> None:
+    """Whoever may write to the folder must be able to wait for the lock."""
+    tmp_path.chmod(0o770)
+    lock = acquire_lock(tmp_path / "lock", 1)
+    assert lock is not None and mode_of(tmp_path / "lock") == 0o660
     lock.release()
 
 

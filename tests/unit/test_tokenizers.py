@@ -24,7 +24,14 @@ from config.cli import parse_arguments
 from data.build import build_tokens
 from data.prepare import main
 from data.sources import open_text
-from data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, UnencodableText, load_tokenizer
+from data.tokenizer import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    UnencodableText,
+    load_tokenizer,
+)
 from utils.errors import UserError
 
 WORDS = "a ring of ranks turns once and every token knows its place in the row; "
@@ -133,6 +140,16 @@ def continued(tokenizer: SentencePieceTokenizer) -> tuple[list[int], str]:
     """(new ids, the text that `a ring` and they are)."""
     wanted = "a ring of ranks"
     return tokenizer.encode(wanted).tolist()[len(tokenizer.encode("a ring")) :], wanted
+
+
+def sampled(tokenizer: Tokenizer, capsys, *, prompt: str | None = None) -> str:
+    """The sample that train.py prints where the model says the tokenizer's id 1."""
+    config = parse_arguments(["--sample-tokens", "1", *(() if prompt is None else ("--sample-prompt", prompt))])
+    with mock.patch.object(sample_module, "generate", return_value=[1]):
+        ranks = SimpleNamespace(watchdog=mock.Mock(), grid=None, device=None, is_writer=True)
+        config.data.document_alignment = config.parallel.cp_size = config.parallel.tp_size = 1
+        sample_module.TextSampler(None, tokenizer, config, ranks, []).run("now")  # type: ignore[arg-type]
+    return capsys.readouterr().out.split("-----\n")[1].removesuffix("\n")
 
 
 def test_a_sample_keeps_the_space_after_its_prompt(monkeypatch, capsys) -> None:
@@ -295,6 +312,26 @@ def test_expressions_that_never_end_are_refused(tmp_path: Path, monkeypatch) -> 
     slow = trained_bpe(pre_tokenizer=pre_tokenizers.Split(Regex(SLOW), "isolated"))
     with pytest.raises(UserError, match=r"t\.json: .*(more than 4 s|cannot encode a text)"):
         load_model(tmp_path, slow, "t.json")
+
+
+def test_a_closed_alphabet_is_no_fault(tmp_path: Path, capsys) -> None:
+    """A model of three words, without one for the unknown, encodes none of the trial's texts."""
+    closed = tokenizers.Tokenizer(models.WordLevel({"ring": 0, "rank": 1, " ": 2}))
+    closed.pre_tokenizer = pre_tokenizers.Split(Regex(r" "), "isolated")
+    closed.decoder = decoders.Fuse()
+    closed.add_special_tokens(["</s>"])
+    tokenizer = load_model(tmp_path, closed.to_str().encode(), "t.json")
+    assert tokenizer.decode(tokenizer.encode("ring rank")) == "ring rank"
+    with pytest.raises(UnencodableText, match="cannot be tokenized"):
+        tokenizer.encode("wheel")
+    assert sampled(tokenizer, capsys) == "rank"
+
+
+def test_a_given_prompt_outside_the_alphabet_is_refused(capsys) -> None:
+    tokenizer = exact_model("bpe", True, False)
+    assert sampled(tokenizer, capsys)
+    with pytest.raises(UserError, match="--sample-prompt holds U"):
+        sampled(tokenizer, capsys, prompt="\u4e2d")
 
 
 def test_a_tokenizer_is_tried_once(tmp_path: Path, monkeypatch) -> None:
