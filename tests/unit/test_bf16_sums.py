@@ -178,7 +178,7 @@ def test_replicas_clip_by_the_same_factor(monkeypatch) -> None:
         monkeypatch.setattr(torch, "_foreach_norm", lambda xs: [n * (1 + replica * 2**-22) for n in norms_of(xs)])
         parameter = torch.nn.Parameter(torch.zeros(64))
         parameter.grad = torch.linspace(1, 2, 64)
-        sizes = {"loss": 2, "model": 1, "dp_replicate": 2}
+        sizes = {"loss": 2, "fsdp": 1, "model": 1, "dp_replicate": 2}
         grid = SimpleNamespace(size=sizes.get, group=lambda axis: axis)
         norm = clip_grad_norm_({"weight": parameter}, grid, max_norm=0.5, owned=["weight"])  # type: ignore[arg-type]
         return norm, parameter.grad
