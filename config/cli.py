@@ -12,12 +12,9 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any
 
-import yaml
-
 from config.schema import Flag, RunConfig, fields_of_flags, option
 from utils.errors import OneLineParser, UserError
-from utils.files import read_text
-from utils.logger import one_line
+from utils.plain_yaml import read_yaml
 
 
 def build_parser() -> OneLineParser:
@@ -61,29 +58,10 @@ def _argparse_options(hint: Any, default: Any, flag: Flag) -> dict[str, Any]:
     return options | {"type": hint}
 
 
-class _PlainLoader(yaml.BaseLoader):
-    """Leaves every value as written, for argparse to read (`on` stays `on`); refuses a key that is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError("a key is no word")
-            if key.value in seen:
-                raise yaml.YAMLError(f"{key.value} is given twice")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _read_preset(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """The file's keys as command-line flags: argparse checks their types and choices."""
     where = f"--config {path}"
-    try:
-        loaded = yaml.load(read_text(Path(path).resolve()), Loader=_PlainLoader) or {}
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not YAML ({one_line(error)})") from error
+    loaded = read_yaml(Path(path), where) or {}
     if not isinstance(loaded, dict):
         raise UserError(f"{where}: must be a mapping of flags to values")
     return _as_flags(where, loaded, parser)

@@ -591,8 +591,9 @@ def _check_paths(config: RunConfig) -> None:
     for name in ("tensorboard", "nonfinite", "profile"):
         inside = Path(config.checkpoint.run_dir or "") / name
         if config.checkpoint.run_dir and inside.is_symlink():
+            advice = f", and give its target with --{name}-dir" if name == "tensorboard" else ""
             raise UserError(
-                f"--run-dir {config.checkpoint.run_dir}: {inside} is a link, which is not followed; remove it"
+                f"--run-dir {config.checkpoint.run_dir}: {inside} is a link, which is not followed; remove it{advice}"
             )
     for flag, folder in folders.items():
         # A filled cache may be read-only; a missing entry is refused when it is needed.

@@ -15,12 +15,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from data.files import is_remote
 from data.indexed_dataset import index_file
 from utils.errors import UserError
-from utils.files import read_text
+from utils.plain_yaml import read_yaml
 
 BLOCK = 4096  # samples whose sources are computed at a time
 
@@ -67,25 +66,20 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[BlendPa
 
 
 def _read_yaml(file: Path, flag: str) -> list[BlendPart]:
-    try:
-        loaded = yaml.safe_load(read_text(file.resolve()))
-    except OSError as error:
-        raise UserError(f"{flag} {file}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{flag} {file}: not YAML ({' '.join(str(error).split())})") from error
+    loaded = read_yaml(file, f"{flag} {file}")
     entries = loaded["sources"] if isinstance(loaded, dict) and set(loaded) == {"sources"} else None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{flag} {file}: must hold one key, sources, with a list of entries of path and weight")
     parts = []
     for number, entry in enumerate(entries, 1):
         is_entry = isinstance(entry, dict) and set(entry) <= {"path", "weight"} and isinstance(entry.get("path"), str)
-        is_entry = is_entry and isinstance(entry.get("weight", 1), (int, float, str))
+        is_entry = is_entry and isinstance(entry.get("weight", ""), str)
         if not is_entry:
             raise UserError(
                 f"{flag} {file}: entry {number} of sources must hold path and weight, not {reprlib.repr(entry)}"
             )
         path = entry["path"] if is_remote(entry["path"]) else str(file.parent / entry["path"])
-        weight = _parse_weight(str(entry["weight"]), path, flag) if "weight" in entry else None
+        weight = _parse_weight(entry["weight"], path, flag) if "weight" in entry else None
         parts.append(BlendPart(path, weight))
     if len({part.weight is None for part in parts}) > 1:
         raise UserError(f"{flag} {file}: give every source a weight, or none")

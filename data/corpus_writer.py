@@ -129,7 +129,10 @@ class CorpusWriter:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: does not say how far the run came ({type(error).__name__})") from error
         if key != self.key:
-            raise UserError(f"--output-prefix {self.prefix}: {self.folder} was begun from other inputs or flags")
+            raise UserError(
+                f"--output-prefix {self.prefix}: {self.folder} was begun from other inputs or flags, or an input was "
+                "copied or its mode changed since"
+            )
         final = token_file(self.prefix)
         if not self.files["tokens"].exists():
             if index_file(self.prefix).exists() or not final.exists() or final.stat().st_size != sizes["tokens"]:

@@ -5,6 +5,7 @@ Values on the device stay tensors until a line is due, so that no step waits for
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ from model.config import GPTConfig
 from parallel.collectives import WaitClock
 from runtime.nonfinite import NonFiniteError
 from training.flops import training_flops
+from utils.errors import UserError
 from utils.files import open_regular, parse_json, replace_synced
 from utils.logger import log, log_error
 from utils.names import distinct_suffixes
@@ -336,11 +338,19 @@ def open_metrics_file(path: Path, keep_before: int | None) -> FileIO:
     Only whole records of steps up to `keep_before` are kept (APPEND_ONLY: all). They replace the file by one rename: a
     run that dies here, or a full disk, leaves the records as they were. None: a fresh start, which renames the records
     of an earlier start.
+
+    Raises:
+        UserError: a link, or a file that is not this user's alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if keep_before != APPEND_ONLY and path.exists():
-        _keep_records(path, keep_before)
-    return cast(FileIO, open_regular(path, "ab+", buffering=0))
+    try:
+        if keep_before != APPEND_ONLY and path.exists():
+            _keep_records(path, keep_before)
+        return cast(FileIO, open_regular(path, "ab+", buffering=0))
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EPERM):
+            raise
+        raise UserError(f"{path}: {error.strerror}; --metrics-file FILE or none writes elsewhere") from error
 
 
 def _ends_in_half_a_line(file: FileIO) -> bool:

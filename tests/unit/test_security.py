@@ -35,6 +35,7 @@ from checkpoint.files import compute_checksums, find_replaced
 from checkpoint.reader import SafeReader, UnsafeCheckpoint, _fill
 from checkpoint.saver import Saver, load_checkpoint
 from config.cli import parse_arguments
+from data.blend import parse_blend
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.sources import open_sources
 from data.tokenizer import load_tokenizer
@@ -474,15 +475,19 @@ def test_shared_lists_of_a_preset_are_not_written_out(tmp_path: Path) -> None:
 def test_a_runs_folders_are_no_links(tmp_path: Path, name: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=f"{name} is a link"):
+    with pytest.raises(UserError, match=f"{name} is a link") as refused:
         resolve_config("--run-dir", str(tmp_path))
+    if name == "tensorboard":
+        assert "give its target with --tensorboard-dir" in str(refused.value)
+        (tmp_path / name).unlink()
+        resolve_config("--run-dir", str(tmp_path), "--tensorboard-dir", str(tmp_path / "elsewhere"))
 
 
 def test_metrics_are_not_appended_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("text\n")
     (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "precious")
     for keep_before in (None, 3, APPEND_ONLY):
-        with pytest.raises(OSError, match="is a link"):
+        with pytest.raises(UserError, match=r"is a link.*--metrics-file FILE"):
             open_metrics_file(tmp_path / "metrics.jsonl", keep_before)
     assert (tmp_path / "precious").read_text() == "text\n"
     (tmp_path / "metrics.jsonl").unlink()
@@ -490,6 +495,16 @@ def test_metrics_are_not_appended_through_a_link(tmp_path: Path) -> None:
     with open_metrics_file(tmp_path / "metrics.jsonl", 3) as file:
         file.write(b"x")
     assert (tmp_path / "precious").read_text() == "text\n"
+
+
+@pytest.mark.parametrize("flag", ["--data-path", "--config"])
+def test_merge_keys_of_yaml_are_not_expanded(tmp_path: Path, flag: str) -> None:
+    """Each level would double the pairs of the one before."""
+    lines = ["a0: &a0 {x: y}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 40))]
+    (tmp_path / "deep.yaml").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=rf"{flag} .*deep\.yaml"):
+        parse_arguments([flag, str(tmp_path / "deep.yaml")])
+        parse_blend([str(tmp_path / "deep.yaml")])
 
 
 def test_yaml_blends(tmp_path: Path) -> None:
