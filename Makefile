@@ -44,7 +44,7 @@ test-full: $(STAMP)
 # Mutated files for every reader, for about FUZZ_SECONDS in all; make fuzz FUZZ_SECONDS=3600 before a release. FUZZ_SEED: the first of
 # consecutive seeds, so that CI's run can be repeated; without it the seeds are random.
 fuzz: $(STAMP)
-	OMP_NUM_THREADS=1 FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -m fuzz --tb=short tests/fuzz $(ARGS)
+	OMP_NUM_THREADS=1 FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -m fuzz --tb=short --show-capture=no tests/fuzz $(ARGS)
 
 # Transformer Engine itself, without a GPU (docs/gpu.md). TE_PYTHON: python of an environment that can import transformer_engine.
 test-te-import:

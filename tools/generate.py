@@ -189,9 +189,11 @@ def read_model_config(checkpoint: Path, metadata: dict[str, Any]) -> GPTConfig:
             value, lowest = getattr(config, field.name), 1 if field.default is MISSING else 0
             if type(value) not in KINDS[str(field.type)] or (type(value) is int and value < lowest):
                 raise TypeError(f"{field.name} is {short_repr(value)}")
+            if field.type == "float":  # JSON may write one as an integer of any length
+                config = replace(config, **{field.name: float(value)})
         if config.rope_scaling not in ROPE_SCALINGS:
             raise TypeError(f"rope_scaling is {short_repr(config.rope_scaling)}")
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise UserError(f"--load {checkpoint}: its run.json does not describe a model ({error})") from error
     stored = SafeReader(checkpoint).read_metadata().state_dict_metadata
     numbers = sum(cast(TensorStorageMetadata, x).size.numel() for name, x in stored.items() if name[:6] == "model.")

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from checkpoint.files import find_run_checkpoint
+from checkpoint.files import find_run_checkpoint, read_run_metadata
 from cp.packed_seq import build_packed_seq
 from model.gpt import GPT
 from model.transformer import GPTOptions
@@ -25,7 +25,8 @@ from parallel.grid import Grid, GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of
 from tests.forked import run_script
 from tests.launch import ROOT, SMALL, environment, train, write_corpus
-from tools.generate import CachedAttention, choose, continue_text
+from tools.generate import CachedAttention, choose, continue_text, read_model_config
+from utils.errors import UserError
 
 MODELS = {
     "plain": {},
@@ -200,6 +201,18 @@ def test_where_a_checkpoint_is_looked_for(run_dir: Path, tmp_path: Path) -> None
 def test_refusals_are_one_line(run_dir: Path, flags: list[str], words: str) -> None:
     result = said("--load", str(run_dir), "--prompt", "a", *flags)
     assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("base", [10**30, 10**400, "1e4", True, None])
+def test_constants_of_a_strangers_model(run_dir: Path, base: object) -> None:
+    """JSON writes integers of any length: PyTorch takes no more than 64 bits, a float no more than 10^308."""
+    place = run_dir / "checkpoints" / "step_0000003"
+    metadata = read_run_metadata(place) | {"model rotary_base": base}
+    if base == 10**30:
+        assert isinstance(read_model_config(place, metadata).rotary_base, float)
+    else:
+        with pytest.raises(UserError, match="does not describe a model"):
+            read_model_config(place, metadata)
 
 
 # ---------------------------------------------------------------------------------------------------
