@@ -21,6 +21,7 @@ from data.indexed_dataset import index_file
 from utils.errors import UserError
 from utils.plain_yaml import read_yaml
 
+MAX_DIGITS = 100  # of a weight; Python refuses to convert thousands
 BLOCK = 4096  # samples whose sources are computed at a time
 
 
@@ -79,7 +80,7 @@ def _read_yaml(file: Path, flag: str) -> list[BlendPart]:
                 f"{flag} {file}: entry {number} of sources must hold path and weight, not {reprlib.repr(entry)}"
             )
         path = entry["path"] if is_remote(entry["path"]) else str(file.parent / entry["path"])
-        weight = _parse_weight(entry["weight"], path, flag) if "weight" in entry else None
+        weight = _parse_weight(entry["weight"], path, f"{flag} {file}") if "weight" in entry else None
         parts.append(BlendPart(path, weight))
     if len({part.weight is None for part in parts}) > 1:
         raise UserError(f"{flag} {file}: give every source a weight, or none")
@@ -99,8 +100,8 @@ def _is_source(word: str) -> bool:
 
 
 def _parse_weight(text: str, path: str, flag: str) -> Fraction:
-    if not (_is_number(text) and 0 < float(text) < math.inf):
-        raise UserError(f"{flag}: the weight {text} of {path} must be a number above 0")
+    if not (len(text) <= MAX_DIGITS and _is_number(text) and 0 < float(text) < math.inf):
+        raise UserError(f"{flag}: the weight {text[:MAX_DIGITS]} of {path} must be a number above 0")
     return Fraction(text)
 
 

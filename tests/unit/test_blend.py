@@ -182,6 +182,7 @@ def test_a_path_that_is_a_number_is_no_weight(tmp_path: Path, monkeypatch, kind:
         "sources: [{path: a, weight: &a [1, 2]}]",
         "sources: [{path: a, weight: {b: 1}}]",
         "sources: [{path: a, path: b}]",
+        "sources: [{path: a, weight: 0." + "9" * 5000 + "}]",
         "sources: " + "[" * 5000,
         "sources: [" + "9" * 5000 + "]",
     ],
