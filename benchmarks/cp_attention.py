@@ -54,7 +54,7 @@ from cp.support import QKV_FORMATS, AttentionChoice, cells
 from parallel import collectives
 from parallel.collectives import WaitClock
 from parallel.grid import GridSizes, build_grid, split_group
-from planner.estimate import cp_bytes
+from planner.estimate import count_gathered, cp_bytes
 
 CP_SIZES = (2, 4)
 MEDIAN_LENGTH, SIGMA, SEED = 600, 1.5, 1234
@@ -95,15 +95,12 @@ def draw_lengths(seq_length: int) -> tuple[int, ...]:
 
 
 def compute_sent_bytes(row: Row, choice: AttentionChoice) -> tuple[int, int]:
-    """Bytes that a rank sends in the forward and in the backward pass, by the formula."""
-    return cp_bytes(
-        choice,
-        tokens=row.seq_length // choice.cp_size,
-        heads=row.heads,
-        groups=row.groups,
-        head_dim=row.head_dim,
-        item=DTYPES[row.dtype].itemsize,
-    )
+    """Bytes that the rank that sends most sends in the forward and in the backward pass, by the formula."""
+    documents = np.array(row.lengths), row.padded_lengths
+    gathered = count_gathered(*documents, cp_size=choice.cp_size, layout=choice.layout).tolist()
+    shape = dict(heads=row.heads, groups=row.groups, head_dim=row.head_dim, item=DTYPES[row.dtype].itemsize)
+    tokens = row.seq_length // choice.cp_size
+    return max(cp_bytes(choice, tokens=tokens, **shape, gathered=counts) for counts in gathered)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -229,8 +226,9 @@ def counting_sent(sent: list[int]) -> Iterator[None]:
     def scatter(out: Tensor, x: Tensor, *_: Any, **__: Any) -> float:
         return x.nbytes - out.nbytes
 
-    def trade(out: Tensor, x: Tensor, *_: Any, group: dist.ProcessGroup, **__: Any) -> float:
-        return x.nbytes * (group.size() - 1) / group.size()
+    def trade(out: Tensor, x: Tensor, _: Any = None, rows: Any = None, *, group: dist.ProcessGroup, **__: Any) -> float:
+        kept = len(x) / group.size() if rows is None else rows[group.rank()]
+        return x.nbytes * (1 - kept / len(x)) if len(x) else 0.0
 
     def functional_gather(x: Tensor, gather_dim: int, group: dist.ProcessGroup) -> float:
         return x.nbytes * (group.size() - 1)

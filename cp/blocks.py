@@ -137,7 +137,7 @@ def take_tokens(x: Tensor, tokens: Tokens) -> Tensor:
 
 
 def add_tokens_(x: Tensor, tokens: Tokens, values: Tensor) -> None:
-    """x[tokens] += values, in x's dtype. `tokens` has no repeats, so the order of summation is fixed."""
+    """x[tokens] += values, in x's dtype. Without repeats in `tokens`, the order of summation is fixed on CUDA too."""
     if isinstance(tokens, slice):
         x[tokens] += values
     else:

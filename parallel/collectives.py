@@ -117,6 +117,18 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return communicate(x, group, _all_to_all, _all_to_all) if group.size() > 1 else x
 
 
+def start_all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Transfer:
+    """Start to send the first sent[0] rows of contiguous `x` to rank 0 of the group, the next sent[1] to rank 1, ...
+
+    Args:
+        received: rows from each rank, in whose order they arrive. No gradient.
+    """
+    if group.size() == 1:
+        return Transfer(x, x, [])
+    out = x.new_empty((sum(received), *x.shape[1:]))
+    return Transfer(x, out, [dist.all_to_all_single(out, x, received, sent, group=group, async_op=True)])
+
+
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Transfer:
     """Start to gather contiguous `x` [n, ...] of every rank to [size * n, ...], rank by rank. No gradient."""
     if group.size() == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from config.schema import DataConfig, RunConfig
 from cp.layout import attention_pairs, balance
 from cp.native_a2a import kv_copies
+from cp.needed_keys import NeededKeys
 from cp.support import AttentionChoice
 from data.packing import pack_epoch
 from data.sources import PreparedCorpus, find_tokenizer, open_sources
@@ -32,14 +34,16 @@ class Rows:
     Attributes:
         packing_efficiency: share of real tokens.
         cp_balance: attention work of the busiest cp rank over the mean.
-        squared_lengths: sum of length^2 over the documents of a row.
+        squared_lengths: sum of length^2 over the documents of a sample.
         documents: number of documents that the statistics come from.
+        gathered: tokens that the busiest cp rank sends and receives in native's all_gather; None: another method.
     """
 
     packing_efficiency: float
     cp_balance: float
     squared_lengths: float
     documents: int
+    gathered: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,25 +112,48 @@ def read_vocab_and_lengths(data: DataConfig) -> tuple[int, np.ndarray | None]:
 def pack_rows(config: RunConfig, lengths: np.ndarray | None) -> Rows:
     """Statistics of rows of documents with these lengths; None: each sample is one document."""
     data, parallel = config.data, config.parallel
-
-    def cp_balance(own: np.ndarray, padded: np.ndarray) -> float:
-        if parallel.cp_size == 1:
-            return 1.0
-        return balance(attention_pairs(own, padded, cp_size=parallel.cp_size, layout=parallel.cp_layout))
-
     if lengths is None or data.packing == "concat":
         whole = np.array([data.seq_length])
-        documents = 0 if lengths is None else len(lengths)
-        return Rows(1.0, cp_balance(whole, whole), float(data.seq_length) ** 2, documents)
-    unit = data.document_alignment
-    epoch = pack_epoch(lengths, seed=config.training.seed, epoch=0, seq_length=data.seq_length, alignment=unit)
-    rows = [epoch.sample_pieces(n)[:, 2] for n in range(min(len(epoch), ROWS_READ))]
+        samples, efficiency = [(whole, whole)], 1.0
+    else:
+        unit = data.document_alignment
+        epoch = pack_epoch(lengths, seed=config.training.seed, epoch=0, seq_length=data.seq_length, alignment=unit)
+        count = ROWS_READ * config.training.micro_batch_size
+        pieces = [epoch.sample_pieces(n)[:, 2] for n in range(min(len(epoch), count))]
+        samples = [_pad_sample(own, unit, data.seq_length) for own in pieces]
+        efficiency = float(lengths.sum() / (len(epoch) * data.seq_length))
+    balances, gathered = [1.0], None
+    if parallel.cp_size > 1:
+        rows = _join_samples(samples, config.training.micro_batch_size)
+        cut = partial(attention_pairs, cp_size=parallel.cp_size, layout=parallel.cp_layout)
+        balances = [balance(cut(*row)) for row in rows]
+        if (parallel.attention.backend, parallel.attention.method) == ("native", "all_gather"):
+            gather = partial(count_gathered, cp_size=parallel.cp_size, layout=parallel.cp_layout)
+            sent, received = np.mean([max(gather(*row).tolist(), key=sum) for row in rows], 0).tolist()
+            gathered = sent, received
     return Rows(
-        packing_efficiency=float(lengths.sum() / (len(epoch) * data.seq_length)),
-        cp_balance=float(np.mean([cp_balance(own, -(-own // unit) * unit) for own in rows])),
-        squared_lengths=float(np.mean([(own.astype(np.float64) ** 2).sum() for own in rows])),
-        documents=len(lengths),
+        packing_efficiency=efficiency,
+        cp_balance=float(np.mean(balances)),
+        squared_lengths=float(np.mean([(own.astype(np.float64) ** 2).sum() for own, _ in samples])),
+        documents=0 if lengths is None else len(lengths),
+        gathered=gathered,
     )
+
+
+Documents = tuple[np.ndarray, np.ndarray]  # real and padded lengths
+
+
+def _pad_sample(lengths: np.ndarray, unit: int, seq_length: int) -> Documents:
+    """The documents of a sample, and its tail."""
+    padded = -(-lengths // unit) * unit
+    return np.append(lengths, 0), np.append(padded, seq_length - padded.sum())
+
+
+def _join_samples(samples: list[Documents], count: int) -> list[Documents]:
+    """Rows of `count` samples; fewer samples are repeated."""
+    samples = samples * -(-count // len(samples))
+    rows = [samples[first : first + count] for first in range(0, len(samples) - count + 1, count)]
+    return [(np.concatenate([own for own, _ in row]), np.concatenate([padded for _, padded in row])) for row in rows]
 
 
 def max_rank_memory(config: RunConfig, architecture: GPTConfig) -> Memory:
@@ -174,7 +201,7 @@ def make_plan(
     return Plan(
         memory=memory or max_rank_memory(config, architecture),
         flops=training_flops(architecture, tokens=tokens, squared_lengths=rows.squared_lengths * sequences),
-        sent=step_bytes(config, architecture),
+        sent=step_bytes(config, architecture, rows),
         rows=rows,
         bubble=idle / (config.num_microbatches + idle),
         parameters=count_parameters(architecture),
@@ -209,13 +236,21 @@ def format_plan(config: RunConfig, plan: Plan) -> str:
 
 
 def cp_bytes(
-    choice: AttentionChoice, *, tokens: int, heads: int, groups: int, head_dim: int, item: int
+    choice: AttentionChoice,
+    *,
+    tokens: int,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    item: int,
+    gathered: tuple[float, float] | None = None,
 ) -> tuple[int, int]:
     """Bytes of one layer and microbatch, forward and backward; benchmarks/cp_attention.py counts them.
 
     K and V of a rank, kv = 2 * t * hkv * d elements, reach cp-1 other ranks in either pass, in the inputs' dtype;
     their gradients travel in fp32. A ring sends a shard's gradient in each of cp steps, the last one home;
-    a reduce-scatter sends each rank cp-1 parts. An exchange over A ranks keeps 1/A of q, k, v and out, with hkv raised
+    a reduce-scatter sends each rank cp-1 parts. native's all_gather sends K and V of tokens that others need, and
+    gradients of the tokens that it received. An exchange over A ranks keeps 1/A of q, k, v and out, with hkv raised
     to a multiple of A, and the same of their gradients; the remaining ring has cp/A ranks of A times the
     tokens and 1/A of the heads, so kv is as above, with hkv raised. llama3 reduce-scatters in the inputs' dtype.
 
@@ -223,7 +258,11 @@ def cp_bytes(
         tokens: t, of this rank.
         heads, groups: of this rank's tp part.
         item: bytes of an input number.
+        gathered: tokens that native's all_gather sends and receives, from `count_gathered`.
     """
+    if gathered is not None and (choice.backend, choice.method) == ("native", "all_gather"):
+        sent, received = (2 * groups * head_dim * number for number in gathered)
+        return round(sent * item), round(sent * item + received * 4)
     a2a_size = choice.a2a_size
     kv_heads = groups * (kv_copies(groups, a2a_size) if a2a_size > 1 else 1)
     kv = 2 * tokens * kv_heads * head_dim
@@ -239,7 +278,13 @@ def cp_bytes(
     return exchanged + forward, exchanged + forward + gradients
 
 
-def step_bytes(config: RunConfig, architecture: GPTConfig) -> dict[str, int]:
+def count_gathered(lengths: np.ndarray, padded_lengths: np.ndarray, *, cp_size: int, layout: str) -> np.ndarray:
+    """[cp, 2] tokens of a row that each rank sends and receives in native's all_gather."""
+    counts = NeededKeys(lengths, padded_lengths, cp_size=cp_size, layout=layout).count_exchanged()
+    return np.stack((counts.sum(1), counts.sum(0)), 1)
+
+
+def step_bytes(config: RunConfig, architecture: GPTConfig, rows: Rows | None = None) -> dict[str, int]:
     """Bytes that a rank of the first stage sends in one step, by axis, without scalars (norm, loss, agreement)."""
     parallel, training = config.parallel, config.training
     microbatches, cp, tp = config.num_microbatches, parallel.cp_size, parallel.tp_size
@@ -250,7 +295,8 @@ def step_bytes(config: RunConfig, architecture: GPTConfig) -> dict[str, int]:
     if cp > 1:
         heads, groups = architecture.num_attention_heads // tp, architecture.num_query_groups // tp
         shape = dict(tokens=tokens, heads=heads, groups=groups, head_dim=architecture.kv_channels, item=item)
-        forward, backward = cp_bytes(parallel.attention, **shape)
+        gathered = rows.gathered if rows is not None else None
+        forward, backward = cp_bytes(parallel.attention, **shape, gathered=gathered)
         sent["cp"] = microbatches * layers * ((2 if training.recompute == "full" else 1) * forward + backward)
 
     # A gather sends a rank's shard to all others; a reduce-scatter sends each other rank its part.

@@ -15,6 +15,7 @@ from cp.layout import document_unit, unshard_indices
 from cp.packed_seq import build_packed_seq
 from cp.support import AttentionChoice, cells
 from parallel.grid import Grid, GridSizes, build_grid, split_group
+from planner.estimate import count_gathered, cp_bytes
 from tests.reference import BF16_ROUNDING, dense_attention, random_documents, relative_error
 from tests.world import World
 
@@ -204,6 +205,40 @@ def check_padding_is_inert(rank: int, choice: AttentionChoice) -> bool:
 )
 def test_padding_is_inert(world: World, choice: AttentionChoice) -> None:
     assert all(world.run(check_padding_is_inert, choice))
+
+
+# ---------------------------------------------------------------------------------------------------
+# all_gather sends what is needed
+
+
+def sent_bytes(rank: int, choice: AttentionChoice, documents) -> tuple[int, int]:
+    """Bytes that this rank sends forward and backward, counted and by the formula."""
+    from benchmarks.cp_attention import counting_sent
+
+    sent = [0]
+    with counting_sent(sent):
+        run_attention(choice, documents, inputs(int(documents[1].sum()), 2, torch.float32))
+    shape = dict(tokens=int(documents[1].sum()) // 4, heads=HEADS, groups=2, head_dim=HEAD_DIM, item=4)
+    gathered = count_gathered(*documents, cp_size=4, layout=choice.layout)[rank].tolist()
+    return sent[0], sum(cp_bytes(choice, **shape, gathered=gathered))
+
+
+@pytest.mark.parametrize(("layout", "most"), [("contiguous", 0.1), ("zigzag", 0.76)])
+def test_all_gather_sends_only_what_is_needed(world: World, layout: str, most: float) -> None:
+    lengths = np.array([40, *[64] * 31, 24])
+    documents = lengths, -(-lengths // 8) * 8
+    choice = AttentionChoice(backend="native", method="all_gather", qkv_format="thd", layout=layout, cp_size=4)
+    counted, formula = zip(*world.run(sent_bytes, choice, documents), strict=True)
+    assert counted == formula
+    whole_row = 3 * 2 * (2048 // 4) * 2 * HEAD_DIM * (4 + 4 + 4)  # K and V to three ranks, twice, and gradients
+    assert 0 < sum(counted) <= most * 4 * whole_row
+    assert max(world.run(errors_of_documents, choice, documents)[0]) <= 1e-10
+
+
+def errors_of_documents(rank: int, choice: AttentionChoice, documents) -> list[float]:
+    tensors = inputs(int(documents[1].sum()), 2, torch.float64)
+    got = run_attention(choice, documents, tensors)
+    return [relative_error(g, w) for g, w in zip(got, wanted(documents, tensors), strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -192,6 +192,19 @@ def test_rows_of_a_distribution() -> None:
     assert pack_rows(config, None).squared_lengths == 512**2
 
 
+def test_bytes_of_all_gather_follow_the_documents() -> None:
+    """256 tokens of a rank; in `contiguous` no document of 128 crosses ranks, and half of one of 200 + 56 may."""
+    words = ["--cp-size", "2", "--cp-comm-type", "all_gather"]
+    run = planned(*words, "--cp-layout", "contiguous", "--document-alignment", "1", world=2)
+    for text, tokens in (("fixed:128", 0), ("fixed:171", 85)):
+        rows = pack_rows(run[0], parse_lengths(text, np.random.default_rng(0)))
+        assert rows.gathered == (tokens, 0) and rows.documents == 10_000
+    layers, kv = 4, 2 * 2 * 16 * 4  # K and V of a token: 2 heads of 16 channels in 4 bytes
+    assert step_bytes(*run, rows)["cp"] == 2 * layers * tokens * kv
+    zigzag, _ = planned(*words, world=2)
+    assert pack_rows(zigzag, None).gathered == (1 * 128, 2 * 128)  # chunk 0 to rank 1; chunks 1 and 2 to rank 0
+
+
 def test_lengths_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "lengths").write_text("5\n7\n")
     assert parse_lengths(str(tmp_path / "lengths"), np.random.default_rng(0)).tolist() == [5, 7]
