@@ -43,6 +43,7 @@ STEP_FOLDER = re.compile(r"step_([0-9]{7}|[1-9][0-9]{7,11})")
 REPLACED_FOLDER = re.compile(rf"\.({STEP_FOLDER.pattern})\.old")
 PARTIAL = re.compile(rf"\.{STEP_FOLDER.pattern}\.(part|gone)|\.latest\.[^/]+")
 NAMED_STEP = re.compile(r"\.?step_([0-9]+)(\.old)?")  # a name that promises a step, also in other digits than ours
+HUGGING_FACE_FILES = ("*.safetensors", "pytorch_model*.bin")  # weights, beside a config.json
 MAX_STEP = 10**12 - 1
 LOCK_SECONDS = 30.0  # the processes of a run that ended may take so long to exit
 
@@ -89,7 +90,7 @@ def list_older(checkpoint: Path) -> list[Path]:
 
 
 def find_checkpoint(load: Path) -> Path:
-    """Return the checkpoint that `--load` names: the folder itself, or the newest checkpoint in it.
+    """Return the checkpoint that `--load` names: the folder itself, or the newest in it or in that folder of a run.
 
     Raises:
         UserError: there is no checkpoint.
@@ -98,7 +99,12 @@ def find_checkpoint(load: Path) -> Path:
         if not load.is_dir():
             raise UserError(f"--load {load}: no such folder")
         return load
-    found = list_checkpoints(load)
+    found = list_checkpoints(load) or list_checkpoints(load / "checkpoints")
+    if not found and (load / "config.json").is_file() and any(any(load.glob(name)) for name in HUGGING_FACE_FILES):
+        raise UserError(
+            f"--load {load}: a Hugging Face model; python tools/convert_hf.py import --input {load} --output RUN makes "
+            "a checkpoint of it"
+        )
     if not found:
         raise UserError(f"--load {load}: no checkpoint there (neither {RUN_FILE} nor a step_* folder)")
     return found[-1]
@@ -110,8 +116,7 @@ def find_run_checkpoints(folder: Path) -> list[Path]:
     Raises:
         UserError: there is no checkpoint.
     """
-    inside = folder / "checkpoints"
-    newest = find_checkpoint(inside if list_checkpoints(inside) else folder)
+    newest = find_checkpoint(folder)
     return [newest] if newest == folder else list_checkpoints(newest.parent)
 
 

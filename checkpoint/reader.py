@@ -329,15 +329,36 @@ class SafeReader(dcp.FileSystemReader):
             path = Path(self.path) / name
             with open_file(path, self.opened) as file:
                 for item in items:
-                    info = self.storage_data[item.storage_index]
-                    try:
-                        chunk = read_chunk(_Slice(file, info.offset, info.length), *self.chunks[item.storage_index])
-                    except (UnsafeCheckpoint, *BROKEN) as error:
-                        where = f"{path}: no chunk of {item.storage_index.fqn} at byte {info.offset}"
-                        raise UnsafeCheckpoint(f"{where}: {one_line(error)[:200]}") from error
+                    chunk = self._read_chunk(file, item.storage_index)
                     target = planner.resolve_tensor(item).detach()
                     target.copy_(narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths))
                     planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Read one tensor, assembled from its chunks. Memory: the tensor, and one chunk if there are several.
+
+        Raises:
+            OSError, UnsafeCheckpoint: a file is missing, or does not hold what the index says.
+        """
+        index = self.read_metadata()
+        about = cast(TensorStorageMetadata, index.state_dict_metadata[name])
+        whole = torch.empty(about.size if len(about.chunks) != 1 else (), dtype=about.properties.dtype)
+        for chunk in about.chunks:
+            key = MetadataIndex(name, chunk.offsets)
+            with open_file(Path(self.path) / index.storage_data[key].relative_path, self.opened) as file:
+                part = self._read_chunk(file, key)
+            if len(about.chunks) == 1:
+                return part
+            whole[tuple(slice(at, at + n) for at, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
+        return whole
+
+    def _read_chunk(self, file: IO[bytes], key: MetadataIndex) -> Tensor:
+        info = self.read_metadata().storage_data[key]
+        try:
+            return read_chunk(_Slice(file, info.offset, info.length), *self.chunks[key])
+        except (UnsafeCheckpoint, *BROKEN) as error:
+            where = f"{file.name}: no chunk of {key.fqn} at byte {info.offset}"
+            raise UnsafeCheckpoint(f"{where}: {one_line(error)[:200]}") from error

@@ -28,6 +28,7 @@ from model.config import GPTConfig
 from parallel.grid import Grid
 from utils.errors import UserError
 
+IMPORTED = "imported from"  # metadata of a checkpoint that has weights only (tools/convert_hf.py)
 DOCUMENTS, SOURCES = "training documents", "data sources"  # metadata: one hash; name, hash and share of each source
 KEPT: tuple[OnResume, ...] = ("fixed", "printed")  # flags that a checkpoint stores
 # Metadata that may differ when a run is resumed; the banner prints each difference.
@@ -122,6 +123,8 @@ def _plan_load(checkpoint: Path, *, weights_only: bool, fallback: bool) -> LoadP
         except CorruptedCheckpoint as error:
             skipped.append((candidate, str(error)))
         else:
+            if IMPORTED in metadata and not weights_only:
+                raise UserError(f"--load {candidate}: has weights only, imported ones; add --load-weights-only")
             return LoadPlan(candidate, metadata, weights_only, candidates[number:], tuple(skipped))
     raise UserError(f"{skipped[-1][1]}{_hint_fallback(older, fallback)}")
 
@@ -197,7 +200,8 @@ def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], free: Collecti
                 )
             changed.append(why)
         elif name in free:
-            changed.append(f"{name} {value} (the checkpoint: {saved.get(name, 'unknown')})")
+            if IMPORTED not in saved or name in saved:
+                changed.append(f"{name} {value} (the checkpoint: {saved.get(name, 'unknown')})")
         elif name in saved:
             raise UserError(f"{name} {value}: the checkpoint {checkpoint} was made with {saved[name]}")
         else:

@@ -27,7 +27,8 @@ def build_parser() -> OneLineParser:
     parser.add_argument(
         "--config",
         metavar="FILE.yaml",
-        help="flags from a YAML file (keys are the flags without leading dashes); the command line wins",
+        help="flags from a YAML file (keys are the flags without leading dashes), or several, of which the last wins; "
+        "the command line wins over files",
     )
     defaults, groups, hints = RunConfig(), {}, {}
     for group in dataclasses.fields(RunConfig):
@@ -118,7 +119,7 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 def parse_arguments(
     argv: Sequence[str], defaults: Mapping[str, Any] | None = None, *, source: str = "defaults"
 ) -> RunConfig:
-    """The flags of a run: those of a YAML preset, overruled by the command line. `resolve` comes next.
+    """The flags of a run: those of YAML presets, overruled by the command line. `resolve` comes next.
 
     Args:
         defaults: replace the flags' own, by field name, as `RunConfig.flags` returns them of another run.
@@ -129,10 +130,10 @@ def parse_arguments(
     """
     parser, given = build_parser(), defaults or {}
     preset_parser = OneLineParser(add_help=False, allow_abbrev=False)
-    preset_parser.add_argument("--config")
-    preset = preset_parser.parse_known_args(argv)[0].config
+    preset_parser.add_argument("--config", action="append", default=[])
     flags = _as_flags(source, {name: _as_text(value) for name, value in given.items() if value is not None}, parser)
-    flags += _read_preset(preset, parser) if preset else []
+    for preset in preset_parser.parse_known_args(argv)[0].config:
+        flags += _read_preset(preset, parser)
     parser.refuse_repeated_lists(argv)
     found, unknown = parser.parse_known_args([*flags, *argv])
     if unknown:

@@ -227,6 +227,9 @@ class ModelConfig:
     norm_epsilon: float = model_flag(1e-5, "added to the mean square in RMSNorm", ABOVE_ZERO)
     qk_norm: bool = model_flag(False, "RMSNorm on each query and key head")
     tie_embeddings: bool = model_flag(False, "one matrix for input embedding and output")
+    vocab_size: int | None = model_flag(
+        None, "tokens that the model knows, also such as no text has; default: the tokenizer's", AT_LEAST_ONE
+    )
     make_vocab_size_divisible_by: int = model_flag(128, "the vocabulary is padded to a multiple", AT_LEAST_ONE)
     hidden_dropout: float = printed(0.0, "dropout rate after embedding, attention and MLP; 0: off", FRACTION)
     attention_dropout: float = printed(0.0, "dropout rate of attention probabilities; 0: off", FRACTION)
@@ -245,16 +248,23 @@ class ModelConfig:
     compile: bool = flag(False, "torch.compile the torch layers except attention; the first steps take minutes")
 
     def architecture(self, vocab_size: int, *, num_layers: int | None = None) -> GPTConfig:
-        """The model of resolved flags for a tokenizer's vocabulary; `num_layers` replaces the flag's."""
+        """The model of resolved flags for a tokenizer's vocabulary; `num_layers` replaces the flag's.
+
+        Raises:
+            UserError: --vocab-size is below the tokenizer's.
+        """
+        if self.vocab_size is not None and self.vocab_size < vocab_size:
+            raise UserError(f"--vocab-size {self.vocab_size}: the tokenizer has {vocab_size} tokens")
+        vocab_size = self.vocab_size or vocab_size
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(self, f.name)}
-        values["num_layers"] = num_layers or self.num_layers
+        values |= {"num_layers": num_layers or self.num_layers, "vocab_size": vocab_size}
         values["padded_vocab_size"] = padded_vocab_size(vocab_size, self.make_vocab_size_divisible_by)
         # Flags that a scaling does not read are not part of the model.
         if self.rope_scaling == "none":
             values["rope_scaling_factor"] = 1.0
         if self.rope_scaling != "llama3":
             values["rope_original_seq_length"] = 0
-        return GPTConfig(vocab_size=vocab_size, init_std=self.init_method_std, **values)
+        return GPTConfig(init_std=self.init_method_std, **values)
 
 
 @dataclass

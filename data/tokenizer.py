@@ -147,7 +147,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model_file: Path) -> None:
         sentencepiece = load_sentencepiece()
-        content = _read_model(model_file)
+        self.content = content = _read_model(model_file)
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
@@ -204,7 +204,8 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.processor.decode([int(i) for i in ids if i != self.eod])
+        known = (int(i) for i in ids if i < self.vocab_size)  # a model may know more, with --vocab-size
+        return self.processor.decode([i for i in known if i != self.eod])
 
 
 @functools.lru_cache(maxsize=4)  # workers inherit what their main process has tried
@@ -274,7 +275,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(
                 f"--tokenizer-model {file} needs the package tokenizers ({error}): pip install -r requirements.txt"
             ) from error
-        content = _read_model(file)
+        self.content = content = _read_model(file)
         if re.search(rb'"Regex"|\\u00[0-7]', content):  # or its letters as JSON escapes
             _try_tokenizer(file, content)
         try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -20,9 +19,6 @@ from typing import cast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from checkpoint.files import (
@@ -35,31 +31,12 @@ from checkpoint.files import (
     read_run_metadata,
 )
 from checkpoint.reader import SafeReader
-from checkpoint.saver import first_cause
 from utils.errors import OneLineParser, UserError, run_tool
-from utils.logger import one_line
 
 
 def read_tensor_index(reader: SafeReader) -> dict[str, TensorStorageMetadata]:
     """Return size, dtype and shards of every stored tensor, by name. Raises OSError or UnsafeCheckpoint."""
     return cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)  # without other entries
-
-
-def read_tensor(reader: SafeReader, name: str) -> Tensor:
-    """Read one tensor, assembled from its shards.
-
-    Raises:
-        UserError: a file is missing, or does not hold what the index says.
-    """
-    like = read_tensor_index(reader)[name]
-    state = {name: torch.empty(like.size, dtype=like.properties.dtype)}
-    with warnings.catch_warnings():  # of no_dist, that there is no process group
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        try:
-            dcp.load(state, storage_reader=reader, no_dist=True)
-        except CheckpointException as error:
-            raise UserError(f"{name}: {one_line(first_cause(error)[1])}") from error
-    return state[name]
 
 
 def inspect(checkpoint: Path) -> int:
@@ -113,7 +90,7 @@ def find_differences(first: Path, second: Path) -> Iterator[str]:
         if name not in index or name not in other_index:
             yield f"{name}: only in {first if name in index else second}"
             continue
-        a, b = read_tensor(reader, name), read_tensor(other_reader, name)
+        a, b = reader.read_tensor(name), other_reader.read_tensor(name)
         try:
             torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
         except AssertionError as error:

@@ -45,7 +45,6 @@ from tests.distributed.test_model_parity import built, config_of
 from tests.distributed.test_reshard import optimizer_of
 from tests.flags import resolve_config
 from tools import checkpoint as checkpoint_tool
-from tools.checkpoint import read_tensor
 from utils.errors import UserError
 
 
@@ -375,7 +374,7 @@ def test_chunks_that_train_py_does_not_write(saved: tuple, kind: str) -> None:
     rewrite(place, ".metadata", pickle.dumps(metadata))
     if kind == "honest":
         assert load(place) == 3
-        assert bool((read_tensor(SafeReader(place), name) == 7).all())
+        assert bool((SafeReader(place).read_tensor(name) == 7).all())
         return
     with pytest.raises(UserError, match=f"no chunk of {name}") as refused:
         load(place)
