@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,12 @@ def first_cause(error: CheckpointException) -> tuple[int, BaseException]:
     return rank, cause
 
 
+def _background_thread(device: torch.device) -> ThreadPoolExecutor:
+    """One thread for saves. A new thread's device is GPU 0: every rank of a node would open a CUDA context there."""
+    choose_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    return ThreadPoolExecutor(1, "checkpoint", initializer=choose_device)
+
+
 class Saver:
     """Write the checkpoints of a run, one at a time. Every method is collective: all ranks call it in the same order.
 
@@ -205,7 +212,7 @@ class Saver:
         # Kept: allocating (pinned) memory at every save takes longer than the copy.
         self._copies: dict[tuple[str, str], Tensor] = {}
         # Python waits for the thread at its exit: a run that ends with an error still finishes the save in progress.
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._background = _background_thread(next(model.parameters()).device)
         self._pending: Future[None] | None = None
 
     def into(self, folder: Path) -> Saver:

@@ -139,7 +139,7 @@ def take_tokens(x: Tensor, tokens: Tokens) -> Tensor:
 def add_tokens_(x: Tensor, tokens: Tokens, values: Tensor) -> None:
     """x[tokens] += values, in x's dtype. Without repeats in `tokens`, the order of summation is fixed on CUDA too."""
     if isinstance(tokens, slice):
-        x[tokens] += values
+        x[tokens].add_(values)  # `x[tokens] += values` would also copy the sum onto itself
     else:
         x.index_add_(0, tokens, values.to(x.dtype))
 

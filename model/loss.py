@@ -33,7 +33,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = accumulator_dtype(hidden.dtype)
         first = tp.rank * len(weight)  # this rank's first column
         vocab_size = min(max(vocab_size - first, 0), len(weight))  # padded columns take no part in the softmax
-        real_weight = weight[:vocab_size]
         # float64 sums: a row may have a million tokens, and the reported loss must not depend on its chunks.
         cross_entropy = hidden.new_zeros((), dtype=torch.float64)
         penalty = hidden.new_zeros((), dtype=torch.float64)
@@ -45,13 +44,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             target = labels[chunk, None] - first  # [c, 1]
             is_mine = (target >= 0) & (target < vocab_size)
             target = target * is_mine
-            logits = (hidden[chunk] @ real_weight.T).to(dtype)  # [c, V]
+            # Products of the whole weight: a slice of odd length would keep GPUs off their tensor cores.
+            logits = (hidden[chunk] @ weight.T).to(dtype)  # [c, V]
+            logits[:, vocab_size:] = -torch.inf  # their softmax and gradient are 0
             if vocab_size:
                 log_probs = torch.log_softmax(logits, -1)  # over this rank's columns only
                 log_sum = logits[:, :1] - log_probs[:, :1]  # [c, 1] log(Z)
                 at_target = log_probs.gather(1, target) * is_mine
             else:  # this rank holds padded columns only
-                log_probs, log_sum = logits, logits.new_full((len(logits), 1), -torch.inf)
+                log_probs, log_sum = logits, logits[:, :1].clone()
                 at_target = logits.new_zeros(len(logits), 1)
             if tp.size > 1:
                 log_probs, log_sum, at_target = _reduce_over_tp(log_probs, log_sum, at_target, is_mine, tp)
@@ -68,12 +69,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, target, -is_mine.to(dtype))
             grad = grad.to(hidden.dtype)
             # Tokens without loss are zeroed in [c, h], which is narrower than [c, V].
-            torch.mul(grad @ real_weight, counted, out=grad_hidden[chunk])
+            torch.mul(grad @ weight, counted, out=grad_hidden[chunk])
             counted_hidden = hidden[chunk] * counted
             if grad_weight.dtype == grad.dtype:
-                grad_weight[:vocab_size].addmm_(grad.T, counted_hidden)
+                grad_weight.addmm_(grad.T, counted_hidden)
             else:
-                grad_weight[:vocab_size] += grad.T @ counted_hidden
+                grad_weight.add_(grad.T @ counted_hidden)
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,22 +20,25 @@ reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduc
 class WaitClock:
     """Seconds that computation waited for transfers, summed until read.
 
-    On CUDA a wait blocks the stream, not the host, so CUDA events around the wait are read later.
+    On CUDA a wait blocks the stream, not the host, so CUDA events around the wait are read later, and used again.
     """
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # recorded, oldest first
+        self._free: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def measure(self, *, cuda: bool) -> Iterator[None]:
         """Add the time of the waits in this context."""
         if cuda:
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            before.record()
+            while self._events and self._events[0][1].query():  # the GPU is past it
+                self._take_oldest()
+            pair = self._free.pop() if self._free else _timing_events()
+            pair[0].record()
             yield
-            after.record()
-            self._events.append((before, after))
+            pair[1].record()
+            self._events.append(pair)
         else:
             start = time.perf_counter()
             yield
@@ -42,10 +46,19 @@ class WaitClock:
 
     def read(self) -> float:
         """Seconds since the last call. On CUDA, call this after a synchronisation."""
-        seconds = self._seconds + sum(before.elapsed_time(after) for before, after in self._events) / 1000
-        self._seconds = 0.0
-        self._events.clear()
+        while self._events:
+            self._take_oldest()
+        seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+    def _take_oldest(self) -> None:
+        before, after = pair = self._events.popleft()
+        self._seconds += before.elapsed_time(after) / 1000
+        self._free.append(pair)
+
+
+def _timing_events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
 @dataclass

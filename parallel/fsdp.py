@@ -117,7 +117,7 @@ def clip_grad_norm_(
     norms = torch._foreach_norm(owned_grads) if owned_grads else []
     squares = torch.zeros((), dtype=torch.float64, device=device)
     if norms:
-        squares = torch.stack([n.to(torch.float64) for n in norms]).square().sum()
+        squares = torch.stack(list(norms)).to(torch.float64).square().sum()
     for axis in ("loss", "model"):
         if grid.size(axis) > 1:
             dist.all_reduce(squares, group=grid.group(axis))

@@ -33,6 +33,9 @@ def _identity(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x.view_as(x)
 
 
+_communicate_uncompiled = torch.compiler.disable(communicate)  # a graph ends here, but only where ranks communicate
+
+
 @dataclass(frozen=True)
 class TensorParallel:
     """The ranks that share each matrix, and whether they also shard the residual stream.
@@ -63,21 +66,19 @@ class TensorParallel:
             raise UserError(f"{what} {size} does not divide by the {self.size} tensor-parallel ranks")
         return size // self.size
 
-    @torch.compiler.disable
     def enter_parallel_region(self, x: Tensor) -> Tensor:
         """Input of a column-parallel matrix: [t / tp, h] or [t, h] -> [t, h] of all tokens."""
         if self.group is None or self.size == 1:
             return x
         forward, backward = (_gather, reduce_scatter) if self.sequence_parallel else (_identity, _sum)
-        return communicate(x, self.group, forward, backward)
+        return _communicate_uncompiled(x, self.group, forward, backward)
 
-    @torch.compiler.disable
     def exit_parallel_region(self, x: Tensor) -> Tensor:
         """Output of a row-parallel matrix: [t, h] partial sums -> the residual stream, [t / tp, h] or [t, h]."""
         if self.group is None or self.size == 1:
             return x
         forward, backward = (reduce_scatter, _gather) if self.sequence_parallel else (_sum, _identity)
-        return communicate(x, self.group, forward, backward)
+        return _communicate_uncompiled(x, self.group, forward, backward)
 
     def gather_columns(self, x: Tensor) -> Tensor:
         """[n, c / tp] of each rank -> [n, c]. No gradient."""

@@ -20,12 +20,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTED = str(Path(dist.__file__).parent)
+# The host waits for the GPU, which waits in a collective, or for a step that other ranks did not finish.
+CUDA = str(Path(torch.cuda.__file__).parent)
+WAITS = {(ROOT / "runtime" / "signals.py", "request"), (ROOT / "metrics" / "log.py", "_record")}
 COLLECTIVES = ROOT / "parallel" / "collectives.py"
 ANSWER_SECONDS = 20.0  # for the store; TCP notices a cut cable after a quarter of an hour
 
@@ -40,7 +44,7 @@ def describe_frame(frame: FrameType | None) -> tuple[str, bool]:
     while frame is not None:
         code = frame.f_code
         path = Path(code.co_filename)
-        if code.co_filename.startswith(DISTRIBUTED):
+        if code.co_filename.startswith((DISTRIBUTED, CUDA)):
             communicates = True
             if not place and not code.co_name.startswith("_") and code.co_name not in ("wrapper", "decorate_context"):
                 call = code.co_name
@@ -51,7 +55,7 @@ def describe_frame(frame: FrameType | None) -> tuple[str, bool]:
             and "threading" not in path.name
         ):
             place = f"{code.co_name}, {path.relative_to(ROOT)}:{frame.f_lineno}"
-            communicates = communicates or path == COLLECTIVES
+            communicates = communicates or path == COLLECTIVES or (path, code.co_name) in WAITS
         frame = frame.f_back
     return (f"{call}, called in {place}" if call and place else call or place or "Python's start"), communicates
 

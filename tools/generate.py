@@ -190,7 +190,7 @@ def read_model_config(checkpoint: Path, metadata: dict[str, Any]) -> GPTConfig:
             if type(value) not in KINDS[str(field.type)] or (type(value) is int and value < lowest):
                 raise TypeError(f"{field.name} is {short_repr(value)}")
             if field.type == "float":  # JSON may write one as an integer of any length
-                config = replace(config, **{field.name: float(value)})
+                config = replace(config, **cast(dict[str, Any], {field.name: float(value)}))
         if config.rope_scaling not in ROPE_SCALINGS:
             raise TypeError(f"rope_scaling is {short_repr(config.rope_scaling)}")
     except (TypeError, OverflowError) as error:

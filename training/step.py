@@ -69,7 +69,7 @@ def forward_backward(
             loss_tokens,
             total,
         )
-        numbers = torch.arange(len(batches))
+        numbers = torch.arange(len(batches), device=device)  # from the host, each forward would wait for a copy
         for chunk in chunks:
             chunk.pipeline_inputs = inputs
         first, last = (any(getattr(chunk, which) for chunk in chunks) for which in ("is_first", "is_last"))
