@@ -55,14 +55,13 @@ def test_products_of_the_loss_fit_tensor_cores(vocab_size: int, dtype: torch.dty
     assert (weight.grad[vocab_size:] == 0).all() and bool(weight.grad.isfinite().all())
 
 
-def test_the_thread_of_a_save_has_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", [torch.device("cuda", 3), torch.device("cpu")])
+def test_the_thread_of_a_save_has_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     chosen: list[tuple[int, torch.device]] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device)))
-    for device in (torch.device("cuda", 3), torch.device("cpu")):
-        with _background_thread(device) as pool:
-            thread = pool.submit(threading.get_ident).result(10)
-            assert chosen == [(thread, torch.device("cuda", 3))]
-        chosen = chosen if device.type == "cuda" else []
+    with _background_thread(device) as pool:
+        thread = pool.submit(threading.get_ident).result(10)
+    assert chosen == ([(thread, device)] if device.type == "cuda" else [])
 
 
 def frame_in(file: str, function: str) -> FrameType:
