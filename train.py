@@ -49,7 +49,7 @@ from runtime.nonfinite import NonFiniteError, NonFiniteGuard
 from runtime.run import Run, RunPaths
 from runtime.signals import StopRequests, defer_worker_signals
 from runtime.status import RunStatus
-from training.build import RunData, build_batch_plan, build_data, build_model, build_pipeline
+from training.build import RunData, build_accumulation, build_batch_plan, build_data, build_model, build_pipeline
 from training.evaluate import Validator
 from training.lr_schedule import build_lr_schedule
 from training.optimizer import build_optimizer, set_lr, skip_update_if
@@ -339,7 +339,7 @@ class Trainer:
                 batches,
                 loss_tokens=loss_tokens,
                 device=self.device,
-                reshard_between=self.config.parallel.reshard_after_forward == "on",
+                accumulation=build_accumulation(self.config.parallel),
                 pipeline=self.pipeline,
                 timers=self.timers,
             )

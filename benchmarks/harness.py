@@ -37,7 +37,7 @@ from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_
 from parallel.grid import Grid
 from runtime.distributed import build_run_grid, initialise_distributed, read_launch
-from training.build import build_model, build_pipeline
+from training.build import build_accumulation, build_model, build_pipeline
 from training.optimizer import build_optimizer, set_lr
 from training.step import forward_backward, get_norm_owned_names
 
@@ -97,7 +97,7 @@ class TrainStep:
             batches,
             loss_tokens=loss_tokens,
             device=self.device,
-            reshard_between=self.config.parallel.reshard_after_forward == "on",
+            accumulation=build_accumulation(self.config.parallel),
             pipeline=self.pipeline,
         )
         parameters = dict(self.model.named_parameters())

@@ -183,6 +183,12 @@ class ParallelConfig:
         "FSDP frees weights after forward: less memory, one more all-gather; auto: off on one node",
         choices=("auto", "on", "off"),
     )
+    reduce_every_microbatch: str = flag(
+        "auto",
+        "reduce gradients after each microbatch, not once a step: no rank holds the gradients of whole weights between "
+        "microbatches; auto: on a GPU, where those would take over 8 GiB",
+        choices=("auto", "on", "off"),
+    )
     device: str = flag("auto", "device of the ranks; auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
     distributed_timeout_minutes: float = flag(
         30.0, "minutes without progress after which the run ends and names the rank", ABOVE_ZERO

@@ -35,9 +35,11 @@ from cp.layout import document_unit
 from data.packing import PACKINGS, resolve_packing
 from data.sources import find_tokenizer, open_sources
 from data.tokenizer import load_sentencepiece
+from model.config import count_parameters
 from parallel.stages import check_microbatches, split_layers
 from utils.errors import SizeError, UserError
 
+MAX_WHOLE_GRADIENTS = 8 << 30  # bytes that may live between microbatches
 FP8_UNIT = 16  # sizes of an 8-bit matrix are multiples of this number
 
 
@@ -118,6 +120,7 @@ def _resolve_sizes(
     _resolve_packing(data, chosen)
     _resolve_alignment(data, parallel, chosen)
     _resolve_batch(config.training, parallel, chosen)
+    _resolve_reduction(config, chosen)
     _check_stages(config)
     return chosen
 
@@ -249,6 +252,21 @@ def _resolve_shards(parallel: ParallelConfig, world_size: int, local_world_size:
             nproc_per_node=[-(-parallel.world_size * local_world_size // world_size)],
             dp_shard_size=[-1],
         )
+
+
+def _resolve_reduction(config: RunConfig, chosen: list[str]) -> None:
+    """--reduce-every-microbatch auto: by the gradients of one tp rank's layers, in fp32 and not sharded."""
+    parallel, model = config.parallel, config.model
+    if parallel.reduce_every_microbatch == "on" and parallel.pp_size > 1:
+        raise SizeError(
+            f"--reduce-every-microbatch on needs --pp-size 1, not {parallel.pp_size}, whose schedule reduces once",
+            reduce_every_microbatch=["off"],
+        )
+    if parallel.reduce_every_microbatch == "auto":
+        whole = 4 * count_parameters(model.architecture(1)) // parallel.tp_size
+        is_large = parallel.device == "cuda" and whole > MAX_WHOLE_GRADIENTS and config.num_microbatches > 1
+        parallel.reduce_every_microbatch = "on" if is_large and parallel.pp_size == 1 else "off"
+        chosen.append(f"--reduce-every-microbatch {parallel.reduce_every_microbatch}")
 
 
 def _check_stages(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ So FSDP2's averaging is off (divide factor 1, plain sums on the wire).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -54,12 +55,27 @@ def shard_model(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def set_last_microbatch(model: nn.Module, is_last: bool, *, reshard_between: bool) -> None:
-    """Reduce gradients in the next backward pass only if the microbatch is the step's last."""
+@dataclass(frozen=True)
+class Accumulation:
+    """What FSDP does between the microbatches of a step, for memory at the price of communication.
+
+    Attributes:
+        reshards: frees gathered weights.
+        reduces: sums each microbatch's gradients over `fsdp`, so that only this rank's shards accumulate; False: the
+            gradients of whole weights accumulate, and are summed over the ranks once.
+    """
+
+    reshards: bool = False
+    reduces: bool = False
+
+
+def set_last_microbatch(model: nn.Module, is_last: bool, accumulation: Accumulation) -> None:
+    """Prepare the next backward pass. Replicas are summed over only in that of the step's last microbatch."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(is_last)
+        model.set_requires_gradient_sync(is_last or accumulation.reduces)
+        model.set_requires_all_reduce(is_last)
         model.set_is_last_backward(is_last)
-        model.set_reshard_after_backward(is_last or reshard_between)
+        model.set_reshard_after_backward(is_last or accumulation.reshards)
 
 
 def reshard_model(model: nn.Module) -> None:

@@ -306,7 +306,8 @@ def step_bytes(config: RunConfig, architecture: GPTConfig, rows: Rows | None = N
         parallel.dp_replicate_size,
     )
     gathers = 2 * microbatches if parallel.reshard_after_forward == "on" else 1
-    sent["fsdp"] = (fsdp - 1) * parameters // fsdp * (gathers * item + stored)
+    reductions = microbatches if parallel.reduce_every_microbatch == "on" else 1
+    sent["fsdp"] = (fsdp - 1) * parameters // fsdp * (gathers * item + reductions * stored)
     sent["dp_replicate"] = 2 * (replicas - 1) * (parameters // fsdp) * stored // replicas
 
     # A layer enters and exits parallel regions twice: an all-gather or a reduce-scatter each (or two all-reduces).

@@ -31,7 +31,7 @@ from parallel.grid import AXES, GridSizes, build_grid, rank_of
 from parallel.stages import split_layers
 from planner.fake import MemoryLedger, fake_step, fake_world, held_messages
 from planner.fused import fused_rms_norm, use_te_mlp
-from training.build import COMPUTE_DTYPES, build_meta_model, build_pipeline
+from training.build import COMPUTE_DTYPES, build_accumulation, build_meta_model, build_pipeline
 from training.optimizer import build_optimizer
 from training.step import forward_backward, get_norm_owned_names
 
@@ -165,7 +165,7 @@ def measure_step(config: RunConfig, architecture: GPTConfig, stage: int, num_mic
                 [build_batch(samples, **row)] * num_microbatches,  # type: ignore[arg-type]
                 loss_tokens=torch.ones(()),
                 device=device,
-                reshard_between=parallel.reshard_after_forward == "on",
+                accumulation=build_accumulation(parallel),
                 pipeline=pipeline,
             )
             ledger.enter("update")

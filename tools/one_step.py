@@ -20,7 +20,7 @@ from runtime.distributed import (
     cuda_device_count,
     initialise_distributed,
 )
-from training.build import build_pipeline
+from training.build import build_accumulation, build_pipeline
 from training.step import forward_backward, get_norm_owned_names
 
 
@@ -44,7 +44,7 @@ def compute_gradients(
         batches,
         loss_tokens=loss_tokens,
         device=device,
-        reshard_between=config.parallel.reshard_after_forward == "on",
+        accumulation=build_accumulation(config.parallel),
         pipeline=build_pipeline(config, model, grid, device, len(batches)),
     )
     loss = sum_over(sum_over(cross_entropy, grid.group("loss")), grid.group("pp")) / loss_tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from config.schema import DataConfig, RunConfig
+from config.schema import DataConfig, ParallelConfig, RunConfig
 from cp.attention import build_attention
 from data.batch import BatchPlan
 from data.build import build_dataset, train_tokenizer
@@ -24,7 +24,7 @@ from model.init import initialise
 from model.layers import build_precision
 from model.transformer import GPTOptions
 from parallel.collectives import WaitClock
-from parallel.fsdp import shard_model
+from parallel.fsdp import Accumulation, shard_model
 from parallel.grid import Grid, embedding_group, split_group
 from parallel.pipeline import build_schedule
 from parallel.stages import split_layers
@@ -200,6 +200,12 @@ def build_meta_model(
         )
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else Stages(chunks)
+
+
+def build_accumulation(parallel: ParallelConfig) -> Accumulation:
+    return Accumulation(
+        reshards=parallel.reshard_after_forward == "on", reduces=parallel.reduce_every_microbatch == "on"
+    )
 
 
 def build_pipeline(

@@ -16,7 +16,7 @@ from metrics.timers import Timers
 from model.fused_weights import cache_fused_weights
 from model.gpt import GPT, PipelineInputs, Stages, get_chunks
 from model.names import is_tp_sharded, needs_tp_grad_sum
-from parallel.fsdp import local_grads, reshard_model, set_last_microbatch
+from parallel.fsdp import Accumulation, local_grads, reshard_model, set_last_microbatch
 from parallel.grid import Grid
 from parallel.pipeline import pipeline_forward
 from parallel.tensor import sum_gradients_
@@ -43,7 +43,7 @@ def forward_backward(
     *,
     loss_tokens: Tensor,
     device: torch.device,
-    reshard_between: bool,
+    accumulation: Accumulation,
     pipeline: Pipeline | None = None,
     timers: Timers | None = None,
 ) -> Tensor:
@@ -51,7 +51,7 @@ def forward_backward(
 
     Args:
         loss_tokens: labelled tokens of the whole step, over all microbatches and ranks; one number for all.
-        reshard_between: free gathered weights between microbatches.
+        accumulation: between microbatches; without effect in a pipeline, whose schedule reduces once.
         pipeline: None with one stage.
         timers: measures the sums over tp and tied embeddings as gradient reduction.
 
@@ -80,7 +80,7 @@ def forward_backward(
     else:
         with cache_fused_weights(chunks):
             for number, batch in enumerate(batches, 1):
-                set_last_microbatch(model, number == len(batches), reshard_between=reshard_between)
+                set_last_microbatch(model, number == len(batches), accumulation)
                 batch = batch.to(device)
                 loss_sum, cross_entropy = model(batch.tokens, batch.packed_seq, labels=batch.labels)
                 (loss_sum / loss_tokens.to(loss_sum.dtype)).backward()

@@ -19,7 +19,7 @@ from planner.memory import rank_memory
 from runtime.distributed import build_run_grid
 from tests.flags import resolve_config
 from tests.world import World
-from training.build import build_batch_plan, build_model, build_pipeline
+from training.build import build_accumulation, build_batch_plan, build_model, build_pipeline
 from training.optimizer import build_optimizer
 from training.step import forward_backward, get_norm_owned_names
 
@@ -35,6 +35,7 @@ CONFIGURATIONS = {
     "tied": (1, "--tie-embeddings", 8192),
     "dp_shard 2": (2, "", 512),
     "dp_shard 2, two microbatches, resharded": (2, "--global-batch-size 4 --reshard-after-forward on", 4096),
+    "dp_shard 2, two microbatches, reduced": (2, "--global-batch-size 4 --reduce-every-microbatch on", 4096),
     "dp_shard 2, bf16, two microbatches": (2, "--global-batch-size 4 --dtype bf16", 4096),
     "cp 2": (2, "--cp-size 2 --seq-length 2048", 512),
     "tp 2": (2, "--tp-size 2", 512),
@@ -105,7 +106,7 @@ def measured(rank: int, words: str, vocab: int) -> int:
                 batches,
                 loss_tokens=torch.tensor(1000.0),
                 device=device,
-                reshard_between=config.parallel.reshard_after_forward == "on",
+                accumulation=build_accumulation(config.parallel),
                 pipeline=pipeline,
             )
             clip_grad_norm_(dict(model.named_parameters()), grid, max_norm=1.0, owned=owned)

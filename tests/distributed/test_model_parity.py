@@ -26,7 +26,7 @@ from model.layers import build_precision
 from model.names import is_tp_sharded
 from model.transformer import GPTOptions
 from parallel.collectives import sum_over
-from parallel.fsdp import clip_grad_norm_, local_tensor, shard_model
+from parallel.fsdp import Accumulation, clip_grad_norm_, local_tensor, shard_model
 from parallel.grid import Grid, GridSizes, build_grid
 from parallel.stages import split_layers
 from parallel.tensor import TensorParallel
@@ -174,13 +174,16 @@ def full(model: GPT, grid: Grid, of: str = "weight") -> dict[str, torch.Tensor]:
     return whole_tensors({name: x for name, x in parts.items() if x is not None}, grid)
 
 
+ONCE = Accumulation()  # gradients are reduced once a step
+
+
 def run_steps(
     model: GPT | Stages,
     grid: Grid,
     rows: list[PackedSample],
     micro_batch: int,
     steps: int,
-    reshard: bool = False,
+    accumulation: Accumulation = ONCE,
     qkv_format: str = "thd",
     schedule: str = "1f1b",
     lr: float = 1e-2,
@@ -196,7 +199,7 @@ def run_steps(
         torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64), grid.group("batch")
     )
     result: dict = {"losses": [], "norms": []}
-    options = dict(loss_tokens=tokens, device=device_of(model), reshard_between=reshard)
+    options = dict(loss_tokens=tokens, device=device_of(model), accumulation=accumulation)
     options["pipeline"] = pipeline_of(model, grid, batches, schedule)
     for step in range(steps):
         total = forward_backward(model, batches, **options)
@@ -230,7 +233,10 @@ def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[Pa
     )
     losses = []
     options = dict(
-        loss_tokens=tokens, device=device_of(model), reshard_between=False, pipeline=pipeline_of(model, grid, batches)
+        loss_tokens=tokens,
+        device=device_of(model),
+        accumulation=Accumulation(),
+        pipeline=pipeline_of(model, grid, batches),
     )
     for _ in range(steps):
         total = forward_backward(model, batches, **options)
@@ -296,7 +302,7 @@ def check_layout(
     qkv_format: str,
     micro_batch: int,
     changes: dict,
-    reshard: bool,
+    accumulation: Accumulation = ONCE,
     sequence_parallel: bool = True,
     schedule: str = "1f1b",
     virtual_stages: int = 1,
@@ -304,8 +310,8 @@ def check_layout(
     """Largest relative errors against the oracle."""
     config, rows = config_of(**(NEEDS.get(layout, {}) | changes)), rows_of(qkv_format)
     grid = grid_of(layout)
-    model = built(grid, config, dtype, reshard, qkv_format, sequence_parallel, virtual_stages)
-    got = run_steps(model, grid, rows, micro_batch, steps=1, reshard=reshard, qkv_format=qkv_format, schedule=schedule)
+    model = built(grid, config, dtype, accumulation.reshards, qkv_format, sequence_parallel, virtual_stages)
+    got = run_steps(model, grid, rows, micro_batch, 1, accumulation, qkv_format, schedule)
     want = oracle(config, rows, {n: w.shape for n, w in got["weights"].items()})
     errors = {name: relative_error(got["grads"][name], want["grads"][name]) for name in want["grads"]}
     clip = min(1.0, 1.0 / (want["norm"] + 1e-6))
@@ -328,7 +334,7 @@ def check_layout(
 def test_loss_and_gradients_equal_one_rank(
     world: World, layout: str, qkv_format: str, dtype: str, limit: float
 ) -> None:
-    for errors in world.run(check_layout, layout, dtype, qkv_format, 1, {}, False):
+    for errors in world.run(check_layout, layout, dtype, qkv_format, 1, {}):
         assert worst(errors) <= limit, errors
 
 
@@ -345,7 +351,7 @@ def test_loss_and_gradients_equal_one_rank(
 )
 def test_model_variants(world: World, changes: dict) -> None:
     """hidden 33: the ranks do not divide the matrices' rows, so shards are uneven."""
-    for errors in world.run(check_layout, "dp_shard 2 x cp 2", "fp64", "thd", 1, changes, False):
+    for errors in world.run(check_layout, "dp_shard 2 x cp 2", "fp64", "thd", 1, changes):
         assert worst(errors) <= 1e-10, errors
 
 
@@ -354,7 +360,7 @@ def test_model_variants(world: World, changes: dict) -> None:
 @pytest.mark.parametrize("changes", [{"qk_norm": True}, {"tie_embeddings": True}, {"padded_vocab_size": 256}], ids=str)
 def test_tensor_parallel_variants(world: World, layout: str, changes: dict, sequence_parallel: bool) -> None:
     """A vocabulary of 61 padded to 256 leaves the last ranks with padded columns only."""
-    for errors in world.run(check_layout, layout, "fp64", "thd", 2, changes, False, sequence_parallel):
+    for errors in world.run(check_layout, layout, "fp64", "thd", 2, changes, Accumulation(), sequence_parallel):
         assert worst(errors) <= 1e-10, errors
 
 
@@ -366,7 +372,9 @@ def test_tensor_parallel_variants(world: World, layout: str, changes: dict, sequ
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.full), True])
 def test_pipeline_schedules(world: World, layout: str, schedule: str, virtual_stages: int, tied: bool) -> None:
     changes = {"num_layers": 5, "tie_embeddings": tied, "qk_norm": True}
-    for errors in world.run(check_layout, layout, "fp64", "thd", 1, changes, False, True, schedule, virtual_stages):
+    for errors in world.run(
+        check_layout, layout, "fp64", "thd", 1, changes, Accumulation(), True, schedule, virtual_stages
+    ):
         assert worst(errors) <= 1e-10, errors
 
 
@@ -376,7 +384,16 @@ def test_pipeline_schedules_with_weights_freed_after_forward(
     world: World, layout: str, schedule: str, virtual_stages: int
 ) -> None:
     for errors in world.run(
-        check_layout, layout, "fp64", "thd", 1, {"num_layers": 5}, True, True, schedule, virtual_stages
+        check_layout,
+        layout,
+        "fp64",
+        "thd",
+        1,
+        {"num_layers": 5},
+        Accumulation(reshards=True),
+        True,
+        schedule,
+        virtual_stages,
     ):
         assert worst(errors) <= 1e-10, errors
 
@@ -390,7 +407,7 @@ def lost_gradient_error(rank: int) -> str:
     batches = [build_batch([row], qkv_format="thd", **place) for row in rows_of("thd")]
     pipeline = pipeline_of(model, grid, batches)
     tokens = torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64)
-    options = dict(loss_tokens=tokens, device=device_of(model), reshard_between=False, pipeline=pipeline)
+    options = dict(loss_tokens=tokens, device=device_of(model), accumulation=Accumulation(), pipeline=pipeline)
     try:
         forward_backward(model, batches, **options)
     except RuntimeError as error:
@@ -406,17 +423,27 @@ def test_a_lost_gradient_ends_the_step(world: World) -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
-@pytest.mark.parametrize("reshard", [False, True])
+@pytest.mark.parametrize("reshards", [False, True])
 @pytest.mark.parametrize("qkv_format", ["thd", "bshd"])
-def test_micro_batch_and_reshard_change_nothing(world: World, micro_batch: int, reshard: bool, qkv_format: str) -> None:
-    for errors in world.run(check_layout, "dp_replicate 2 x cp 2", "fp64", qkv_format, micro_batch, {}, reshard):
+def test_micro_batch_and_reshard_change_nothing(
+    world: World, micro_batch: int, reshards: bool, qkv_format: str
+) -> None:
+    how = Accumulation(reshards)
+    for errors in world.run(check_layout, "dp_replicate 2 x cp 2", "fp64", qkv_format, micro_batch, {}, how):
+        assert worst(errors) <= 1e-10, errors
+
+
+@pytest.mark.parametrize("reshards", [False, True])
+@pytest.mark.parametrize("layout", ["dp_replicate 2 x cp 2", "dp_shard 2 x cp 2"])
+def test_reducing_every_microbatch_changes_nothing(world: World, layout: str, reshards: bool) -> None:
+    for errors in world.run(check_layout, layout, "fp64", "thd", 1, {}, Accumulation(reshards, reduces=True)):
         assert worst(errors) <= 1e-10, errors
 
 
 def test_bf16_is_as_close_as_without_cp(world: World) -> None:
-    alone = world.run(check_layout, "dp_shard 4", "bf16", "thd", 1, {}, False)[0]
+    alone = world.run(check_layout, "dp_shard 4", "bf16", "thd", 1, {})[0]
     for layout in ("dp_shard 2 x cp 2", "cp 4", "tp 2 x cp 2", "pp 2 x cp 2"):
-        errors = world.run(check_layout, layout, "bf16", "thd", 1, {}, False)[0]
+        errors = world.run(check_layout, layout, "bf16", "thd", 1, {})[0]
         for name, error in errors.items():
             if name not in ("loss", "norm"):  # scalars can be right by luck in one layout
                 assert error <= 4 * max(alone[name], BF16_ROUNDING), (layout, name, error, alone[name])
@@ -484,7 +511,7 @@ def collectives(rank: int, layout: str, schedule: str, times: int) -> tuple[int,
         for row in (rows_of("thd") * times)[grid.rank("batch") :: grid.size("batch")]
     ]
     options = dict(
-        loss_tokens=torch.tensor(100.0, dtype=torch.float64), device=torch.device("cpu"), reshard_between=False
+        loss_tokens=torch.tensor(100.0, dtype=torch.float64), device=torch.device("cpu"), accumulation=Accumulation()
     )
     options["pipeline"] = pipeline_of(model, grid, batches, schedule)
     forward_backward(model, batches, **options)
@@ -537,15 +564,14 @@ def test_replicas_hold_the_same_bits_after_ten_steps(world: World, layout: str, 
         assert all(one[name] == other[name] for name in one if not is_tp_sharded(name))
 
 
-def weights_after_steps(rank: int, layout: str, reshard: bool) -> dict:
+def weights_after_steps(rank: int, layout: str) -> dict:
     grid = grid_of(layout)
-    model = built(grid, config_of(), "fp64", reshard)
-    return run_steps(model, grid, rows_of("thd"), 1, steps=10, reshard=reshard)["weights"]
+    return run_steps(built(grid, config_of(), "fp64"), grid, rows_of("thd"), 1, steps=10)["weights"]
 
 
 @pytest.mark.full
 def test_weights_after_ten_steps_are_the_same_in_every_layout(world: World) -> None:
-    wanted = world.run(weights_after_steps, "dp_shard 4", False)[0]
+    wanted = world.run(weights_after_steps, "dp_shard 4")[0]
     for layout in (
         "dp_shard 2 x cp 2",
         "dp_replicate 2 x cp 2",
@@ -554,7 +580,7 @@ def test_weights_after_ten_steps_are_the_same_in_every_layout(world: World) -> N
         "tp 2 x dp_shard 2",
         "pp 2 x cp 2",
     ):
-        for weights in world.run(weights_after_steps, layout, False):
+        for weights in world.run(weights_after_steps, layout):
             assert weights.keys() == wanted.keys()
             errors = {n: relative_error(weights[n], wanted[n]) for n in wanted}
             assert worst(errors) <= 1e-9, (layout, errors)

@@ -102,5 +102,5 @@ def test_the_cells_of_the_table_over_it(tmp_path: Path, ranks: int) -> None:
     "layout", ["dp_shard 2 x cp 2", *(pytest.param(x, marks=pytest.mark.full) for x in ("tp 2 x cp 2", "pp 2 x cp 2"))]
 )
 def test_the_model_over_it(world: World, layout: str) -> None:
-    for errors in world.run(check_layout, layout, "fp64", "thd", 1, {}, False):
+    for errors in world.run(check_layout, layout, "fp64", "thd", 1, {}):
         assert worst(errors) <= 1e-10, errors

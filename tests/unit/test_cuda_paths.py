@@ -18,6 +18,7 @@ from cp.blocks import add_tokens_
 from metrics import log as log_module
 from model.loss import chunked_cross_entropy
 from parallel.collectives import WaitClock
+from parallel.fsdp import Accumulation
 from parallel.tensor import TensorParallel
 from runtime import signals
 from runtime.watchdog import describe_frame
@@ -135,7 +136,7 @@ def test_a_pipeline_is_fed_from_the_device() -> None:
             [mock.MagicMock(), mock.MagicMock()],
             loss_tokens=torch.ones(()),
             device=torch.device("meta"),
-            reshard_between=False,
+            accumulation=Accumulation(),
             pipeline=Pipeline(schedule, group=mock.Mock()),
         )
     (numbers,), targets = schedule.step.call_args

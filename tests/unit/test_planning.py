@@ -141,6 +141,43 @@ def test_what_costs_more_is_planned_larger(more: list[str], less: list[str]) -> 
     assert rank_memory(*planned(*batch, *more)).peak > rank_memory(*planned(*batch, *less)).peak
 
 
+def test_whole_gradients_do_not_live_between_microbatches() -> None:
+    flags = ["--dp-shard-size", "8", "--global-batch-size", "16", "--reshard-after-forward", "on"]
+    kept, reduced = (planned(*flags, "--reduce-every-microbatch", word, world=8) for word in ("off", "on"))
+    whole = 4 * stage_parameters(*kept, 0)
+    assert rank_memory(*kept).peak - rank_memory(*reduced).peak > whole * 0.6
+
+
+@pytest.mark.parametrize(
+    ("device", "layers", "batch", "more", "reduces"),
+    [
+        ("cuda", 32, 16, [], True),  # 8 billion weights
+        ("cuda", 32, 8, [], False),  # one microbatch
+        ("cuda", 2, 16, [], False),
+        ("cuda", 2, 16, ["--reduce-every-microbatch", "on"], True),
+        ("cuda", 32, 16, ["--reduce-every-microbatch", "off"], False),
+        ("cuda", 32, 16, ["--tp-size", "8"], False),
+        ("cuda", 32, 16, ["--pp-size", "2"], False),
+        ("cpu", 32, 16, [], False),
+    ],
+)
+def test_gradients_are_reduced_every_microbatch_where_they_are_large(
+    device: str, layers: int, batch: int, more: list[str], reduces: bool
+) -> None:
+    shape = [
+        "--num-layers",
+        str(layers),
+        "--hidden-size",
+        "4096",
+        "--num-attention-heads",
+        "32",
+        "--num-query-groups",
+        "8",
+    ]
+    config, _ = planned(*shape, "--global-batch-size", str(batch), "--device", device, *more, world=8)
+    assert config.parallel.reduce_every_microbatch == ("on" if reduces else "off")
+
+
 def test_a_large_model_is_planned_in_seconds() -> None:
     words = ["--num-layers", "80", "--hidden-size", "8192", "--num-attention-heads", "64", "--num-query-groups", "8"]
     config, architecture = planned(
@@ -179,6 +216,8 @@ def test_bytes_of_a_step_by_hand() -> None:
     assert step_bytes(*run) == {"fsdp": p // 2 * (4 + 4)}  # one gather, one reduction, half to the other rank
     run = planned("--dp-shard-size", "2", "--global-batch-size", "4", "--reshard-after-forward", "on", world=2)
     assert step_bytes(*run) == {"fsdp": p // 2 * (2 * 2 * 4 + 4)}
+    flags = ["--dp-shard-size", "2", "--global-batch-size", "4", "--reduce-every-microbatch", "on"]
+    assert step_bytes(*planned(*flags, world=2)) == {"fsdp": p // 2 * (4 + 2 * 4)}
     run = planned("--tp-size", "2", world=2)
     assert step_bytes(*run) == {"tp": 4 * 8 * 512 * 64 * 4 // 2}  # layers * gathers and scatters * [t, h] / 2
 
