@@ -335,7 +335,8 @@ class DataConfig:
     )
     document_alignment: int = fixed(
         None,
-        "documents are padded to a multiple of this number of tokens; default: the smallest legal, 2 * cp for zigzag",
+        "documents are padded to a multiple of this number of tokens; default: the smallest legal, 2 * cp for zigzag, "
+        "16 for hybrid where legal",
         AT_LEAST_ONE,
     )
     num_workers: int = flag(

@@ -40,6 +40,7 @@ from parallel.stages import check_microbatches, split_layers
 from utils.errors import SizeError, UserError
 
 MAX_WHOLE_GRADIENTS = 8 << 30  # bytes that may live between microbatches
+HYBRID_ALIGNMENT = 16  # of documents by default, at most
 FP8_UNIT = 16  # sizes of an 8-bit matrix are multiples of this number
 
 
@@ -118,7 +119,7 @@ def _resolve_sizes(
     _resolve_implementation(config, chosen)
     _resolve_attention(config, chosen)
     _resolve_packing(data, chosen)
-    _resolve_alignment(data, parallel, chosen)
+    _resolve_alignment(data, parallel, config.training.micro_batch_size, chosen)
     _resolve_batch(config.training, parallel, chosen)
     _resolve_reduction(config, chosen)
     _check_stages(config)
@@ -473,11 +474,19 @@ def _resolve_packing(data: DataConfig, chosen: list[str]) -> None:
         raise SizeError(what, packing=["best-fit"])
 
 
-def _resolve_alignment(data: DataConfig, parallel: ParallelConfig, chosen: list[str]) -> None:
-    smallest = document_unit(parallel.cp_layout, parallel.cp_size)
+def _resolve_alignment(data: DataConfig, parallel: ParallelConfig, num_samples: int, chosen: list[str]) -> None:
+    """Args: num_samples: of a row."""
+    smallest = document_unit(parallel.cp_layout, parallel.cp_size, num_samples)
     if data.document_alignment is None:
-        # With one cp rank too, so that samples do not depend on it more than needed.
-        data.document_alignment = 2 if parallel.cp_layout == "zigzag" and parallel.cp_size == 1 else smallest
+        data.document_alignment = smallest
+        if parallel.cp_size == 1 and parallel.cp_layout in ("zigzag", "hybrid"):
+            # So that samples do not depend on the cp size more than needed.
+            data.document_alignment = 2
+        elif parallel.cp_layout == "hybrid":
+            # Documents on one rank need no padding, which leaves room to place them.
+            wanted = range(min(2 * parallel.cp_size, HYBRID_ALIGNMENT), smallest, -1)
+            fits = (n for n in wanted if n % smallest == 0 and data.seq_length % n == 0)
+            data.document_alignment = next(fits, smallest)
         chosen.append(f"--document-alignment {data.document_alignment}")
     if data.document_alignment % smallest:
         raise SizeError(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cp.dropout_attention import AttentionDropout, AttentionOptions
+from cp.hybrid import Groups, build_gathers, build_rings, hybrid_all_gather, hybrid_p2p
 from cp.native_a2a import a2a_attention, build_exchange
 from cp.native_all_gather import all_gather_attention, build_row_blocks
 from cp.native_p2p import build_ring_blocks, ring_attention
@@ -58,17 +59,25 @@ def build_attention(
     *,
     head_dim: int,
     a2a_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+    degree_groups: Groups | None = None,
     clock: WaitClock | None = None,
 ) -> Attention:
     """Build the attention call that `cp.support.choose` selected, with softmax scale 1/sqrt(head_dim).
 
     Args:
         a2a_groups: for `a2a` and `a2a+p2p`: this rank's neighbours that trade heads, and the ring over the rest.
+        degree_groups: for the layout hybrid: this rank's group for each degree of `cp.placement.degree_chain`.
         clock: measures the waits of `native`; the libraries' waits are not measured.
     """
     scale = head_dim**-0.5
     if choice.backend == "native":
         options = AttentionOptions(scale, clock=clock, heads_k_stride=choice.heads_k_stride)
+        if choice.layout == "hybrid":
+            assert degree_groups is not None
+            build, attend = {"p2p": (build_rings, hybrid_p2p), "all_gather": (build_gathers, hybrid_all_gather)}[
+                choice.method
+            ]
+            return NativeAttention(partial(build, groups=degree_groups), attend, options)
         if choice.method == "all_gather":
             return NativeAttention(build_row_blocks, all_gather_attention, options)
         if choice.a2a_size == 1:  # p2p, or no neighbour to trade with: the ring alone
@@ -82,8 +91,11 @@ def build_attention(
         is_balanced = choice.layout == "zigzag"
         return partial(pytorch_attention, scale=scale, rotate_method=choice.method, load_balance=is_balanced)
     if choice.backend == "te":
-        from cp.te_attention import TEAttention  # an optional library
+        from cp.te_attention import TEAttention, TEHybridAttention  # an optional library
 
+        if choice.layout == "hybrid":
+            assert degree_groups is not None
+            return TEHybridAttention(choice.method, degree_groups)
         return TEAttention(choice.method, a2a_groups)
     assert choice.backend == "ring"
     from cp.ring_flash import ring_flash_attention  # an optional library

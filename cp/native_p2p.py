@@ -15,6 +15,8 @@ Only real tokens take part: padding costs nothing. No fully masked block is comp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from cp.blocks import Block, accumulator_dtype, add_tokens_, build_block, fill_t
 from cp.dropout_attention import AttentionOptions
 from cp.kernels import block_backward, block_forward
 from cp.packed_seq import PackedSeq
-from parallel.collectives import start_ring_shift
+from parallel.collectives import Transfer, start_ring_shift
 
 KV_TAG, GRAD_TAG = 0, 1
 
@@ -86,82 +88,170 @@ def merge_tokens_(out: Tensor, lse: Tensor, block: Block, block_out: Tensor, blo
         lse.index_copy_(0, tokens, grown)
 
 
+@dataclass(frozen=True, eq=False)
+class Ring:
+    """Documents that the ranks of a group share in zigzag order.
+
+    Attributes:
+        tokens: the part of this rank's tokens that belongs to the documents.
+        blocks: of `build_ring_blocks`, one a step.
+        group: None: one rank, no transfer.
+    """
+
+    tokens: slice
+    blocks: list[Block | None]
+    group: dist.ProcessGroup | None
+
+
+class _Pass:
+    """K and V on their way around one ring.
+
+    Args:
+        kv: [2, t, hkv, d] of this rank, one message; (k, v) where nothing is sent.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, ring: Ring, options: AttentionOptions) -> None:
+        k, v = k[ring.tokens], v[ring.tokens]
+        self.blocks, self.group, self.options, self.steps = ring.blocks, ring.group, options, len(ring.blocks)
+        self.kv: Any = torch.stack((k, v)) if self.steps > 1 else (k, v)
+        self.kv_shift: Transfer | None = None
+
+    def shift_kv(self, step: int) -> None:
+        """Take the shard that this step needs, and send it on."""
+        if self.kv_shift is not None:
+            self.kv = self.kv_shift.wait(self.options.clock)
+        self.kv_shift = self._start(self.kv, KV_TAG) if step + 1 < self.steps else None
+
+    def _start(self, x: Tensor, tag: int) -> Transfer:
+        assert self.group is not None
+        return start_ring_shift(x, self.group, tag=tag)
+
+
+class _Forward(_Pass):
+    """Attributes: out [t, hq, d] and lse [t, hq], of the documents' tokens."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, ring: Ring, options: AttentionOptions) -> None:
+        super().__init__(k, v, ring, options)
+        self.q = q[ring.tokens]
+
+    def compute(self, step: int) -> None:
+        q, block, accumulate = self.q, self.blocks[step], accumulator_dtype(self.q.dtype)
+        if block is not None:
+            block_out, block_lse = block_forward(q, self.kv[0], self.kv[1], block, self.options)
+            if step == 0:
+                self.out = spread_tokens(block_out.to(accumulate), block.q_tokens, len(q))
+                self.lse = spread_tokens(block_lse.to(accumulate), block.q_tokens, len(q))
+            else:
+                merge_tokens_(self.out, self.lse, block, block_out, block_lse)
+        elif step == 0:  # no real token on this rank, so every later block is empty too
+            self.out = q.new_zeros(q.shape, dtype=accumulate)
+            self.lse = q.new_zeros(q.shape[:2], dtype=accumulate)
+
+
+class _Backward(_Pass):
+    """Attributes: dq [t, hq, d]; dkv [2, t, hkv, d], of the shard on this rank."""
+
+    def __init__(self, saved: tuple[Tensor, ...], dout: Tensor, ring: Ring, options: AttentionOptions) -> None:
+        q, k, v, out, lse = saved
+        super().__init__(k, v, ring, options)
+        self.q, self.out, self.lse, self.dout = (x[ring.tokens] for x in (q, out, lse, dout))
+        self.accumulate = accumulator_dtype(q.dtype)
+        self.dq = torch.empty(self.q.shape, dtype=self.accumulate, device=q.device)
+        self.dkv_shift: Transfer | None = None
+
+    def compute(self, step: int) -> None:
+        """Fill dkv before the same shard's gradient arrives from the previous rank."""
+        q, kv, block = self.q, self.kv, self.blocks[step]
+        self.dkv = torch.empty((2, *kv[0].shape), dtype=self.accumulate, device=q.device)
+        if block is not None:
+            block_dq, block_dk, block_dv = block_backward(
+                self.dout, q, kv[0], kv[1], self.out, self.lse, block, self.options
+            )
+            (fill_tokens_ if step == 0 else add_tokens_)(self.dq, block.q_tokens, block_dq)
+            fill_tokens_(self.dkv[0], block.k_tokens, block_dk)
+            fill_tokens_(self.dkv[1], block.k_tokens, block_dv)
+        else:
+            self.dkv.zero_()
+            if step == 0:
+                self.dq.zero_()
+
+    def shift_dkv(self) -> None:
+        """Add the shard's gradient of the ranks before, and send the sum on."""
+        if self.dkv_shift is not None:
+            self.dkv += self.dkv_shift.wait(self.options.clock)
+        if self.steps > 1:
+            self.dkv_shift = self._start(self.dkv, GRAD_TAG)
+
+    def finish(self) -> None:
+        if self.dkv_shift is not None:
+            self.dkv = self.dkv_shift.wait(self.options.clock)  # the last shift ends on the shard's own rank
+
+
+def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        blocks: list[Block | None],
-        group: dist.ProcessGroup,
-        options: AttentionOptions,
+        ctx, q: Tensor, k: Tensor, v: Tensor, rings: Sequence[Ring], options: AttentionOptions
     ) -> Tensor:
-        cp_size = len(blocks)
-        accumulate = accumulator_dtype(q.dtype)
-        kv: Any = torch.stack((k, v)) if cp_size > 1 else (k, v)  # [2, t, hkv, d], one message
-        for step, block in enumerate(blocks):
-            shift = start_ring_shift(kv, group, tag=KV_TAG) if step + 1 < cp_size else None
-            if block is not None:
-                block_out, block_lse = block_forward(q, kv[0], kv[1], block, options)
-                if step == 0:
-                    out = spread_tokens(block_out.to(accumulate), block.q_tokens, len(q))
-                    lse = spread_tokens(block_lse.to(accumulate), block.q_tokens, len(q))
-                else:
-                    merge_tokens_(out, lse, block, block_out, block_lse)
-            elif step == 0:  # no real token on this rank, so every later block is empty too
-                out, lse = q.new_zeros(q.shape, dtype=accumulate), q.new_zeros(q.shape[:2], dtype=accumulate)
-            if shift is not None:
-                kv = shift.wait(options.clock)
-        result = out.to(q.dtype)
+        passes = [_Forward(q, k, v, ring, options) for ring in rings]
+        for step in range(max(ring.steps for ring in passes)):
+            under_way = [ring for ring in passes if step < ring.steps]
+            for ring in under_way:
+                ring.shift_kv(step)
+            for ring in reversed(under_way):
+                ring.compute(step)
+        result, lse = _cat([ring.out.to(q.dtype) for ring in passes]), _cat([ring.lse for ring in passes])
         ctx.save_for_backward(q, k, v, result, lse)
-        ctx.blocks, ctx.group, ctx.options = blocks, group, options
+        ctx.rings, ctx.options = rings, options
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors[:3]
         dout = dout.contiguous()
-        blocks, group, options, cp_size = ctx.blocks, ctx.group, ctx.options, len(ctx.blocks)
-        accumulate = accumulator_dtype(q.dtype)
-        dq = torch.empty(q.shape, dtype=accumulate, device=q.device)
-        kv: Any = torch.stack((k, v)) if cp_size > 1 else (k, v)
-        dkv_shift = None
-        for step, block in enumerate(blocks):
-            kv_shift = start_ring_shift(kv, group, tag=KV_TAG) if step + 1 < cp_size else None
-            # Filled before the same shard's gradient arrives from the previous rank.
-            dkv = torch.empty((2, *k.shape), dtype=accumulate, device=q.device)
-            if block is not None:
-                block_dq, block_dk, block_dv = block_backward(dout, q, kv[0], kv[1], out, lse, block, options)
-                (fill_tokens_ if step == 0 else add_tokens_)(dq, block.q_tokens, block_dq)
-                fill_tokens_(dkv[0], block.k_tokens, block_dk)
-                fill_tokens_(dkv[1], block.k_tokens, block_dv)
-            else:
-                dkv.zero_()
-                if step == 0:
-                    dq.zero_()
-            if dkv_shift is not None:
-                dkv += dkv_shift.wait(options.clock)
-            if cp_size > 1:
-                dkv_shift = start_ring_shift(dkv, group, tag=GRAD_TAG)  # the last shift ends on the shard's own rank
-            if kv_shift is not None:
-                kv = kv_shift.wait(options.clock)
-        if dkv_shift is not None:
-            dkv = dkv_shift.wait(options.clock)
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None
+        passes = [_Backward(ctx.saved_tensors, dout, ring, ctx.options) for ring in ctx.rings]
+        for step in range(max(ring.steps for ring in passes)):
+            under_way = [ring for ring in passes if step < ring.steps]
+            for ring in under_way:
+                ring.shift_kv(step)
+            for ring in reversed(under_way):
+                ring.compute(step)
+            for ring in under_way:
+                ring.shift_dkv()
+        for ring in passes:
+            ring.finish()
+        dq = _cat([ring.dq.to(q.dtype) for ring in passes])
+        dk, dv = (_cat([ring.dkv[i].to(x.dtype) for ring in passes]) for i, x in enumerate((k, v)))
+        return dq, dk, dv, None, None
 
 
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: list[Block | None], group: dist.ProcessGroup, options: AttentionOptions
-) -> Tensor:
-    """Causal attention within each document of a row sharded over `group` in zigzag order.
+def rings_attention(q: Tensor, k: Tensor, v: Tensor, rings: Sequence[Ring], options: AttentionOptions) -> Tensor:
+    """Causal attention within each document, over several rings at a time.
+
+    In each step the transfers of all rings start, then the blocks of the smallest ring are computed first. Rings come
+    in the same order on all ranks, so none waits for a rank that waits for another ring.
 
     Args:
-        q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size, hkv divides hq.
-        blocks: of `build_ring_blocks`.
+        q: [t, hq, d]; k, v: [t, hkv, d]; hkv divides hq.
+        rings: the largest first; their tokens follow one another and are all tokens.
 
     Returns:
         [t, hq, d]; 0 in padding, as are the gradients of padding's q, k and v.
     """
-    return _RingAttention.apply(q, k, v, blocks, group, options)
+    return _RingAttention.apply(q, k, v, rings, options)
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: list[Block | None],
+    group: dist.ProcessGroup | None,
+    options: AttentionOptions,
+) -> Tensor:
+    """`rings_attention` of a row sharded over `group` in zigzag order, t = T / cp_size tokens a rank."""
+    return rings_attention(q, k, v, [Ring(slice(0, len(q)), blocks, group)], options)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cp.layout import ranges, shard_indices
+from cp.placement import Placement
 from utils.errors import UserError
 
 # Label of a token without loss.
@@ -36,6 +37,7 @@ class PackedSeq:
         positions: [T / cp_size] int64, index of each of this rank's tokens within its document.
         qkv_format: `thd` or `bshd`.
         layout: how the row is sharded over the cp ranks (`cp.layout`).
+        placement: the documents' ranks in the layout hybrid; None: every document lies on all ranks.
         first_ids: [documents] int64 on the host, number of each document's first token in the whole run. On every
             layout a token's id is this number plus its position: dropout masks are functions of ids.
         cache: what attention backends prepare for this row, made once and read by every layer.
@@ -50,6 +52,7 @@ class PackedSeq:
     qkv_format: str
     layout: str
     first_ids: np.ndarray
+    placement: Placement | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -68,15 +71,20 @@ class PackedSeq:
             self.cache[key] = build()
         return self.cache[key]
 
+    def owned(self, *, cp_size: int, cp_rank: int) -> np.ndarray:
+        """`shard_indices` of a cp rank, [T / cp_size] int64."""
+        place = dict(cp_size=cp_size, cp_rank=cp_rank, placement=self.placement)
+        return shard_indices(self.padded_lengths, layout=self.layout, **place)  # type: ignore[arg-type]
+
     def token_ids_and_positions(self, *, cp_size: int, cp_rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and positions of a cp rank's tokens, [T / cp_size] int64 each."""
-        owned = shard_indices(self.padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=self.layout)
+        owned = self.owned(cp_size=cp_size, cp_rank=cp_rank)
         positions = ranges(np.zeros_like(self.padded_lengths), self.padded_lengths)
         return ranges(self.first_ids, self.padded_lengths)[owned], positions[owned]
 
     def padding(self, *, cp_size: int, cp_rank: int) -> np.ndarray:
         """Which of a cp rank's tokens are padding, [T / cp_size] bool."""
-        owned = shard_indices(self.padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=self.layout)
+        owned = self.owned(cp_size=cp_size, cp_rank=cp_rank)
         return (ranges(-self.lengths, self.padded_lengths) >= 0)[owned]  # tokens counted from the padding's first
 
     @property
@@ -105,6 +113,7 @@ def build_packed_seq(
     qkv_format: str = "thd",
     layout: str = "zigzag",
     first_ids: np.ndarray | None = None,
+    placement: Placement | None = None,
 ) -> tuple[PackedSeq, np.ndarray]:
     """Describe a row, and select this rank's tokens.
 
@@ -112,6 +121,7 @@ def build_packed_seq(
         lengths: [documents] real lengths; 0 for the tail.
         padded_lengths: [documents] padded lengths.
         first_ids: as in `PackedSeq`; None: positions in the row.
+        placement: as in `PackedSeq`.
 
     Returns:
         The `PackedSeq` with CPU tensors, and the [T / cp_size] int64 indices of this rank's tokens in the row.
@@ -125,7 +135,7 @@ def build_packed_seq(
     real, padded = lengths.tolist(), padded_lengths.tolist()  # Python's ints are faster for a row's few documents
     if not all(0 <= a <= b for a, b in zip(real, padded, strict=True)):
         raise UserError("a document's real length must lie between 0 and its padded length")
-    owned = shard_indices(padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=layout)
+    owned = shard_indices(padded_lengths, cp_size=cp_size, cp_rank=cp_rank, layout=layout, placement=placement)
     starts = np.array([0, *accumulate(padded)][:-1], np.int64)
     starts_of = np.repeat(starts, padded_lengths)  # [T]
     packed_seq = PackedSeq(
@@ -138,5 +148,6 @@ def build_packed_seq(
         qkv_format=qkv_format,
         layout=layout,
         first_ids=starts if first_ids is None else first_ids,
+        placement=placement,
     )
     return packed_seq, owned

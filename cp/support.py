@@ -63,7 +63,8 @@ class Support:
 
 
 _ZIGZAG = {"thd": ("zigzag",), "bshd": ("zigzag",)}
-_ZIGZAG_OR_NOT = {"thd": ("zigzag", "contiguous"), "bshd": ("zigzag", "contiguous")}
+_ZIGZAG_OR_HYBRID = {"thd": ("zigzag", "hybrid"), "bshd": ("zigzag",)}
+_ANY = {"thd": ("zigzag", "contiguous", "hybrid"), "bshd": ("zigzag", "contiguous")}
 _DOC_CONTIGUOUS = {"thd": ("doc_contiguous",), "bshd": ("doc_contiguous",)}
 _CONTIGUOUS, _STRIPED = {"thd": ("contiguous",)}, {"bshd": ("striped",)}
 _PYTORCH = {"bshd": ("zigzag", "doc_contiguous")}
@@ -76,11 +77,11 @@ _UNTESTED = "not run on a GPU yet"
 _PADDED, _NO_FP32 = "padding is computed", "its fp32 gradients are silently wrong"
 
 SUPPORT: tuple[Support, ...] = (
-    Support("native", "p2p", _ZIGZAG, _ALL, note="ring; K and V of one neighbour at a time"),
-    Support("native", "all_gather", _ZIGZAG_OR_NOT, _ALL, (), True, "needed K and V, some heads at a time; contiguous: any length"),
+    Support("native", "p2p", _ZIGZAG_OR_HYBRID, _ALL, note="ring; K and V of one neighbour at a time"),
+    Support("native", "all_gather", _ANY, _ALL, (), True, "needed K and V, some heads at a time; contiguous: any length"),
     Support("native", "a2a", _ZIGZAG, _ALL, _Q, note="Ulysses: trades tokens for heads; repeats K/V heads if too few"),
     Support("native", "a2a+p2p", _ZIGZAG, _ALL, _Q, note="a2a among --cp-a2a-size neighbours, a ring over the rest"),
-    Support("te", "p2p", _ZIGZAG, _CUDA, note=f"Transformer Engine's ring; {_UNTESTED}"),
+    Support("te", "p2p", _ZIGZAG_OR_HYBRID, _CUDA, note=f"Transformer Engine's ring; {_UNTESTED}"),
     Support("te", "all_gather", _ZIGZAG, _CUDA, note=f"K and V of all heads gathered; {_UNTESTED}"),
     Support("te", "a2a", _ZIGZAG, _CUDA, _QKV, note=_UNTESTED),
     Support("te", "a2a+p2p", _ZIGZAG, _CUDA, _QKV, note=_UNTESTED),

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cp.layout import attention_pairs, balance
+from cp.layout import attention_pairs, balance, document_unit
 from cp.packed_seq import IGNORE_LABEL, PackedSeq, build_packed_seq
+from cp.placement import Placement, place
 from data.balance import deal_step
 from data.dataset import PackedSample, padding_sample
 from data.packing import count_microbatches
+from utils.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,7 @@ def build_batch(
     layout: str,
     pad_rows: str = "full",
     row_unit: int | None = None,
+    attention_cost: float = 0.0,
     hash_row: bool = False,
 ) -> Batch:
     """The row of these samples, cut to this rank's tokens.
@@ -72,12 +75,17 @@ def build_batch(
     Args:
         pad_rows: of `packing.PAD_ROWS`; dynamic leaves out the samples' tails.
         row_unit: a dynamic row's length is a multiple of it; default 2 * cp_size.
+        attention_cost: as `BatchPlan`'s; the layout hybrid evens the ranks' work by it.
+
+    Raises:
+        UserError: hybrid cannot place the documents, because they are aligned to less than `cp.layout.document_unit`.
     """
-    if pad_rows == "dynamic":
-        samples = _trim_tails(samples, unit=row_unit or 2 * cp_size)
-    lengths = _concatenate([s.lengths for s in samples])
-    padded_lengths = _concatenate([s.padded_lengths for s in samples])
-    first_ids = [s.first_id + at for s in samples for at in accumulate([0, *s.padded_lengths.tolist()[:-1]])]
+    parts = samples if pad_rows == "full" else _trim_tails(samples, unit=row_unit or 2 * cp_size)
+    row = _join(parts)
+    if layout == "hybrid" and cp_size > 1:
+        numbers = np.repeat(np.arange(len(parts)), [len(s.lengths) for s in parts])
+        row = _place_documents(row, numbers, len(samples), sum(len(s.tokens) for s in samples), cp_size, attention_cost)
+    lengths, padded_lengths, placement = row.lengths, row.padded_lengths, row.placement
     packed_seq, owned = build_packed_seq(
         lengths,
         padded_lengths,
@@ -85,15 +93,18 @@ def build_batch(
         cp_rank=cp_rank,
         qkv_format=qkv_format,
         layout=layout,
-        first_ids=np.array(first_ids, np.int64),
+        first_ids=row.first_ids,
+        placement=placement,
     )
-    tokens, labels = _concatenate([s.tokens for s in samples]), _concatenate([s.labels for s in samples])
-    row_hash = _hash_row(tokens, labels, lengths, padded_lengths) if hash_row else None
+    tokens, labels = row.tokens, row.labels
+    places = () if placement is None else (placement.degrees, placement.first_ranks)
+    row_hash = _hash_row(tokens, labels, lengths, padded_lengths, *places) if hash_row else None
     counts = [np.count_nonzero(s.labels != IGNORE_LABEL) if s.loss_tokens is None else s.loss_tokens for s in samples]
     cp_balance = 1.0
     if cp_size > 1:
         tokens, labels = tokens[owned], labels[owned]
-        cp_balance = balance(attention_pairs(lengths, padded_lengths, cp_size=cp_size, layout=layout))
+        pairs = attention_pairs(lengths, padded_lengths, cp_size=cp_size, layout=layout, placement=placement)
+        cp_balance = balance(pairs)
     return Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -103,6 +114,58 @@ def build_batch(
         cp_balance=cp_balance,
         row_hash=row_hash,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """Samples end to end, before the cut to this rank's tokens. Attributes as `PackedSeq`'s and `PackedSample`'s."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+    padded_lengths: np.ndarray
+    first_ids: np.ndarray
+    placement: Placement | None = None
+
+
+def _join(samples: Sequence[PackedSample]) -> _Row:
+    ids = [s.first_id + at for s in samples for at in accumulate([0, *s.padded_lengths.tolist()[:-1]])]
+    arrays = ([getattr(s, name) for s in samples] for name in ("tokens", "labels", "lengths", "padded_lengths"))
+    return _Row(*map(_concatenate, arrays), np.array(ids, np.int64))
+
+
+def _place_documents(
+    row: _Row, sample_numbers: np.ndarray, num_samples: int, full_length: int, cp_size: int, attention_cost: float
+) -> _Row:
+    """The row with its documents padded and placed for the layout hybrid, fillers instead of tails.
+
+    Args:
+        sample_numbers: [documents] the sample of each document.
+        full_length: tokens of the samples with their tails, for a shorter row without an even placement.
+    """
+    is_document = row.lengths > 0
+    lengths, numbers = row.lengths[is_document], sample_numbers[is_document]
+    for length in dict.fromkeys((len(row.tokens), full_length)):
+        placed = place(
+            lengths, row_length=length, cp_size=cp_size, attention_cost=attention_cost,
+            sample_numbers=numbers, num_samples=num_samples,
+        )  # fmt: skip
+        if placed is not None and not placed.placement.is_fallback:
+            break
+    if placed is None:
+        unit = document_unit("hybrid", cp_size, num_samples)
+        raise UserError(
+            f"--cp-layout hybrid: a row of {full_length} tokens has no room for its {len(lengths)} documents: "
+            f"align documents to a multiple of {unit}"
+        )
+    tokens, labels = np.full(length, row.tokens[-1]), np.full(length, IGNORE_LABEL, np.int64)
+    ids = np.concatenate((row.first_ids[is_document], np.zeros(len(placed.lengths) - len(lengths), np.int64)))
+    sources = (np.cumsum(row.padded_lengths) - row.padded_lengths)[is_document].tolist()
+    targets = (np.cumsum(placed.padded_lengths) - placed.padded_lengths).tolist()
+    for source, target, count in zip(sources, targets, lengths.tolist(), strict=False):
+        tokens[target : target + count] = row.tokens[source : source + count]
+        labels[target : target + count] = row.labels[source : source + count]
+    return _Row(tokens, labels, placed.lengths, placed.padded_lengths, ids, placed.placement)
 
 
 def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
@@ -203,5 +266,6 @@ class BatchPlan:
             layout=self.layout,
             pad_rows=self.pad_rows,
             row_unit=self.row_unit,
+            attention_cost=self.attention_cost,
             hash_row=step < self.hash_before_step,
         )

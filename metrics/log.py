@@ -39,7 +39,16 @@ APPEND_ONLY = sys.maxsize  # keep_before of a metrics file that another run may 
 NEWLINE = b"\n"
 
 # Counts of a row, summed over a step's rows, in this order, in one float64 tensor.
-ROW_COUNTS = ("loss_tokens", "real_tokens", "squared_lengths", "row_tokens", "cp_balance", "rows", "work")
+ROW_COUNTS = (
+    "loss_tokens",
+    "real_tokens",
+    "squared_lengths",
+    "row_tokens",
+    "cp_balance",
+    "rows",
+    "work",
+    "fallback_rows",
+)
 
 
 def count_rows(batches: list[Batch], plan: BatchPlan) -> Tensor:
@@ -53,7 +62,9 @@ def count_rows(batches: list[Batch], plan: BatchPlan) -> Tensor:
         squares = (batch.packed_seq.lengths**2).sum()
         row_length = batch.packed_seq.row_length
         work, busiest = plan.row_work(batch)
-        counts = (batch.loss_tokens, batch.real_tokens, squares, row_length, batch.cp_balance, 1, work)
+        placement = batch.packed_seq.placement
+        is_fallback = placement is not None and placement.is_fallback
+        counts = (batch.loss_tokens, batch.real_tokens, squares, row_length, batch.cp_balance, 1, work, is_fallback)
         sums[: len(ROW_COUNTS)] = [a + float(b) for a, b in zip(sums, counts, strict=False)]
         sums[len(ROW_COUNTS) + plan.batch_rank] += busiest
     return torch.tensor(sums, dtype=torch.float64)
@@ -207,6 +218,7 @@ class MetricsLog:
             "packing_efficiency": counts["real_tokens"] / counts["row_tokens"],
             "cp_balance": counts["cp_balance"] / counts["rows"],
             "work_balance": max(busiest) * len(busiest) / counts["work"],
+            "cp_fallback_rows": int(counts["fallback_rows"]),
             "data_share": result.data_time / seconds,
             "cp_wait_share": None if result.cp_wait is None else result.cp_wait / seconds,
             "max_memory_bytes": memory,
@@ -238,6 +250,7 @@ class MetricsLog:
         mfu = f"{tflops / self.peak_tflops:6.1%}" if self.peak_tflops else "n/a"
         waits = [r.cp_wait for r in pending if r.cp_wait is not None]
         left = int((self.train_iters - last["step"]) * seconds / len(records))
+        fallbacks = sum(r["cp_fallback_rows"] for r in records)
         parts = [
             f"step {last['step']:{len(str(self.train_iters))}d}/{self.train_iters}",
             f"loss {'none' if last['loss'] is None else format(last['loss'], '8.5f')}",
@@ -249,6 +262,7 @@ class MetricsLog:
             f"packing {last['packing_efficiency']:6.2%}",
             f"cp balance {last['cp_balance']:.3f}",
             f"work balance {last['work_balance']:.3f}",
+            *([f"fallback rows {fallbacks}"] if fallbacks else []),
             *([f"cp wait {sum(waits) / seconds:5.1%}"] if waits else []),
             *([f"skipped {last['skipped_steps']}"] if last["skipped_steps"] else []),
             f"data {sum(r.data_time for r in pending) / seconds:5.1%}",

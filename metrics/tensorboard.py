@@ -162,7 +162,10 @@ def balance_figure(pairs: np.ndarray, lengths: Sequence[int], layout: str) -> An
 
 
 def describe_data(writers: Sequence[TensorBoardWriter], dataset: SampleDataset, *, cp_size: int, layout: str) -> None:
-    """Write a histogram of each source's document lengths, and a figure of the CP balance of the first row."""
+    """Write a histogram of each source's document lengths, and a figure of the CP balance of the first row.
+
+    No figure for the layout hybrid, whose shares depend on all samples of a row.
+    """
     sources = dataset.sources if isinstance(dataset, BlendedDataset) else [dataset]
     packed = [source for source in sources if isinstance(source, PackedDataset)]
     names = distinct_suffixes([source.name for source in packed])
@@ -171,7 +174,7 @@ def describe_data(writers: Sequence[TensorBoardWriter], dataset: SampleDataset, 
             stride = max(1, len(source.documents) // MAX_LENGTHS)
             lengths = source.tokens.lengths[source.documents[::stride]].astype(np.int64)
             writer.histogram(f"data/document_lengths_{name}", lengths, length_bins(source.longest))
-        if cp_size > 1:
+        if cp_size > 1 and layout != "hybrid":
             row = dataset.sample(0)
             pairs = attention_pairs(row.lengths, row.padded_lengths, cp_size=cp_size, layout=layout)
             figure = balance_figure(pairs, row.lengths.tolist(), layout)

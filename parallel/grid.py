@@ -173,6 +173,27 @@ def embedding_group(grid: Grid, *, timeout: timedelta | None = None) -> dist.Pro
     return _join(ends, timeout=timeout, backend=dist.get_backend(grid.group("pp")), group_desc="embedding")
 
 
+def neighbour_groups(
+    grid: Grid, axis: str, sizes: Iterable[int], *, timeout: timedelta | None = None
+) -> dict[int, dist.ProcessGroup]:
+    """This rank's group of `size` consecutive ranks along an axis, for each size above 1; the whole axis has its own.
+
+    Collective over the axis. Each rank makes its own groups only and waits for no others: over many ranks, a world-wide
+    call for every group would take minutes. `timeout` as `build_grid`; the backend is that of the axis.
+    """
+    ranks = next(ranks for ranks in ranks_along(grid.sizes, axis) if grid.global_rank in ranks)
+    options: dict[str, Any] = dict(timeout=timeout, backend=dist.get_backend(grid.group(axis)))
+    found = {}
+    for size in sizes:
+        if size == grid.size(axis):
+            found[size] = grid.group(axis)
+        elif size > 1:
+            first = grid.rank(axis) // size * size
+            own, name = ranks[first : first + size], f"{axis} {size}"
+            found[size] = dist.new_group(own, use_local_synchronization=True, group_desc=name, **options)
+    return found
+
+
 def split_group(
     grid: Grid, axis: str, inner_size: int, *, timeout: timedelta | None = None
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

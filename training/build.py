@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from config.schema import DataConfig, ParallelConfig, RunConfig
 from cp.attention import build_attention
+from cp.placement import degree_chain
 from data.batch import BatchPlan
 from data.build import build_dataset, train_tokenizer
 from data.dataset import SampleDataset
@@ -25,7 +26,7 @@ from model.layers import build_precision
 from model.transformer import GPTOptions
 from parallel.collectives import WaitClock
 from parallel.fsdp import Accumulation, shard_model
-from parallel.grid import Grid, embedding_group, split_group
+from parallel.grid import Grid, embedding_group, neighbour_groups, split_group
 from parallel.pipeline import build_schedule
 from parallel.stages import split_layers
 from parallel.tensor import TensorParallel
@@ -154,8 +155,16 @@ def build_meta_model(
     a2a_groups = None
     if parallel.attention.a2a_size > 1:
         a2a_groups = split_group(grid, "cp", parallel.attention.a2a_size, timeout=collective_timeout(parallel))
+    degree_groups = None
+    if parallel.cp_layout == "hybrid":
+        degrees = degree_chain(parallel.cp_size)
+        degree_groups = neighbour_groups(grid, "cp", degrees, timeout=collective_timeout(parallel))
     attention = build_attention(
-        parallel.attention, head_dim=architecture.kv_channels, a2a_groups=a2a_groups, clock=clock
+        parallel.attention,
+        head_dim=architecture.kv_channels,
+        a2a_groups=a2a_groups,
+        degree_groups=degree_groups,
+        clock=clock,
     )
     tp = TensorParallel(grid.group("tp"), parallel.sequence_parallel)
     bf16_layers = (0, architecture.num_layers - 1) if model_flags.fp8_first_last_bf16 else ()

@@ -13,14 +13,16 @@ import torch.distributed as dist
 from cp.attention import build_attention
 from cp.layout import document_unit, unshard_indices
 from cp.packed_seq import build_packed_seq
+from cp.placement import PlacedRow, Placement, degree_chain, degree_unit, pad_to
 from cp.support import AttentionChoice, cells
-from parallel.grid import Grid, GridSizes, build_grid, split_group
+from parallel.grid import Grid, GridSizes, build_grid, neighbour_groups, split_group
 from planner.estimate import count_gathered, cp_bytes
 from tests.reference import BF16_ROUNDING, dense_attention, random_documents, relative_error
 from tests.world import World
 
 HEADS, HEAD_DIM = 4, 16
 LIMITS = {"fp64": 1e-10, "fp32": 1e-5}
+Documents = tuple[np.ndarray, np.ndarray, Placement | None]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -48,11 +50,38 @@ def documents_of(name: str, unit: int, cp_size: int) -> tuple[np.ndarray, np.nda
     return random_documents(np.random.default_rng(int(name)), 32 * cp_size, unit)
 
 
+def place_at(lengths, degrees, first_ranks, cp_size: int) -> PlacedRow:
+    """A hybrid row of documents on these ranks; fillers make all ranks equal."""
+    lengths, degrees, first_ranks = (np.asarray(x, np.int64) for x in (lengths, degrees, first_ranks))
+    padded, used = pad_to(lengths, degree_unit(degrees)), np.zeros(cp_size, np.int64)
+    for first, degree, length in zip(first_ranks, degrees, padded, strict=True):
+        used[first : first + degree] += length // degree
+    room = used.max() + 1 - used
+    places = Placement(
+        degrees=np.concatenate((degrees, np.ones(cp_size, np.int64))),
+        first_ranks=np.concatenate((first_ranks, np.arange(cp_size))),
+    )
+    return PlacedRow(np.concatenate((lengths, np.zeros(cp_size, np.int64))), np.concatenate((padded, room)), places)
+
+
+def mixed_degrees(name: str, cp_size: int) -> PlacedRow:
+    """Documents of random degrees on random ranks: some ranks hold none, some lengths fill no chunk."""
+    rng, count = np.random.default_rng(ord(name[0])), {"empty": 0, "one": 1, "two": 2}.get(name, 3 * cp_size)
+    degrees = rng.choice(degree_chain(cp_size), count)
+    if name == "one":
+        degrees[:] = cp_size
+    lengths = np.ones(count, int) if name == "ones" else rng.integers(1, 8 * degrees + 1)
+    return place_at(lengths, degrees, rng.integers(0, cp_size // degrees) * degrees, cp_size)
+
+
 THD_CASES = ["two", "one", "ones", "empty", *map(str, range(5))]
 
 
-def documents_for(choice: AttentionChoice, name: str) -> tuple[np.ndarray, np.ndarray]:
-    return documents_of(name, document_unit(choice.layout, choice.cp_size), choice.cp_size)
+def documents_for(choice: AttentionChoice, name: str) -> Documents:
+    """Real lengths, padded lengths, and the placement of a hybrid row."""
+    if choice.layout == "hybrid":
+        return mixed_degrees(name, choice.cp_size)
+    return *documents_of(name, document_unit(choice.layout, choice.cp_size), choice.cp_size), None
 
 
 def cases(choice: AttentionChoice) -> list[str]:
@@ -67,7 +96,7 @@ def inputs(total: int, groups: int, dtype: torch.dtype, seed: int = 0) -> list[t
 
 def real_rows(documents) -> torch.Tensor:
     """[T] bool: not padding."""
-    return torch.from_numpy(np.concatenate([np.arange(p) < n for n, p in zip(*documents, strict=True)]))
+    return torch.from_numpy(np.concatenate([np.arange(p) < n for n, p in zip(*documents[:2], strict=True)]))
 
 
 @functools.cache
@@ -81,16 +110,22 @@ def a2a_groups(cp_size: int, a2a_size: int):
     return split_group(grid_of(cp_size), "cp", a2a_size)
 
 
+@functools.cache
+def degree_groups(cp_size: int):
+    return neighbour_groups(grid_of(cp_size), "cp", degree_chain(cp_size))
+
+
 def run_attention(choice: AttentionChoice, documents, tensors) -> list[torch.Tensor]:
     """out, dq, dk, dv of the whole row in order, on every rank; all cp groups compute the same."""
     grid = grid_of(choice.cp_size)
     group, rank = grid.group("cp"), grid.rank("cp")
     groups = a2a_groups(choice.cp_size, choice.a2a_size) if choice.a2a_size > 1 else None
-    attention = build_attention(choice, head_dim=HEAD_DIM, a2a_groups=groups)
-    lengths, padded = documents
-    packed_seq, owned = build_packed_seq(
-        lengths, padded, cp_size=choice.cp_size, cp_rank=rank, qkv_format=choice.qkv_format, layout=choice.layout
+    attention = build_attention(
+        choice, head_dim=HEAD_DIM, a2a_groups=groups, degree_groups=degree_groups(choice.cp_size)
     )
+    lengths, padded, placement = documents
+    place = dict(cp_size=choice.cp_size, layout=choice.layout, placement=placement)
+    packed_seq, owned = build_packed_seq(lengths, padded, cp_rank=rank, qkv_format=choice.qkv_format, **place)
     q, k, v, dout = (x[torch.from_numpy(owned)] for x in tensors)
     v = torch.stack((v, v), 1)[:, 0]  # a strided view, as in the model
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
@@ -98,7 +133,7 @@ def run_attention(choice: AttentionChoice, documents, tensors) -> list[torch.Ten
     dout = dout * real_rows(documents)[owned][:, None, None]
     out = attention(q, k, v, packed_seq, group)
     out.backward(dout)
-    order = torch.from_numpy(unshard_indices(padded, cp_size=choice.cp_size, layout=choice.layout))
+    order = torch.from_numpy(unshard_indices(padded, **place))
     gathered = []
     for x in (out.detach(), q.grad, k.grad, v.grad):
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(choice.cp_size)]
@@ -110,7 +145,7 @@ def run_attention(choice: AttentionChoice, documents, tensors) -> list[torch.Ten
 def wanted(documents, tensors) -> list[torch.Tensor]:
     """out, dq, dk, dv in float64 on one rank."""
     q, k, v, dout = (x.to(torch.float64, copy=True).requires_grad_() for x in tensors)
-    out = dense_attention(q, k, v, *documents, scale=HEAD_DIM**-0.5)
+    out = dense_attention(q, k, v, *documents[:2], scale=HEAD_DIM**-0.5)
     out.backward(dout.detach())
     return [out.detach(), q.grad, k.grad, v.grad]
 
@@ -164,10 +199,14 @@ def test_bf16_is_as_close_as_rounding_allows(world: World, choice: AttentionChoi
 def check_isolation(rank: int, choice: AttentionChoice, dtype: str) -> bool:
     """Other values in document 1 change no bit of the outputs and gradients of documents 0 and 2."""
     unit = 2 * choice.cp_size
-    documents = np.array([3 * unit - 1, 2 * unit, unit + 1]), np.array([3 * unit, 2 * unit, 3 * unit])
-    first = inputs(8 * unit, 2, DTYPES[dtype])
+    documents: Documents = np.array([3 * unit - 1, 2 * unit, unit + 1]), np.array([3 * unit, 2 * unit, 3 * unit]), None
+    if choice.layout == "hybrid":  # documents 0 and 1 share their ranks, document 2 lies on the last one
+        size = choice.cp_size
+        documents = place_at([3 * unit, 2 * unit, unit + 1], [size, size, 1], [0, 0, size - 1], size)
+    total = int(documents[1].sum())
+    first = inputs(total, 2, DTYPES[dtype])
     second = [x.clone() for x in first]
-    for x, other in zip(second, inputs(8 * unit, 2, DTYPES[dtype], seed=1), strict=True):
+    for x, other in zip(second, inputs(total, 2, DTYPES[dtype], seed=1), strict=True):
         x[3 * unit : 5 * unit] = other[3 * unit : 5 * unit]
     before, after = run_attention(choice, documents, first), run_attention(choice, documents, second)
     others = real_rows(documents)
@@ -188,10 +227,12 @@ def test_documents_do_not_see_each_other(world: World, choice: AttentionChoice, 
 def check_padding_is_inert(rank: int, choice: AttentionChoice) -> bool:
     """Values in padding change no real token; if padding is not computed, its results are exactly 0."""
     unit = 2 * choice.cp_size
-    documents = np.array([unit + 1, min(5, unit), 0]), np.array([2 * unit, unit, 3 * unit])
+    documents: Documents = np.array([unit + 1, min(5, unit), 0]), np.array([2 * unit, unit, 3 * unit]), None
+    if choice.layout == "hybrid":
+        documents = place_at([unit + 1, 5], [choice.cp_size, 1], [0, 0], choice.cp_size)
     real = real_rows(documents)
     dtype = torch.bfloat16 if choice.backend == "ring" else torch.float32
-    first = inputs(6 * unit, 2, dtype)
+    first = inputs(len(real), 2, dtype)
     second = [x.clone() for x in first]
     for x in second:
         x[~real] = 100.0

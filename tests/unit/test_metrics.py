@@ -64,7 +64,7 @@ def log(path: Path) -> MetricsLog:
 
 
 def step(metrics: MetricsLog, number: int, loss: float) -> None:
-    counts = torch.tensor([90.0, 95.0, 95.0**2, 100.0, 1.5, 1.0, 100.0, 150.0], dtype=torch.float64)
+    counts = torch.tensor([90.0, 95.0, 95.0**2, 100.0, 1.5, 1.0, 100.0, 0.0, 150.0], dtype=torch.float64)
     assert len(counts) == len(ROW_COUNTS) + 1  # one data rank
     metrics.step(StepResult(number, torch.tensor(loss), torch.tensor(1.0), 0.1, counts, data_time=0.0, memory=5))
 

@@ -79,8 +79,9 @@ def log(
 
 
 COUNTS = dict(
-    loss_tokens=90.0, real_tokens=95.0, squared_lengths=1000.0, row_tokens=200.0, cp_balance=3.0, rows=2.0, work=400.0
-)
+    loss_tokens=90.0, real_tokens=95.0, squared_lengths=1000.0, row_tokens=200.0, cp_balance=3.0, rows=2.0, work=400.0,
+    fallback_rows=1.0,
+)  # fmt: skip
 BUSIEST = [250.0, 150.0]  # of two data ranks
 
 
@@ -117,7 +118,7 @@ def test_facts_of_rows() -> None:
     got = count_rows([replace(batch([3, 5, 0], [4, 6, 2]), cp_balance=1.25), batch([8], [8])], plan)
     wanted = dict(
         loss_tokens=2 + 7, real_tokens=8 + 8, squared_lengths=9 + 25 + 64, row_tokens=12 + 8, cp_balance=2.25, rows=2,
-        work=(12 + 0.5 * 34) / 2 + (8 + 0.5 * 64) / 2,
+        work=(12 + 0.5 * 34) / 2 + (8 + 0.5 * 64) / 2, fallback_rows=0,
     )  # fmt: skip
     assert dict(zip(ROW_COUNTS, got.tolist(), strict=False)) == wanted and got.dtype == torch.float64
     assert got[len(ROW_COUNTS) :].tolist() == [0.0, (12 + 0.5 * 34 * 1.25) / 2 + (8 + 0.5 * 64) / 2, 0.0]
@@ -143,6 +144,7 @@ def test_one_steps_record_by_hand(tmp_path: Path, clock: Clock) -> None:
         "packing_efficiency": 0.475,
         "cp_balance": 1.5,
         "work_balance": 1.25,
+        "cp_fallback_rows": 1,
         "data_share": 0.25,
         "cp_wait_share": None,
         "max_memory_bytes": 3 * 2**30,
