@@ -78,7 +78,7 @@ _PADDED, _NO_FP32 = "padding is computed", "its fp32 gradients are silently wron
 
 SUPPORT: tuple[Support, ...] = (
     Support("native", "p2p", _ZIGZAG_OR_HYBRID, _ALL, note="ring; K and V of one neighbour at a time"),
-    Support("native", "all_gather", _ANY, _ALL, (), True, "needed K and V, some heads at a time; contiguous: any length"),
+    Support("native", "all_gather", _ANY, _ALL, (), True, "needed K and V, some heads at a time"),
     Support("native", "a2a", _ZIGZAG, _ALL, _Q, note="Ulysses: trades tokens for heads; repeats K/V heads if too few"),
     Support("native", "a2a+p2p", _ZIGZAG, _ALL, _Q, note="a2a among --cp-a2a-size neighbours, a ring over the rest"),
     Support("te", "p2p", _ZIGZAG_OR_HYBRID, _CUDA, note=f"Transformer Engine's ring; {_UNTESTED}"),

@@ -24,7 +24,15 @@ for upper in ("training", "checkpoint", "metrics", "runtime", "planner"):
     MAY_IMPORT[upper] = MAY_IMPORT["config"] | {"config", "training", "checkpoint", "metrics", "runtime", "planner"}
 ROOMS = {*MAY_IMPORT, "train", "tools", "benchmarks", "tests"}
 NARROWER = {
-    "data": {"cp.packed_seq", "cp.layout", "utils.errors", "utils.files", "utils.names", "utils.plain_yaml"},
+    "data": {
+        "cp.packed_seq",
+        "cp.layout",
+        "cp.placement",
+        "utils.errors",
+        "utils.files",
+        "utils.names",
+        "utils.plain_yaml",
+    },
     "cp": {"parallel.collectives", "parallel.keyed_random", "utils.errors"},
 }
 

@@ -62,7 +62,7 @@ def held(batch: Batch, counted_only: bool = False) -> Counter:
 def test_ranks_hold_what_one_rank_holds(
     lengths: list[int], cp_size: int, layout: str, packing: str, pad_rows: str, micro_batch: int
 ) -> None:
-    alignment = document_unit(layout, cp_size)
+    alignment = document_unit(layout, cp_size, micro_batch)
     data = dataset(lengths, seq_length=4 * max(alignment, cp_size), alignment=alignment, packing=packing)
     if not data.samples_per_epoch:
         return
@@ -77,7 +77,7 @@ def test_ranks_hold_what_one_rank_holds(
         assert batch.packed_seq.cu_seqlens.tolist() == batches[0].packed_seq.cu_seqlens.tolist()
         assert batch.packed_seq.row_length == cp_size * len(batch.tokens)
     together = sum((held(b) for b in batches), Counter())
-    if pad_rows == "full":
+    if pad_rows == "full" and layout != "hybrid":  # which pads documents anew
         assert together == held(one)
     counted = sum((held(b, counted_only=True) for b in batches), Counter())
     assert counted == held(one, counted_only=True) and counted.total() == one.loss_tokens

@@ -40,7 +40,7 @@ def test_every_cell_is_served() -> None:
         (entry.backend, entry.method) for entry in SUPPORT if "cpu" in entry.dtypes
     }
     for choice, _ in found:
-        assert callable(build_attention(choice, head_dim=8, a2a_groups=(None, None)))  # type: ignore[arg-type]
+        assert callable(build_attention(choice, head_dim=8, a2a_groups=(None, None), degree_groups={}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
