@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cp.dropout_attention import AttentionDropout, AttentionOptions
-from cp.hybrid import Groups, build_gathers, build_rings, hybrid_all_gather, hybrid_p2p
+from cp.hybrid import Groups, build_rings, hybrid_p2p
 from cp.native_a2a import a2a_attention, build_exchange
 from cp.native_all_gather import all_gather_attention, build_row_blocks
 from cp.native_p2p import build_ring_blocks, ring_attention
@@ -72,14 +72,11 @@ def build_attention(
     scale = head_dim**-0.5
     if choice.backend == "native":
         options = AttentionOptions(scale, clock=clock, heads_k_stride=choice.heads_k_stride)
-        if choice.layout == "hybrid":
-            assert degree_groups is not None
-            build, attend = {"p2p": (build_rings, hybrid_p2p), "all_gather": (build_gathers, hybrid_all_gather)}[
-                choice.method
-            ]
-            return NativeAttention(partial(build, groups=degree_groups), attend, options)
         if choice.method == "all_gather":
             return NativeAttention(build_row_blocks, all_gather_attention, options)
+        if choice.layout == "hybrid":
+            assert degree_groups is not None
+            return NativeAttention(partial(build_rings, groups=degree_groups), hybrid_p2p, options)
         if choice.a2a_size == 1:  # p2p, or no neighbour to trade with: the ring alone
             return NativeAttention(build_ring_blocks, ring_attention, options)
         assert a2a_groups is not None

@@ -2,14 +2,14 @@
 
 A rank's tokens of one degree d are a row of their own, in zigzag order over the d ranks of a group. `p2p` runs the
 rings of all degrees together (`cp.native_p2p.rings_attention`): documents of degree 1 are computed while the first
-shards of the others travel. `all_gather` and Transformer Engine take one degree after another, the largest first.
+shards of the others travel. Transformer Engine takes one degree after another, the largest first. `all_gather` needs
+no groups: `cp.needed_keys` follows the placement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from cp.dropout_attention import AttentionOptions
 from cp.layout import held_documents
-from cp.native_all_gather import all_gather_attention, build_row_blocks
-from cp.native_p2p import Ring, build_ring_blocks, ring_attention, rings_attention
+from cp.native_p2p import Ring, build_ring_blocks, rings_attention
 from cp.packed_seq import PackedSeq, build_packed_seq
 from cp.placement import Placement
 
@@ -80,32 +79,3 @@ def hybrid_p2p(
 ) -> Tensor:
     """Attention over `build_rings`. q [t, hq, d]; k, v [t, hkv, d] -> [t, hq, d], 0 in padding."""
     return rings_attention(q, k, v, rings, options)
-
-
-def build_gathers(
-    packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_dropout: bool, groups: Groups
-) -> list[tuple[slice, Callable[..., Tensor]]]:
-    """For `all_gather`: this rank's tokens of each degree, and their attention. Degree 1 gathers nothing."""
-    parts: list[tuple[slice, Callable[..., Tensor]]] = []
-    for row in build_degree_rows(packed_seq, cp_size=cp_size, cp_rank=cp_rank):
-        own: dict[str, Any] = dict(cp_size=row.degree, cp_rank=cp_rank % row.degree)
-        own |= dict(device=device, with_dropout=with_dropout)
-        if row.degree > 1:
-            blocks = build_row_blocks(row.packed_seq, **own)
-            attend = partial(all_gather_attention, blocks=blocks, group=groups[row.degree])
-        else:
-            attend = partial(ring_attention, blocks=build_ring_blocks(row.packed_seq, **own), group=None)
-        parts.append((row.tokens, attend))
-    return parts
-
-
-def hybrid_all_gather(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    parts: list[tuple[slice, Callable[..., Tensor]]],
-    group: dist.ProcessGroup,
-    options: AttentionOptions,
-) -> Tensor:
-    """As `hybrid_p2p`, over `build_gathers`. In the backward pass autograd runs the parts in reverse, on all ranks."""
-    return torch.cat([attend(q[at], k[at], v[at], options=options) for at, attend in parts])

@@ -6,9 +6,9 @@ it is three quarters of Llama 3's gather of the whole row (arXiv:2407.21783, sec
 `heads_k_stride` at a time: while attention runs over the K and V of some heads, the next ones are under way. The
 backward pass gathers again instead of keeping K and V, and sends dK and dV back the same way.
 
-Takes the layouts `zigzag` (balanced) and `contiguous` (documents of any length). In both, a rank holds pieces of
-consecutive tokens of a document. Each piece attends to itself (causal, square; no transfer) and to all earlier tokens
-of its document (no mask).
+Takes the layouts `zigzag` (balanced), `contiguous` (documents of any length) and `hybrid`. In each, a rank holds
+pieces of consecutive tokens of a document. Each piece attends to itself (causal, square; no transfer) and to all
+earlier tokens of its document (no mask).
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def build_row_blocks(
     packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_dropout: bool = False
 ) -> RowBlocks:
     """Build this rank's blocks and its part of the exchange; `with_dropout`: the blocks carry `dropout_ids`."""
-    keys = NeededKeys(packed_seq.lengths, packed_seq.padded_lengths, cp_size=cp_size, layout=packed_seq.layout)
+    row = dict(layout=packed_seq.layout, placement=packed_seq.placement)
+    keys = NeededKeys(packed_seq.lengths, packed_seq.padded_lengths, cp_size=cp_size, **row)  # type: ignore[arg-type]
     pieces, needed = keys.pieces[cp_rank], keys.needed[cp_rank]
     own_ids = before_ids = None
     if with_dropout:
@@ -199,7 +200,7 @@ def _add_returned_(
 def all_gather_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: RowBlocks, group: dist.ProcessGroup, options: AttentionOptions
 ) -> Tensor:
-    """Causal attention within each document of a row sharded over `group` (zigzag or contiguous).
+    """Causal attention within each document of a row sharded over `group` (zigzag, contiguous or hybrid).
 
     Args:
         q: [t, hq, d]; k, v: [t, hkv, d]; t = T / cp_size.

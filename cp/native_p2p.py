@@ -211,9 +211,10 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):  # type: ignore[override]
-        q, k, v = ctx.saved_tensors[:3]
+        saved = ctx.saved_tensors  # read once: recomputation allows no second time
+        q, k, v = saved[:3]
         dout = dout.contiguous()
-        passes = [_Backward(ctx.saved_tensors, dout, ring, ctx.options) for ring in ctx.rings]
+        passes = [_Backward(saved, dout, ring, ctx.options) for ring in ctx.rings]
         for step in range(max(ring.steps for ring in passes)):
             under_way = [ring for ring in passes if step < ring.steps]
             for ring in under_way:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from cp.layout import shard_indices
+from cp.placement import Placement
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +55,28 @@ class NeededKeys:
 
     Args:
         lengths, padded_lengths: [documents] real and stored tokens.
+        placement: of the layout hybrid.
 
     Attributes:
         pieces: of each rank.
         needed: [cp, documents] first tokens of each document that a rank needs.
     """
 
-    def __init__(self, lengths: np.ndarray, padded_lengths: np.ndarray, *, cp_size: int, layout: str) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        padded_lengths: np.ndarray,
+        *,
+        cp_size: int,
+        layout: str,
+        placement: Placement | None = None,
+    ) -> None:
         self.lengths = lengths
         self.ends = np.cumsum(padded_lengths)
         self.starts = self.ends - padded_lengths
         ranks = range(cp_size)
-        self.shards = [shard_indices(padded_lengths, cp_size=cp_size, cp_rank=rank, layout=layout) for rank in ranks]
+        cut = partial(shard_indices, padded_lengths, cp_size=cp_size, layout=layout, placement=placement)
+        self.shards = [cut(cp_rank=rank) for rank in ranks]
         self.documents = [np.searchsorted(self.ends, owned, side="right") for owned in self.shards]
         self.pieces = [self._find_pieces(rank) for rank in ranks]
         self.needed = np.zeros((cp_size, len(lengths)), np.int64)

@@ -127,7 +127,8 @@ def pack_rows(config: RunConfig, lengths: np.ndarray | None) -> Rows:
         rows = _join_samples(samples, config.training.micro_batch_size)
         cut = partial(attention_pairs, cp_size=parallel.cp_size, layout=parallel.cp_layout)
         balances = [balance(cut(*row)) for row in rows]
-        if (parallel.attention.backend, parallel.attention.method) == ("native", "all_gather"):
+        is_gathered = (parallel.attention.backend, parallel.attention.method) == ("native", "all_gather")
+        if is_gathered and parallel.cp_layout != "hybrid":
             gather = partial(count_gathered, cp_size=parallel.cp_size, layout=parallel.cp_layout)
             sent, received = np.mean([max(gather(*row).tolist(), key=sum) for row in rows], 0).tolist()
             gathered = sent, received
