@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -129,7 +128,11 @@ class _Row:
 
 
 def _join(samples: Sequence[PackedSample]) -> _Row:
-    ids = [s.first_id + at for s in samples for at in accumulate([0, *s.padded_lengths.tolist()[:-1]])]
+    ids = [
+        s.first_id + end - n
+        for s in samples
+        for n, end in zip(s.padded_lengths, np.cumsum(s.padded_lengths), strict=True)
+    ]
     arrays = ([getattr(s, name) for s in samples] for name in ("tokens", "labels", "lengths", "padded_lengths"))
     return _Row(*map(_concatenate, arrays), np.array(ids, np.int64))
 
