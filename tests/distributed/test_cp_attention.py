@@ -101,8 +101,8 @@ def real_rows(documents) -> torch.Tensor:
 
 @functools.cache
 def grid_of(cp_size: int) -> Grid:
-    """The grid of cp groups of this size over four ranks. Cached per worker, because groups are never freed."""
-    return build_grid(GridSizes(dp_shard=4 // cp_size, cp=cp_size))
+    """The grid of cp groups of this size over all ranks. Cached per worker, because groups are never freed."""
+    return build_grid(GridSizes(dp_shard=dist.get_world_size() // cp_size, cp=cp_size))
 
 
 @functools.cache

@@ -9,16 +9,24 @@ import pytest
 import torch
 
 from cp.attention import build_attention
+from cp.placement import degree_chain
 from cp.support import AttentionChoice
 from model.dropout import HiddenDropout
 from model.gpt import get_chunks
-from parallel.grid import split_group
+from parallel.grid import neighbour_groups, split_group
 from tests.distributed.test_model_parity import built, config_of, grid_of, oracle, rows_of, run_steps
 from tests.reference import relative_error, worst
 from tests.world import World
 
 CONFIG = dict(hidden_dropout=0.1, attention_dropout=0.2, num_layers=2, num_query_groups=2)
-METHODS = {"p2p": {}, "all_gather": {"heads_k_stride": 1}, "a2a": {"a2a_size": 2}, "a2a+p2p": {"a2a_size": 2}}
+METHODS: dict[str, dict] = {
+    "p2p": dict(method="p2p"),
+    "all_gather": dict(method="all_gather", heads_k_stride=1),
+    "a2a": dict(method="a2a", a2a_size=2),
+    "a2a+p2p": dict(method="a2a+p2p", a2a_size=2),
+    "hybrid": dict(method="p2p", layout="hybrid"),
+    "hybrid all_gather": dict(method="all_gather", layout="hybrid"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +38,11 @@ def world():
 @functools.cache
 def attention_of(layout: str, method: str):
     grid = grid_of(layout)
-    choice = AttentionChoice(
-        backend="native", method=method, qkv_format="thd", layout="zigzag", cp_size=grid.size("cp"), **METHODS[method]
-    )
+    how = dict(backend="native", qkv_format="thd", layout="zigzag", cp_size=grid.size("cp")) | METHODS[method]
+    choice = AttentionChoice(**how)  # type: ignore[arg-type]
     groups = split_group(grid, "cp", choice.a2a_size) if choice.a2a_size > 1 else None
-    return build_attention(choice, head_dim=8, a2a_groups=groups)
+    degrees = neighbour_groups(grid, "cp", degree_chain(choice.cp_size)) if choice.layout == "hybrid" else None
+    return build_attention(choice, head_dim=8, a2a_groups=groups, degree_groups=degrees)
 
 
 @functools.cache
@@ -69,7 +77,8 @@ def run(
         recompute=recompute,
         attention=attention_of(layout, method),
     )
-    return run_steps(model, grid, rows_of("thd"), micro_batch, steps=1)
+    cp_layout = METHODS[method].get("layout", "zigzag")
+    return run_steps(model, grid, rows_of("thd"), micro_batch, steps=1, layout=cp_layout)
 
 
 CASES = [
@@ -84,6 +93,11 @@ CASES = [
     ("tp 2 x cp 2", "all_gather", 2, False),
     ("pp 2 x cp 2", "p2p", 1, True),
     ("pp 2 x tp 2", "p2p", 1, True),
+    ("dp_shard 2 x cp 2", "hybrid", 2, True),
+    ("cp 4", "hybrid", 4, True),
+    ("cp 4", "hybrid all_gather", 4, True),
+    ("tp 2 x cp 2", "hybrid", 2, True),
+    ("pp 2 x cp 2", "hybrid", 1, True),
 ]
 
 

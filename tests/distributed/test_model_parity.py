@@ -187,14 +187,15 @@ def run_steps(
     qkv_format: str = "thd",
     schedule: str = "1f1b",
     lr: float = 1e-2,
+    layout: str = "zigzag",
 ) -> dict:
     """`steps` AdamW steps on the same rows; facts of the first step and of the end."""
     optimizer = build_optimizer(model, TrainingConfig(lr=lr))
     size, rank = grid.size("batch"), grid.rank("batch")
     groups = [rows[i : i + micro_batch] for i in range(0, ROWS, micro_batch)]
     mine = groups[rank::size]
-    place = dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), layout="zigzag")
-    batches = [build_batch(g, qkv_format=qkv_format, **place) for g in mine]
+    place = dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), layout=layout)
+    batches = [build_batch(g, qkv_format=qkv_format, attention_cost=0.1, **place) for g in mine]
     tokens = sum_over(
         torch.tensor(float(sum(b.loss_tokens for b in batches)), dtype=torch.float64), grid.group("batch")
     )

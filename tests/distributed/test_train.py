@@ -212,25 +212,31 @@ def test_loss_falls_and_flops_do_not_depend_on_cp(base, one_rank, tmp_path: Path
 
 
 BACKENDS = {
-    "all_gather": "--cp-comm-type all_gather --cp-size 4",
-    "all_gather contiguous": "--cp-comm-type all_gather --cp-layout contiguous --cp-size 2 --pad-rows dynamic",
-    "a2a": "--cp-comm-type a2a --cp-size 2",
-    "a2a+p2p": "--cp-comm-type a2a+p2p --cp-a2a-size 2 --cp-size 4",
-    "ring llama3": "--cp-backend ring --ring-attn-func llama3 --cp-size 2 --dtype fp32",
+    "all_gather": (4, "--cp-comm-type all_gather --cp-size 4"),
+    "all_gather contiguous": (2, "--cp-comm-type all_gather --cp-layout contiguous --cp-size 2 --pad-rows dynamic"),
+    "a2a": (2, "--cp-comm-type a2a --cp-size 2"),
+    "a2a+p2p": (4, "--cp-comm-type a2a+p2p --cp-a2a-size 2 --cp-size 4"),
+    "ring llama3": (2, "--cp-backend ring --ring-attn-func llama3 --cp-size 2 --dtype fp32"),
+    "hybrid": (4, "--cp-layout hybrid --cp-size 2 --tp-size 2 --micro-batch-size 4 --verify-steps 2 --sample-tokens 2"),
+    "hybrid all_gather": (
+        4,
+        "--cp-layout hybrid --cp-comm-type all_gather --pp-size 2 --cp-size 2 --micro-batch-size 2",
+    ),
+    "hybrid dynamic": (4, "--cp-layout hybrid --dp-shard-size 2 --cp-size 2 --micro-batch-size 2 --pad-rows dynamic"),
 }
 
 
 @pytest.mark.parametrize(
     "backend",
     [
-        pytest.param(b, marks=[pytest.mark.full] if b in ("all_gather", "a2a+p2p", "ring llama3") else [])
+        pytest.param(b, marks=[] if b in ("all_gather contiguous", "a2a", "hybrid") else [pytest.mark.full])
         for b in BACKENDS
     ],
 )
 def test_every_backend_has_the_losses_of_one_rank(base, one_rank, tmp_path: Path, backend: str) -> None:
-    flags = BACKENDS[backend].split()
+    ranks, flags = BACKENDS[backend][0], BACKENDS[backend][1].split()
     dtype = "fp32" if "fp32" in flags else "fp64"
-    metrics = train(4 if "4" in flags else 2, tmp_path, *base, "--dtype", dtype, *flags)
+    metrics = train(ranks, tmp_path, *base, "--dtype", dtype, *flags)
     for ours, theirs in zip(metrics, one_rank[dtype], strict=True):
         for name in ("loss", "grad_norm"):
             assert abs(ours[name] / theirs[name] - 1) <= LIMITS[dtype], (ours["step"], name, ours[name], theirs[name])
