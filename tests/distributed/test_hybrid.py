@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 import cp.hybrid
 from cp.placement import PlacedRow, place
@@ -21,8 +23,6 @@ from tests.distributed.test_cp_attention import (
 )
 from tests.reference import relative_error, worst
 from tests.world import World
-
-import torch  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +83,16 @@ def lost_local_documents():
 
 
 def wrong_ring():
-    """A document is sent around the ring of another degree: its shards meet those of a document of that degree."""
-    real = cp.hybrid.held_documents
+    """The tokens of a document go around the ring of another degree."""
+    real = cp.hybrid.build_degree_rows
 
-    def held(placement, cp_rank):
-        documents = real(placement, cp_rank)
-        documents[:2] = documents[:2][::-1] if len(documents) > 1 else documents[:2]
-        return documents
+    def build(packed_seq, **place):
+        rows = real(packed_seq, **place)
+        if [row.degree for row in rows[:2]] == [6, 2]:
+            rows[:2] = [replace(rows[0], tokens=rows[1].tokens), replace(rows[1], tokens=rows[0].tokens)]
+        return rows
 
-    return mock.patch.object(cp.hybrid, "held_documents", held)
+    return mock.patch.object(cp.hybrid, "build_degree_rows", build)
 
 
 def wrong_place_in_the_ring():
