@@ -139,10 +139,14 @@ def build_grid(sizes: GridSizes, *, timeout: timedelta | None = None, backend: s
     """
     if sizes.world_size != dist.get_world_size():
         raise UserError(f"grid of {sizes.world_size} ranks on a world of {dist.get_world_size()}")
-    groups: dict[str, Any] = {
-        axis: _join(ranks_along(sizes, axis), timeout=timeout, backend=backend, group_desc=axis)
-        for axis in (*AXES, *DERIVED_AXES)
-    }
+    options: dict[str, Any] = dict(timeout=timeout, backend=backend)
+    # Axes of size 1 share one group, which no other rank helps to make: with a group for each such axis of each rank,
+    # 512 ranks would make thousands, each with all others' help.
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True, group_desc="alone", **options)
+    groups: dict[str, Any] = {}
+    for axis in (*AXES, *DERIVED_AXES):
+        lines = ranks_along(sizes, axis)
+        groups[axis] = alone if len(lines[0]) == 1 else _join(lines, group_desc=axis, **options)
     return Grid(sizes=sizes, global_rank=dist.get_rank(), groups=groups)
 
 
