@@ -15,6 +15,7 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ from planner.estimate import parse_lengths
 from runtime.status import StatusFile
 from tests.distributed.test_model_parity import built, config_of
 from tools import checkpoint as checkpoint_tool
-from tools import generate, replay, report
+from tools import convert_hf, generate, replay, report
 from utils.errors import UserError
 from utils.logger import one_line
 
@@ -279,7 +280,19 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-MAKERS = (make_run, make_corpus, make_texts, make_settings, make_tokenizer)
+def make_hugging_face(folder: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        convert_hf.main(
+            ["export", "--load", str(folder / "run"), "--output", str(folder / "hf"), "--shard-size", "8e-5"]
+        )
+
+
+def import_hugging_face(path: Path) -> None:
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+        convert_hf.main(["import", "--input", str(path.parent), "--output", f"{place}/run"])
+
+
+MAKERS = (make_run, make_corpus, make_texts, make_settings, make_tokenizer, make_hugging_face)
 STEP = "run/checkpoints/step_0000003"
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "preset": ("preset.yaml", read_preset),
@@ -305,6 +318,10 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "unnamed": ("texts", read_text_file),
     "gzip": ("texts.jsonl.gz", read_text_file),
     "Parquet": ("texts.parquet", read_text_file),
+    "HF config": ("hf/config.json", import_hugging_face),
+    "HF index": ("hf/model.safetensors.index.json", import_hugging_face),
+    "HF weights": ("hf/model-00001-of-00002.safetensors", import_hugging_face),
+    "HF tokenizer": ("hf/tokenizer.json", import_hugging_face),
     "tokenizer.json": ("tokenizer.json", lambda path: load_tokenizer("huggingface", str(path), "<eod>")),
 }
 
