@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
+from benchmarks import convert_hf as benchmark
 from checkpoint.files import find_run_checkpoint, read_run_metadata
 from checkpoint.saver import Saver
 from cp.attention import build_attention
@@ -634,3 +635,11 @@ def test_ids_that_no_tokenizer_has_are_left_out_of_text(tmp_path: Path) -> None:
         tokenizer = own_tokenizer(kind, tmp_path)
         ids = tokenizer.encode("the ring").tolist()
         assert tokenizer.decode([*ids, tokenizer.vocab_size + 3]) == "the ring"
+
+
+def test_a_conversion_takes_little_memory(tmp_path: Path) -> None:
+    """A model of 320 MiB in files of 80 MB; benchmarks/convert_hf.py measures 2 GiB. Malloc keeps smaller tensors."""
+    shape = dict(hidden=2048, layers=1, vocabulary=8192)
+    tensor = benchmark.write_model(tmp_path / "hf", **shape, shard_bytes=80_000_000)
+    peaks = benchmark.measure(tmp_path, shard_size=0.08, tensor=tensor)
+    assert tensor == 64 << 20 and {name: peak.ratio for name, peak in peaks.items() if not 0.1 < peak.ratio < 1} == {}
