@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shlex
 import sys
@@ -388,3 +389,20 @@ def test_what_8_bits_need(monkeypatch: pytest.MonkeyPatch, flags: str, words: li
     with pytest.raises(ValueError) as refusal:
         resolved("--fp8", "delayed", *shlex.split(flags), cuda=1)
     assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value)
+
+
+def test_the_last_of_several_presets_wins_and_the_command_line_over_all(tmp_path: Path) -> None:
+    for name, text in (("a", "num-layers: 3\nlr: 1\nseed: 5\n"), ("b", "lr: 2\nseed: 6\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    config = parse_arguments(["--config", str(tmp_path / "a.yaml"), "--seed", "7", f"--config={tmp_path / 'b.yaml'}"])
+    assert (config.model.num_layers, config.training.lr, config.training.seed) == (3, 2.0, 7)
+
+
+def test_a_vocabulary_of_the_model_is_kept_on_resume() -> None:
+    architecture = dataclasses.asdict(resolve_config("--vocab-size", "300").model.architecture(257))
+    saved = {f"model {name}": value for name, value in architecture.items()}
+    assert resolve_config(resumed=saved).model.architecture(257).vocab_size == 300
+    with pytest.raises(
+        ValueError, match=r"--vocab-size 301: the checkpoint was made with other values.*--vocab-size 300"
+    ):
+        resolve_config("--vocab-size", "301", resumed=saved)

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +32,7 @@ from tests.distributed.test_model_parity import P2P, built, config_of
 from tests.distributed.test_reshard import optimizer_of
 from tests.flags import resolve_config
 from tests.forked import run_script
-from tests.launch import SMALL, environment, train, write_corpus
+from tests.launch import ROOT, SMALL, environment, train, write_corpus
 from tests.unit.test_generate import training_logits
 from tests.wide_transformers import load_wide
 from tools import checkpoint as checkpoint_tool
@@ -613,6 +615,10 @@ def test_train_says_what_a_folder_of_hugging_face_is(good: Path, tmp_path: Path)
     flags = ["--config", str(tmp_path / "run" / "model.yaml"), "--load", str(tmp_path / "run"), "--device", "cpu"]
     result = run_script("train.py", *flags, environment=environment(), timeout=120)
     assert result.returncode == 2 and "add --load-weights-only" in result.stderr
+    flags += ["--load-weights-only", "--data-path", str(write_corpus(tmp_path)), "--data-cache-path", str(tmp_path)]
+    flags += ["--seq-length", "128", "--eval-only", "--eval-iters", "1", "--run-dir", str(tmp_path / "eval")]
+    result = run_script("train.py", *flags, environment=environment(), timeout=120)
+    assert result.returncode == 0 and "valid" in result.stdout and "(the checkpoint: unknown)" not in result.stdout
 
 
 def test_flags_of_every_imported_model_build_that_model(tmp_path: Path) -> None:
@@ -643,3 +649,21 @@ def test_a_conversion_takes_little_memory(tmp_path: Path) -> None:
     tensor = benchmark.write_model(tmp_path / "hf", **shape, shard_bytes=80_000_000)
     peaks = benchmark.measure(tmp_path, shard_size=0.08, tensor=tensor)
     assert tensor == 64 << 20 and {name: peak.ratio for name, peak in peaks.items() if not 0.1 < peak.ratio < 1} == {}
+
+
+def test_a_checksum_counts_little_of_a_file_as_memory(tmp_path: Path) -> None:
+    """Checkpoints of a run have one file a rank, as large as its weights and moments."""
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(512 << 20)
+    code = """
+import pathlib, re, sys
+from utils.files import checksum
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+before = peak()
+checksum(pathlib.Path(sys.argv[1]))
+print(peak() - before)
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "large")], cwd=ROOT, check=True, capture_output=True
+    )
+    assert int(child.stdout) < 100 << 10  # KiB
