@@ -14,7 +14,7 @@ from typing import Any
 
 from config.schema import Flag, RunConfig, fields_of_flags, option
 from utils.errors import OneLineParser, UserError
-from utils.plain_yaml import read_yaml
+from utils.plain_yaml import read_mapping
 
 
 def build_parser() -> OneLineParser:
@@ -62,10 +62,7 @@ def _argparse_options(hint: Any, default: Any, flag: Flag) -> dict[str, Any]:
 def _read_preset(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """The file's keys as command-line flags: argparse checks their types and choices."""
     where = f"--config {path}"
-    loaded = read_yaml(Path(path), where) or {}
-    if not isinstance(loaded, dict):
-        raise UserError(f"{where}: must be a mapping of flags to values")
-    return _as_flags(where, loaded, parser)
+    return _as_flags(where, read_mapping(Path(path), where, "flags to values"), parser)
 
 
 def _as_flags(where: str, values: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:
@@ -111,6 +108,11 @@ def _as_text(value: Any) -> Any:
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    from config.aliases import find_counterpart  # read for a refusal only
+
+    found = find_counterpart(word)
+    if found is not None:
+        return f", a name of {found[0]}; Pentagrid has {found[1]}"
     names = [name.lstrip("-").replace("-", "_") for name in known]
     close = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), names, n=1)
     return f"; did you mean {option(close[0])}?" if close else ""

@@ -37,7 +37,7 @@ from data.sources import find_tokenizer, open_sources
 from data.tokenizer import load_sentencepiece
 from model.config import count_parameters
 from parallel.stages import check_microbatches, split_layers
-from utils.errors import SizeError, UserError
+from utils.errors import MissingPackageError, SizeError, UserError
 
 MAX_WHOLE_GRADIENTS = 8 << 30  # bytes that may live between microbatches
 HYBRID_ALIGNMENT = 16  # of documents by default, at most
@@ -77,12 +77,14 @@ def resolve(
         ranks = change.get(NPROC, local_world_size)
         try:
             _resolve_sizes(trial, ranks * nodes, ranks, count_devices, saved)
+            _check_packages(trial)
         except UserError as error:
             return error
         return None
 
     try:
         chosen = _resolve_sizes(config, world_size, local_world_size, count_devices, saved)
+        _check_packages(config)
     except SizeError as error:
         advice = find_advice(error, attempt, config=given, ranks=local_world_size, nodes=nodes, is_resumed=bool(saved))
         kept = " (a resumed run keeps the checkpoint's weights and data order)" if saved else ""
@@ -92,6 +94,15 @@ def resolve(
     _check_paths(config)
     _check_outputs(config.training, config.checkpoint, config.logging)
     return chosen
+
+
+def check_sizes(config: RunConfig, *, world_size: int, local_world_size: int) -> None:
+    """Refuse sizes that do not fit `world_size` CUDA ranks, in place, without reading data.
+
+    Raises:
+        UserError: the first flag that cannot be used.
+    """
+    _resolve_sizes(config, world_size, local_world_size, lambda: local_world_size, {})
 
 
 def _resolve_sizes(
@@ -333,9 +344,22 @@ def _resolve_model(model: ModelConfig, tp_size: int, saved_vocab_size: int | Non
             )
 
 
-def _check_te_is_installed(wanted: str, instead: str) -> None:
-    if not _is_installed("transformer_engine"):
-        raise UserError(f"{wanted} needs Transformer Engine: pip install -r requirements-gpu.txt, or use {instead}")
+def _check_packages(config: RunConfig) -> None:
+    """Refuse what needs a package that is not installed here. Raises MissingPackageError."""
+    parallel, te = config.parallel, "needs Transformer Engine: pip install -r requirements-gpu.txt, or use"
+    for what, instead, is_chosen in (
+        ("--transformer-impl te", "--transformer-impl torch", config.model.transformer_impl == "te"),
+        ("--cp-backend te", "--cp-backend native", parallel.cp_backend == "te"),
+    ):
+        if is_chosen and not _is_installed("transformer_engine"):
+            raise MissingPackageError(f"{what} {te} {instead}")
+    if parallel.cp_backend == "ring":
+        for package in ("ring_flash_attn", *(["flash_attn"] if parallel.device == "cuda" else [])):
+            if not _is_installed(package):
+                name = package.replace("_", "-")
+                raise MissingPackageError(
+                    f"--cp-backend ring needs the package {name}: pip install it, or use --cp-backend native"
+                )
 
 
 def _resolve_implementation(config: RunConfig, chosen: list[str]) -> None:
@@ -351,7 +375,6 @@ def _resolve_implementation(config: RunConfig, chosen: list[str]) -> None:
         if dtype != "bf16":
             what = f"--transformer-impl te takes --dtype bf16, not {dtype}"
             raise SizeError(what, transformer_impl=["torch"], dtype=["bf16"])
-        _check_te_is_installed("--transformer-impl te", "--transformer-impl torch")
         if model.compile:
             what = "--compile is for --transformer-impl torch, not for te, whose kernels are fused already"
             raise SizeError(what, compile=[False], transformer_impl=["torch"])
@@ -432,15 +455,6 @@ def _resolve_attention(config: RunConfig, chosen: list[str]) -> None:
         dropout=model.attention_dropout,
     )
     parallel.attention = support.choose(request)
-    if parallel.cp_backend == "te":
-        _check_te_is_installed("--cp-backend te", "--cp-backend native")
-    if parallel.cp_backend == "ring":
-        for package in ("ring_flash_attn", *(["flash_attn"] if parallel.device == "cuda" else [])):
-            if not _is_installed(package):
-                name = package.replace("_", "-")
-                raise UserError(
-                    f"--cp-backend ring needs the package {name}: pip install it, or use --cp-backend native"
-                )
     if parallel.cp_layout == "auto":
         parallel.cp_layout = parallel.attention.layout
         chosen.append(f"--cp-layout {parallel.cp_layout}")
@@ -650,11 +664,11 @@ def _check_outputs(training: TrainingConfig, checkpoint: CheckpointConfig, loggi
         first = logging.profile_steps.start
         raise UserError(f"--profile-steps {first}: begins after the last step, --train-iters {training.train_iters}")
     if logging.tensorboard_dir != "none" and not _is_installed("tensorboard"):
-        raise UserError(
+        raise MissingPackageError(
             "--tensorboard-dir needs the tensorboard package: pip install -r requirements.txt, or --tensorboard-dir "
             "none"
         )
     if logging.wandb_project and logging.tensorboard_dir == "none":
         raise UserError("--wandb-project copies the TensorBoard files: leave out --tensorboard-dir none")
     if logging.wandb_project and not _is_installed("wandb"):
-        raise UserError("--wandb-project needs the wandb package: pip install wandb, or leave the flag out")
+        raise MissingPackageError("--wandb-project needs the wandb package: pip install wandb, or leave the flag out")

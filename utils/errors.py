@@ -43,6 +43,10 @@ class SizeError(UserError):
         super().__init__(what + legal)
 
 
+class MissingPackageError(UserError):
+    """An optional package that a flag needs is not installed here."""
+
+
 class CollectiveError(OSError):
     """An I/O error that a collective operation raises on every rank, with the same message: printed once a node."""
 
