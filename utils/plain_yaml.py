@@ -16,8 +16,9 @@ _CORE_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")}
 
 
 class _PlainLoader(yaml.BaseLoader):
-    """Leaves every value as written (`on` stays `on`), also the merge key `<<`; refuses a key that is given twice, tags,
-    and aliases that multiply.
+    """Leaves every value as written (`on` stays `on`), also the merge key `<<`.
+
+    Refuses a key that is given twice, tags, and aliases that multiply.
     """
 
     def get_single_node(self) -> yaml.Node | None:
