@@ -7,7 +7,6 @@ from typing import Any
 
 from config.peers.columns import (
     ABSENT,
-    Changed,
     Column,
     Known,
     NoCounterpart,
@@ -91,28 +90,11 @@ def _write_rope_number(name: str) -> Any:
     return lambda value, known: {name: value} if known.get("rope_scaling", "none") in readers else {}
 
 
-def _write_vocabulary(value: int, known: Known) -> Any:
-    return Changed(
-        {},
-        f"vocabulary {value}: Pentagrid takes the tokenizer's size, padded to a multiple of "
-        "--make-vocab-size-divisible-by; rows of the embedding may differ, the loss does not",
-    )
-
-
 def _megatron_ffn(known: Known) -> Any:
     hidden = known.get("hidden_size")
     if hidden is None:
         return ABSENT
     return int((4 * hidden * 2 / 3) / 64) * 64 if "swiglu" in known["keys"] else 4 * hidden
-
-
-def _write_groups(value: int, known: Known) -> Values:
-    return {"num_query_groups": value}
-
-
-def _hf_default(name: str, default: Any) -> Any:
-    """config.json leaves out what equals another value, such as heads of K and V."""
-    return lambda known: known.get(name, ABSENT) if default is ABSENT else default
 
 
 _MODEL_DIFFERS = "{}: another model; Pentagrid's GPT has "
@@ -264,9 +246,9 @@ MODEL = [
     row(
         "vocab_size",
         whole,
+        pentagrid="vocab_size",
         hf="vocab_size",
         megatron="vocab_size",
-        pentagrid=Column((), None, _write_vocabulary),
     ),
     row(
         "max_position_embeddings",

@@ -283,10 +283,10 @@ def test_shape_from_the_folder_of_the_model(tmp_path: Path) -> None:
     wanted = {
         "qk_norm": True, "num_layers": 3, "ffn_hidden_size": 128, "kv_channels": 32, "rotary_base": 1e6,
         "rope_scaling": "llama3", "rope_scaling_factor": 4.0, "rope_original_seq_length": 1024, "norm_epsilon": 1e-6,
-        "tokenizer_model": f"{folder}/tokenizer.json",
+        "tokenizer_model": f"{folder}/tokenizer.json", "vocab_size": 1000,
     }  # fmt: skip
     assert {name: flags.get(name) for name in wanted} == wanted
-    assert has(report.changed, "starts from weights", "convert_hf.py") and has(report.changed, "vocabulary 1000")
+    assert has(report.changed, "starts from weights", "convert_hf.py")
     made, _ = run(tmp_path, text, "axolotl", "nemo")
     assert made["model"]["pretrained_model_name_or_path"] == str(folder) and "config" not in made["model"]
     for bad, words in ((shape | {"model_type": "mixtral"}, "mixtral"), (shape | {"hidden_act": "gelu"}, "gelu")):
