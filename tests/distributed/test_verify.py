@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import cp.hybrid
 import cp.native_a2a
 import cp.native_all_gather
 import cp.native_p2p
@@ -169,7 +170,20 @@ def library_loses_a_hop():
         yield
 
 
+@contextmanager
+def lost_local_documents():
+    """Documents on one rank are not computed."""
+    real = cp.hybrid.build_ring_blocks
+
+    def build(packed_seq, **place):
+        return [None] if place["cp_size"] == 1 else real(packed_seq, **place)
+
+    with mock.patch.object(cp.hybrid, "build_ring_blocks", build):
+        yield
+
+
 BREAKS = {
+    "lost_local_documents": lost_local_documents,
     "stale_kv": stale_kv,
     "missing_merge": missing_merge,
     "wrong_positions": wrong_positions,
@@ -213,6 +227,7 @@ def leak_of(rank: int, flags: list[str], broken: str) -> Leak | None:
 
 
 NATIVE = {"p2p": [], "all_gather": [], "a2a": [], "a2a+p2p": ["--cp-a2a-size", "2"]}
+HYBRID = ["--cp-layout", "hybrid", "--micro-batch-size", "4", "--global-batch-size", "4"]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +255,21 @@ NATIVE = {"p2p": [], "all_gather": [], "a2a": [], "a2a+p2p": ["--cp-a2a-size", "
 def test_broken_native_attention_is_found(world: World, flags: list[str], method: str, broken: str) -> None:
     own = [*flags, "--cp-comm-type", method, *NATIVE[method]]
     assert world.run(verified, own, broken)[0] is False
+
+
+@pytest.mark.parametrize(
+    ("method", "broken"),
+    [
+        ("p2p", "missing_merge"),
+        ("p2p", "wrong_positions"),
+        ("p2p", "dropped_dk"),
+        ("p2p", "lost_local_documents"),
+        ("all_gather", "missing_merge"),
+        ("all_gather", "dropped_dk"),
+    ],
+)
+def test_broken_hybrid_attention_is_found(world: World, flags: list[str], method: str, broken: str) -> None:
+    assert world.run(verified, [*flags, "--cp-comm-type", method, *HYBRID], broken)[0] is False
 
 
 @pytest.mark.parametrize("method", NATIVE)

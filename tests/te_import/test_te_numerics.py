@@ -46,7 +46,7 @@ def attention_errors(rank: int, choice: AttentionChoice, name: str, groups: int)
 def te_cells(cp_size: int) -> list:
     found = cells(device="cuda", cp_size=cp_size, heads=HEADS, groups=HEADS)
     return [
-        pytest.param(choice, id=f"cp{cp_size}-{choice.method}-{choice.qkv_format}-a2a{choice.a2a_size}")
+        pytest.param(choice, id=f"cp{cp_size}-{choice.method}-{choice.qkv_format}-{choice.layout}-a2a{choice.a2a_size}")
         for choice, _ in found
         if choice.backend == "te"
     ]
