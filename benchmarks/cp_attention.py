@@ -8,6 +8,8 @@
    bytes that a rank sends, and compared with the method's formula (planner/estimate.py).
 2. native p2p against ring-flash-attn's zigzag in bf16, both over PyTorch's flash kernel; 1 or more: as fast or faster.
 3. Profile of native p2p with few and with many documents: no read of a tensor's value by the host.
+4. The layout hybrid against zigzag, contiguous and llama3, over packed documents of median 600 and 2000 and over one
+   document: time of the others over hybrid's. 1 or more with packed documents, 0.98 or more with one document.
 
 A figure is a median over rounds of the slowest rank. ring-flash-attn runs over PyTorch's flash kernel
 (cp/flash_attn_cpu.py). A wrong byte count or a host read fails.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import math
 import os
 import statistics
@@ -26,7 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,16 +51,19 @@ from benchmarks.harness import (
     write_figures,
 )
 from cp.attention import build_attention
-from cp.layout import attention_pairs, balance
+from cp.layout import attention_pairs, balance, held_documents
 from cp.packed_seq import PackedSeq, build_packed_seq
+from cp.placement import Placement, degree_chain, place
 from cp.support import QKV_FORMATS, AttentionChoice, cells
 from parallel import collectives
 from parallel.collectives import WaitClock
-from parallel.grid import GridSizes, build_grid, split_group
+from parallel.grid import GridSizes, build_grid, neighbour_groups, split_group
 from planner.estimate import count_gathered, cp_bytes
 
 CP_SIZES = (2, 4)
 MEDIAN_LENGTH, SIGMA, SEED = 600, 1.5, 1234
+HYBRID_MEDIANS = (600, 2000)  # of comparison 4
+ATTENTION_COST = 4.5e-5  # of a 1B model, as data.batch.BatchPlan's
 UNIT = 2 * max(CP_SIZES)  # every layout at every cp size cuts documents that are padded to it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LONG, LONG_ROUNDS = 16384, 3  # rows from here on get fewer rounds
@@ -84,11 +90,23 @@ class Row:
         return np.array([-(-length // UNIT) * UNIT for length in self.lengths])
 
 
-def draw_lengths(seq_length: int) -> tuple[int, ...]:
+@cache
+def place_documents(row: Row, layout: str, cp_size: int) -> tuple[np.ndarray, np.ndarray, Placement | None]:
+    """Real and padded lengths; for hybrid placed as in the training of a 1B model, with fillers."""
+    lengths = np.array(row.lengths)
+    if layout != "hybrid" or cp_size == 1:
+        return lengths, row.padded_lengths, None
+    samples = dict(sample_numbers=np.zeros_like(lengths), num_samples=1)
+    placed = place(lengths, row_length=row.seq_length, cp_size=cp_size, attention_cost=ATTENTION_COST, **samples)
+    assert placed is not None
+    return tuple(placed)
+
+
+def draw_lengths(seq_length: int, median: int = MEDIAN_LENGTH) -> tuple[int, ...]:
     """Log-normal lengths whose padded ones fill the row; the last is cut."""
     generator, lengths, room = np.random.default_rng(SEED), [], seq_length
     while room:
-        length = min(room, max(1, round(generator.lognormal(math.log(MEDIAN_LENGTH), SIGMA))))
+        length = min(room, max(1, round(generator.lognormal(math.log(median), SIGMA))))
         lengths.append(length)
         room -= -(-length // UNIT) * UNIT
     return tuple(lengths)
@@ -96,10 +114,21 @@ def draw_lengths(seq_length: int) -> tuple[int, ...]:
 
 def compute_sent_bytes(row: Row, choice: AttentionChoice) -> tuple[int, int]:
     """Bytes that the rank that sends most sends in the forward and in the backward pass, by the formula."""
-    documents = np.array(row.lengths), row.padded_lengths
-    gathered = count_gathered(*documents, cp_size=choice.cp_size, layout=choice.layout).tolist()
+    lengths, padded, placement = place_documents(row, choice.layout, choice.cp_size)
+    place = dict(cp_size=choice.cp_size, layout=choice.layout, placement=placement)
+    gathered = count_gathered(lengths, padded, **place).tolist()
     shape = dict(heads=row.heads, groups=row.groups, head_dim=row.head_dim, item=DTYPES[row.dtype].itemsize)
     tokens = row.seq_length // choice.cp_size
+    if placement is not None and choice.method == "p2p":  # a ring for each degree
+        held = [held_documents(placement, rank) for rank in range(choice.cp_size)]
+        rings = [
+            [
+                cp_bytes(replace(choice, cp_size=degree), tokens=stored // degree, **shape)
+                for degree, stored in zip(placement.degrees[own].tolist(), padded[own].tolist(), strict=True)
+            ]
+            for own in held
+        ]
+        return max((sum(sent for sent, _ in ring), sum(sent for _, sent in ring)) for ring in rings)
     return max(cp_bytes(choice, tokens=tokens, **shape, gathered=counts) for counts in gathered)
 
 
@@ -112,6 +141,8 @@ class AttentionRank:
 
     def __init__(self) -> None:
         self.grid = build_grid(GridSizes(cp=dist.get_world_size()))
+        degrees = degree_chain(dist.get_world_size())
+        self.degree_groups = neighbour_groups(self.grid, "cp", degrees)
         self.a2a_groups: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
         self.attentions: dict[tuple[Row, AttentionChoice], tuple[Callable[..., Tensor], WaitClock]] = {}
         self.shards: dict[tuple[Row, str], tuple[PackedSeq, list[Tensor]]] = {}
@@ -120,14 +151,10 @@ class AttentionRank:
         """The row's `PackedSeq`, and this rank's q, k, v and dout."""
         if (row, layout) in self.shards:
             return self.shards[row, layout]
-        packed_seq, owned = build_packed_seq(
-            np.array(row.lengths),
-            row.padded_lengths,
-            qkv_format=row.qkv_format,
-            layout=layout,
-            cp_size=self.grid.size("cp"),
-            cp_rank=self.grid.rank("cp"),
-        )
+        cp_size = self.grid.size("cp")
+        lengths, padded, placement = place_documents(row, layout, cp_size)
+        place = dict(qkv_format=row.qkv_format, layout=layout, placement=placement)
+        packed_seq, owned = build_packed_seq(lengths, padded, cp_size=cp_size, cp_rank=self.grid.rank("cp"), **place)
         generator, tensors = torch.Generator().manual_seed(SEED), []
         for heads in (row.heads, row.groups, row.groups, row.heads):
             whole = torch.randn(row.seq_length, heads, row.head_dim, generator=generator)
@@ -146,7 +173,8 @@ class AttentionRank:
         if size > 1 and size not in self.a2a_groups:
             self.a2a_groups[size] = split_group(self.grid, "cp", size)
         groups = self.a2a_groups.get(size)
-        attention = build_attention(choice, head_dim=row.head_dim, a2a_groups=groups, clock=clock)
+        all_groups = dict(a2a_groups=groups, degree_groups=self.degree_groups)
+        attention = build_attention(choice, head_dim=row.head_dim, clock=clock, **all_groups)
         return self.attentions.setdefault((row, choice), (attention, clock))
 
     def forget(self) -> None:
@@ -291,7 +319,8 @@ def describe_choice(
         alone: one rank's seconds of forward, and of forward and backward.
     """
     size, (forward, both, waiting) = choice.cp_size, medians(rounds)
-    pairs = attention_pairs(np.array(row.lengths), row.padded_lengths, cp_size=size, layout=choice.layout)
+    lengths, padded, placement = place_documents(row, choice.layout, size)
+    pairs = attention_pairs(lengths, padded, cp_size=size, layout=choice.layout, placement=placement)
     return dict(
         choice=asdict(choice),
         seq_length=row.seq_length,
@@ -386,7 +415,46 @@ def profile_documents(worlds: Worlds, rows: list[Row], rounds: int) -> list[dict
     return figures
 
 
-COMPARISONS = {"1": compare_methods, "2": compare_with_ring_flash, "3": profile_documents}
+def compare_hybrid(worlds: Worlds, rows: list[Row], rounds: int) -> list[dict]:
+    """Comparison 4, over rows of the last row's length."""
+    last, figures = rows[-1], []
+    print(f"\n4  time / that of native p2p hybrid, forward and backward, {last.seq_length} tokens, {last.dtype}, thd")
+    print(
+        f"   {'':17}{'cp':>3} {'backend method layout':33}{'s':>8}{'ratio':>7} {'quartiles':>14}{'MiB':>9}{'balance':>9}"
+    )
+    documents = {f"median {m}": draw_lengths(last.seq_length, m) for m in HYBRID_MEDIANS}
+    documents["one document"] = (last.seq_length,)
+    for (name, lengths), size in itertools.product(documents.items(), CP_SIZES):
+        row = replace(last, qkv_format="thd", lengths=lengths)
+        hybrid = replace(ALONE, cp_size=size, layout="hybrid")
+        choices = [hybrid, *(c for c in list_cells(row, size) if c != hybrid)]
+        sent = {choice: max(worlds[size].run(AttentionRank.count_sent, row, choice)) for choice in choices}
+        times = time_choices(worlds, row, choices, rounds)
+        for choice in choices:
+            both, ours = ([r[1] for r in times[c]] for c in (choice, hybrid))
+            spread, formula = round_ratios(both, ours), compute_sent_bytes(row, choice)
+            lengths_and_padding = place_documents(row, choice.layout, size)
+            place = dict(cp_size=size, layout=choice.layout, placement=lengths_and_padding[2])
+            even = balance(attention_pairs(*lengths_and_padding[:2], **place))
+            low, high = spread["quartiles"]
+            method = f"{choice.backend} {choice.method} {choice.layout}"
+            numbers = f"{statistics.median(both):>8.3f}{spread['median']:>7.2f} {low:>6.2f} to {high:.2f}"
+            mib = f"{sum(sent[choice]) / 2**20:>8.2f}{' ' if sent[choice] == formula else '!'}"
+            print(f"   {name:17}{size:>3} {method:33}{numbers}{mib}{even:>9.3f}", flush=True)
+            entry = dict(documents=name, number=len(lengths), choice=asdict(choice), ratio=spread["median"])
+            entry |= dict(quartiles=[low, high], sent_bytes=sent[choice], sent_formula=formula, balance=even)
+            figures.append(entry | dict(rounds_s=times[choice]))
+        for world in worlds.values():
+            world.run(AttentionRank.forget)
+    return figures
+
+
+COMPARISONS = {
+    "1": compare_methods,
+    "2": compare_with_ring_flash,
+    "3": profile_documents,
+    "4": compare_hybrid,
+}
 
 
 def plot(figures: list[dict], path: Path) -> None:
@@ -461,7 +529,8 @@ def main() -> None:
     write_figures(args.json, figures)
     if args.plot and "1" in figures:
         plot(figures["1"], args.plot)
-    wrong = [entry for entry in figures.get("1", []) if list(entry["sent_bytes"]) != list(entry["sent_formula"])]
+    counted = [*figures.get("1", []), *figures.get("4", [])]
+    wrong = [entry for entry in counted if list(entry["sent_bytes"]) != list(entry["sent_formula"])]
     reads = sum(entry["aten::item"] + entry["aten::_local_scalar_dense"] for entry in figures.get("3", []))
     if wrong or reads:
         sys.exit(f"{len(wrong)} methods sent other than their formula, {reads} host reads")

@@ -12,6 +12,7 @@ from config.schema import DataConfig, RunConfig
 from cp.layout import attention_pairs, balance
 from cp.native_a2a import kv_copies
 from cp.needed_keys import NeededKeys
+from cp.placement import Placement
 from cp.support import AttentionChoice
 from data.packing import pack_epoch
 from data.sources import PreparedCorpus, find_tokenizer, open_sources
@@ -279,9 +280,17 @@ def cp_bytes(
     return exchanged + forward, exchanged + forward + gradients
 
 
-def count_gathered(lengths: np.ndarray, padded_lengths: np.ndarray, *, cp_size: int, layout: str) -> np.ndarray:
+def count_gathered(
+    lengths: np.ndarray,
+    padded_lengths: np.ndarray,
+    *,
+    cp_size: int,
+    layout: str,
+    placement: Placement | None = None,
+) -> np.ndarray:
     """[cp, 2] tokens of a row that each rank sends and receives in native's all_gather."""
-    counts = NeededKeys(lengths, padded_lengths, cp_size=cp_size, layout=layout).count_exchanged()
+    keys = NeededKeys(lengths, padded_lengths, cp_size=cp_size, layout=layout, placement=placement)
+    counts = keys.count_exchanged()
     return np.stack((counts.sum(1), counts.sum(0)), 1)
 
 
