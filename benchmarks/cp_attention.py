@@ -55,6 +55,7 @@ from cp.layout import attention_pairs, balance, held_documents
 from cp.packed_seq import PackedSeq, build_packed_seq
 from cp.placement import Placement, degree_chain, place
 from cp.support import QKV_FORMATS, AttentionChoice, cells
+from data.packing import pack_epoch
 from parallel import collectives
 from parallel.collectives import WaitClock
 from parallel.grid import GridSizes, build_grid, neighbour_groups, split_group
@@ -62,7 +63,7 @@ from planner.estimate import count_gathered, cp_bytes
 
 CP_SIZES = (2, 4)
 MEDIAN_LENGTH, SIGMA, SEED = 600, 1.5, 1234
-HYBRID_MEDIANS = (600, 2000)  # of comparison 4
+HYBRID_MEDIANS, HYBRID_SAMPLES = (600, 2000), 8  # median lengths of comparison 4, samples of a row
 ATTENTION_COST = 4.5e-5  # of a 1B model, as data.batch.BatchPlan's
 UNIT = 2 * max(CP_SIZES)  # every layout at every cp size cuts documents that are padded to it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,7 +88,11 @@ class Row:
 
     @property
     def padded_lengths(self) -> np.ndarray:
-        return np.array([-(-length // UNIT) * UNIT for length in self.lengths])
+        """A last document of length 0 is the row's tail."""
+        padded = np.array([-(-length // UNIT) * UNIT for length in self.lengths])
+        if not self.lengths[-1]:
+            padded[-1] = self.seq_length - padded.sum()
+        return padded
 
 
 @cache
@@ -96,6 +101,7 @@ def place_documents(row: Row, layout: str, cp_size: int) -> tuple[np.ndarray, np
     lengths = np.array(row.lengths)
     if layout != "hybrid" or cp_size == 1:
         return lengths, row.padded_lengths, None
+    lengths = lengths[lengths > 0]
     samples = dict(sample_numbers=np.zeros_like(lengths), num_samples=1)
     placed = place(lengths, row_length=row.seq_length, cp_size=cp_size, attention_cost=ATTENTION_COST, **samples)
     assert placed is not None
@@ -110,6 +116,14 @@ def draw_lengths(seq_length: int, median: int = MEDIAN_LENGTH) -> tuple[int, ...
         lengths.append(length)
         room -= -(-length // UNIT) * UNIT
     return tuple(lengths)
+
+
+def draw_packed(seq_length: int, samples: int, median: int) -> tuple[int, ...]:
+    """Documents of log-normal lengths in samples of `seq_length` tokens, as best-fit packing makes them, and a tail."""
+    lengths = np.random.default_rng(SEED).lognormal(math.log(median), SIGMA, 64 * samples * seq_length // median)
+    options = dict(seed=SEED, epoch=0, seq_length=seq_length, alignment=2 * UNIT)
+    epoch = pack_epoch(np.maximum(1, np.rint(lengths)).astype(np.int64), **options)
+    return *(int(n) for sample in range(samples) for n in epoch.sample_pieces(sample)[:, 2]), 0
 
 
 def compute_sent_bytes(row: Row, choice: AttentionChoice) -> tuple[int, int]:
@@ -419,10 +433,10 @@ def compare_hybrid(worlds: Worlds, rows: list[Row], rounds: int) -> list[dict]:
     """Comparison 4, over rows of the last row's length."""
     last, figures = rows[-1], []
     print(f"\n4  time / that of native p2p hybrid, forward and backward, {last.seq_length} tokens, {last.dtype}, thd")
-    print(
-        f"   {'':17}{'cp':>3} {'backend method layout':33}{'s':>8}{'ratio':>7} {'quartiles':>14}{'MiB':>9}{'balance':>9}"
-    )
-    documents = {f"median {m}": draw_lengths(last.seq_length, m) for m in HYBRID_MEDIANS}
+    columns = f"{'s':>8}{'ratio':>7} {'quartiles':>14}{'MiB':>9}{'balance':>9}"
+    print(f"   {'':17}{'cp':>3} {'backend method layout':33}{columns}")
+    own = last.seq_length // HYBRID_SAMPLES
+    documents = {f"median {m}": draw_packed(own, HYBRID_SAMPLES, m) for m in HYBRID_MEDIANS}
     documents["one document"] = (last.seq_length,)
     for (name, lengths), size in itertools.product(documents.items(), CP_SIZES):
         row = replace(last, qkv_format="thd", lengths=lengths)

@@ -5,13 +5,14 @@
 Whole training steps of a small model (2 layers, hidden 256) in fp32, dp_shard 2, four sequences a rank, documents with
 log-normal lengths. The predicted ratio comes from the estimated work alone (data/balance.py): a step waits for the rank
 with the most. Runs that disagree on the loss fail; a missed goal does not. The simulation deals the samples of a 1B
-model to many data ranks.
+model to many data ranks; `pools` places the documents of such steps in one cp group of all ranks (--cp-layout hybrid).
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+import time
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,12 @@ from benchmarks.harness import (
     time_call,
     write_figures,
 )
+from cp.layout import attention_pairs
+from cp.placement import place
 from data.balance import deal, deal_step
 from data.batch import Batch
 from data.dataset import PackedSample
+from data.packing import pack_epoch
 from training.build import build_batch_plan
 from training.flops import training_flops
 
@@ -47,6 +51,19 @@ MEDIANS = {"8192": 600, "32768": 2000}  # median length of a document for each s
 GOAL = 0.9  # of the predicted gain
 # sequence length, median length of a document, data ranks, samples of each
 SIMULATED = [(8192, 600, 64, 4), (32768, 2000, 8, 4), (32768, 2000, 64, 4), (131072, 6000, 8, 4), (131072, 6000, 64, 4)]
+# sequence length, median length of a document, its sigma, cp size and data ranks of the grid, samples of a data rank,
+# alignment of documents (the default)
+POOLS = [
+    (32768, 600, 1.5, 4, 16, 1, 64),
+    (32768, 2000, 1.5, 4, 16, 1, 64),
+    (32768, 2000, 1.5, 1, 64, 1, 16),
+    (131072, 600, 1.8, 8, 8, 1, 64),
+    (131072, 6000, 1.5, 8, 8, 1, 64),
+    (131072, 6000, 1.5, 8, 8, 1, 128),
+    (131072, 6000, 1.5, 8, 8, 4, 64),
+    (131072, 6000, 1.5, 8, 128, 1, 64),
+]
+POOL_ROWS = 8
 FLAGS = "--device cpu --dtype fp32 --num-layers 2 --hidden-size 256 --num-attention-heads 4 --dp-shard-size 2"
 
 
@@ -72,10 +89,7 @@ def simulate(seq_length: int, median: int, ranks: int, samples: int) -> tuple[fl
     Args:
         samples: of each rank.
     """
-    flags = "--device cpu --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5504"
-    architecture = build_config(flags).model.architecture(32000)
-    a_square = training_flops(architecture, tokens=0, squared_lengths=1)
-    cost = a_square / training_flops(architecture, tokens=1, squared_lengths=0)
+    cost = attention_cost_of_1b()
     rng = np.random.default_rng(SEED)
     found = []
     for _ in range(20):
@@ -85,6 +99,71 @@ def simulate(seq_length: int, median: int, ranks: int, samples: int) -> tuple[fl
         found.append([work[order].sum(1).max() / work[order].sum(1).mean() for order in orders])
     in_order, dealt = np.mean(found, 0).tolist()
     return in_order, dealt
+
+
+def attention_cost_of_1b() -> float:
+    """Of `data.batch.BatchPlan`."""
+    flags = "--device cpu --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5504"
+    architecture = build_config(flags).model.architecture(32000)
+    a_square = training_flops(architecture, tokens=0, squared_lengths=1)
+    return a_square / training_flops(architecture, tokens=1, squared_lengths=0)
+
+
+@dataclass
+class PoolFigures:
+    """Means over rows.
+
+    Attributes:
+        grid, pool: largest work of a rank over the mean: samples dealt to data ranks in zigzag order, documents placed.
+        traffic: K and V tokens that the pool's busiest rank receives, over the grid's (of cp 1: nan).
+        fallbacks: share of rows without an even placement.
+        seconds: of processor time to place a row.
+    """
+
+    grid: float
+    pool: float
+    traffic: float
+    fallbacks: float
+    seconds: float
+
+
+def simulate_pool(
+    seq_length: int, median: int, sigma: float, cp: int, data_ranks: int, samples: int, alignment: int
+) -> PoolFigures:
+    """Rows of best-fit packed samples on a grid and in a pool of the same ranks."""
+    cost, ranks, count = attention_cost_of_1b(), cp * data_ranks, data_ranks * samples
+    rng, mean_length = np.random.default_rng(SEED), median * np.exp(sigma**2 / 2)
+    lengths = rng.lognormal(np.log(median), sigma, int(1.5 * POOL_ROWS * count * seq_length / mean_length) + 100)
+    lengths = np.maximum(1, lengths.astype(np.int64))
+    epoch = pack_epoch(lengths, seed=SEED, epoch=0, seq_length=seq_length, alignment=alignment)
+    found = []
+    for row in range(min(POOL_ROWS, len(epoch) // count)):
+        documents = [epoch.sample_pieces(row * count + n)[:, 2] for n in range(count)]
+        work = np.array([seq_length + cost * float((own**2).sum()) for own in documents])
+        dealt = work[np.array(deal(work, data_ranks))].sum(1)
+        started = time.process_time()
+        placed = place(
+            np.concatenate(documents),
+            row_length=count * seq_length,
+            cp_size=ranks,
+            attention_cost=cost,
+            sample_numbers=np.repeat(np.arange(count), [len(own) for own in documents]),
+            num_samples=count,
+        )
+        seconds = time.process_time() - started
+        assert placed is not None
+        place_of = dict(cp_size=ranks, layout="hybrid", placement=placed.placement)
+        pairs = attention_pairs(placed.lengths, placed.padded_lengths, **place_of)
+        loads = count * seq_length / ranks + 2 * cost * pairs
+        degrees, first = placed.placement.degrees, placed.placement.first_ranks
+        received = np.zeros(ranks + 1)
+        np.add.at(received, first, placed.padded_lengths / degrees * (degrees - 1))
+        np.subtract.at(received, first + degrees, placed.padded_lengths / degrees * (degrees - 1))
+        grid_traffic = (cp - 1) * samples * seq_length / cp
+        traffic = received.cumsum()[:-1].max() / grid_traffic if cp > 1 else np.nan
+        even = dealt.max() / dealt.mean(), loads.max() / loads.mean()
+        found.append((*even, traffic, placed.placement.is_fallback, seconds))
+    return PoolFigures(*np.mean(found, 0).tolist())
 
 
 @dataclass
@@ -140,7 +219,7 @@ def seconds_of_dealing() -> float:
 
 
 def main() -> None:
-    args = benchmark_parser(__doc__, rounds=5, parts=["simulation", *MEDIANS]).parse_args()
+    args = benchmark_parser(__doc__, rounds=5, parts=["simulation", "pools", *MEDIANS]).parse_args()
     figures: list[dict[str, Any]] = []
     print(f"dealing 1024 samples to 256 data ranks: {1000 * seconds_of_dealing():.2f} ms\n")
     if "simulation" in args.only:
@@ -149,6 +228,19 @@ def main() -> None:
             in_order, dealt = simulate(*case)
             print(f"{case[0]:>8} {case[1]:>6} {case[2]:>6} {case[3]:>4} {in_order:>9.3f} {dealt:>7.3f}")
             figures.append({"simulated": case, "in order": in_order, "dealt": dealt})
+        print()
+    if "pools" in args.only:
+        print(
+            "largest work over the mean: sequence, median, cp x data ranks, samples of each: grid, pool; traffic of the"
+        )
+        print("busiest rank over the grid's; rows without an even placement; ms to place a row")
+        for case in POOLS:
+            seq_length, median, _, cp, data_ranks, samples, alignment = case
+            f = simulate_pool(*case)
+            shape = f"{seq_length:>8} {median:>6} {cp:>4} x {data_ranks:<4} {samples:>4} {alignment:>4}"
+            numbers = f"{f.grid:>9.3f} {f.pool:>7.3f} {f.traffic:>7.2f} {f.fallbacks:>6.0%} {1000 * f.seconds:>7.0f}"
+            print(f"{shape} {numbers}", flush=True)
+            figures.append({"pool": case, **asdict(f)})
         print()
     print(f"{'sequence':>8} {'predicted':>10} {'measured':>9} {'quartiles':>14}   share of the predicted gain")
     for name in (name for name in args.only if name in MEDIANS):

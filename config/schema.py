@@ -336,7 +336,7 @@ class DataConfig:
     document_alignment: int = fixed(
         None,
         "documents are padded to a multiple of this number of tokens; default: the smallest legal, 2 * cp for zigzag, "
-        "16 for hybrid where legal",
+        "16 to 64 for hybrid",
         AT_LEAST_ONE,
     )
     num_workers: int = flag(

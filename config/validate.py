@@ -40,7 +40,8 @@ from parallel.stages import check_microbatches, split_layers
 from utils.errors import MissingPackageError, SizeError, UserError
 
 MAX_WHOLE_GRADIENTS = 8 << 30  # bytes that may live between microbatches
-HYBRID_ALIGNMENT = 16  # of documents by default, at most
+# Alignment of documents by default, at most, where each sample can have ranks of its own, and where it cannot.
+HYBRID_ALIGNMENTS = (16, 64)
 FP8_UNIT = 16  # sizes of an 8-bit matrix are multiples of this number
 
 
@@ -498,7 +499,8 @@ def _resolve_alignment(data: DataConfig, parallel: ParallelConfig, num_samples: 
             data.document_alignment = 2
         elif parallel.cp_layout == "hybrid":
             # Documents on one rank need no padding, which leaves room to place them.
-            wanted = range(min(2 * parallel.cp_size, HYBRID_ALIGNMENT), smallest, -1)
+            most = HYBRID_ALIGNMENTS[smallest > 1]
+            wanted = range(min(2 * parallel.cp_size, most), smallest, -1)
             fits = (n for n in wanted if n % smallest == 0 and data.seq_length % n == 0)
             data.document_alignment = next(fits, smallest)
         chosen.append(f"--document-alignment {data.document_alignment}")

@@ -182,19 +182,20 @@ def neighbour_groups(
 ) -> dict[int, dist.ProcessGroup]:
     """This rank's group of `size` consecutive ranks along an axis, for each size above 1; the whole axis has its own.
 
-    Collective over the axis. Each rank makes its own groups only and waits for no others: over many ranks, a world-wide
-    call for every group would take minutes. `timeout` as `build_grid`; the backend is that of the axis.
+    Collective: every rank of the world calls it, because PyTorch names a group that only its members make by the number
+    of groups that each of them has. `timeout` as `build_grid`; the backend is that of the axis.
     """
-    ranks = next(ranks for ranks in ranks_along(grid.sizes, axis) if grid.global_rank in ranks)
+    lines, size_of_axis = ranks_along(grid.sizes, axis), grid.size(axis)
     options: dict[str, Any] = dict(timeout=timeout, backend=dist.get_backend(grid.group(axis)))
     found = {}
     for size in sizes:
-        if size == grid.size(axis):
+        if size == size_of_axis:
             found[size] = grid.group(axis)
         elif size > 1:
-            first = grid.rank(axis) // size * size
-            own, name = ranks[first : first + size], f"{axis} {size}"
-            found[size] = dist.new_group(own, use_local_synchronization=True, group_desc=name, **options)
+            neighbours = [ranks[i : i + size] for ranks in lines for i in range(0, size_of_axis, size)]
+            group = _join(neighbours, group_desc=f"{axis} {size}", **options)
+            assert group is not None
+            found[size] = group
     return found
 
 

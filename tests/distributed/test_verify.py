@@ -227,7 +227,7 @@ def leak_of(rank: int, flags: list[str], broken: str) -> Leak | None:
 
 
 NATIVE = {"p2p": [], "all_gather": [], "a2a": [], "a2a+p2p": ["--cp-a2a-size", "2"]}
-HYBRID = ["--cp-layout", "hybrid", "--micro-batch-size", "4", "--global-batch-size", "4"]
+HYBRID = ["--cp-layout", "hybrid", "--micro-batch-size", "8", "--global-batch-size", "8"]
 
 
 @pytest.mark.parametrize(

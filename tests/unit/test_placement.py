@@ -260,7 +260,7 @@ def test_work_of_a_pool_beside_that_of_its_grid() -> None:
 
 @pytest.mark.parametrize(
     ("cp_size", "micro_batch", "wanted"),
-    [(4, 1, 8), (4, 4, 8), (8, 1, 16), (64, 64, 16), (64, 8, 16), (16, 1, 32), (1, 1, 2)],
+    [(4, 1, 8), (4, 4, 8), (8, 1, 16), (64, 64, 16), (64, 8, 64), (16, 1, 32), (1, 1, 2)],
 )
 def test_default_alignment(cp_size: int, micro_batch: int, wanted: int) -> None:
     flags = f"--cp-layout hybrid --cp-size {cp_size} --micro-batch-size {micro_batch} --seq-length 4096"
