@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -27,6 +30,7 @@ from checkpoint.files import find_run_checkpoint, read_run_metadata
 from checkpoint.saver import Saver
 from cp.attention import build_attention
 from data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from model.config import GPTConfig
 from parallel.grid import Grid, GridSizes, build_grid
 from tests.distributed.test_model_parity import P2P, built, config_of
 from tests.distributed.test_reshard import optimizer_of
@@ -39,8 +43,8 @@ from tools import checkpoint as checkpoint_tool
 from tools import convert_hf
 from tools.generate import load_model
 from tools.hf import weights
-from tools.hf.config import model_flags
-from tools.hf.tokenizer import write_tokenizer
+from tools.hf.config import model_flags, read_config
+from tools.hf.tokenizer import find_end_token, write_tokenizer
 from training.build import build_data
 from utils.errors import UserError
 
@@ -289,14 +293,15 @@ def own_tokenizer(kind: str, folder: Path) -> Tokenizer:
     return pieces_model(folder, prefix=kind == "prefix")
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])  # transformers chooses a class by it
 @pytest.mark.parametrize("kind", ["byte", "sentencepiece", "prefix", "huggingface"])
-def test_transformers_reads_the_same_ids(tmp_path: Path, kind: str) -> None:
+def test_transformers_reads_the_same_ids(tmp_path: Path, kind: str, model_type: str) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = own_tokenizer(kind, tmp_path)
     for name, content in write_tokenizer(tokenizer, max_positions=64, keep_template=False).items():
         (tmp_path / name).write_text(content)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))  # decides the class in transformers
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     there = AutoTokenizer.from_pretrained(tmp_path)
     corpus = write_corpus(tmp_path).read_text().splitlines()
     for text in (*TEXTS, *corpus):
@@ -546,6 +551,49 @@ def test_what_cannot_be_imported_is_refused_by_name(good: Path, tmp_path: Path, 
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob(".*"))
 
 
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["llama", "qwen3"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*LLAMA3, "type"]), inner, max_size=4),
+    max_leaves=6,
+)
+CONFIG_KEYS = [
+    "rope_theta",
+    "auto_map",
+    "sliding_window",
+    "model_type",
+    "layer_types",
+    "rope_parameters",
+    "rope_scaling",
+    "head_dim",
+    "eos_token_id",
+    *SHAPE,
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(CONFIG_KEYS), VALUES, max_size=3))
+def test_a_config_of_any_values_is_a_model_or_refused(changes: dict[str, Any]) -> None:
+    try:
+        config = read_config({"model_type": "llama", **SHAPE, **changes}, "config.json")
+    except UserError as error:
+        assert str(error).startswith("config.json") and "\n" not in str(error) and len(str(error)) < 400
+    else:
+        assert resolve_config(*as_flags(config)).model.architecture(1) == config
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(["added_tokens", "model"]), VALUES | st.dictionaries(st.just("vocab"), VALUES)),
+    VALUES,
+)
+def test_an_end_of_any_value_is_a_token_or_refused(said: dict[str, Any], eos: Any) -> None:
+    with mock.patch("tools.hf.tokenizer.read_json_file", lambda path: said):
+        try:
+            assert isinstance(find_end_token(Path("tokenizer.json"), eos), str | None)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
 def test_a_head_beside_a_tied_embedding_may_be_equal(grid: Grid, good: Path, tmp_path: Path) -> None:
     shutil.copytree(good, tmp_path / "hf")
     edited(tmp_path / "hf", tie_word_embeddings=True)
@@ -621,17 +669,16 @@ def test_train_says_what_a_folder_of_hugging_face_is(good: Path, tmp_path: Path)
     assert result.returncode == 0 and "valid" in result.stdout and "(the checkpoint: unknown)" not in result.stdout
 
 
+def as_flags(config: GPTConfig) -> list[str]:
+    flags = {f"--{key.replace('_', '-')}": value for key, value in model_flags(config).items()}
+    return [key if value is True else f"{key}={value}" for key, value in flags.items() if value is not False]
+
+
 def test_flags_of_every_imported_model_build_that_model(tmp_path: Path) -> None:
     """Also a vocabulary larger than the tokenizer's, and rotary flags that are left out."""
     for changes in OURS.values():
         config = replace(config_of(**changes), vocab_size=300, padded_vocab_size=384)
-        flags = [
-            f"--{key.replace('_', '-')}={value}"
-            for key, value in model_flags(config).items()
-            if value not in (True, False)
-        ]
-        flags += [f"--{key.replace('_', '-')}" for key, value in model_flags(config).items() if value is True]
-        assert resolve_config(*flags).model.architecture(257) == config
+        assert resolve_config(*as_flags(config)).model.architecture(257) == config
     with pytest.raises(UserError, match="--vocab-size 256: the tokenizer has 257 tokens"):
         resolve_config("--vocab-size", "256").model.architecture(257)
 
