@@ -102,14 +102,25 @@ def test_a_longer_context_lowers_the_loss_at_far_positions(grid: Grid, tmp_path:
     write_long_documents(tmp_path / "long.jsonl", seed=1)
     held_out = write_long_documents(tmp_path / "other.jsonl", seed=2)[:20]
     data = ["--data-path", str(tmp_path / "long.jsonl")]
-    short = ["--seq-length", "64", "--global-batch-size", "16", "--train-iters", "120", "--save-interval", "120"]
+    short = [
+        "--seq-length",
+        "64",
+        "--global-batch-size",
+        "16",
+        "--micro-batch-size",
+        "16",
+        "--train-iters",
+        "120",
+        "--save-interval",
+        "120",
+    ]
     run = imported(tmp_path, *data, *short)
     before = loss_by_position(run, held_out)
     flags = ["--config", str(run / "model.yaml"), "--config", "configs/long_context_extension.yaml", *data, *QUIET]
     flags += ["--load", str(run), "--load-weights-only", "--data-cache-path", str(tmp_path / "cache")]
     flags += ["--seq-length", "256", "--rope-original-seq-length", "64", "--global-batch-size", "8", "--dtype", "fp32"]
     flags += ["--train-iters", "30", "--save-interval", "30", "--lr", "0.003", "--min-lr", "0.003"]
-    train(2, tmp_path / "long", *flags)
+    train(2, tmp_path / "long", *flags, "--micro-batch-size", "8")
     after = loss_by_position(tmp_path / "long", held_out)
     near, far = slice(8, 64), slice(128, 255)
     gaps = [float(losses[far].mean() - losses[near].mean()) for losses in (before, after)]
