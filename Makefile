@@ -10,8 +10,9 @@ WORKERS ?= 2
 TE_PYTHON ?= python3
 GPU_PYTHON ?= python3
 MEGATRON ?=
+PEERS_PYTHON ?= python3
 
-.PHONY: setup train test test-full fuzz test-te-import test-megatron test-faults test-reported test-slurm test-netns test-gpu lint bench report clean
+.PHONY: setup train test test-full fuzz test-te-import test-megatron test-migrate test-faults test-reported test-slurm test-netns test-gpu lint bench report clean
 
 setup: $(STAMP)
 
@@ -53,6 +54,11 @@ test-te-import:
 # Against megatron-core (CPython 3.11): pip install --no-deps --target DIR megatron-core==0.16.1, then MEGATRON=DIR.
 test-megatron: $(STAMP)
 	PYTHONPATH=$(MEGATRON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/megatron $(ARGS)
+
+# Converted configurations in Axolotl's and NeMo AutoModel's own validators (docs/migrate.md). PEERS_PYTHON: python that can import both.
+# AXOLOTL_EXAMPLES, NEMO_EXAMPLES: folders of their examples.
+test-migrate:
+	OMP_NUM_THREADS=1 $(PEERS_PYTHON) -m pytest -m machine -rs -p no:cacheprovider tests/peers $(ARGS)
 
 # Kill, hang and corrupt runs (docs/operate.md); prints a table and writes JSON. Cases of full disks mount one, as root.
 test-faults: $(STAMP)
