@@ -102,10 +102,10 @@ def place_documents(row: Row, layout: str, cp_size: int) -> tuple[np.ndarray, np
     if layout != "hybrid" or cp_size == 1:
         return lengths, row.padded_lengths, None
     lengths = lengths[lengths > 0]
-    samples = dict(sample_numbers=np.zeros_like(lengths), num_samples=1)
+    samples: dict[str, Any] = dict(sample_numbers=np.zeros_like(lengths), num_samples=1)
     placed = place(lengths, row_length=row.seq_length, cp_size=cp_size, attention_cost=ATTENTION_COST, **samples)
     assert placed is not None
-    return tuple(placed)
+    return placed.lengths, placed.padded_lengths, placed.placement
 
 
 def draw_lengths(seq_length: int, median: int = MEDIAN_LENGTH) -> tuple[int, ...]:
@@ -129,9 +129,11 @@ def draw_packed(seq_length: int, samples: int, median: int) -> tuple[int, ...]:
 def compute_sent_bytes(row: Row, choice: AttentionChoice) -> tuple[int, int]:
     """Bytes that the rank that sends most sends in the forward and in the backward pass, by the formula."""
     lengths, padded, placement = place_documents(row, choice.layout, choice.cp_size)
-    place = dict(cp_size=choice.cp_size, layout=choice.layout, placement=placement)
+    place: dict[str, Any] = dict(cp_size=choice.cp_size, layout=choice.layout, placement=placement)
     gathered = count_gathered(lengths, padded, **place).tolist()
-    shape = dict(heads=row.heads, groups=row.groups, head_dim=row.head_dim, item=DTYPES[row.dtype].itemsize)
+    shape: dict[str, Any] = dict(
+        heads=row.heads, groups=row.groups, head_dim=row.head_dim, item=DTYPES[row.dtype].itemsize
+    )
     tokens = row.seq_length // choice.cp_size
     if placement is not None and choice.method == "p2p":  # a ring for each degree
         held = [held_documents(placement, rank) for rank in range(choice.cp_size)]
@@ -167,7 +169,7 @@ class AttentionRank:
             return self.shards[row, layout]
         cp_size = self.grid.size("cp")
         lengths, padded, placement = place_documents(row, layout, cp_size)
-        place = dict(qkv_format=row.qkv_format, layout=layout, placement=placement)
+        place: dict[str, Any] = dict(qkv_format=row.qkv_format, layout=layout, placement=placement)
         packed_seq, owned = build_packed_seq(lengths, padded, cp_size=cp_size, cp_rank=self.grid.rank("cp"), **place)
         generator, tensors = torch.Generator().manual_seed(SEED), []
         for heads in (row.heads, row.groups, row.groups, row.heads):
@@ -187,7 +189,7 @@ class AttentionRank:
         if size > 1 and size not in self.a2a_groups:
             self.a2a_groups[size] = split_group(self.grid, "cp", size)
         groups = self.a2a_groups.get(size)
-        all_groups = dict(a2a_groups=groups, degree_groups=self.degree_groups)
+        all_groups: dict[str, Any] = dict(a2a_groups=groups, degree_groups=self.degree_groups)
         attention = build_attention(choice, head_dim=row.head_dim, clock=clock, **all_groups)
         return self.attentions.setdefault((row, choice), (attention, clock))
 
@@ -448,7 +450,7 @@ def compare_hybrid(worlds: Worlds, rows: list[Row], rounds: int) -> list[dict]:
             both, ours = ([r[1] for r in times[c]] for c in (choice, hybrid))
             spread, formula = round_ratios(both, ours), compute_sent_bytes(row, choice)
             lengths_and_padding = place_documents(row, choice.layout, size)
-            place = dict(cp_size=size, layout=choice.layout, placement=lengths_and_padding[2])
+            place: dict[str, Any] = dict(cp_size=size, layout=choice.layout, placement=lengths_and_padding[2])
             even = balance(attention_pairs(*lengths_and_padding[:2], **place))
             low, high = spread["quartiles"]
             method = f"{choice.backend} {choice.method} {choice.layout}"

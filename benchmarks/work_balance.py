@@ -152,7 +152,7 @@ def simulate_pool(
         )
         seconds = time.process_time() - started
         assert placed is not None
-        place_of = dict(cp_size=ranks, layout="hybrid", placement=placed.placement)
+        place_of: dict[str, Any] = dict(cp_size=ranks, layout="hybrid", placement=placed.placement)
         pairs = attention_pairs(placed.lengths, placed.padded_lengths, **place_of)
         loads = count * seq_length / ranks + 2 * cost * pairs
         degrees, first = placed.placement.degrees, placed.placement.first_ranks
@@ -234,9 +234,9 @@ def main() -> None:
             "largest work over the mean: sequence, median, cp x data ranks, samples of each: grid, pool; traffic of the"
         )
         print("busiest rank over the grid's; rows without an even placement; ms to place a row")
-        for case in POOLS:
-            seq_length, median, _, cp, data_ranks, samples, alignment = case
-            f = simulate_pool(*case)
+        for pool in POOLS:
+            seq_length, median, _, cp, data_ranks, samples, alignment = pool
+            f = simulate_pool(*pool)
             shape = f"{seq_length:>8} {median:>6} {cp:>4} x {data_ranks:<4} {samples:>4} {alignment:>4}"
             numbers = f"{f.grid:>9.3f} {f.pool:>7.3f} {f.traffic:>7.2f} {f.fallbacks:>6.0%} {1000 * f.seconds:>7.0f}"
             print(f"{shape} {numbers}", flush=True)

@@ -133,8 +133,9 @@ def _join(samples: Sequence[PackedSample]) -> _Row:
         for s in samples
         for n, end in zip(s.padded_lengths, np.cumsum(s.padded_lengths), strict=True)
     ]
-    arrays = ([getattr(s, name) for s in samples] for name in ("tokens", "labels", "lengths", "padded_lengths"))
-    return _Row(*map(_concatenate, arrays), np.array(ids, np.int64))
+    names = ("tokens", "labels", "lengths", "padded_lengths")
+    arrays: dict[str, Any] = {name: _concatenate([getattr(s, name) for s in samples]) for name in names}
+    return _Row(**arrays, first_ids=np.array(ids, np.int64))
 
 
 def _place_documents(
