@@ -157,11 +157,11 @@ class ParallelConfig:
     tp_size: int = flag(1, "tensor-parallel size: ranks that share each matrix and its heads")
     sequence_parallel: bool = flag(None, "norms on 1/tp of the tokens; default: on if --tp-size is above 1")
     cp_backend: str = flag("auto", "implementation of context-parallel attention", choices=("auto", *support.BACKENDS))
-    cp_comm_type: str | None = flag(
-        None,
+    cp_comm_type: str = flag(
+        "auto",
         "communication of native and te: p2p (ring), all_gather (K and V of some heads at a time), a2a (Ulysses), "
-        "a2a+p2p (both); default: p2p",
-        choices=support.methods("native"),
+        "a2a+p2p (both); auto: the fastest by a cost model of the run's sizes and document lengths",
+        choices=("auto", *support.methods("native")),
     )
     ring_attn_func: str | None = flag(
         None, "function of the ring-flash-attn library, for ring; default: zigzag", choices=support.methods("ring")

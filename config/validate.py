@@ -13,8 +13,11 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from config.advice import NPROC, Change, divisors, find_advice, flags_of, multiples, nearest
 from config.schema import (
@@ -30,10 +33,10 @@ from config.schema import (
     format_split,
     option,
 )
-from cp import support
+from cp import cost, support
 from cp.layout import document_unit
 from data.packing import PACKINGS, resolve_packing
-from data.sources import find_tokenizer, open_sources
+from data.sources import document_lengths, find_tokenizer, open_sources
 from data.tokenizer import load_sentencepiece
 from model.config import count_parameters
 from parallel.stages import check_microbatches, split_layers
@@ -42,6 +45,7 @@ from utils.errors import MissingPackageError, SizeError, UserError
 MAX_WHOLE_GRADIENTS = 8 << 30  # bytes that may live between microbatches
 # Alignment of documents by default, at most, where each sample can have ranks of its own, and where it cannot.
 HYBRID_ALIGNMENTS = (16, 64)
+ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 FP8_UNIT = 16  # sizes of an 8-bit matrix are multiples of this number
 
 
@@ -52,6 +56,7 @@ def resolve(
     local_world_size: int,
     cuda_devices: Callable[[], int],
     resumed: Mapping[str, Any] | None = None,
+    lengths: np.ndarray | None = None,
 ) -> list[str]:
     """Give every open flag of `config` its value, in place, and check all flags.
 
@@ -59,6 +64,7 @@ def resolve(
         local_world_size: ranks on this node.
         cuda_devices: called only if a CUDA device can be meant.
         resumed: metadata of the checkpoint that the run resumes, whose weights and data order are kept.
+        lengths: [documents] lengths for which --cp-comm-type auto chooses; None: those of the prepared corpora.
 
     Returns:
         What was chosen, one text a flag.
@@ -70,6 +76,10 @@ def resolve(
     saved, nodes = resumed or {}, max(1, world_size // local_world_size)
     count_devices = functools.cache(cuda_devices)
 
+    @functools.cache
+    def read_lengths() -> np.ndarray | None:
+        return document_lengths(open_sources(given.data.data_path, given.data.json_key)) if lengths is None else lengths
+
     def attempt(change: Change) -> UserError | None:
         trial = copy.deepcopy(given)
         for group, name, flag in fields_of_flags():
@@ -77,14 +87,14 @@ def resolve(
                 setattr(getattr(trial, group), name, flag.parse(change[name]) if flag.parse else change[name])
         ranks = change.get(NPROC, local_world_size)
         try:
-            _resolve_sizes(trial, ranks * nodes, ranks, count_devices, saved)
+            _resolve_sizes(trial, ranks * nodes, ranks, count_devices, saved, read_lengths)
             _check_packages(trial)
         except UserError as error:
             return error
         return None
 
     try:
-        chosen = _resolve_sizes(config, world_size, local_world_size, count_devices, saved)
+        chosen = _resolve_sizes(config, world_size, local_world_size, count_devices, saved, read_lengths)
         _check_packages(config)
     except SizeError as error:
         advice = find_advice(error, attempt, config=given, ranks=local_world_size, nodes=nodes, is_resumed=bool(saved))
@@ -112,8 +122,9 @@ def _resolve_sizes(
     local_world_size: int,
     cuda_devices: Callable[[], int],
     saved: Mapping[str, Any],
+    read_lengths: Callable[[], np.ndarray | None],
 ) -> list[str]:
-    """The part of `resolve` that reads no file: sizes, choices, and what the checkpoint's metadata `saved` fixes.
+    """The part of `resolve` that reads no file but the corpora's indices: sizes, choices, and what the checkpoint's metadata `saved` fixes.
 
     Raises:
         SizeError: other values may mend the refusal.
@@ -129,7 +140,7 @@ def _resolve_sizes(
     _resolve_grid(parallel, world_size, local_world_size, chosen)
     _resolve_model(model, parallel.tp_size, saved.get("model padded_vocab_size"))
     _resolve_implementation(config, chosen)
-    _resolve_attention(config, chosen)
+    _resolve_attention(config, local_world_size, read_lengths, chosen)
     _resolve_packing(data, chosen)
     _resolve_alignment(data, parallel, config.training.micro_batch_size, chosen)
     _resolve_batch(config.training, parallel, chosen)
@@ -435,7 +446,9 @@ def _check_fp8(config: RunConfig) -> None:
 # Attention and rows
 
 
-def _resolve_attention(config: RunConfig, chosen: list[str]) -> None:
+def _resolve_attention(
+    config: RunConfig, local_world_size: int, read_lengths: Callable[[], np.ndarray | None], chosen: list[str]
+) -> None:
     parallel, model = config.parallel, config.model
     if parallel.cp_backend == "auto":
         parallel.cp_backend = support.resolve_backend("auto", has_te=model.transformer_impl == "te")
@@ -455,6 +468,8 @@ def _resolve_attention(config: RunConfig, chosen: list[str]) -> None:
         groups=model.num_query_groups // parallel.tp_size,
         dropout=model.attention_dropout,
     )
+    if request.method == "auto":
+        request = _choose_method(config, request, local_world_size, read_lengths, chosen)
     parallel.attention = support.choose(request)
     if parallel.cp_layout == "auto":
         parallel.cp_layout = parallel.attention.layout
@@ -466,7 +481,7 @@ def _resolve_method(parallel: ParallelConfig, chosen: list[str]) -> str:
     own_flag = support.METHOD_FLAGS[parallel.cp_backend]
     for flag in dict.fromkeys(support.METHOD_FLAGS.values()):
         value = getattr(parallel, flag.removeprefix("--").replace("-", "_"))
-        if flag != own_flag and value is not None:
+        if flag != own_flag and value not in (None, "auto"):
             owners = " or ".join(backend for backend, theirs in support.METHOD_FLAGS.items() if theirs == flag)
             raise UserError(f"{flag} {value} belongs to --cp-backend {owners}, not to {parallel.cp_backend}")
     name = own_flag.removeprefix("--").replace("-", "_")
@@ -474,6 +489,50 @@ def _resolve_method(parallel: ParallelConfig, chosen: list[str]) -> str:
         setattr(parallel, name, support.methods(parallel.cp_backend)[0])
         chosen.append(f"{own_flag} {getattr(parallel, name)}")
     return getattr(parallel, name)
+
+
+def _choose_method(
+    config: RunConfig,
+    request: support.AttentionRequest,
+    local_world_size: int,
+    read_lengths: Callable[[], np.ndarray | None],
+    chosen: list[str],
+) -> support.AttentionRequest:
+    """The request with the method of --cp-comm-type auto: by the cost model, of those that the other flags allow."""
+    parallel, data, training = config.parallel, config.data, config.training
+    first = replace(request, method=support.methods(request.backend)[0])
+    legal = support.candidates(request)
+    if data.document_alignment is not None:  # a checkpoint's, or the user's
+        units = [document_unit(choice.layout, choice.cp_size) for choice in legal]
+        legal = [choice for choice, unit in zip(legal, units, strict=True) if data.document_alignment % unit == 0]
+    if not legal:  # the default's refusal says why
+        parallel.cp_comm_type = first.method
+        return first
+    best, reason = legal[0], ""
+    if request.cp_size > 1 and len(legal) > 1:
+        is_packed = data.qkv_format == "thd" and data.packing != "concat"
+        lengths = read_lengths() if is_packed else np.array([data.seq_length])
+        situation = cost.Situation(
+            device=parallel.device,
+            row_length=training.micro_batch_size * data.seq_length,
+            lengths=cost.length_quantiles(lengths, data.seq_length),
+            heads=request.heads,
+            groups=request.groups,
+            head_dim=request.head_dim,
+            item=ITEM_BYTES[training.dtype],
+            spans_nodes=parallel.tp_size * parallel.cp_size > local_world_size,
+        )
+        best, reason = cost.choose_method(situation, legal)
+    parallel.cp_comm_type = best.method
+    chosen.append(f"--cp-comm-type {best.method}" + (f" ({reason})" if reason else ""))
+    a2a_size = request.a2a_size
+    if best.method == "a2a+p2p" and a2a_size is None:
+        a2a_size = parallel.cp_a2a_size = best.a2a_size
+        chosen.append(f"--cp-a2a-size {a2a_size}")
+    if parallel.cp_layout == "auto":
+        parallel.cp_layout = best.layout
+        chosen.append(f"--cp-layout {best.layout}")
+    return replace(request, method=best.method, a2a_size=a2a_size, layout=best.layout)
 
 
 def _resolve_packing(data: DataConfig, chosen: list[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,8 @@ METHOD_FLAGS = {
 BACKENDS = tuple(METHOD_FLAGS)
 # Backend -> devices on which attention can drop. Masks of CUDA's kernel would depend on the layout.
 DROPOUT_DEVICES = {"native": ("cpu",)}
+# Layouts that give ranks equal work, of which `auto` chooses.
+BALANCED = ("zigzag", "hybrid", "striped")
 # Backend -> fewest cp ranks; 1 if absent.
 MIN_CP = {"ring": 2}
 # Channels of one head that the CUDA kernels take.
@@ -200,6 +202,25 @@ def choose(request: AttentionRequest) -> AttentionChoice:
     kept = {name: getattr(request, name) for name in ("backend", "method", "qkv_format", "cp_size")}
     a2a_size, stride = _resolve_a2a_size(entry, request), _resolve_stride(entry, request)
     return AttentionChoice(layout=layout, a2a_size=a2a_size, heads_k_stride=stride, **kept)
+
+
+def candidates(request: AttentionRequest) -> list[AttentionChoice]:
+    """The methods of a backend that serve a request without one, in the order of the table.
+
+    Of open layouts those that are balanced; of open a2a sizes the proper divisors of cp, the largest first.
+    """
+    cp_size, found = request.cp_size, []
+    for entry in SUPPORT:
+        if entry.backend != request.backend:
+            continue
+        layouts = [layout for layout in entry.layouts.get(request.qkv_format, ()) if layout in BALANCED]
+        sizes = [request.a2a_size]
+        if entry.method == "a2a+p2p" and request.a2a_size is None:
+            sizes = [size for size in range(cp_size - 1, 1, -1) if cp_size % size == 0]
+        for layout, size in itertools.product(layouts if request.layout == "auto" else [request.layout], sizes):
+            with suppress(UserError):
+                found.append(choose(replace(request, method=entry.method, layout=layout, a2a_size=size)))
+    return found
 
 
 def _resolve_a2a_size(entry: Support, request: AttentionRequest) -> int:

@@ -18,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.blend import parse_blend
 from data.files import LeftOut, describe_left_out, drop_empty, file_version, is_remote, match_files
 from data.indexed_dataset import IndexedDataset, index_file, token_file
@@ -372,3 +374,10 @@ def train_model(
             f"{flag} {vocab_size}: no such model can be trained on {source.name}; "
             f"choose a smaller one or --tokenizer-type byte (SentencePiece: {str(error).splitlines()[-1]})"
         ) from error
+
+
+def document_lengths(sources: Sequence[DataSource]) -> np.ndarray | None:
+    """[documents] int64 tokens of the prepared sources' documents (the first million of each); None without any."""
+    prepared = [source.content for source in sources if isinstance(source.content, PreparedCorpus)]
+    lengths = [np.asarray(content.tokens.lengths[:1_000_000], np.int64) for content in prepared]
+    return np.concatenate(lengths) if lengths else None

@@ -15,7 +15,7 @@ from cp.needed_keys import NeededKeys
 from cp.placement import Placement
 from cp.support import AttentionChoice
 from data.packing import pack_epoch
-from data.sources import PreparedCorpus, find_tokenizer, open_sources
+from data.sources import document_lengths, find_tokenizer, open_sources
 from model.config import GPTConfig, count_parameters
 from parallel.grid import AXES
 from planner.memory import Memory, rank_layers, rank_memory
@@ -104,10 +104,7 @@ def read_vocab_and_lengths(data: DataConfig) -> tuple[int, np.ndarray | None]:
     tokenizer = find_tokenizer(
         sources, [], tokenizer_type=data.tokenizer_type, model=data.tokenizer_model, eod=data.tokenizer_eod
     )
-    prepared = [source.content for source in sources if isinstance(source.content, PreparedCorpus)]
-    lengths = [np.asarray(content.tokens.lengths[:1_000_000], np.int64) for content in prepared]
-    vocab_size = tokenizer.vocab_size if tokenizer else data.tokenizer_vocab_size
-    return vocab_size, np.concatenate(lengths) if lengths else None
+    return tokenizer.vocab_size if tokenizer else data.tokenizer_vocab_size, document_lengths(sources)
 
 
 def pack_rows(config: RunConfig, lengths: np.ndarray | None) -> Rows:

@@ -14,9 +14,9 @@ from pathlib import Path
 from tests.launch import ROOT, SMALL, train, write_corpus
 
 RUNS = {
-    "cp 4": (4, "--cp-size 4"),
-    "tp 2 x cp 2": (4, "--tp-size 2 --cp-size 2"),
-    "pp 2 x tp 2 x cp 2": (8, "--pp-size 2 --tp-size 2 --cp-size 2"),
+    "cp 4": (4, "--cp-size 4 --cp-comm-type p2p"),
+    "tp 2 x cp 2": (4, "--tp-size 2 --cp-size 2 --cp-comm-type p2p"),
+    "pp 2 x tp 2 x cp 2": (8, "--pp-size 2 --tp-size 2 --cp-size 2 --cp-comm-type p2p"),
 }
 
 

@@ -132,7 +132,7 @@ REFUSALS = [
         ["--cp-a2a-size 3", "--cp-size 4", "4, 2 or 1"],
     ),
     (["--cp-a2a-size", "2"], 1, ["--cp-a2a-size 2", "a2a+p2p"]),
-    (["--heads-k-stride", "2"], 1, ["--heads-k-stride 2", "p2p"]),
+    (["--heads-k-stride", "2", "--cp-comm-type", "p2p"], 1, ["--heads-k-stride 2", "p2p"]),
     (
         ["--cp-comm-type", "all_gather", "--heads-k-stride", "3"],
         1,

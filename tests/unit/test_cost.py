@@ -1,0 +1,194 @@
+"""The cost model of `--cp-comm-type auto`: its choice over a table of situations, and what the flags make of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from cp import cost
+from cp.cost import QUANTILES, Situation, choose_method, estimate_cost, length_quantiles
+from cp.support import AttentionChoice, AttentionRequest, candidates
+from tests.flags import resolve_config
+
+SHORT = tuple(np.random.default_rng(0).integers(500, 4000, 4000).tolist())
+SKEWED = tuple(np.random.default_rng(0).lognormal(np.log(600), 1.8, 40_000).round().clip(1).tolist())
+
+
+def choose(
+    device: str,
+    cp_size: int,
+    heads: int,
+    groups: int,
+    row: int,
+    lengths: tuple[float, ...],
+    *,
+    backend: str = "native",
+    spans_nodes: bool = False,
+    hybrid: bool = False,
+) -> AttentionChoice:
+    request = AttentionRequest(
+        backend=backend,
+        method="auto",
+        qkv_format="thd",
+        layout="auto",
+        dtype="bf16",
+        device=device,
+        cp_size=cp_size,
+        head_dim=128,
+        heads=heads,
+        groups=groups,
+    )
+    situation = Situation(
+        device=device,
+        row_length=row,
+        lengths=length_quantiles(np.array(lengths), row),
+        heads=heads,
+        groups=groups,
+        head_dim=128,
+        item=2,
+        spans_nodes=spans_nodes,
+    )
+    legal = [choice for choice in candidates(request) if choice.layout != "hybrid"]
+    if hybrid:
+        legal.append(replace(legal[0], layout="hybrid"))
+    return choose_method(situation, legal)[0]
+
+
+@pytest.mark.parametrize("backend", ["native", "te"])
+@pytest.mark.parametrize(
+    ("cp_size", "heads", "groups", "row", "lengths", "method", "a2a_size"),
+    [
+        (8, 64, 8, 65536, SHORT, "a2a", 8),  # heads divide
+        (8, 32, 8, 65536, (65536,), "a2a", 8),
+        (16, 8, 8, 131072, SHORT, "a2a+p2p", 8),  # beyond the heads
+        (12, 6, 6, 98304, SHORT, "a2a+p2p", 6),
+        (8, 1, 1, 2**20, (2**20,), "p2p", 1),  # one long document, no heads to trade
+    ],
+)
+def test_choices_on_gpus(
+    backend: str,
+    cp_size: int,
+    heads: int,
+    groups: int,
+    row: int,
+    lengths: tuple[float, ...],
+    method: str,
+    a2a_size: int,
+) -> None:
+    found = choose("cuda", cp_size, heads, groups, row, lengths, backend=backend)
+    assert (found.method, found.a2a_size) == (method, a2a_size)
+
+
+def test_one_long_document_over_nodes_takes_the_ring() -> None:
+    assert choose("cuda", 16, 64, 8, 2**20, (2**20,), spans_nodes=True).method == "p2p"
+    assert choose("cuda", 8, 1, 1, 65536, SHORT).method == "all_gather", "the ring merges as often for less work"
+
+
+def test_skewed_lengths_take_the_hybrid_layout_and_one_document_does_not() -> None:
+    assert choose("cuda", 8, 1, 1, 8 * 131072, SKEWED, hybrid=True).layout == "hybrid"
+    assert choose("cuda", 8, 1, 1, 8 * 131072, (8 * 131072,), hybrid=True).layout == "zigzag"
+
+
+def test_two_cpu_ranks_with_one_document_keep_the_ring() -> None:
+    assert choose("cpu", 2, 4, 2, 4096, (4096,)).method == "p2p"
+
+
+def test_the_published_figures_of_one_document_on_8_gpus() -> None:
+    """Within a tenth, in milliseconds of forward and backward; packed documents in the published order."""
+    situation = Situation(device="cuda", row_length=65536, lengths=(65536,), heads=64, groups=8, head_dim=128, item=2)
+    flops = 4 * 128 * 64 * 65536**2 / 2 / 8
+    published = {"p2p": (421, 432), "all_gather": (601, 516), "a2a": (601, 582), "a2a+p2p": (593, 572)}
+    packed = replace(situation, lengths=length_quantiles(np.arange(500, 16384), 16384))
+    totals = {}
+    for method, (forward, backward) in published.items():
+        size = {"a2a": 8, "a2a+p2p": 4}.get(method, 1)
+        choice = AttentionChoice(
+            backend="native", method=method, qkv_format="thd", layout="zigzag", cp_size=8, a2a_size=size
+        )
+        seconds = flops / 1e12 * (1 / forward + 2.5 / backward)
+        assert estimate_cost(situation, choice).total == pytest.approx(seconds, rel=0.1)
+        totals[method] = estimate_cost(packed, choice).total
+    assert sorted(totals, key=lambda method: totals[method]) == ["a2a", "a2a+p2p", "all_gather", "p2p"]
+    assert totals["p2p"] > 2 * totals["a2a"]
+
+
+def test_quantiles_stand_for_equal_shares_of_the_tokens() -> None:
+    assert length_quantiles(np.full(7, 100), 512) == (100.0,) * QUANTILES
+    assert length_quantiles(np.array([1000, 3000]), 512) == (512.0,) * QUANTILES
+    halves = length_quantiles(np.array([100] * 10 + [1000]), 4096)
+    assert halves == (100.0,) * (QUANTILES // 2) + (1000.0,) * (QUANTILES // 2)
+    unknown = length_quantiles(None, 2048)
+    assert 100 < unknown[0] < unknown[-1] == 2048.0
+
+
+# ---------------------------------------------------------------------------------------------------
+# The flag
+
+GPU = ["--device", "cuda", "--num-attention-heads", "8", "--num-query-groups", "8", "--transformer-impl", "torch"]
+
+
+def resolved(*flags: str, world: int = 8, local: int | None = None, resumed: dict | None = None):
+    config = resolve_config(*GPU, *flags, world=world, local=local, cuda=8, resumed=resumed)
+    return config.parallel
+
+
+def test_auto_is_the_default_and_says_why() -> None:
+    from config.cli import parse_arguments
+    from config.validate import resolve
+
+    config = parse_arguments([*GPU, "--cp-size", "8"])
+    chosen = resolve(config, world_size=8, local_world_size=8, cuda_devices=lambda: 8)
+    assert config.parallel.attention.method == "a2a"
+    assert any(text.startswith("--cp-comm-type a2a (predicted over p2p: ") for text in chosen), chosen
+
+
+def test_beyond_the_heads_the_a2a_size_is_chosen_too() -> None:
+    parallel = resolved("--cp-size", "16", "--seq-length", "8192", world=16, local=8)
+    assert (parallel.cp_comm_type, parallel.cp_a2a_size, parallel.attention.a2a_size) == ("a2a+p2p", 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        (["--cp-comm-type", "p2p"], "p2p"),
+        (["--heads-k-stride", "2"], "all_gather"),
+        (["--cp-a2a-size", "2"], "a2a+p2p"),
+        (["--cp-layout", "contiguous"], "all_gather"),
+        (["--cp-backend", "native", "--num-query-groups", "1", "--num-attention-heads", "1"], "all_gather"),
+    ],
+)
+def test_explicit_flags_win(flags: list[str], method: str) -> None:
+    assert resolved("--cp-size", "8", *flags).attention.method == method
+
+
+def test_one_rank_asks_for_no_lengths() -> None:
+    with mock.patch("config.validate.document_lengths", side_effect=AssertionError):
+        assert resolved("--cp-size", "1", world=1).attention.method == "p2p"
+
+
+def test_a_checkpoints_alignment_bounds_the_choice() -> None:
+    """Every method of the table needs 2 * cp; an alignment that does not divide is refused as before, not changed."""
+    with pytest.raises(ValueError, match="--document-alignment 4"):
+        resolved("--cp-size", "8", resumed={"--document-alignment": 4})
+    parallel = resolved("--cp-size", "8", resumed={"--document-alignment": 32})
+    assert parallel.attention.method == "a2a"
+
+
+def test_lengths_of_the_corpus_decide() -> None:
+    from config.cli import parse_arguments
+    from config.validate import resolve
+
+    found = {}
+    for name, lengths in (("short", np.full(1000, 300)), ("long", np.full(10, 2**20))):
+        config = parse_arguments([*GPU, "--cp-size", "16", "--seq-length", str(2**20)])
+        resolve(config, world_size=16, local_world_size=8, cuda_devices=lambda: 8, lengths=lengths)
+        found[name] = config.parallel.attention.method
+    assert found == {"short": "a2a+p2p", "long": "p2p"}
+
+
+def test_the_reason_names_what_is_saved() -> None:
+    best, other = cost.Cost(1.0, 0.5, 0.1), cost.Cost(1.2, 2.5, 0.0)
+    assert cost.describe_gain((best, other)) == "2.3x, fewer passes over memory"
