@@ -264,5 +264,7 @@ def choose_method(situation: Situation, choices: Sequence[AttentionChoice]) -> t
     others = [choice for choice in choices if choice != best]
     rivals = [choice for choice in others if (choice.method, choice.layout) == (choices[0].method, choices[0].layout)]
     rival = min(rivals or others, key=lambda choice: costs[choice].total)
+    if costs[rival].total < MIN_GAIN * costs[best].total:
+        return best, f"none is predicted to be {MIN_GAIN:g}x as fast"
     layout = f" {rival.layout}" if rival.method == best.method else ""
     return best, f"predicted over {rival.method}{layout}: {describe_gain((costs[best], costs[rival]))}"

@@ -189,6 +189,13 @@ def test_lengths_of_the_corpus_decide() -> None:
     assert found == {"short": "a2a+p2p", "long": "p2p"}
 
 
+def test_the_reason_of_a_method_that_nothing_beats() -> None:
+    situation = Situation(device="cpu", row_length=4096, lengths=(4096,), heads=4, groups=2, head_dim=64, item=4)
+    ring = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=2)
+    found, reason = choose_method(situation, [ring, replace(ring, method="all_gather")])
+    assert (found, reason) == (ring, "none is predicted to be 1.1x as fast")
+
+
 def test_the_reason_names_what_is_saved() -> None:
     best, other = cost.Cost(1.0, 0.5, 0.1), cost.Cost(1.2, 2.5, 0.0)
     assert cost.describe_gain((best, other)) == "2.3x, fewer passes over memory"
