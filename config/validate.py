@@ -503,7 +503,7 @@ def _choose_method(
     first = replace(request, method=support.methods(request.backend)[0])
     legal = support.candidates(request)
     if data.document_alignment is not None:  # a checkpoint's, or the user's
-        units = [document_unit(choice.layout, choice.cp_size) for choice in legal]
+        units = [document_unit(choice.layout, choice.cp_size, training.micro_batch_size) for choice in legal]
         legal = [choice for choice, unit in zip(legal, units, strict=True) if data.document_alignment % unit == 0]
     if not legal:  # the default's refusal says why
         parallel.cp_comm_type = first.method

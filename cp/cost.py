@@ -22,6 +22,7 @@ UNKNOWN_MEDIAN, UNKNOWN_SIGMA = 600, 1.5  # of documents of unknown lengths: log
 BACKWARD = 2.5  # backward pass of a kernel, in forward passes
 GRADIENT_BYTES = 4
 HYBRID_IMBALANCE = 1.05  # busiest rank over the mean
+HYBRID_DOCUMENTS = 4  # of a row for each cp rank, below which few rows have an even placement
 MIN_GAIN = 1.1  # that another method than the first, or the hybrid layout, must promise
 
 
@@ -193,7 +194,7 @@ def estimate_cost(situation: Situation, choice: AttentionChoice) -> Cost:
             shared += own
             merged += own if choice.method == "all_gather" else 0.75 * own * (degree - 1)
     if not device.calls_by_document:
-        calls = 1 + (rounds if choice.method == "all_gather" else ring - 1)
+        calls = 1 + (rounds if choice.method == "all_gather" else ring - 1) * (shared > 0)
     kernels = pairs * 4 * heads * width / device.flops * (1 + BACKWARD) + 2 * calls * device.call
     if is_hybrid:
         kernels *= HYBRID_IMBALANCE
@@ -250,7 +251,8 @@ def choose_method(situation: Situation, choices: Sequence[AttentionChoice]) -> t
 
     Args:
         choices: supported methods in the order of the table; the first stays unless another one is `MIN_GAIN` as fast.
-            The hybrid layout, which packs samples otherwise, must be `MIN_GAIN` as fast as the best of the others.
+            The hybrid layout, which packs samples otherwise, must be `MIN_GAIN` as fast as the best of the others, and
+            is taken for rows of many documents only.
     """
     costs = {choice: estimate_cost(situation, choice) for choice in choices}
 
@@ -259,8 +261,10 @@ def choose_method(situation: Situation, choices: Sequence[AttentionChoice]) -> t
         return found if costs[among[0]].total >= MIN_GAIN * costs[found].total else among[0]
 
     plain = [choice for choice in choices if choice.layout != "hybrid"]
-    hybrid = [choice for choice in choices if choice.layout == "hybrid"]
-    best = cheapest([*([cheapest(plain)] if plain else []), *hybrid])
+    documents = sum(situation.row_length / length for length in situation.lengths) / len(situation.lengths)
+    is_placeable = documents >= HYBRID_DOCUMENTS * choices[0].cp_size
+    hybrid = [choice for choice in choices if choice.layout == "hybrid" and (is_placeable or not plain)]
+    best = cheapest([cheapest(group) for group in (plain, hybrid) if group])
     others = [choice for choice in choices if choice != best]
     rivals = [choice for choice in others if (choice.method, choice.layout) == (choices[0].method, choices[0].layout)]
     rival = min(rivals or others, key=lambda choice: costs[choice].total)

@@ -51,9 +51,7 @@ def choose(
         item=2,
         spans_nodes=spans_nodes,
     )
-    legal = [choice for choice in candidates(request) if choice.layout != "hybrid"]
-    if hybrid:
-        legal.append(replace(legal[0], layout="hybrid"))
+    legal = [choice for choice in candidates(request) if hybrid or choice.layout != "hybrid"]
     return choose_method(situation, legal)[0]
 
 
@@ -90,6 +88,7 @@ def test_one_long_document_over_nodes_takes_the_ring() -> None:
 def test_skewed_lengths_take_the_hybrid_layout_and_one_document_does_not() -> None:
     assert choose("cuda", 8, 1, 1, 8 * 131072, SKEWED, hybrid=True).layout == "hybrid"
     assert choose("cuda", 8, 1, 1, 8 * 131072, (8 * 131072,), hybrid=True).layout == "zigzag"
+    assert choose("cuda", 8, 1, 1, 16 * 8000, (8000,), hybrid=True).layout == "zigzag", "16 documents on 8 ranks"
 
 
 def test_two_cpu_ranks_with_one_document_keep_the_ring() -> None:
@@ -185,8 +184,8 @@ def test_lengths_of_the_corpus_decide() -> None:
     for name, lengths in (("short", np.full(1000, 300)), ("long", np.full(10, 2**20))):
         config = parse_arguments([*GPU, "--cp-size", "16", "--seq-length", str(2**20)])
         resolve(config, world_size=16, local_world_size=8, cuda_devices=lambda: 8, lengths=lengths)
-        found[name] = config.parallel.attention.method
-    assert found == {"short": "a2a+p2p", "long": "p2p"}
+        found[name] = (config.parallel.attention.method, config.parallel.cp_layout)
+    assert found == {"short": ("p2p", "hybrid"), "long": ("p2p", "zigzag")}
 
 
 def test_the_reason_of_a_method_that_nothing_beats() -> None:
