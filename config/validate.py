@@ -113,7 +113,7 @@ def check_sizes(config: RunConfig, *, world_size: int, local_world_size: int) ->
     Raises:
         UserError: the first flag that cannot be used.
     """
-    _resolve_sizes(config, world_size, local_world_size, lambda: local_world_size, {})
+    _resolve_sizes(config, world_size, local_world_size, lambda: local_world_size, {}, lambda: None)
 
 
 def _resolve_sizes(
