@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from config.advice import NPROC, Change, divisors, find_advice, flags_of, multiples, nearest
 from config.schema import (
     CheckpointConfig,
@@ -34,6 +32,7 @@ from config.schema import (
     option,
 )
 from cp import cost, support
+from cp.cost import Lengths
 from cp.layout import document_unit
 from data.packing import PACKINGS, resolve_packing
 from data.sources import document_lengths, find_tokenizer, open_sources
@@ -56,7 +55,7 @@ def resolve(
     local_world_size: int,
     cuda_devices: Callable[[], int],
     resumed: Mapping[str, Any] | None = None,
-    lengths: np.ndarray | None = None,
+    lengths: Lengths = None,
 ) -> list[str]:
     """Give every open flag of `config` its value, in place, and check all flags.
 
@@ -77,7 +76,7 @@ def resolve(
     count_devices = functools.cache(cuda_devices)
 
     @functools.cache
-    def read_lengths() -> np.ndarray | None:
+    def read_lengths() -> Lengths:
         return document_lengths(open_sources(given.data.data_path, given.data.json_key)) if lengths is None else lengths
 
     def attempt(change: Change) -> UserError | None:
@@ -122,7 +121,7 @@ def _resolve_sizes(
     local_world_size: int,
     cuda_devices: Callable[[], int],
     saved: Mapping[str, Any],
-    read_lengths: Callable[[], np.ndarray | None],
+    read_lengths: Callable[[], Lengths],
 ) -> list[str]:
     """The part of `resolve` that reads no file but the corpora's indices: sizes, choices, and what the checkpoint's metadata `saved` fixes.
 
@@ -447,7 +446,7 @@ def _check_fp8(config: RunConfig) -> None:
 
 
 def _resolve_attention(
-    config: RunConfig, local_world_size: int, read_lengths: Callable[[], np.ndarray | None], chosen: list[str]
+    config: RunConfig, local_world_size: int, read_lengths: Callable[[], Lengths], chosen: list[str]
 ) -> None:
     parallel, model = config.parallel, config.model
     if parallel.cp_backend == "auto":
@@ -495,7 +494,7 @@ def _choose_method(
     config: RunConfig,
     request: support.AttentionRequest,
     local_world_size: int,
-    read_lengths: Callable[[], np.ndarray | None],
+    read_lengths: Callable[[], Lengths],
     chosen: list[str],
 ) -> support.AttentionRequest:
     """The request with the method of --cp-comm-type auto: by the cost model, of those that the other flags allow."""
@@ -511,11 +510,10 @@ def _choose_method(
     best, reason = legal[0], ""
     if request.cp_size > 1 and len(legal) > 1:
         is_packed = data.qkv_format == "thd" and data.packing != "concat"
-        lengths = read_lengths() if is_packed else np.array([data.seq_length])
         situation = cost.Situation(
             device=parallel.device,
             row_length=training.micro_batch_size * data.seq_length,
-            lengths=cost.length_quantiles(lengths, data.seq_length),
+            lengths=cost.length_quantiles(read_lengths(), data.seq_length) if is_packed else (data.seq_length,),
             heads=request.heads,
             groups=request.groups,
             head_dim=request.head_dim,

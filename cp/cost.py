@@ -26,6 +26,9 @@ HYBRID_DOCUMENTS = 4  # of a row for each cp rank, below which few rows have an 
 MIN_GAIN = 1.1  # that another method than the first, or the hybrid layout, must promise
 
 
+Lengths = np.ndarray | None  # [documents] tokens; None: unknown
+
+
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """Speeds of one rank.
@@ -124,7 +127,7 @@ class Cost:
         return self.kernels + self.passes + self.transfers
 
 
-def length_quantiles(lengths: np.ndarray | None, longest: int) -> tuple[float, ...]:
+def length_quantiles(lengths: Lengths, longest: int) -> tuple[float, ...]:
     """`QUANTILES` lengths that stand for equal shares of the tokens; documents above `longest` are cut to it.
 
     Args:

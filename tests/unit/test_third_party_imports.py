@@ -24,7 +24,9 @@ OUTSIDE: dict[str, set[str]] = {
 }
 # Read without torch, so that a refusal comes at once and argparse, docs and tests can read them.
 TORCH_FREE = [
+    "cp/cost.py",
     "cp/layout.py",
+    "cp/needed_keys.py",
     "cp/support.py",
     "data/packing.py",
     "data/files.py",
