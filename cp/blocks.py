@@ -87,7 +87,8 @@ def _group_runs(segments: np.ndarray) -> tuple[Run, ...]:
         if runs:
             last, q, k = runs[-1], runs[-1].q, runs[-1].k
             has_equal_distances = last.count == 1 or (q_distance, k_distance) == (q.distance, k.distance)
-            if (q_length, k_length) == (q.length, k.length) and has_equal_distances:
+            is_forward = q_distance >= 0 and k_distance >= 0  # a view cannot run backwards
+            if (q_length, k_length) == (q.length, k.length) and has_equal_distances and is_forward:
                 q, k = q._replace(distance=q_distance), k._replace(distance=k_distance)
                 runs[-1] = Run(last.count + 1, q, k)
                 continue

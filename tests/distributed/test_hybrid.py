@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cp.hybrid
-from cp.placement import PlacedRow, place
+from cp.placement import PlacedRow, degree_chain, place
 from cp.support import AttentionChoice
 from tests.distributed.test_cp_attention import (
     Documents,
@@ -62,6 +62,9 @@ def errors_of(rank: int, cp_size: int, method: str, documents: Documents, broken
 def test_mixed_degrees_equal_one_rank(world: World, cp_size: int, method: str) -> None:
     rows = [placed(cp_size), *(mixed_degrees(name, cp_size) for name in ("a", "b", "ones", "empty"))]
     assert len(set(rows[0].placement.degrees)) > 1
+    # Equal pieces whose keys lie in the row in the other order than the pieces in storage.
+    first_degree = degree_chain(cp_size)[1]
+    rows.append(place_at([2, 2], [first_degree, cp_size], [0, 0], cp_size))
     for row in rows:
         for errors in world.run(errors_of, cp_size, method, tuple(row)):
             assert worst(errors) <= 1e-10, errors
