@@ -35,7 +35,8 @@ import re, sys
 sys.path.insert(0, ".")
 from tools import convert_hf
 import torch.distributed.checkpoint, yaml
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # getrusage's is the parent's too
+# getrusage's peak is the parent's too.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
 convert_hf.main(sys.argv[1:])
 print(before, peak())

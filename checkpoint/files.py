@@ -100,10 +100,16 @@ def find_checkpoint(load: Path) -> Path:
             raise UserError(f"--load {load}: no such folder")
         return load
     found = list_checkpoints(load) or list_checkpoints(load / "checkpoints")
-    if not found and (load / "config.json").is_file() and any(any(load.glob(name)) for name in HUGGING_FACE_FILES):
+    folder = load.parent if load.is_file() else load
+    if not found and (folder / "config.json").is_file() and any(any(folder.glob(n)) for n in HUGGING_FACE_FILES):
         raise UserError(
-            f"--load {load}: a Hugging Face model; python tools/convert_hf.py import --input {load} --output RUN makes "
-            "a checkpoint of it"
+            f"--load {load}: a Hugging Face model; python tools/convert_hf.py import --input {folder} --output RUN "
+            "makes a checkpoint of it"
+        )
+    if len(load.parts) == 2 and not load.parent.exists():
+        raise UserError(
+            f"--load {load}: no such folder; download a model of the Hugging Face hub, then python "
+            "tools/convert_hf.py import --input FOLDER --output RUN"
         )
     if not found:
         raise UserError(f"--load {load}: no checkpoint there (neither {RUN_FILE} nor a step_* folder)")

@@ -14,6 +14,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -42,8 +43,16 @@ from config.cli import parse_arguments
 from data.tokenizer import TOKENIZER_TYPES, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from model.config import GPTConfig, count_parameters
 from tools.generate import find_tokenizer, read_model_config
-from tools.hf.config import MAX_SIZE, model_flags, read_config, write_config
-from tools.hf.tokenizer import find_end_token, find_tokenizer_file, write_tokenizer
+from tools.hf.config import (
+    MAX_SIZE,
+    describe_lost,
+    list_ends,
+    model_flags,
+    read_config,
+    read_positions,
+    write_config,
+)
+from tools.hf.tokenizer import find_end_token, find_start, find_tokenizer_file, write_tokenizer
 from tools.hf.weights import (
     ShardReader,
     check_weights,
@@ -102,10 +111,13 @@ def export_model(
         return tensors[f"model.{name}"].properties.dtype
 
     dtype_name = str(dtype or stored("embedding.weight")).removeprefix("torch.")
-    said = write_config(config, max_positions=positions, eod=tokenizer.eod, dtype=dtype_name)
+    start = find_start(tokenizer) if keep_template else None
+    bos = start[0] if start else None
+    said = write_config(config, max_positions=positions, bos=bos, eod=tokenizer.eod, dtype=dtype_name)
     files = write_tokenizer(tokenizer, max_positions=positions, keep_template=keep_template)
     files["config.json"] = json.dumps(said, indent=2) + "\n"
-    files["generation_config.json"] = json.dumps({"eos_token_id": tokenizer.eod}, indent=2) + "\n"
+    ends = {"eos_token_id": tokenizer.eod} | ({} if bos is None else {"bos_token_id": bos})
+    files["generation_config.json"] = json.dumps(ends, indent=2) + "\n"
     with new_folder(output) as scratch:
         sums = read_checksums(checkpoint, opened)
         if errors := find_corrupted(checkpoint, sorted(sums), sums, opened) + find_unlisted(checkpoint, sums):
@@ -141,20 +153,26 @@ def import_model(folder: Path, output: Path, *, tokenizer_model: str | None, eod
     """
     if not folder.is_dir():
         raise UserError(f"--input {folder}: no such folder; models are not downloaded")
+    where = str(folder / "config.json")
     said = read_json_file(folder / "config.json")
-    config = read_config(said, str(folder / "config.json"))
+    config, positions = read_config(said, where), read_positions(said, where)
     reader = ShardReader(folder)
     checked = check_weights(reader, config)
     file = Path(tokenizer_model) if tokenizer_model else find_tokenizer_file(folder)
-    if eod is None and file.suffix == ".json":
-        eod = find_end_token(file, said.get("eos_token_id"))
+    ends = list_ends(said)
+    if eod is None and file.suffix == ".json" and ends:
+        eod = find_end_token(file, ends[0])
     tokenizer = load_tokenizer("auto", str(file), eod)
+    if tokenizer.kind == "sentencepiece" and ends and tokenizer.eod not in ends:
+        raise UserError(
+            f"{where}: eos_token_id {short_repr(said['eos_token_id'])}; {file} ends a document with {tokenizer.eod}; "
+            f"set eos_token_id to {tokenizer.eod}, or give --tokenizer-model tokenizer.json"
+        )
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{file}: {tokenizer.vocab_size} tokens; config.json has vocab_size {config.vocab_size}")
-    positions = said.get("max_position_embeddings")
     metadata: dict[str, Any] = {f"model {n}": v for n, v in vars(config).items() if not n.endswith("_dropout")}
     metadata |= {"tokenizer": tokenizer.fingerprint, IMPORTED: " ".join(folder.resolve().name.split())}
-    if type(positions) is int and 1 <= positions <= MAX_SIZE:
+    if positions:
         metadata["--seq-length"] = positions
     with new_folder(output) as scratch:
         _write_run_files(scratch, output, config, tokenizer, eod=eod, metadata=metadata)
@@ -165,6 +183,9 @@ def import_model(folder: Path, output: Path, *, tokenizer_model: str | None, eod
         sums = compute_checksums(sorted(part.iterdir()))
         publish(part, step_folder(save, 0), run_metadata=metadata | {"step": 0}, sums=sums)
     print(f"{output}: {said['model_type']}, {count_numbers(config):,} numbers")
+    start = find_start(tokenizer)
+    for line in describe_lost(said, bos=start[0] if start else None, eod=tokenizer.eod):
+        print(line)
     print(f"train.py --config {output / 'model.yaml'} --load {output} --load-weights-only")
     return 0
 

@@ -124,8 +124,7 @@ def test_a_longer_context_lowers_the_loss_at_far_positions(grid: Grid, tmp_path:
     after = loss_by_position(tmp_path / "long", held_out)
     near, far = slice(8, 64), slice(128, 255)
     gaps = [float(losses[far].mean() - losses[near].mean()) for losses in (before, after)]
-    print(
-        f"near {before[near].mean():.3f} -> {after[near].mean():.3f}, far {before[far].mean():.3f} -> {after[far].mean():.3f}"
-    )
+    for name, part in (("near", near), ("far", far)):
+        print(f"{name} {before[part].mean():.3f} -> {after[part].mean():.3f}")
     assert before[far].mean() - after[far].mean() > 0.2
     assert gaps[1] < gaps[0] / 2

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 from benchmarks import convert_hf as benchmark
-from checkpoint.files import find_run_checkpoint, read_run_metadata
+from checkpoint.files import find_checkpoint, find_run_checkpoint, read_run_metadata
 from checkpoint.saver import Saver
 from cp.attention import build_attention
 from data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
@@ -43,8 +43,8 @@ from tools import checkpoint as checkpoint_tool
 from tools import convert_hf
 from tools.generate import load_model
 from tools.hf import weights
-from tools.hf.config import model_flags, read_config
-from tools.hf.tokenizer import find_end_token, write_tokenizer
+from tools.hf.config import describe_lost, list_ends, model_flags, read_config, read_positions
+from tools.hf.tokenizer import find_end_token, find_start, write_tokenizer
 from training.build import build_data
 from utils.errors import UserError
 
@@ -450,6 +450,15 @@ def linked(name: str) -> Callable[[Path], None]:
     return change
 
 
+def piped(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
+
+
+def both_weights(folder: Path) -> None:
+    save_file({name: 1.5 * x for name, x in read_all(folder).items()}, folder / weights.ONE_FILE)
+
+
 def truncated(folder: Path) -> None:
     path = next(iter(folder.glob("*.safetensors")))
     path.write_bytes(path.read_bytes()[:-8])
@@ -487,6 +496,21 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edited(f, rope_parameters=LLAMA3 | {"low_freq_factor": 2.0}),
         "frequency factors (2.0, 4.0)",
     ),
+    "two original lengths": (
+        lambda f: edited(f, original_max_position_embeddings=32),
+        "original_max_position_embeddings is 32, and 16 in the rotary scaling",
+    ),
+    "small linear factor": (
+        lambda f: edited(f, rope_parameters={"rope_type": "linear", "factor": 0.5}),
+        "rope_type linear with factor 0.5: must be 1 or more",
+    ),
+    "small llama3 factor": (lambda f: edited(f, rope_parameters=LLAMA3 | {"factor": 0.5}), "must be 1 or more"),
+    "another head": (
+        lambda f: edited(f, architectures=["LlamaForSequenceClassification"]),
+        "architectures ['LlamaForSequenceClassification']: only LlamaForCausalLM is supported",
+    ),
+    "another model's head": (lambda f: edited(f, model_type="qwen3"), "only Qwen3ForCausalLM is supported"),
+    "text for positions": (lambda f: edited(f, max_position_embeddings="64"), "max_position_embeddings '64': must be"),
     "no factor": (lambda f: edited(f, rope_parameters={"rope_type": "linear"}), "has no factor"),
     "rope of another kind": (lambda f: edited(f, rope_parameters=[1]), "must be a mapping"),
     "a part of each head": (lambda f: edited(f, partial_rotary_factor=0.5), "part of each head"),
@@ -506,6 +530,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "linked shard": (linked("*-00001-*"), "is a link, which is not followed"),
     "linked index": (linked("*.index.json"), "is a link, which is not followed"),
     "linked tokenizer": (linked("tokenizer.json"), "is a link, which is not followed"),
+    "piped tokenizer": (piped, "tokenizer.json: is no regular file"),
+    "stale weights": (both_weights, "model.safetensors: model.safetensors.index.json is there too"),
     "path in the index": (reindexed("../outside.safetensors"), "is no safetensors file of this folder"),
     "absolute path in the index": (reindexed("/etc/passwd"), "is no safetensors file of this folder"),
     "shard of another type": (reindexed(7), "is no safetensors file of this folder"),  # type: ignore[arg-type]
@@ -519,6 +545,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shape": (set_tensor(f"{Q}.weight", torch.zeros(32, 64)), "is [32, 64]; config.json says [64, 32]"),
     "integers": (set_tensor(f"{Q}.weight", torch.zeros(64, 32, dtype=torch.int8)), "q_proj.weight is I8; supported"),
     "two dtypes": (set_tensor(f"{Q}.weight", torch.zeros(64, 32).bfloat16()), "must have one dtype"),
+    "NaN": (set_tensor("model.norm.weight", torch.tensor([1.0] * 31 + [float("nan")])), "norm.weight: has values that"),
+    "infinite": (set_tensor(f"{Q}.weight", torch.full((64, 32), -float("inf"))), "q_proj.weight: has values that are"),
     "missing tensor": (lambda f: rewrite(f, lambda t: t.pop("model.norm.weight")), "has no tensor model.norm.weight"),
     "tied but different": (
         lambda f: edited(f, tie_word_embeddings=True),
@@ -565,7 +593,9 @@ CONFIG_KEYS = [
     "rope_parameters",
     "rope_scaling",
     "head_dim",
-    "eos_token_id",
+    "original_max_position_embeddings",
+    "attention_dropout",
+    "architectures",
     *SHAPE,
 ]
 
@@ -574,11 +604,15 @@ CONFIG_KEYS = [
 @given(st.dictionaries(st.sampled_from(CONFIG_KEYS), VALUES, max_size=3))
 def test_a_config_of_any_values_is_a_model_or_refused(changes: dict[str, Any]) -> None:
     try:
-        config = read_config({"model_type": "llama", **SHAPE, **changes}, "config.json")
+        said = {"model_type": "llama", **SHAPE, **changes}
+        config = read_config(said, "config.json")
+        read_positions(said, "config.json")
     except UserError as error:
         assert str(error).startswith("config.json") and "\n" not in str(error) and len(str(error)) < 400
     else:
         assert resolve_config(*as_flags(config)).model.architecture(1) == config
+        assert isinstance(list_ends(said), list)
+        assert all("\n" not in line and len(line) < 400 for line in describe_lost(said, bos=None, eod=256))
 
 
 @settings(max_examples=200, deadline=None)
@@ -589,9 +623,102 @@ def test_a_config_of_any_values_is_a_model_or_refused(changes: dict[str, Any]) -
 def test_an_end_of_any_value_is_a_token_or_refused(said: dict[str, Any], eos: Any) -> None:
     with mock.patch("tools.hf.tokenizer.read_json_file", lambda path: said):
         try:
-            assert isinstance(find_end_token(Path("tokenizer.json"), eos), str | None)
+            assert isinstance(find_end_token(Path("tokenizer.json"), eos), str)
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def test_an_original_length_beside_the_scaling_counts(grid: Grid, good: Path, tmp_path: Path) -> None:
+    """transformers 5 takes it; 16 differs from max_position_embeddings, 64, which it takes where there is none."""
+    shutil.copytree(good, tmp_path / "hf")
+    scaling = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    edited(tmp_path / "hf", rope_parameters=scaling, original_max_position_embeddings=16)
+    assert convert("import", "--input", tmp_path / "hf", "--output", tmp_path / "run") == 0
+    got = our_logits(find_run_checkpoint(tmp_path / "run"), torch.float32)
+    torch.testing.assert_close(got, hf_logits(tmp_path / "hf", torch.float32), rtol=1e-5, atol=1e-5)
+
+
+def test_an_end_that_a_sentencepiece_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "hf", "smollm", tokenizer=False)
+    tokenizer = pieces_model(tmp_path, prefix=True)
+    shutil.copy(tmp_path / "own.model", source / "tokenizer.model")
+    for end in (77, [77, 78]):
+        edited(source, eos_token_id=end)
+        with pytest.raises(UserError) as refused:
+            convert("import", "--input", source, "--output", tmp_path / "run")
+        assert f"eos_token_id {end}; " in str(refused.value)
+        assert f"set eos_token_id to {tokenizer.eod}" in str(refused.value)
+    for place, end in (("one", tokenizer.eod), ("several", [77, tokenizer.eod]), ("none", None)):
+        edited(source, eos_token_id=end)
+        assert convert("import", "--input", source, "--output", tmp_path / place) == 0
+
+
+def test_what_a_run_lacks_is_printed_and_a_kept_template_brings_its_bos_back(tmp_path: Path, capsys) -> None:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    source = make_hf(tmp_path / "hf", "smollm", tokenizer=False)
+    words_file(tmp_path).rename(source / "tokenizer.json")
+    edited(source, eos_token_id=[1, 5, 7], bos_token_id=0, attention_dropout=0.1)
+    convert("import", "--input", source, "--output", tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "eos_token_id: 1 ends a document; not kept: 5, 7; after an export add" in said
+    assert "bos_token_id 0: runs train without; export --keep-template writes the token again" in said
+    assert "attention_dropout 0.1: not kept; train.py has --attention-dropout" in said
+    for name, flags, bos in (("plain", [], None), ("kept", ["--keep-template"], 0)):
+        convert("export", "--load", tmp_path / "run", "--output", tmp_path / name, *flags)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        described = [of.from_pretrained(tmp_path / name).bos_token_id for of in (AutoConfig, GenerationConfig)]
+        assert [*described, tokenizer.bos_token_id] == [bos] * 3
+        assert (tokenizer("the ring")["input_ids"][0] == 0) == (bos == 0)
+
+    edited(source, bos_token_id=3, eos_token_id=1, attention_dropout=0.0)
+    capsys.readouterr()
+    convert("import", "--input", source, "--output", tmp_path / "other")
+    said = capsys.readouterr().out
+    assert "bos_token_id 3: runs train without; not kept" in said
+    assert "eos_token_id" not in said and "dropout" not in said
+
+
+def test_the_start_of_every_kind_of_template_is_found(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    tokenizer = HuggingFaceTokenizer(words_file(tmp_path))
+    first, last = ("<|begin_of_text|>", 0), ("<|end_of_text|>", 1)
+    special = [first, last]
+    cases = {
+        "end only": (processors.TemplateProcessing(single=f"$A {last[0]}", special_tokens=special), None),
+        "both": (
+            processors.TemplateProcessing(single=f"{first[0]} $A {last[0]}", special_tokens=special),
+            (0, first[0]),
+        ),
+        "roberta": (processors.RobertaProcessing(last, first), (0, first[0])),
+        "bytes": (processors.ByteLevel(), None),
+    }
+    for name, (processor, wanted) in cases.items():
+        own = type(tokenizer.processor).from_buffer(tokenizer.content)
+        own.post_processor = processor
+        tokenizer.content = own.to_str().encode()
+        assert find_start(tokenizer) == wanted, name
+    assert find_start(ByteTokenizer()) is None
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-0000*.safetensors"])
+def test_load_of_a_file_of_hugging_face_names_the_tool(good: Path, name: str) -> None:
+    file = next(good.glob(name))
+    with pytest.raises(UserError) as refused:
+        find_checkpoint(file)
+    assert f"--load {file}: a Hugging Face model; python tools/convert_hf.py import --input {good} " in str(
+        refused.value
+    )
+
+
+def test_load_of_a_name_of_the_hub_names_the_tool(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no such folder; download .* tools/convert_hf.py import"):
+        find_checkpoint(Path("meta-llama/Llama-3.1-8B"))
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="no checkpoint there"):
+        find_checkpoint(Path("runs/none"))
 
 
 def test_a_head_beside_a_tied_embedding_may_be_equal(grid: Grid, good: Path, tmp_path: Path) -> None:

@@ -46,11 +46,12 @@ REQUIRED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def write_config(config: GPTConfig, *, max_positions: int, eod: int, dtype: str) -> dict[str, Any]:
+def write_config(config: GPTConfig, *, max_positions: int, bos: int | None, eod: int, dtype: str) -> dict[str, Any]:
     """Return config.json for our model, with keys that transformers 4 and 5 read.
 
     Args:
         max_positions: tokens of a sample in training.
+        bos: id of the token that the tokenizer puts before a text; None: it puts none.
         eod: id of the end-of-document token, which also starts a text without prompt.
         dtype: of the weights, such as `float32`.
 
@@ -89,7 +90,7 @@ def write_config(config: GPTConfig, *, max_positions: int, eod: int, dtype: str)
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": None,
+        "bos_token_id": bos,
         "eos_token_id": eod,
         "torch_dtype": dtype,
         "use_cache": True,
@@ -117,6 +118,9 @@ def read_config(said: Any, where: str) -> GPTConfig:
         if key in said and not any(value == one and type(value) is type(one) for one in allowed):
             raise UserError(f"{where}: {key} {short_repr(value)}: {meaning}, which our model lacks")
     _check_windows(said, kind, where)
+    named = said.get("architectures")
+    if named not in (None, [], [ARCHITECTURES[kind]]):
+        raise UserError(f"{where}: architectures {repr(named)[:100]}: only {ARCHITECTURES[kind]} is supported")
     hidden, heads = _count(said, "hidden_size", where), _count(said, "num_attention_heads", where)
     # What transformers takes where a key is missing; None: it differs between versions or models.
     default_groups = heads if kind == "llama" else None
@@ -146,6 +150,39 @@ def read_config(said: Any, where: str) -> GPTConfig:
         init_std=_positive(said, "initializer_range", where, 0.02),
         **_read_rope(said, where),
     )
+
+
+def read_positions(said: Mapping[str, Any], where: str) -> int | None:
+    """`max_position_embeddings`; None: not given. Raises UserError: no number of positions."""
+    key = "max_position_embeddings"
+    return None if said.get(key) is None else _count(said, key, where)
+
+
+def list_ends(said: Mapping[str, Any]) -> list[Any]:
+    """`eos_token_id` as a list, of which the first ends a document; empty: not given."""
+    ends = said.get("eos_token_id")
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def describe_lost(said: Mapping[str, Any], *, bos: int | None, eod: int) -> list[str]:
+    """One line for each value of a config.json that an imported run does not have.
+
+    Args:
+        bos: id of the token that the tokenizer's template puts before a text; None: no such template.
+        eod: id of the run's end-of-document token.
+    """
+    lines = []
+    if others := [end for end in list_ends(said) if end != eod]:
+        lines.append(
+            f"eos_token_id: {eod} ends a document; not kept: {short_repr(others)[1:-1]}; after an export add to "
+            "eos_token_id in generation_config.json"
+        )
+    if (start := said.get("bos_token_id")) is not None:
+        kept = "export --keep-template writes the token again" if start == bos else "not kept; the tokenizer adds none"
+        lines.append(f"bos_token_id {short_repr(start)}: runs train without; {kept}")
+    if rate := said.get("attention_dropout"):
+        lines.append(f"attention_dropout {short_repr(rate)}: not kept; train.py has --attention-dropout, default 0")
+    return lines
 
 
 def model_flags(config: GPTConfig) -> dict[str, Any]:
@@ -222,7 +259,16 @@ def _read_rope(said: Mapping[str, Any], where: str) -> dict[str, Any]:
     if name == "default":
         return read
     read |= {"rope_scaling": name, "rope_scaling_factor": _positive(scaling, "factor", where)}
+    if read["rope_scaling_factor"] < 1:
+        raise UserError(f"{where}: rope_type {name} with factor {read['rope_scaling_factor']}: must be 1 or more")
     if name == "llama3":
+        outer, inner = said.get(LLAMA3_KEYS[3]), scaling.get(LLAMA3_KEYS[3])
+        if None not in (outer, inner) and outer != inner:  # transformers 4 takes the inner one, 5 the outer one
+            raise UserError(
+                f"{where}: {LLAMA3_KEYS[3]} is {short_repr(outer)}, and {short_repr(inner)} in the rotary scaling; "
+                "remove one"
+            )
+        scaling[LLAMA3_KEYS[3]] = inner if outer is None else outer
         turns = tuple(_positive(scaling, key, where) for key in LLAMA3_KEYS[1:3])
         if turns != LLAMA3_TURNS:
             raise UserError(f"{where}: llama3 scaling with frequency factors {turns}; our model has {LLAMA3_TURNS}")

@@ -36,6 +36,7 @@ def write_tokenizer(tokenizer: Tokenizer, *, max_positions: int, keep_template: 
         UserError: transformers would give other ids.
     """
     eod: str | None
+    start = None
     if isinstance(tokenizer, ByteTokenizer):
         said, eod = _describe_bytes(), BYTE_EOD
     elif isinstance(tokenizer, SentencePieceTokenizer):
@@ -44,7 +45,9 @@ def write_tokenizer(tokenizer: Tokenizer, *, max_positions: int, keep_template: 
         assert isinstance(tokenizer, HuggingFaceTokenizer)
         said, eod = parse_json(tokenizer.content), tokenizer.processor.id_to_token(tokenizer.eod)
         said |= {"truncation": None, "padding": None}
-        if not keep_template:
+        if keep_template:
+            start = find_start(tokenizer)
+        else:
             said["post_processor"] = _without_template(said.get("post_processor"))
     content = json.dumps(said, ensure_ascii=False)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
@@ -52,6 +55,7 @@ def write_tokenizer(tokenizer: Tokenizer, *, max_positions: int, keep_template: 
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eod,
+        **({"bos_token": start[1]} if start else {}),
         "model_max_length": max_positions,
         "clean_up_tokenization_spaces": False,
     }
@@ -59,6 +63,27 @@ def write_tokenizer(tokenizer: Tokenizer, *, max_positions: int, keep_template: 
         "tokenizer.json": content,
         "tokenizer_config.json": json.dumps(about, indent=2, ensure_ascii=False) + "\n",
     }
+
+
+def find_start(tokenizer: Tokenizer) -> tuple[int, str] | None:
+    """(id, token) of the BOS that the template of a tokenizer.json puts before a text; None: no such template."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return None
+    return _find_start(parse_json(tokenizer.content).get("post_processor") or {})
+
+
+def _find_start(processor: dict[str, Any]) -> tuple[int, str] | None:
+    kind = processor.get("type")
+    if kind == "Sequence":
+        return next((found for part in processor["processors"] if (found := _find_start(part))), None)
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        token, number = processor["cls"]
+        return number, token
+    first = processor["single"][:1] if kind == "TemplateProcessing" else []
+    if first and "SpecialToken" in first[0]:
+        special = processor["special_tokens"][first[0]["SpecialToken"]["id"]]
+        return special["ids"][0], special["tokens"][0]
+    return None
 
 
 def _without_template(processor: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -182,22 +207,20 @@ def find_tokenizer_file(folder: Path) -> Path:
             raise UserError(f"{path}: is a link, which is not followed; copy the folder with cp -rL")
         if path.is_file():
             return path
+        if path.exists():
+            raise UserError(f"{path}: is no regular file")
     raise UserError(f"{folder}: neither {' nor '.join(TOKENIZER_FILES)} there; give --tokenizer-model FILE")
 
 
-def find_end_token(file: Path, eos: Any) -> str | None:
-    """The token of a tokenizer.json with the id that config.json calls the end; None: config.json names none.
+def find_end_token(file: Path, eos: Any) -> str:
+    """The token of a tokenizer.json with the id that config.json calls the end.
 
     Args:
-        eos: `eos_token_id`: an id, a list of ids of which the first counts, or None.
+        eos: of `eos_token_id`.
 
     Raises:
         UserError: no such token.
     """
-    if isinstance(eos, list):
-        eos = eos[0] if eos else None
-    if eos is None:
-        return None
     said = read_json_file(file)
     model = said.get("model") if isinstance(said, dict) else None
     vocab = model.get("vocab") if isinstance(model, dict) else None

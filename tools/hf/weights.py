@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -137,9 +138,10 @@ class ShardReader:
 
     def _list_files(self) -> dict[str, str]:
         """The index's file of each tensor; empty: one file without an index. Raises UserError."""
-        index = self.folder / INDEX_FILE
+        index, single = self.folder / INDEX_FILE, self.folder / ONE_FILE
+        has_single = single.is_symlink() or single.exists()
         if not index.is_symlink() and not index.exists():
-            if (self.folder / ONE_FILE).is_symlink() or (self.folder / ONE_FILE).exists():
+            if has_single:
                 return {}
             found = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
             if found:
@@ -148,6 +150,8 @@ class ShardReader:
                     "transformers (save_pretrained) where you trust them"
                 )
             raise UserError(f"{self.folder}: neither {ONE_FILE} nor {INDEX_FILE} there")
+        if has_single:  # transformers reads this one, other readers those of the index
+            raise UserError(f"{single}: {INDEX_FILE} is there too; remove the one whose weights are older")
         listed = read_json_file(index)
         listed = listed.get("weight_map") if isinstance(listed, dict) else None
         if not isinstance(listed, dict) or not listed:
@@ -183,11 +187,14 @@ class ShardReader:
         return tuple(about.get_shape()), DTYPES[about.get_dtype()]
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor. Raises UserError: the file changed meanwhile."""
+        """The whole tensor. Raises UserError: the file changed meanwhile, or a value is NaN or infinite."""
         try:
-            return self._file(self.where[name]).get_tensor(name)
+            tensor = self._file(self.where[name]).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.folder / self.where[name]}: {name}: {one_line(error)[:200]}") from error
+        if not all(math.isfinite(value) for value in torch.aminmax(tensor)):  # isfinite().all() takes more memory
+            raise UserError(f"{self.folder / self.where[name]}: {name}: has values that are NaN or infinite")
+        return tensor
 
 
 def check_weights(reader: ShardReader, config: GPTConfig) -> dict[str, tuple[Weight, torch.dtype]]:
