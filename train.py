@@ -82,7 +82,8 @@ def main(argv: list[str], status: RunStatus) -> None:
     if config.training.dry_run:
         if launch.rank == 0:
             vocab_size, lengths = read_vocab_and_lengths(config.data)
-            plan = make_plan(config, config.model.architecture(vocab_size), pack_rows(config, lengths))
+            architecture = config.model.architecture(vocab_size)
+            plan = make_plan(config, architecture, pack_rows(config, architecture, lengths))
             log(format_plan(config, plan))
         return
     stops = StopRequests(

@@ -44,7 +44,7 @@ from data.batch import Batch
 from data.dataset import PackedSample
 from data.packing import pack_epoch
 from training.build import build_batch_plan
-from training.flops import training_flops
+from training.flops import attention_cost
 
 VOCAB_SIZE, RANKS, SAMPLES, STEPS, SIGMA, SEED = 4096, 2, 8, 3, 1.5, 1234
 MEDIANS = {"8192": 600, "32768": 2000}  # median length of a document for each sequence length
@@ -105,8 +105,7 @@ def attention_cost_of_1b() -> float:
     """Of `data.batch.BatchPlan`."""
     flags = "--device cpu --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5504"
     architecture = build_config(flags).model.architecture(32000)
-    a_square = training_flops(architecture, tokens=0, squared_lengths=1)
-    return a_square / training_flops(architecture, tokens=1, squared_lengths=0)
+    return attention_cost(architecture)
 
 
 @dataclass

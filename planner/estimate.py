@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from config.schema import DataConfig, RunConfig
-from cp.layout import attention_pairs, balance
+from cp.layout import attention_pairs, balance, held_documents
 from cp.native_a2a import kv_copies
 from cp.needed_keys import NeededKeys
-from cp.placement import Placement
+from cp.placement import Placement, place
 from cp.support import AttentionChoice
+from data.balance import deal
 from data.packing import pack_epoch
 from data.sources import document_lengths, find_tokenizer, open_sources
 from model.config import GPTConfig, count_parameters
 from parallel.grid import AXES
 from planner.memory import Memory, rank_layers, rank_memory
 from training.build import COMPUTE_DTYPES
-from training.flops import training_flops
+from training.flops import attention_cost, training_flops
 from utils.errors import UserError
 from utils.files import read_text
 
 ROWS_READ = 50  # rows of a packing that its balance is averaged over
+STEPS_READ = 2  # steps whose work over all ranks is balanced
 GIB = 2**30
 
 
@@ -35,16 +37,20 @@ class Rows:
     Attributes:
         packing_efficiency: share of real tokens.
         cp_balance: attention work of the busiest cp rank over the mean.
+        work_balance: work of the busiest rank over the mean of all ranks in a step, as the metric of this name.
         squared_lengths: sum of length^2 over the documents of a sample.
         documents: number of documents that the statistics come from.
         gathered: tokens that the busiest cp rank sends and receives in native's all_gather; None: another method.
+        rings: of the layout hybrid, tokens that the busiest sender has in the ring of each degree; None: another layout.
     """
 
     packing_efficiency: float
     cp_balance: float
+    work_balance: float
     squared_lengths: float
     documents: int
     gathered: tuple[float, float] | None = None
+    rings: dict[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,35 +113,41 @@ def read_vocab_and_lengths(data: DataConfig) -> tuple[int, np.ndarray | None]:
     return tokenizer.vocab_size if tokenizer else data.tokenizer_vocab_size, document_lengths(sources)
 
 
-def pack_rows(config: RunConfig, lengths: np.ndarray | None) -> Rows:
+def pack_rows(config: RunConfig, architecture: GPTConfig, lengths: np.ndarray | None) -> Rows:
     """Statistics of rows of documents with these lengths; None: each sample is one document."""
-    data, parallel = config.data, config.parallel
+    data, parallel, training = config.data, config.parallel, config.training
+    count = max(ROWS_READ * training.micro_batch_size, STEPS_READ * training.global_batch_size)
     if lengths is None or data.packing == "concat":
         whole = np.array([data.seq_length])
         samples, efficiency = [(whole, whole)], 1.0
     else:
         unit = data.document_alignment
-        epoch = pack_epoch(lengths, seed=config.training.seed, epoch=0, seq_length=data.seq_length, alignment=unit)
-        count = ROWS_READ * config.training.micro_batch_size
+        epoch = pack_epoch(lengths, seed=training.seed, epoch=0, seq_length=data.seq_length, alignment=unit)
         pieces = [epoch.sample_pieces(n)[:, 2] for n in range(min(len(epoch), count))]
         samples = [_pad_sample(own, unit, data.seq_length) for own in pieces]
         efficiency = float(lengths.sum() / (len(epoch) * data.seq_length))
-    balances, gathered = [1.0], None
+    cost = attention_cost(architecture)
+    read = samples[: ROWS_READ * training.micro_batch_size]
+    balances, gathered, rings = [1.0], None, None
     if parallel.cp_size > 1:
-        rows = _join_samples(samples, config.training.micro_batch_size)
-        cut = partial(attention_pairs, cp_size=parallel.cp_size, layout=parallel.cp_layout)
-        balances = [balance(cut(*row)) for row in rows]
-        is_gathered = (parallel.attention.backend, parallel.attention.method) == ("native", "all_gather")
-        if is_gathered and parallel.cp_layout != "hybrid":
-            gather = partial(count_gathered, cp_size=parallel.cp_size, layout=parallel.cp_layout)
-            sent, received = np.mean([max(gather(*row).tolist(), key=sum) for row in rows], 0).tolist()
-            gathered = sent, received
+        rows = [_place(config, _join(row), cost) for row in _take(read, training.micro_batch_size)]
+        balances = [balance(attention_pairs(*row, **cut)) for row, cut in rows]
+        if (parallel.attention.backend, parallel.attention.method) == ("native", "all_gather"):
+            busiest = [max(count_gathered(*row, **cut).tolist(), key=sum) for row, cut in rows]
+            gathered = tuple(np.mean(busiest, 0).tolist())
+        elif parallel.cp_layout == "hybrid":
+            each = [_ring_tokens(row[1], cut["placement"], parallel.cp_size) for row, cut in rows if "placement" in cut]
+            degrees = {degree for tokens in each for degree in tokens}
+            rings = {d: sum(tokens.get(d, 0) for tokens in each) / len(each) for d in sorted(degrees)}
+    steps = _take(samples, training.global_batch_size)[:STEPS_READ]
     return Rows(
         packing_efficiency=efficiency,
         cp_balance=float(np.mean(balances)),
-        squared_lengths=float(np.mean([(own.astype(np.float64) ** 2).sum() for own, _ in samples])),
+        work_balance=float(np.mean([_step_balance(config, step, cost) for step in steps])),
+        squared_lengths=float(np.mean([_squares(own) for own in read])),
         documents=0 if lengths is None else len(lengths),
         gathered=gathered,
+        rings=rings,
     )
 
 
@@ -148,11 +160,74 @@ def _pad_sample(lengths: np.ndarray, unit: int, seq_length: int) -> Documents:
     return np.append(lengths, 0), np.append(padded, seq_length - padded.sum())
 
 
-def _join_samples(samples: list[Documents], count: int) -> list[Documents]:
-    """Rows of `count` samples; fewer samples are repeated."""
+def _squares(documents: Documents) -> float:
+    return float((documents[0].astype(np.float64) ** 2).sum())
+
+
+def _take(samples: list[Documents], count: int) -> list[list[Documents]]:
+    """Consecutive lists of `count` samples; fewer samples are repeated."""
     samples = samples * -(-count // len(samples))
-    rows = [samples[first : first + count] for first in range(0, len(samples) - count + 1, count)]
-    return [(np.concatenate([own for own, _ in row]), np.concatenate([padded for _, padded in row])) for row in rows]
+    return [samples[first : first + count] for first in range(0, len(samples) - count + 1, count)]
+
+
+def _join(samples: list[Documents]) -> Documents:
+    """The row of some samples."""
+    return np.concatenate([own for own, _ in samples]), np.concatenate([padded for _, padded in samples])
+
+
+def _place(config: RunConfig, row: Documents, cost: float) -> tuple[Documents, dict[str, Any]]:
+    """The row as the layout has it, with fillers in hybrid, and how it is cut. Args: cost: as `BatchPlan`'s."""
+    parallel, (lengths, padded) = config.parallel, row
+    cut: dict[str, Any] = dict(cp_size=parallel.cp_size, layout=parallel.cp_layout)
+    if parallel.cp_layout != "hybrid":
+        return row, cut
+    starts, is_document = np.cumsum(padded) - padded, lengths > 0
+    placed = place(
+        lengths[is_document],
+        row_length=int(padded.sum()),
+        cp_size=parallel.cp_size,
+        attention_cost=cost,
+        sample_numbers=starts[is_document] // config.data.seq_length,
+        num_samples=config.training.micro_batch_size,
+    )
+    if placed is None:  # train.py would refuse this row; others of the corpus may fit
+        return row, cut | {"layout": "zigzag"}
+    return placed[:2], cut | {"placement": placed.placement}
+
+
+def _rank_pairs(config: RunConfig, row: Documents, cost: float) -> np.ndarray:
+    """[cp] query-key pairs of each cp rank on a row."""
+    (lengths, padded), cut = _place(config, row, cost)
+    return attention_pairs(lengths, padded, **cut)
+
+
+def _ring_tokens(padded: np.ndarray, placement: Placement, cp_size: int) -> dict[int, int]:
+    """Tokens that the busiest sender of a hybrid row has in the ring of each degree."""
+    ranks: list[dict[int, int]] = []
+    for rank in range(cp_size):
+        held = held_documents(placement, rank)
+        degrees, tokens = placement.degrees[held], padded[held] // placement.degrees[held]
+        ranks.append({d: int(tokens[degrees == d].sum()) for d in np.unique(degrees).tolist() if d > 1})
+    return max(ranks, key=lambda tokens: sum(count * (degree - 1) for degree, count in tokens.items()))
+
+
+def _step_balance(config: RunConfig, samples: list[Documents], cost: float) -> float:
+    """Work of the busiest rank of a step over the mean; each data rank counts with its rows' busiest cp ranks."""
+    parallel, training, seq_length = config.parallel, config.training, config.data.seq_length
+    work = seq_length + cost * np.array([_squares(own) for own in samples])
+    shares = np.arange(len(samples)).reshape(-1, parallel.dp_size, training.micro_batch_size).swapaxes(0, 1)
+    if config.data.balance_work:
+        dealt = np.array(deal(work, parallel.dp_size))
+        shares = np.stack([own[np.array(deal(work[own], config.num_microbatches))] for own in dealt])
+    busiest = []
+    for rows in shares:  # [data ranks, microbatches, samples]
+        loads = work[rows].sum(1)
+        if parallel.cp_size > 1:
+            even = np.array([balance(_rank_pairs(config, _join([samples[n] for n in row]), cost)) for row in rows])
+            tokens = rows.shape[1] * seq_length
+            loads = tokens + (loads - tokens) * even
+        busiest.append(float(loads.sum()))
+    return max(busiest) * len(busiest) / float(work.sum())
 
 
 def max_rank_memory(config: RunConfig, architecture: GPTConfig) -> Memory:
@@ -220,8 +295,8 @@ def format_plan(config: RunConfig, plan: Plan) -> str:
         "model": f"{plan.parameters:,} parameters",
         "step": f"{config.training.global_batch_size} sequences of {config.data.seq_length:,}, "
         f"{plan.flops:.3g} FLOPs, {plan.flops / world:.3g} a rank{bubble}",
-        "rows": f"packing {rows.packing_efficiency:.2%}, cp balance (most / mean work) {rows.cp_balance:.3f}, "
-        f"{documents}",
+        "rows": f"packing {rows.packing_efficiency:.2%}, most / mean attention of the cp ranks {rows.cp_balance:.3f}, "
+        f"most / mean work of all ranks {rows.work_balance:.3f}, {documents}",
         "memory": f"{memory.peak / GIB:.2f} GiB peak of a rank of stage {memory.stage}",
     }
     text = [f"{name:<14} {line}" for name, line in lines.items()]
@@ -301,9 +376,17 @@ def step_bytes(config: RunConfig, architecture: GPTConfig, rows: Rows | None = N
     sent = dict.fromkeys(("cp", "fsdp", "dp_replicate", "tp", "pp"), 0)
     if cp > 1:
         heads, groups = architecture.num_attention_heads // tp, architecture.num_query_groups // tp
-        shape = dict(tokens=tokens, heads=heads, groups=groups, head_dim=architecture.kv_channels, item=item)
+        shape: dict[str, Any] = dict(
+            tokens=tokens, heads=heads, groups=groups, head_dim=architecture.kv_channels, item=item
+        )
         gathered = rows.gathered if rows is not None else None
         forward, backward = cp_bytes(parallel.attention, **shape, gathered=gathered)
+        if rows is not None and rows.rings is not None:
+            of_ring = [
+                cp_bytes(replace(parallel.attention, cp_size=degree), **{**shape, "tokens": round(count)})
+                for degree, count in rows.rings.items()
+            ]
+            forward, backward = (sum(sizes[way] for sizes in of_ring) for way in (0, 1))
         sent["cp"] = microbatches * layers * ((2 if training.recompute == "full" else 1) * forward + backward)
 
     # A gather sends a rank's shard to all others; a reduce-scatter sends each other rank its part.

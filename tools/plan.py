@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import sys
@@ -111,15 +112,24 @@ def find_legal_sizes(words: list[str], world: int, node: int) -> dict[str, list[
 
 
 def legal_layouts(words: list[str], world: int, node: int) -> Iterator[RunConfig]:
-    """Every legal layout, with each kind of recomputation."""
+    """Every legal layout, with each kind of recomputation; for larger cp sizes than the given one also a hybrid pool.
+
+    A rank of a pool has as many tokens as with the given --micro-batch-size and --cp-size.
+    """
     divisors = [n for n in range(1, world + 1) if world % n == 0]
+    given = parse_arguments(words)
+    samples, ranks = given.training.micro_batch_size, given.parallel.cp_size
     for pp in divisors:
         for tp in (n for n in divisors if n <= node and world % (pp * n) == 0):
             for cp in (n for n in divisors if world % (pp * tp * n) == 0):
-                for recompute in RECOMPUTE_COST:
+                pool = samples * cp // ranks
+                kinds: list[list[str]] = [[]]
+                if pool > samples and samples * cp % ranks == 0 and "--cp-layout" not in words:
+                    kinds.append(["--cp-layout", "hybrid", "--micro-batch-size", str(pool)])
+                for kind, recompute in itertools.product(kinds, RECOMPUTE_COST):
                     sizes = ["--pp-size", pp, "--tp-size", tp, "--cp-size", cp, "--dp-shard-size", -1]
                     with contextlib.suppress(UserError):
-                        flags = [*words, *map(str, sizes), "--recompute", recompute]
+                        flags = [*words, *map(str, sizes), "--recompute", recompute, *kind]
                         yield resolve_without_devices(flags, world, node)
 
 
@@ -131,7 +141,7 @@ def estimate_seconds(config: RunConfig, plan: Plan, node: int) -> float:
     """
     parallel = config.parallel
     flops_per_second = dict(PEAK_TFLOPS)["H100"] * 1e12 / 2
-    cost = RECOMPUTE_COST[config.training.recompute] * plan.rows.cp_balance / (1 - plan.bubble)
+    cost = RECOMPUTE_COST[config.training.recompute] * plan.rows.work_balance / (1 - plan.bubble)
     seconds = plan.flops / parallel.world_size / flops_per_second * cost
     span = {"tp": parallel.tp_size, "cp": parallel.tp_size * parallel.cp_size}  # ranks between an axis's ends
     span["fsdp"] = span["cp"] * parallel.dp_shard_size
@@ -158,11 +168,12 @@ def rank_layouts(
     """
     limit, rows, found = USABLE * gpu_memory * GIB, {}, []  # type: ignore[var-annotated]
     for config in legal_layouts(words, world_size, node):
-        key = (config.parallel.cp_size, config.parallel.cp_layout, config.data.document_alignment)
+        parallel, architecture = config.parallel, config.model.architecture(vocab)
+        sizes = parallel.cp_size, parallel.dp_size, config.training.micro_batch_size
+        key = (*sizes, parallel.cp_layout, parallel.attention.method, config.data.document_alignment)
         if key not in rows:
-            rows[key] = pack_rows(config, lengths)
-        unmeasured = Memory(0, {}, 0)
-        plan = make_plan(config, config.model.architecture(vocab), rows[key], unmeasured)
+            rows[key] = pack_rows(config, architecture, lengths)
+        plan = make_plan(config, architecture, rows[key], Memory(0, {}, 0))  # memory is not measured yet
         found.append(Layout(estimate_seconds(config, plan, node), config, plan))
     best: list[Layout] = []
     for layout in sorted(found, key=lambda layout: layout.seconds):
@@ -189,7 +200,9 @@ def check_numbers(counts: Mapping[str, int | None], gpu_memory: float | None) ->
 def layout_as_json(layout: Layout) -> dict[str, Any]:
     sizes = {f"{axis}_size": getattr(layout.config.parallel, f"{axis}_size") for axis in (*AXES, "dp_shard")}
     recompute = layout.config.training.recompute
-    return {**sizes, "recompute": recompute, "estimated_seconds": layout.seconds, "plan": asdict(layout.plan)}
+    sizes |= {"micro_batch_size": layout.config.training.micro_batch_size}
+    shape = {**sizes, "cp_layout": layout.config.parallel.cp_layout}
+    return {**shape, "recompute": recompute, "estimated_seconds": layout.seconds, "plan": asdict(layout.plan)}
 
 
 def print_layouts(best: list[Layout], legal: int, memory: float) -> None:
@@ -197,13 +210,14 @@ def print_layouts(best: list[Layout], legal: int, memory: float) -> None:
         f"{len(best)} layouts of {legal} legal ones that fit into {USABLE:.0%} of {memory:g} GiB, best first by an "
         "estimate from FLOPs, bytes and idle time, not a measurement"
     )
-    print(" pp  tp  cp dp_shard recompute      GiB   idle  balance  sent GiB  estimate")
+    print(" pp  tp  cp dp_shard micro layout     recompute      GiB   idle  balance  sent GiB  estimate")
     for layout in best:
         parallel, plan = layout.config.parallel, layout.plan
         print(
             f"{parallel.pp_size:>3} {parallel.tp_size:>3} {parallel.cp_size:>3} {parallel.dp_shard_size:>8} "
+            f"{layout.config.training.micro_batch_size:>5} {parallel.cp_layout:<10} "
             f"{layout.config.training.recompute:<10} {plan.memory.peak / GIB:>7.1f} {plan.bubble:>6.1%} "
-            f"{plan.rows.cp_balance:>8.3f} {sum(plan.sent.values()) / GIB:>9.2f} {layout.seconds:>7.2f} s"
+            f"{plan.rows.work_balance:>8.3f} {sum(plan.sent.values()) / GIB:>9.2f} {layout.seconds:>7.2f} s"
         )
 
 
@@ -242,7 +256,8 @@ def main(argv: list[str]) -> int:
             print_layouts(best, legal, own.gpu_memory)
         return 0
     config = resolve_without_devices(words, own.world_size, node)
-    plan = make_plan(config, config.model.architecture(vocab), pack_rows(config, lengths))
+    architecture = config.model.architecture(vocab)
+    plan = make_plan(config, architecture, pack_rows(config, architecture, lengths))
     if own.json:
         print(json.dumps(asdict(plan), indent=1))
         return 0

@@ -31,7 +31,7 @@ from parallel.pipeline import build_schedule
 from parallel.stages import split_layers
 from parallel.tensor import TensorParallel
 from runtime.distributed import collective_timeout, own_temporary_folder
-from training.flops import training_flops
+from training.flops import attention_cost
 from training.step import Pipeline
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -105,8 +105,6 @@ def build_data(config: RunConfig) -> RunData:
 
 def build_batch_plan(config: RunConfig, architecture: GPTConfig, grid: Grid) -> BatchPlan:
     """Which samples this rank reads in each step, and which of their tokens it keeps."""
-    a_square = training_flops(architecture, tokens=0, squared_lengths=1)
-    a_token = training_flops(architecture, tokens=1, squared_lengths=0)
     cp_size = grid.size("cp")
     return BatchPlan(
         global_batch_size=config.training.global_batch_size,
@@ -119,7 +117,7 @@ def build_batch_plan(config: RunConfig, architecture: GPTConfig, grid: Grid) -> 
         layout=config.parallel.cp_layout,
         pad_rows=config.data.pad_rows,
         row_unit=math.lcm(2 * cp_size, cp_size * grid.size("tp")),
-        attention_cost=a_square / a_token,
+        attention_cost=attention_cost(architecture),
         balance_work=config.data.balance_work,
     )
 

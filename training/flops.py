@@ -30,6 +30,11 @@ def known_peak_tflops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_TFLOPS if name in device_name), None)
 
 
+def attention_cost(config: GPTConfig) -> float:
+    """FLOPs of attention to one squared length, in those of a token's projections, MLP and output."""
+    return training_flops(config, tokens=0, squared_lengths=1) / training_flops(config, tokens=1, squared_lengths=0)
+
+
 def training_flops(config: GPTConfig, *, tokens: float, squared_lengths: float) -> float:
     """Forward and backward of real tokens: Megatron-LM's count (6 = 2 a multiply-add, 3 matrix products).
 

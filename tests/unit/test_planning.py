@@ -223,12 +223,12 @@ def test_bytes_of_a_step_by_hand() -> None:
 
 
 def test_rows_of_a_distribution() -> None:
-    config, _ = planned("--cp-size", "2", world=2)
-    rows = pack_rows(config, parse_lengths("fixed:256", np.random.default_rng(0)))
+    config, architecture = planned("--cp-size", "2", world=2)
+    rows = pack_rows(config, architecture, parse_lengths("fixed:256", np.random.default_rng(0)))
     assert (rows.packing_efficiency, rows.cp_balance, rows.squared_lengths) == (1.0, 1.0, 2 * 256**2)
-    rows = pack_rows(config, parse_lengths("fixed:300", np.random.default_rng(0)))
+    rows = pack_rows(config, architecture, parse_lengths("fixed:300", np.random.default_rng(0)))
     assert rows.packing_efficiency == pytest.approx(300 / 512)
-    assert pack_rows(config, None).squared_lengths == 512**2
+    assert pack_rows(config, architecture, None).squared_lengths == 512**2
 
 
 def test_bytes_of_all_gather_follow_the_documents() -> None:
@@ -236,12 +236,12 @@ def test_bytes_of_all_gather_follow_the_documents() -> None:
     words = ["--cp-size", "2", "--cp-comm-type", "all_gather"]
     run = planned(*words, "--cp-layout", "contiguous", "--document-alignment", "1", world=2)
     for text, tokens in (("fixed:128", 0), ("fixed:171", 85)):
-        rows = pack_rows(run[0], parse_lengths(text, np.random.default_rng(0)))
+        rows = pack_rows(*run, parse_lengths(text, np.random.default_rng(0)))
         assert rows.gathered == (tokens, 0) and rows.documents == 10_000
     layers, kv = 4, 2 * 2 * 16 * 4  # K and V of a token: 2 heads of 16 channels in 4 bytes
     assert step_bytes(*run, rows)["cp"] == 2 * layers * tokens * kv
-    zigzag, _ = planned(*words, world=2)
-    assert pack_rows(zigzag, None).gathered == (1 * 128, 2 * 128)  # chunk 0 to rank 1; chunks 1 and 2 to rank 0
+    # Chunk 0 goes to rank 1, chunks 1 and 2 to rank 0.
+    assert pack_rows(*planned(*words, world=2), None).gathered == (1 * 128, 2 * 128)
 
 
 def test_lengths_that_are_none(tmp_path: Path) -> None:
