@@ -336,7 +336,7 @@ class DataConfig:
     document_alignment: int = fixed(
         None,
         "documents are padded to a multiple of this number of tokens; default: the smallest legal, 2 * cp for zigzag, "
-        "16 to 64 for hybrid",
+        "for hybrid by --micro-batch-size",
         AT_LEAST_ONE,
     )
     num_workers: int = flag(
@@ -366,7 +366,11 @@ class DataConfig:
 class TrainingConfig:
     """training"""
 
-    micro_batch_size: int = flag(1, "samples of a row; changes speed and memory only", AT_LEAST_ONE)
+    micro_batch_size: int = flag(
+        1,
+        "samples of a row; changes speed and memory only, but for hybrid's default --document-alignment",
+        AT_LEAST_ONE,
+    )
     global_batch_size: int = fixed(
         None,
         "samples of a step, over all ranks; default: one microbatch for each data rank and pipeline stage",

@@ -123,7 +123,10 @@ def _resolve_sizes(
     saved: Mapping[str, Any],
     read_lengths: Callable[[], Lengths],
 ) -> list[str]:
-    """The part of `resolve` that reads no file but the corpora's indices: sizes, choices, and what the checkpoint's metadata `saved` fixes.
+    """The part of `resolve` that reads no file but the corpora's indices: sizes, choices, and what `saved` fixes.
+
+    Args:
+        saved: the checkpoint's metadata.
 
     Raises:
         SizeError: other values may mend the refusal.

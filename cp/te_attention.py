@@ -7,7 +7,6 @@ ranks (DualChunkSwap, per document in THD) is our zigzag, index for index.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -90,9 +89,11 @@ class TEHybridAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:
         """As `TEAttention`. In the backward pass autograd runs the degrees in reverse, on all ranks."""
 
+        def move(x: Tensor) -> Tensor:
+            return to_device(x.numpy(), q.device)
+
         def build() -> list[DegreeRow]:
             rows = build_degree_rows(packed_seq, cp_size=group.size(), cp_rank=group.rank())
-            move = partial(torch.Tensor.to, device=q.device, non_blocking=True)
             return [replace(row, packed_seq=row.packed_seq.move(move)) for row in rows]
 
         return torch.cat(

@@ -17,7 +17,7 @@ from checkpoint.resume import TrainState
 from config.schema import RunConfig
 from metrics.banner import describe_epochs
 from metrics.log import APPEND_ONLY, MetricsLog
-from metrics.tensorboard import TensorBoardWriter, describe_data, open_writers
+from metrics.tensorboard import TensorBoardWriter, describe_data, describe_work, open_writers
 from metrics.timers import Timers
 from model.config import GPTConfig, count_parameters
 from parallel.collectives import WaitClock
@@ -26,7 +26,7 @@ from runtime.distributed import broadcast_object
 from runtime.run import Run
 from runtime.status import StatusFile
 from training.build import RunData
-from training.flops import known_peak_tflops
+from training.flops import attention_cost, known_peak_tflops
 from utils.files import replace_synced
 from utils.logger import log
 from utils.names import redact
@@ -62,6 +62,9 @@ def open_reports(
         )
         if writers and not state.is_resumed:
             describe_data(writers, data.train, cp_size=config.parallel.cp_size, layout=config.parallel.cp_layout)
+            squares = data.train.squared_lengths(0, config.training.global_batch_size)
+            work = config.data.seq_length + attention_cost(architecture) * squares
+            describe_work(writers, work, config.parallel.dp_size)
     peak_tflops = config.logging.peak_tflops
     if peak_tflops is None and ranks.device.type == "cuda":
         peak_tflops = known_peak_tflops(torch.cuda.get_device_name(ranks.device))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cp.layout import attention_pairs
+from data.balance import deal
 from data.dataset import BlendedDataset, PackedDataset, SampleDataset
 from utils.logger import log_error
 from utils.names import distinct_suffixes
@@ -159,6 +160,29 @@ def balance_figure(pairs: np.ndarray, lengths: Sequence[int], layout: str) -> An
     right.bar(np.arange(len(work)), work)
     right.set(title=f"{layout}: max / mean work {work.max():.3f}", xlabel="cp rank", ylabel="attention work / mean")
     return figure
+
+
+def work_figure(work: np.ndarray, data_ranks: int) -> Any:
+    """A matplotlib figure of one step: the work of each data rank, in the order of samples and dealt.
+
+    Args:
+        work: [samples] of the step.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    shares = {"in order": np.arange(len(work)).reshape(-1, data_ranks).T, "dealt": np.array(deal(work, data_ranks))}
+    for axes, (name, samples) in zip(figure.subplots(1, 2, sharey=True), shares.items(), strict=True):
+        loads = work[samples].sum(1) * data_ranks / work.sum()
+        axes.bar(np.arange(data_ranks), loads)
+        axes.set(title=f"{name}: max / mean work {loads.max():.3f}", xlabel="data rank", ylabel="work / mean")
+    return figure
+
+
+def describe_work(writers: Sequence[TensorBoardWriter], work: np.ndarray, data_ranks: int) -> None:
+    """Write `work_figure` of the first step. Nothing for one data rank."""
+    for writer in writers if data_ranks > 1 else ():
+        writer.events.add_figure("data/work_balance_of_the_first_step", work_figure(work, data_ranks))
 
 
 def describe_data(writers: Sequence[TensorBoardWriter], dataset: SampleDataset, *, cp_size: int, layout: str) -> None:

@@ -41,7 +41,7 @@ class Rows:
         squared_lengths: sum of length^2 over the documents of a sample.
         documents: number of documents that the statistics come from.
         gathered: tokens that the busiest cp rank sends and receives in native's all_gather; None: another method.
-        rings: of the layout hybrid, tokens that the busiest sender has in the ring of each degree; None: another layout.
+        rings: tokens that the busiest sender has in the ring of each degree of the layout hybrid; None: another layout.
     """
 
     packing_efficiency: float

@@ -154,7 +154,7 @@ def build_meta_model(
     if parallel.attention.a2a_size > 1:
         a2a_groups = split_group(grid, "cp", parallel.attention.a2a_size, timeout=collective_timeout(parallel))
     degree_groups = None
-    if parallel.cp_layout == "hybrid":
+    if parallel.cp_layout == "hybrid" and parallel.attention.method != "all_gather":
         degrees = degree_chain(parallel.cp_size)
         degree_groups = neighbour_groups(grid, "cp", degrees, timeout=collective_timeout(parallel))
     attention = build_attention(

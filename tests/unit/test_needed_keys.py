@@ -9,24 +9,39 @@ from hypothesis import strategies as st
 
 from cp.layout import document_unit, shard_indices
 from cp.needed_keys import NeededKeys
+from cp.placement import Placement, pad_to, place
 
 SIZES = st.sampled_from([1, 2, 3, 4, 6, 12])
 
 
 @st.composite
-def cases(draw) -> tuple[int, str, np.ndarray, np.ndarray]:
-    """(cp, layout, real lengths, padded lengths)."""
-    cp_size, layout = draw(SIZES), draw(st.sampled_from(["zigzag", "contiguous"]))
+def cases(draw) -> tuple[int, str, np.ndarray, np.ndarray, Placement | None]:
+    """(cp, layout, real lengths, padded lengths, placement)."""
+    cp_size, layout = draw(SIZES), draw(st.sampled_from(["zigzag", "contiguous", "hybrid"]))
+    if layout == "hybrid":
+        lengths = np.array(draw(st.lists(st.integers(1, 40), min_size=1, max_size=12)))
+        row = place(
+            lengths,
+            row_length=int(pad_to(lengths, 2 * cp_size).sum()),
+            cp_size=cp_size,
+            attention_cost=draw(st.sampled_from([0.0, 0.1, 10.0])),
+            sample_numbers=np.zeros_like(lengths),
+            num_samples=1,
+        )
+        assert row is not None
+        return cp_size, layout, *row
     unit = document_unit(layout, cp_size)
     padded = np.array(draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))) * unit
     padded = np.append(padded, -padded.sum() % (2 * cp_size))
     real = np.array([draw(st.integers(0, int(length))) for length in padded])
-    return cp_size, layout, real, padded
+    return cp_size, layout, real, padded, None
 
 
-def wanted(rank: int, cp_size: int, layout: str, real: np.ndarray, padded: np.ndarray) -> set[int]:
+def wanted(
+    rank: int, cp_size: int, layout: str, real: np.ndarray, padded: np.ndarray, placement: Placement | None
+) -> set[int]:
     """Real tokens of the row that lie before a piece of the rank, in the piece's document, token by token."""
-    owned = shard_indices(padded, cp_size=cp_size, cp_rank=rank, layout=layout).tolist()
+    owned = shard_indices(padded, cp_size=cp_size, cp_rank=rank, layout=layout, placement=placement).tolist()
     ends = np.cumsum(padded).tolist()
     found = set()
     for at, token in enumerate(owned):
@@ -41,10 +56,10 @@ def wanted(rank: int, cp_size: int, layout: str, real: np.ndarray, padded: np.nd
 @given(cases())
 @settings(max_examples=150, deadline=None)
 def test_every_rank_receives_what_it_needs_in_the_rows_order(case) -> None:
-    cp_size, layout, real, padded = case
-    keys = NeededKeys(real, padded, cp_size=cp_size, layout=layout)
+    cp_size, layout, real, padded, placement = case
+    keys = NeededKeys(real, padded, cp_size=cp_size, layout=layout, placement=placement)
     exchanges = [keys.build_exchange(rank) for rank in range(cp_size)]
-    needs = [wanted(rank, cp_size, layout, real, padded) for rank in range(cp_size)]
+    needs = [wanted(rank, cp_size, layout, real, padded, placement) for rank in range(cp_size)]
     if not any(needs):
         assert exchanges == [None] * cp_size
         return
@@ -62,8 +77,8 @@ def test_every_rank_receives_what_it_needs_in_the_rows_order(case) -> None:
 @given(cases())
 @settings(max_examples=100, deadline=None)
 def test_pieces_are_the_real_tokens_of_a_rank(case) -> None:
-    cp_size, layout, real, padded = case
-    keys = NeededKeys(real, padded, cp_size=cp_size, layout=layout)
+    cp_size, layout, real, padded, placement = case
+    keys = NeededKeys(real, padded, cp_size=cp_size, layout=layout, placement=placement)
     is_real = np.concatenate([np.arange(stored) < length for length, stored in zip(real, padded, strict=True)])
     for pieces, owned in zip(keys.pieces, keys.shards, strict=True):
         tokens = [owned[start : start + length] for start, length in zip(pieces.start, pieces.length, strict=True)]

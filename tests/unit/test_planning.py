@@ -244,6 +244,28 @@ def test_bytes_of_all_gather_follow_the_documents() -> None:
     assert pack_rows(*planned(*words, world=2), None).gathered == (1 * 128, 2 * 128)
 
 
+def test_the_balance_over_all_ranks_of_a_step() -> None:
+    lengths = parse_lengths("lognormal:100,1.5", np.random.default_rng(0))
+    flags = ["--dp-shard-size", "4", "--global-batch-size", "16"]
+    dealt, in_order = (
+        pack_rows(*planned(*flags, word, world=4), lengths).work_balance
+        for word in ("--balance-work", "--no-balance-work")
+    )
+    assert 1 <= dealt < in_order and dealt < 1.01
+    assert pack_rows(*planned(*flags, world=4), None).work_balance == pytest.approx(1.0)
+
+
+def test_bytes_of_a_hybrid_row() -> None:
+    """Documents of a rank's room travel nowhere; one long document goes over all ranks, as in zigzag."""
+    shape = ["--cp-size", "4", "--micro-batch-size", "4", "--global-batch-size", "4", "--cp-comm-type", "p2p"]
+    hybrid, zigzag = (planned(*shape, "--cp-layout", layout, world=4) for layout in ("hybrid", "zigzag"))
+    short = pack_rows(*hybrid, parse_lengths("fixed:64", np.random.default_rng(0)))
+    assert short.rings == {} and "cp" not in step_bytes(*hybrid, short)
+    one = planned("--cp-size", "4", "--cp-comm-type", "p2p", "--cp-layout", "hybrid", world=4)
+    whole = pack_rows(*one, None)
+    assert whole.rings == {4: 128} and step_bytes(*one, whole)["cp"] * 4 == step_bytes(*zigzag)["cp"]
+
+
 def test_lengths_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "lengths").write_text("5\n7\n")
     assert parse_lengths(str(tmp_path / "lengths"), np.random.default_rng(0)).tolist() == [5, 7]

@@ -18,10 +18,12 @@ from metrics.tensorboard import (
     as_floats,
     balance_figure,
     describe_data,
+    describe_work,
     flags_as_text,
     length_bins,
     open_writers,
     start_wandb,
+    work_figure,
 )
 
 
@@ -151,6 +153,22 @@ def test_sources_of_one_base_name_have_a_histogram_each(tmp_path: Path) -> None:
     assert found.Tags()["histograms"] == names
     assert [found.Histograms(name)[0].histogram_value.num for name in names] == [2, 1]
     assert found.Tags()["images"] == ["data/cp_balance_of_the_first_row"]
+
+
+def test_the_work_of_a_step_is_drawn(tmp_path: Path) -> None:
+    left, right = work_figure(np.array([8.0, 1.0, 8.0, 1.0]), 2).axes
+    assert [bar.get_height() for bar in left.patches] == pytest.approx([16 / 9, 2 / 9])  # samples 0 and 2; 1 and 3
+    assert [bar.get_height() for bar in right.patches] == pytest.approx([1.0, 1.0])
+    writer = TensorBoardWriter(tmp_path / "tb", None)
+    describe_work([writer], np.array([1.0, 2.0]), 1)
+    describe_work([writer], np.array([1.0, 2.0]), 2)
+    writer.close()
+    found = EventAccumulator(str(tmp_path / "tb"))
+    found.Reload()
+    assert (
+        found.Tags()["images"] == ["data/work_balance_of_the_first_step"]
+        and len(found.Images(found.Tags()["images"][0])) == 1
+    )
 
 
 def test_only_numbers_are_curves() -> None:
