@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -600,6 +600,7 @@ CONFIG_KEYS = [
 ]
 
 
+@example({"num_hidden_layers": [{"rope_type": [], "factor": dict.fromkeys(LLAMA3, 1.2446625619401422e137)}] * 2})
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(CONFIG_KEYS), VALUES, max_size=3))
 def test_a_config_of_any_values_is_a_model_or_refused(changes: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from reprlib import repr as short_repr
 from typing import Any
 
 from model.config import GPTConfig, padded_vocab_size
@@ -44,6 +43,12 @@ REQUIRED: dict[str, tuple[tuple[Any, ...], str]] = {
     "partial_rotary_factor": ((None, 1, 1.0), "rotary positions on a part of each head"),
     "is_encoder_decoder": ((None, False), "an encoder"),
 }
+
+
+def _show(value: Any) -> str:
+    """A value of a config.json for a message: at most 100 characters. reprlib cuts no nested mapping to a length."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def write_config(config: GPTConfig, *, max_positions: int, bos: int | None, eod: int, dtype: str) -> dict[str, Any]:
@@ -112,15 +117,15 @@ def read_config(said: Any, where: str) -> GPTConfig:
     kind = said["model_type"]
     if kind not in ARCHITECTURES:
         why = f" has {LACKING[kind]}, which our model lacks" if kind in LACKING else " is not supported"
-        raise UserError(f"{where}: model_type {short_repr(kind)}{why}; supported: {', '.join(ARCHITECTURES)}")
+        raise UserError(f"{where}: model_type {_show(kind)}{why}; supported: {', '.join(ARCHITECTURES)}")
     for key, (allowed, meaning) in REQUIRED.items():
         value = said.get(key)
         if key in said and not any(value == one and type(value) is type(one) for one in allowed):
-            raise UserError(f"{where}: {key} {short_repr(value)}: {meaning}, which our model lacks")
+            raise UserError(f"{where}: {key} {_show(value)}: {meaning}, which our model lacks")
     _check_windows(said, kind, where)
     named = said.get("architectures")
     if named not in (None, [], [ARCHITECTURES[kind]]):
-        raise UserError(f"{where}: architectures {repr(named)[:100]}: only {ARCHITECTURES[kind]} is supported")
+        raise UserError(f"{where}: architectures {_show(named)}: only {ARCHITECTURES[kind]} is supported")
     hidden, heads = _count(said, "hidden_size", where), _count(said, "num_attention_heads", where)
     # What transformers takes where a key is missing; None: it differs between versions or models.
     default_groups = heads if kind == "llama" else None
@@ -134,7 +139,7 @@ def read_config(said: Any, where: str) -> GPTConfig:
         raise UserError(f"{where}: head_dim {head} is odd; rotary positions turn pairs of channels")
     tied = said.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        raise UserError(f"{where}: tie_word_embeddings {short_repr(tied)}: must be true or false")
+        raise UserError(f"{where}: tie_word_embeddings {_show(tied)}: must be true or false")
     return GPTConfig(
         num_layers=_count(said, "num_hidden_layers", where),
         hidden_size=hidden,
@@ -174,14 +179,14 @@ def describe_lost(said: Mapping[str, Any], *, bos: int | None, eod: int) -> list
     lines = []
     if others := [end for end in list_ends(said) if end != eod]:
         lines.append(
-            f"eos_token_id: {eod} ends a document; not kept: {short_repr(others)[1:-1]}; after an export add to "
+            f"eos_token_id: {eod} ends a document; not kept: {_show(others)[1:-1]}; after an export add to "
             "eos_token_id in generation_config.json"
         )
     if (start := said.get("bos_token_id")) is not None:
         kept = "export --keep-template writes the token again" if start == bos else "not kept; the tokenizer adds none"
-        lines.append(f"bos_token_id {short_repr(start)}: runs train without; {kept}")
+        lines.append(f"bos_token_id {_show(start)}: runs train without; {kept}")
     if rate := said.get("attention_dropout"):
-        lines.append(f"attention_dropout {short_repr(rate)}: not kept; train.py has --attention-dropout, default 0")
+        lines.append(f"attention_dropout {_show(rate)}: not kept; train.py has --attention-dropout, default 0")
     return lines
 
 
@@ -204,7 +209,7 @@ def _count(said: Mapping[str, Any], key: str, where: str, default: int | None = 
     if value is None:
         raise UserError(f"{where}: has no {key}")
     if type(value) is not int or not 1 <= value <= MAX_SIZE:
-        raise UserError(f"{where}: {key} {short_repr(value)}: must be a whole number from 1 to {MAX_SIZE}")
+        raise UserError(f"{where}: {key} {_show(value)}: must be a whole number from 1 to {MAX_SIZE}")
     return value
 
 
@@ -213,7 +218,7 @@ def _positive(said: Mapping[str, Any], key: str, where: str, default: float | No
     if value is None:
         raise UserError(f"{where}: has no {key}")
     if type(value) not in (int, float) or not 0 < value < 1e30 or not math.isfinite(value):
-        raise UserError(f"{where}: {key} {short_repr(value)}: must be a number above 0")
+        raise UserError(f"{where}: {key} {_show(value)}: must be a number above 0")
     return float(value)
 
 
@@ -222,7 +227,7 @@ def _check_windows(said: Mapping[str, Any], kind: str, where: str) -> None:
     window = said.get("sliding_window", 4096 if kind == "mistral" else None)  # transformers' default of Mistral
     if kind == "mistral" and window is not None:
         raise UserError(
-            f"{where}: sliding_window {short_repr(window)}: attention over a window, which our model lacks; only null "
+            f"{where}: sliding_window {_show(window)}: attention over a window, which our model lacks; only null "
             "is supported"
         )
     layers = said.get("layer_types") or []
@@ -235,7 +240,7 @@ def _read_rope(said: Mapping[str, Any], where: str) -> dict[str, Any]:
     newer, older = said.get("rope_parameters"), said.get("rope_scaling")
     for key, value in (("rope_parameters", newer), ("rope_scaling", older)):
         if value is not None and not isinstance(value, dict):
-            raise UserError(f"{where}: {key} {short_repr(value)}: must be a mapping")
+            raise UserError(f"{where}: {key} {_show(value)}: must be a mapping")
     if newer and older and newer != older:
         raise UserError(f"{where}: rope_parameters and rope_scaling differ; remove one")
     scaling: dict[str, Any] = dict(newer or older or {})
@@ -251,11 +256,11 @@ def _read_rope(said: Mapping[str, Any], where: str) -> dict[str, Any]:
     name = names.pop()
     if names or name not in known:
         raise UserError(
-            f"{where}: rope_type {short_repr(name)} is not supported; supported: {', '.join(known)} "
+            f"{where}: rope_type {_show(name)} is not supported; supported: {', '.join(known)} "
             "(--rope-scaling none, linear, llama3)"
         )
     if unknown := sorted(set(scaling) - known[name] - UNUSED_ROPE_KEYS):
-        raise UserError(f"{where}: rope_type {name} with {short_repr(unknown[0])}, which our model lacks")
+        raise UserError(f"{where}: rope_type {name} with {_show(unknown[0])}, which our model lacks")
     if name == "default":
         return read
     read |= {"rope_scaling": name, "rope_scaling_factor": _positive(scaling, "factor", where)}
@@ -265,8 +270,7 @@ def _read_rope(said: Mapping[str, Any], where: str) -> dict[str, Any]:
         outer, inner = said.get(LLAMA3_KEYS[3]), scaling.get(LLAMA3_KEYS[3])
         if None not in (outer, inner) and outer != inner:  # transformers 4 takes the inner one, 5 the outer one
             raise UserError(
-                f"{where}: {LLAMA3_KEYS[3]} is {short_repr(outer)}, and {short_repr(inner)} in the rotary scaling; "
-                "remove one"
+                f"{where}: {LLAMA3_KEYS[3]} is {_show(outer)}, and {_show(inner)} in the rotary scaling; remove one"
             )
         scaling[LLAMA3_KEYS[3]] = inner if outer is None else outer
         turns = tuple(_positive(scaling, key, where) for key in LLAMA3_KEYS[1:3])
