@@ -155,7 +155,7 @@ def test_every_shard_lies_at_its_place_in_the_whole(world: World, tmp_path: Path
     stored = [name for name in tool.read_tensor_index(reader) if not name.endswith(".step")]
     assert set(stored) == set(wanted) and len(wanted) == 3 * (3 + 4 * 9)
     for name in stored:
-        assert torch.equal(tool.read_tensor(reader, name), wanted[name]), name
+        assert torch.equal(reader.read_tensor(name), wanted[name]), name
 
 
 def test_keep_list_checkpoints(world: World, tmp_path: Path) -> None:

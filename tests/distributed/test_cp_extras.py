@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from cp.attention import build_attention
 from cp.packed_seq import build_packed_seq
+from cp.placement import degree_chain
 from cp.support import AttentionChoice, cells
 from parallel.collectives import WaitClock
-from parallel.grid import Grid, GridSizes, build_grid, embedding_group, split_group
+from parallel.grid import Grid, GridSizes, build_grid, embedding_group, neighbour_groups, split_group
 from runtime.consistency import check_agreement, verify_weights
 from runtime.distributed import check_ranks_agree
 from tests.world import RankError, World
@@ -91,10 +92,16 @@ def a2a_groups(size: int):
     return split_group(grid_of(cp=4), "cp", size)
 
 
+@functools.cache
+def degree_groups():
+    return neighbour_groups(grid_of(cp=4), "cp", degree_chain(4))
+
+
 def recomputed(rank: int, choice: AttentionChoice, dtype: torch.dtype) -> bool:
     """Two rows, with and without recomputation of attention: bitwise equal gradients."""
     groups = a2a_groups(choice.a2a_size) if choice.a2a_size > 1 else None
-    attention = build_attention(choice, head_dim=8, a2a_groups=groups)
+    own_ranks = degree_groups() if choice.layout == "hybrid" else None
+    attention = build_attention(choice, head_dim=8, a2a_groups=groups, degree_groups=own_ranks)
     group = grid_of(cp=4).group("cp")
     padded = np.array([16, 32]) if choice.qkv_format == "thd" else np.array([24, 24])
     lengths = padded - 3 if choice.qkv_format == "thd" else padded
