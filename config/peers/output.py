@@ -71,7 +71,7 @@ def _write_nemo_saves(value: int, known: Known) -> Values:
 
 def _write_load(value: str, known: Known) -> Any:
     raise NoCounterpart(
-        f"{value}: another suite's checkpoint; export it to a Hugging Face folder, tools/convert_hf.py --input"
+        f"{value}: another suite's checkpoint; export it to a Hugging Face folder, tools/convert_hf.py import --input"
     )
 
 
