@@ -43,7 +43,8 @@ def _write_hf_model(value: str, known: Known) -> Any:
     folder = known.get("model_folder", value)
     return Changed(
         {},
-        f"starts from weights: tools/convert_hf.py import --input {folder} --output RUN; --load RUN --load-weights-only",
+        f"starts from weights: tools/convert_hf.py import --input {folder} --output RUN, then --load RUN "
+        "--load-weights-only",
     )
 
 
