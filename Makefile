@@ -11,8 +11,9 @@ TE_PYTHON ?= python3
 GPU_PYTHON ?= python3
 MEGATRON ?=
 PEERS_PYTHON ?= python3
+PEERS_MIRROR ?=
 
-.PHONY: setup train test test-full fuzz test-te-import test-megatron test-migrate test-faults test-reported test-slurm test-netns test-gpu lint bench report clean
+.PHONY: setup train test test-full fuzz test-te-import test-megatron test-migrate check-comparison test-faults test-reported test-slurm test-netns test-gpu lint bench report clean
 
 setup: $(STAMP)
 
@@ -59,6 +60,11 @@ test-megatron: $(STAMP)
 # AXOLOTL_EXAMPLES, NEMO_EXAMPLES: folders of their examples.
 test-migrate:
 	OMP_NUM_THREADS=1 $(PEERS_PYTHON) -m pytest -m machine -rs -p no:cacheprovider tests/peers $(ARGS)
+
+# Source references of docs/comparison and docs/best_practices.md against the peers' commits. PEERS_MIRROR: folder of clones, as NAME or as
+# OWNER+NAME/repo; what is not there is skipped with a message.
+check-comparison: $(STAMP)
+	$(BIN)/python tests/references.py $(if $(PEERS_MIRROR),--mirror $(PEERS_MIRROR)) $(ARGS)
 
 # Kill, hang and corrupt runs (docs/operate.md); prints a table and writes JSON. Cases of full disks mount one, as root.
 test-faults: $(STAMP)

@@ -1,8 +1,9 @@
-"""Check the source references of pages: `python tests/references.py [--mirror FOLDER] [PAGE ...]`, make check-comparison.
+"""Check the source references of pages: `python tests/references.py [--mirror FOLDER] [PAGE ...]`.
 
 A reference is a code span `KEY/PATH:LINE ANCHOR`: the anchor stands on that line of the file. The keys are the rows of
-a table `| key | source | version | folder |` in PAGES[0]: a GitHub repository with its commit, an installed package as
-`==VERSION`, or this repository, whose references have no line (`KEY/PATH ANCHOR`).
+a table `| key | source | version | path |` in PAGES[0]: a GitHub repository with its commit, an installed package as
+`==VERSION`, or this repository, whose references have no line (`KEY/PATH ANCHOR`). A key whose path is a file is
+followed by no path (`KEY:LINE ANCHOR`); a `"` repeats the row above. An anchor has four letters at least.
 FOLDER holds clones, as OWNER+NAME/repo or NAME. What is not there, or installed in another version, is printed as
 skipped. Exit code 1: a reference is wrong.
 """
@@ -26,7 +27,7 @@ from utils.errors import UserError, run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("docs/comparison/nemo_vs_axolotl_cp.md", "docs/best_practices.md")
-HEADER = "| key | source | version | folder |"
+HEADER = "| key | source | version | path |"
 OWN = "this repository"
 
 
@@ -41,7 +42,7 @@ class Source:
     key: str
     name: str
     version: str
-    folder: str
+    path: str
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Reference:
     anchor: str
 
     def __str__(self) -> str:
-        return f"{self.source.key}/{self.path}{f':{self.line}' if self.line else ''} {self.anchor}"
+        path, line = f"/{self.path}" if self.path else "", f":{self.line}" if self.line else ""
+        return f"{self.source.key}{path}{line} {self.anchor}"
 
 
 def read_sources(page: str) -> dict[str, Source]:
@@ -63,12 +65,14 @@ def read_sources(page: str) -> dict[str, Source]:
     """
     if HEADER not in page:
         raise UserError(f"{PAGES[0]}: no table {HEADER}")
-    sources = {}
+    sources: dict[str, Source] = {}
+    name = version = ""
     for row in page.split(HEADER)[1].splitlines()[2:]:
         if not row.startswith("|"):
             break
-        key, name, version, folder = (cell.strip(" `") for cell in row.strip("|").split("|"))
-        sources[key] = Source(key, name, version, folder)
+        key, *cells, path = (cell.strip(" `") for cell in row[1:-1].split("|"))
+        name, version = (above if cell == '"' else cell for cell, above in zip(cells, (name, version), strict=True))
+        sources[key] = Source(key, name, version, path)
     return sources
 
 
@@ -76,14 +80,14 @@ def find_references(page: str, sources: dict[str, Source]) -> Iterator[Reference
     """References of a page, and as a string what begins like one without being one."""
     prose = re.sub(r"^ *```.*?^ *```", "", page, flags=re.MULTILINE | re.DOTALL)
     for span in re.findall(r"`([^`\n]+)`", prose):
-        key, slash, rest = span.partition("/")
-        if not slash or key not in sources:
+        key = re.split(r"/|:(?=\d)", span)[0]
+        if key == span or key not in sources:
             continue
-        match = re.fullmatch(r"([\w./+-]*[\w])(?::(\d+))? (\S.*)", rest)
+        match = re.fullmatch(r"(?:/([\w./+-]*\w))?(?::(\d+))? ((?:\S *){4,})", span.removeprefix(key))
         if match is None or (match[2] is None) != (sources[key].name == OWN):
             yield f"`{span}` is not KEY/PATH:LINE ANCHOR"
         else:
-            yield Reference(sources[key], match[1], int(match[2]) if match[2] else None, match[3])
+            yield Reference(sources[key], match[1] or "", int(match[2]) if match[2] else None, match[3])
 
 
 def find_clone(mirror: Path | None, source: Source) -> Path:
@@ -107,8 +111,8 @@ def reader(mirror: Path | None) -> Callable[[Source, str], list[str] | None]:
 
     @cache
     def read(source: Source, path: str) -> list[str] | None:
-        inside = str(PurePosixPath(source.folder) / path)
-        if re.fullmatch(r"[0-9a-f]{40}", source.version):
+        inside = str(PurePosixPath(source.path) / path)
+        if re.fullmatch(r"[0-9a-f]{12,40}", source.version):
             shown = ["git", "-C", str(find_clone(mirror, source)), "show", f"{source.version}:{inside}"]
             result = subprocess.run(shown, check=False, capture_output=True)
             return None if result.returncode else result.stdout.decode(errors="replace").splitlines()

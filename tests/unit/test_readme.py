@@ -47,7 +47,7 @@ def test_make_targets_run_what_the_readme_says(target: str) -> None:
     assert wanted[target] in said and f"make {target} " in README
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ROOMS = (
     "benchmarks", "checkpoint", "config", "configs", "cp", "data", "docs", "launch", "metrics", "model", "parallel",
     "planner", "runtime", "tests", "tools", "training", "utils",
@@ -78,7 +78,7 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
 
 def test_the_index_lists_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
-    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} - {"README.md"}
     assert {name for name in pages if f"({name})" not in index} == set()
 
 

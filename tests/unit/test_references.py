@@ -19,18 +19,23 @@ def clone(tmp_path: Path) -> str:
     (tmp_path / "peer" / "src" / "ring.py").write_text("import torch\n\n\ndef ring(k, v): ...\n")
     for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "x")):
         subprocess.run([*GIT, *command], cwd=tmp_path / "peer", check=True)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path / "peer", check=True, capture_output=True, text=True)
-    return head.stdout.strip()
+    return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=tmp_path / "peer", text=True).strip()
 
 
 def page(commit: str, prose: str) -> dict[str, str]:
-    rows = [f"| Q | owner/peer | `{commit}` | src |", "| K | pytest | ==0.1 | pytest |", "| O | this repository | | cp |"]
+    rows = [
+        f"| Q | owner/peer | `{commit}` | src |",
+        '| QR | " | " | src/ring.py |',
+        "| K | pytest | ==0.1 | pytest |",
+        "| O | this repository | | cp |",
+    ]
     return {PAGES[0]: "\n".join([HEADER, "|---|---|---|---|", *rows, "", prose])}
 
 
 def test_right_references_are_counted(clone: str, tmp_path: Path) -> None:
-    faults, checked, _ = check(page(clone, "`Q/ring.py:4 def ring` `O/support.py SUPPORT` `other/x.py:1 y`"), tmp_path)
-    assert (faults, dict(checked)) == ([], {"owner/peer": 1, "this repository": 1})
+    prose = "`Q/ring.py:4 def ring` `QR:1 import torch` `O/support.py SUPPORT` `other/x.py:1 y`"
+    faults, checked, _ = check(page(clone, prose), tmp_path)
+    assert (faults, dict(checked)) == ([], {"owner/peer": 2, "this repository": 1})
 
 
 @pytest.mark.parametrize(
@@ -40,6 +45,9 @@ def test_right_references_are_counted(clone: str, tmp_path: Path) -> None:
         ("Q/ring.py:99 def ring", "stands on line 4"),
         ("Q/ring.py:4 def rung", "no such words"),
         ("Q/rung.py:4 def ring", "no such file"),
+        ("QR:2 import", "stands on line 1"),
+        ("QR:4 k, v", "is not KEY/PATH:LINE ANCHOR"),
+        ("QR:1", "is not KEY/PATH:LINE ANCHOR"),
         ("Q/ring.py:4", "is not KEY/PATH:LINE ANCHOR"),
         ("Q/ring.py def ring", "is not KEY/PATH:LINE ANCHOR"),
         ("O/support.py:1 SUPPORT", "is not KEY/PATH:LINE ANCHOR"),
