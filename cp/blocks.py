@@ -114,7 +114,7 @@ def build_block(
     if not len(table):
         return None
     assert not causal or (table[:, 1] == table[:, 3]).all(), "causal blocks are square"
-    on_cuda = device.type == "cuda"
+    on_cuda = device.type != "cpu"  # the meta device stands for CUDA
 
     def running_sum(lengths: np.ndarray) -> Tensor:
         return to_device(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32), device)

@@ -101,7 +101,7 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, options: Attent
     """
     if options.dropout is not None:
         return dropout_forward(q, k, v, block, options)
-    forward = _cuda_forward if q.is_cuda else _cpu_forward
+    forward = _cpu_forward if block.cu_q is None else _cuda_forward
     return forward(q, k, v, block, options.scale)
 
 
@@ -118,5 +118,5 @@ def block_backward(
     """
     if options.dropout is not None:
         return dropout_backward(dout, q, k, v, out, lse, block, options)
-    backward = _cuda_backward if q.is_cuda else _cpu_backward
+    backward = _cpu_backward if block.cu_q is None else _cuda_backward
     return backward(dout, q, k, v, out, lse, block, options.scale)
