@@ -37,6 +37,7 @@ class Launch:
         kind: `gemm`, `flash` or `other`.
         kernels: number of kernels.
         bytes: read and written.
+        written: of these, written.
         flops: of a gemm.
         place: line of the project that calls the operator.
     """
@@ -45,6 +46,7 @@ class Launch:
     kind: str
     kernels: int
     bytes: int
+    written: int
     flops: int
     place: str
 
@@ -99,8 +101,8 @@ class KernelCounter(TorchDispatchMode):
         reads = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
         storages = {x.untyped_storage()._cdata for x in written}
         changed = [x for x in reads if x.untyped_storage()._cdata in storages]
-        moved = passes * size_of(reads) + size_of(tree_leaves(outputs)) + size_of(changed)
-        self.launches.append(Launch(name, "other", kernels, moved, 0, _place()))
+        written = size_of(tree_leaves(outputs)) + size_of(changed)
+        self.launches.append(Launch(name, "other", kernels, passes * size_of(reads) + written, written, 0, _place()))
 
     def _waits(self, name: str, inputs: Any, options: Any) -> bool:
         """Whether the host waits: for a value, a boolean index, or a copy to or from memory that is not pinned."""
@@ -145,7 +147,8 @@ class KernelCounter(TorchDispatchMode):
         elif name.startswith(("_foreach", "_fused_adamw")):
             chunks = sum(-(-x.numel() // CHUNK) for x in writes)
             kernels = max(-(-chunks // MAX_CHUNKS), -(-len(writes) // MAX_TENSORS))
-        self.launches.append(Launch(name, kind, kernels, _moved(name, reads, writes, given), flops, _place()))
+        moved = _moved(name, reads, writes, given)
+        self.launches.append(Launch(name, kind, kernels, moved, size_of(writes), flops, _place()))
 
 
 def size_of(tensors: Sequence[Any]) -> int:

@@ -1,123 +1,177 @@
-"""What a step launches and moves on CUDA: a layer and the loss, forward and backward, counted on meta tensors."""
+"""What a microbatch launches and moves on CUDA, counted on meta tensors: the table of docs/gpu.md (tools/docs.py).
+
+The run's own code and CUDA branches run: model, attention, loss, clipping and optimizer of resolved flags. Stand-ins
+take the place of what needs data or a device: transfers between cp ranks, RMSNorm's kernel, and for Transformer Engine
+its layers by their shapes (planner/fused.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from config.cli import parse_arguments
 from config.schema import RunConfig
 from config.validate import resolve
-from cp.layout import document_unit
-from data.batch import Batch, build_batch
+from data.batch import build_batch
 from data.dataset import PackedSample
+from model.config import GPTConfig
 from model.gpt import GPT
-from parallel.grid import AXES, GridSizes, build_grid
+from model.loss import chunked_cross_entropy
+from parallel.fsdp import clip_grad_norm_
+from parallel.grid import GridSizes, build_grid
 from planner.counter import KernelCounter, Launch
-from planner.fake import fake_world
-from planner.fused import fused_rms_norm
+from planner.fake import MemoryLedger, fake_world, fused_on_meta
+from planner.fused import fused_rms_norm, te_attention, te_rotary, use_te_mlp
 from training import build
-from training.build import build_accumulation, build_meta_model
-from training.flops import attention_cost
+from training.flops import PEAK_TFLOPS, attention_cost, training_flops
+from training.optimizer import build_optimizer
 from training.step import forward_backward
 
-ALIGNMENT = 16
-META = torch.device("meta")
-ONE_B = "--hidden-size 1792 --ffn-hidden-size 4864 --num-attention-heads 14 --num-query-groups 2"
-EIGHT_B = "--hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --num-query-groups 8"
+META, ALIGNMENT = torch.device("meta"), 16
 # Tokens of the documents of two rows, of 8192 and of 131072 tokens: files of a standard library, four bytes a token.
 SHORT_ROW = (2140, 5248, 795)
 LONG_ROW = (
     2140, 5257, 1497, 21952, 9876, 13813, 609, 1883, 125, 265, 8605, 2170, 6584, 6159, 7088, 2342, 978, 2170, 6853,
     11926, 3379, 15241,
 )  # fmt: skip
+# The prediction's rates on an H100: bytes/s of memory, FLOP/s of flash attention 2 on short and long pieces of
+# documents, forward and backward.
+MEMORY, FLASH = 2.8e12, ((200e12, 400e12), (180e12, 320e12))
+FEW_TOKENS, MANY_TOKENS = 1024, 16384  # of a piece, for `FLASH`
 
 
 @dataclass(frozen=True)
-class Moved:
-    """Attributes: kernels and bytes of everything but matrix products and flash attention; and those apart."""
+class Model:
+    """A model's flags, vocabulary and the FLOP/s of products of its width."""
 
-    kernels: int = 0
-    bytes: int = 0
-    gemms: int = 0
-    gemm_bytes: int = 0
-    gemm_flops: int = 0
-    flash_kernels: int = 0
-    flash_bytes: int = 0
+    name: str
+    flags: str
+    vocab_size: int
+    gemm_rate: float
 
-    @classmethod
-    def of(cls, launches: list[Launch]) -> Moved:
-        other, gemm, flash = ([x for x in launches if x.kind == kind] for kind in ("other", "gemm", "flash"))
-        return cls(
-            sum(x.kernels for x in other),
-            sum(x.bytes for x in other),
-            len(gemm),
-            sum(x.bytes for x in gemm),
-            sum(x.flops for x in gemm),
-            sum(x.kernels for x in flash),
-            sum(x.bytes for x in flash),
-        )
 
-    def minus(self, less: Moved) -> Moved:
-        return Moved(**{name: value - getattr(less, name) for name, value in vars(self).items()})
+ONE_B = Model(
+    "1B",
+    "--num-layers 24 --hidden-size 1792 --ffn-hidden-size 4864 --num-attention-heads 14 --num-query-groups 2 "
+    "--make-vocab-size-divisible-by 1024",
+    32000,
+    560e12,
+)
+EIGHT_B = Model(
+    "8B",
+    "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --num-query-groups 8",
+    128256,
+    640e12,
+)
+
+
+class Before(NamedTuple):
+    """A desk-check's figures of one layer, before the counter existed: kernels, GB, forward and backward."""
+
+    kernels: tuple[int, int]
+    gigabytes: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a row; the layout hybrid if `flags` say so."""
+    """A model on a row of documents. `is_te`: layers and attention of Transformer Engine, on one rank."""
 
-    name: str
-    shape: str
-    vocab_size: int
+    model: Model
     documents: tuple[int, ...]
     row_length: int
     flags: str = ""
     cp_size: int = 1
+    is_te: bool = False
 
-    def resolve(self) -> tuple[RunConfig, Any]:
-        words = f"{self.shape} --seq-length {self.row_length} --cp-size {self.cp_size} --dtype bf16 --device cuda"
-        config = parse_arguments([*words.split(), "--transformer-impl", "torch", *self.flags.split()])
+    @property
+    def name(self) -> str:
+        what = "te layers" if self.is_te else self.flags.replace("--cp-comm-type ", "").replace("--", "") or "torch"
+        return f"{self.model.name}, {self.row_length}, cp {self.cp_size}, {what}"
+
+    def resolve(self) -> tuple[RunConfig, GPTConfig]:
+        """Flags as train.py resolves them, and the model's shape."""
         size = self.cp_size
+        run = f"--seq-length {self.row_length} --cp-size {size} --dtype bf16 --device cuda"
+        words = f"{self.model.flags} {run} --transformer-impl torch --cp-backend native {self.flags}"
+        config = parse_arguments(words.split())
         resolve(config, world_size=size, local_world_size=size, cuda_devices=lambda: size)
-        return config, config.model.architecture(self.vocab_size)
+        return config, config.model.architecture(self.model.vocab_size)
+
+    @property
+    def sample(self) -> PackedSample:
+        """Padded documents; the longest gives way where the padding makes the row too long."""
+        lengths = np.array(self.documents)
+        padded = -(-lengths // ALIGNMENT) * ALIGNMENT
+        padded[padded.argmax()] -= padded.sum() - self.row_length
+        ids = np.zeros(self.row_length, np.int64)
+        return PackedSample(ids, ids, np.minimum(lengths, padded), padded)
 
 
 @dataclass(frozen=True)
-class Step:
-    """One microbatch. Attributes: launches of the forward and of the backward pass; waits of the host."""
+class Moved:
+    """Totals: kernels of all kinds, bytes of everything but products and flash attention, FLOPs of products.
+
+    Attributes: flash_results: bytes that the calls of flash attention write.
+    """
+
+    kernels: int
+    bytes: int
+    gemm_flops: int
+    flash_calls: int
+    flash_results: int
+
+    @classmethod
+    def of(cls, launches: Sequence[Launch]) -> Moved:
+        flash = [x for x in launches if x.kind == "flash"]
+        return cls(
+            kernels=sum(x.kernels for x in launches),
+            bytes=sum(x.bytes for x in launches if x.kind == "other"),
+            gemm_flops=sum(x.flops for x in launches),
+            flash_calls=len(flash),
+            flash_results=sum(x.written for x in flash),
+        )
+
+    def __sub__(self, less: Moved) -> Moved:
+        return Moved(**{name: value - getattr(less, name) for name, value in vars(self).items()})
+
+
+class Step(NamedTuple):
+    """Launches of the forward and of the backward pass of a microbatch, and operators that the host waits for."""
 
     forward: list[Launch]
     backward: list[Launch]
     host_waits: list[str]
 
 
+@cache
 def run_step(case: Case, num_layers: int) -> Step:
-    """Forward and backward of rank cp_size / 2 - 1."""
+    """A microbatch of the cp rank in the middle, in a model of this number of layers."""
     config, architecture = case.resolve()
-    rank, size = max(case.cp_size // 2 - 1, 0), case.cp_size
-    layout = config.parallel.cp_layout
-    batch = build_batch(
-        [_sample(case)],
-        cp_size=size,
-        cp_rank=rank,
-        qkv_format="thd",
-        layout=layout,
-        attention_cost=attention_cost(architecture),
-    )
+    # The loss in one chunk: its chunks add nothing to a layer, and `count_loss` counts them.
+    config = replace(config, training=replace(config.training, loss_chunk_size=case.row_length))
+    size = case.cp_size
+    rank, cost = (size - 1) // 2, attention_cost(architecture)
+    place: dict[str, Any] = dict(cp_size=size, cp_rank=rank, layout=config.parallel.cp_layout, attention_cost=cost)
+    batch = build_batch([case.sample], qkv_format="thd", **place)
     counter, forward_ends = KernelCounter(), []
-    with fake_world(rank=rank, world_size=size), _no_data():
+    with fake_world(rank=rank, world_size=size), without_data():
         grid = build_grid(GridSizes(cp=size), backend="fake")
-        model = build_meta_model(config, replace(architecture, num_layers=num_layers), grid, META)
+        model = build.build_meta_model(config, replace(architecture, num_layers=num_layers), grid, META)
+        if case.is_te:
+            _use_te(model)
         model.register_forward_hook(lambda *_: forward_ends.append(len(counter.launches)))
         with counter:
             forward_backward(
@@ -125,24 +179,18 @@ def run_step(case: Case, num_layers: int) -> Step:
                 [batch.pin_memory()],
                 loss_tokens=torch.ones((), device=META),
                 device=META,
-                accumulation=build_accumulation(config.parallel),
+                accumulation=build.build_accumulation(config.parallel),
             )
     (end,) = forward_ends
     return Step(counter.launches[:end], counter.launches[end:], counter.host_waits)
 
 
-def _sample(case: Case) -> PackedSample:
-    """Documents padded to multiples of 16; the longest gives way where the padding makes the row too long."""
-    lengths = np.array(case.documents)
-    padded = -(-lengths // ALIGNMENT) * ALIGNMENT
-    padded[padded.argmax()] -= padded.sum() - case.row_length
-    ids = np.zeros(case.row_length, np.int64)
-    return PackedSample(ids, ids, np.minimum(lengths, padded), padded)
-
-
 @contextmanager
-def _no_data() -> Iterator[None]:
-    """Weights in the compute dtype, as FSDP gives them to the forward pass; transfers and norms without data."""
+def without_data() -> Iterator[None]:
+    """The CUDA branches run on meta tensors: no transfer, no kernel of RMSNorm.
+
+    Weights have the compute dtype, in which FSDP hands them to forward and backward.
+    """
 
     def cast(model: nn.Module, *_: Any, compute_dtype: torch.dtype, **__: Any) -> None:
         model.to(compute_dtype)
@@ -156,10 +204,165 @@ def _no_data() -> Iterator[None]:
         yield
 
 
+def _use_te(model: GPT) -> None:
+    use_te_mlp(model, MemoryLedger())
+    for layer in model.layers.values():
+        layer.attention.apply_rotary = te_rotary  # type: ignore[union-attr]
+        layer.attention.attention = te_attention  # type: ignore[union-attr]
+
+
 def count_layer(case: Case) -> tuple[Moved, Moved]:
     """Forward and backward of one layer: what a second layer adds."""
     one, two = run_step(case, 1), run_step(case, 2)
-    return (
-        Moved.of(two.forward).minus(Moved.of(one.forward)),
-        Moved.of(two.backward).minus(Moved.of(one.backward)),
+    return Moved.of(two.forward) - Moved.of(one.forward), Moved.of(two.backward) - Moved.of(one.backward)
+
+
+@cache
+def count_loss(case: Case) -> Moved:
+    """Forward and backward of the loss, with its products, for this rank's tokens of the row."""
+    config, architecture = case.resolve()
+    tokens = case.row_length // case.cp_size
+    shape = architecture.padded_vocab_size, architecture.hidden_size
+    hidden, weight = (
+        torch.empty(size, shape[1], dtype=torch.bfloat16, device=META, requires_grad=True)
+        for size in (tokens, shape[0])
     )
+    labels = torch.empty(tokens, dtype=torch.int64, device=META)
+    with without_data(), KernelCounter() as counter:
+        loss, _ = chunked_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            vocab_size=architecture.vocab_size,
+            chunk_size=config.training.loss_chunk_size,
+        )
+        loss.backward()
+    return Moved.of(counter.launches)
+
+
+@cache
+def count_update(case: Case, shards: int) -> Moved:
+    """Clipping and optimizer step of one of the `shards` that FSDP cuts the weights into."""
+    config, architecture = case.resolve()
+    with fake_world(rank=0, world_size=1), torch.device(META):
+        grid = build_grid(GridSizes(), backend="fake")
+        with mock.patch.object(build, "shard_model"):
+            model = build.build_meta_model(replace(case, cp_size=1).resolve()[0], architecture, grid, META)
+        shapes = {name: (-(-len(p) // shards), *p.shape[1:]) for name, p in model.named_parameters()}
+        part = nn.ParameterDict({name.replace(".", "-"): torch.empty(shape) for name, shape in shapes.items()})
+        for parameter in part.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = build_optimizer(part, config.training)
+        named = dict(part.named_parameters())
+        with fused_on_meta():
+            optimizer.step()  # the first makes the moments
+            with KernelCounter() as counter:
+                clip_grad_norm_(named, grid, max_norm=1.0, owned=frozenset(named))
+                optimizer.step()
+    return Moved.of(counter.launches)
+
+
+def floor_bytes(case: Case) -> tuple[int, int]:
+    """Bytes that one layer must move beside its products and flash attention, forward and backward.
+
+    What a product or an attention kernel writes is read once, and what the next one takes is written once, in bf16:
+    addition with norm, rotary positions, SwiGLU, and the sum of what several attention kernels give.
+    """
+    _, shape = case.resolve()
+    tokens, queries = case.row_length // case.cp_size, shape.query_size
+    keys = shape.num_query_groups * shape.kv_channels
+    per_token = 2 * 4 * shape.hidden_size + 2 * (queries + keys)
+    found = []
+    for moved, ffn, sums in zip(count_layer(case), (3, 5), (queries, queries + 2 * keys), strict=True):
+        joined = moved.flash_results + 2 * tokens * sums if moved.flash_calls > 1 else 0
+        found.append(2 * tokens * (per_token + ffn * shape.ffn_hidden_size) + joined)
+    return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of a step of one microbatch on an H100, within 15 %: seconds, and model FLOP/s over the peak."""
+
+    seconds: float
+    mfu: float
+
+
+def predict(case: Case) -> Prediction:
+    """Layers, loss and update, without waits for other ranks and FSDP's own copies."""
+    _, shape = case.resolve()
+    lengths = case.sample.lengths.astype(np.float64)
+    squares = float((lengths**2).sum())
+    piece = squares / lengths.sum() / case.cp_size  # mean length of what a token's document has on a rank
+    share = min(1.0, max(0.0, math.log2(piece / FEW_TOKENS) / math.log2(MANY_TOKENS / FEW_TOKENS)))
+    attention = 2 * shape.query_size * squares / case.cp_size  # FLOPs of a forward pass, under the causal mask
+    seconds = 0.0
+    for moved, (slow, fast), products in zip(count_layer(case), FLASH, (1.0, 2.5), strict=True):
+        seconds += moved.gemm_flops / case.model.gemm_rate + moved.bytes / MEMORY
+        seconds += attention * products / (slow + share * (fast - slow))
+    seconds *= shape.num_layers
+    loss = count_loss(case)
+    seconds += loss.gemm_flops / case.model.gemm_rate + loss.bytes / MEMORY
+    seconds += count_update(case, SHARDS).bytes / MEMORY
+    flops = training_flops(shape, tokens=case.row_length, squared_lengths=squares) / case.cp_size
+    return Prediction(seconds, flops / seconds / (dict(PEAK_TFLOPS)["H100"] * 1e12))
+
+
+def _pair(values: Sequence[float], digits: int) -> str:
+    return " / ".join(f"{value:.{digits}f}" for value in values)
+
+
+def layers_table() -> str:
+    """Kernels and bytes of a layer, and the prediction of a step."""
+    lines = [
+        "| model, tokens of a row, layout | kernels before | now | GB before | now | floor | step, ms | MFU, % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case, before in CASES.items():
+        now, step = count_layer(case), predict(case)
+        kernels, moved = ("-", "-") if before is None else (_pair(before.kernels, 0), _pair(before.gigabytes, 1))
+        floor = _pair([size / 1e9 for size in floor_bytes(case)], 1)
+        lines.append(
+            f"| {case.name} | {kernels} | {_pair([x.kernels for x in now], 0)} | {moved} | "
+            f"{_pair([x.bytes / 1e9 for x in now], 1)} | {floor} | {1000 * step.seconds:.0f} | {100 * step.mfu:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def once_table() -> str:
+    """The loss of 8192 tokens of the 8B model, and the update of one of `SHARDS` parts of its weights."""
+    case, (_, shape) = EIGHT_B_SHORT, EIGHT_B_SHORT.resolve()
+    loss, update = count_loss(case), count_update(case, SHARDS)
+    floor = case.row_length * (4 * shape.padded_vocab_size + 4 * shape.hidden_size)  # logits in, gradient out, in bf16
+    return "\n".join(
+        (
+            "| once a microbatch or step, 8B | kernels before | now | GB before | now | floor |",
+            "|---|---|---|---|---|---|",
+            f"| loss of 8192 tokens | {LOSS_BEFORE[0]} | {loss.kernels} | {LOSS_BEFORE[1]} | {loss.bytes / 1e9:.1f} "
+            f"| {floor / 1e9:.1f} |",
+            f"| clipping and AdamW, 1/{SHARDS} of the weights | - | {update.kernels} | - | {update.bytes / 1e9:.1f} | "
+            f"{update.bytes / 1e9:.1f} |",
+        )
+    )
+
+
+def counts_table() -> str:
+    """For docs/gpu.md."""
+    return f"{layers_table()}\n\n{once_table()}"
+
+
+EIGHT_B_SHORT = Case(EIGHT_B, SHORT_ROW, 8192)
+SHARDS = 8  # ranks that share the weights, for the update
+LOSS_BEFORE = 369, 120
+_LONG = Case(EIGHT_B, LONG_ROW, 131072, "--cp-comm-type p2p", 8)
+# What the table shows, and the desk-check's figures.
+CASES: dict[Case, Before | None] = {
+    Case(ONE_B, SHORT_ROW, 8192): Before((35, 63), (1.79, 2.56)),
+    Case(ONE_B, SHORT_ROW, 8192, is_te=True): None,
+    EIGHT_B_SHORT: Before((35, 63), (4.48, 6.64)),
+    Case(EIGHT_B, SHORT_ROW, 8192, is_te=True): None,
+    _LONG: Before((114, 178), (18.0, 22.2)),
+    replace(_LONG, flags="--cp-comm-type all_gather"): Before((187, 345), (12.0, 24.6)),
+    replace(_LONG, flags="--cp-comm-type all_gather --heads-k-stride 8"): Before((47, 75), (12.0, 23.0)),
+    replace(_LONG, flags="--cp-comm-type a2a"): None,
+    replace(_LONG, flags="--cp-comm-type p2p --cp-layout hybrid"): None,
+}

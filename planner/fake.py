@@ -9,7 +9,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.optim import adam
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -130,6 +131,11 @@ def fake_world(*, rank: int, world_size: int) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         sys.excepthook = hook  # `init_process_group` puts the rank in front of each line
+
+
+def fused_on_meta() -> AbstractContextManager:
+    """Fused optimizers take meta tensors, which have their operators but are not on the list of devices."""
+    return mock.patch.object(adam, "_device_dtype_check_for_fused")
 
 
 @contextmanager

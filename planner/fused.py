@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from cp.packed_seq import PackedSeq
 from model.gpt import GPT, Stages, get_chunks
 from model.torch_layers import LayerNormMLP
 from planner.counter import counted_kernel
@@ -31,8 +33,8 @@ class _Kernel(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         # A weight's gradient is summed over the tokens in two more kernels, of which the first reads everything again.
         inputs, has_weight = ctx.saved_tensors[: ctx.number], ctx.number > 1
-        reads = (grad, *ctx.saved_tensors)
-        with counted_kernel(f"{ctx.name} backward", *reads, kernels=1 + 2 * has_weight, passes=1 + has_weight) as outputs:
+        times = dict(kernels=1 + 2 * has_weight, passes=1 + has_weight)
+        with counted_kernel(f"{ctx.name} backward", grad, *ctx.saved_tensors, **times) as outputs:
             outputs += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
         return None, None, None, *outputs
 
@@ -69,6 +71,54 @@ class TEMLP(LayerNormMLP):
         hidden = functional.linear(self.tp.enter_parallel_region(norm), _Fuse.apply(gate, up, self.fused))
         activation = _Kernel.apply("swiglu", (len(hidden), len(gate)), (), hidden)
         return self.tp.exit_parallel_region(functional.linear(activation, self.fc2_weight))
+
+
+def te_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions in one kernel, forward and backward, with one table of angles."""
+    return _Rotary.apply(x, cos)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, angles: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(angles)
+        return _rotate("rotary", x, angles)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return _rotate("rotary backward", grad, *ctx.saved_tensors), None
+
+
+def _rotate(name: str, x: Tensor, angles: Tensor) -> Tensor:
+    with counted_kernel(name, x, angles) as outputs:
+        outputs.append(torch.empty_like(x, memory_format=torch.contiguous_format))
+    return outputs[0]
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Attention over the stored documents, whose kernels take q, k and v and give their gradients in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq) -> Tensor:  # type: ignore[override]
+        lengths = (packed_seq.cu_seqlens, packed_seq.cu_seqlens, packed_seq.max_seqlen, packed_seq.max_seqlen)
+        out, lse, *ctx.random = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.lengths = lengths
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        options = *ctx.lengths, 0.0, True, *ctx.random[:2]
+        return *torch.ops.aten._flash_attention_backward(dout, *ctx.saved_tensors, *options), None
+
+
+def te_attention(q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:
+    """`cp.te_attention.TEAttention` of one rank: padding is zeroed before and after."""
+    if not packed_seq.is_padded:
+        return _FlashAttention.apply(q, k, v, packed_seq)
+    padding = torch.empty(len(q), 1, 1, dtype=torch.bool, device=q.device)
+    q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
+    return _FlashAttention.apply(q, k, v, packed_seq).masked_fill(padding, 0)
 
 
 def use_te_mlp(model: GPT | Stages, ledger: MemoryLedger) -> None:

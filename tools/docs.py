@@ -1,6 +1,7 @@
 """Write the tables that come from the code into docs/: `python tools/docs.py [--check]`.
 
-Flags come from config/schema.py, attention backends from cp/support.py. Each table stands between two marker comments.
+Flags come from config/schema.py, attention backends from cp/support.py, counts of kernels and bytes from
+planner/counts.py. Each table stands between two marker comments.
 With `--check` nothing is written; exit code 1: a table is out of date.
 """
 
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.schema import RunConfig, fields_of_flags, option
 from cp.support import markdown_table
+from planner.counts import counts_table
 from utils.errors import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +40,11 @@ def flags_table() -> str:
     return "\n".join(lines).strip()
 
 
-TABLES = {"docs/flags.md": ("flags", flags_table), "docs/context_parallel.md": ("backends", markdown_table)}
+TABLES = {
+    "docs/flags.md": ("flags", flags_table),
+    "docs/context_parallel.md": ("backends", markdown_table),
+    "docs/gpu.md": ("counts", counts_table),
+}
 
 
 def main(argv: list[str]) -> int:

@@ -1,0 +1,183 @@
+"""The CUDA branches on meta tensors: kernels, bytes, waits of the host and graph breaks, as ceilings.
+
+A change that adds a pass over memory fails here. One that removes a pass lowers its ceiling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cp.packed_seq import build_packed_seq
+from parallel.grid import GridSizes, build_grid
+from planner.counter import KernelCounter, Launch, counted_kernel
+from planner.counts import CASES, EIGHT_B, LONG_ROW, Case, count_layer, count_loss, count_update, floor_bytes, run_step
+from planner.fake import fake_world
+from planner.fused import fused_rms_norm
+from tests.flags import resolve_config
+from training.build import build_meta_model
+
+LONG = Case(EIGHT_B, LONG_ROW, 131072)
+METHODS = {
+    "p2p": "--cp-comm-type p2p",
+    "all_gather": "--cp-comm-type all_gather",
+    "a2a": "--cp-comm-type a2a",
+    "hybrid": "--cp-comm-type p2p --cp-layout hybrid",
+}
+ALL = [*CASES, *(replace(LONG, cp_size=size, flags=flags) for flags in METHODS.values() for size in (1, 2))]
+# Case: kernels, and GB of everything but products and flash attention, forward and backward.
+CEILINGS = {
+    "1B, 8192, cp 1, torch": (35, 63, 1.793, 2.561),
+    "1B, 8192, cp 1, te layers": (16, 29, 0.738, 1.149),
+    "8B, 8192, cp 1, torch": (35, 63, 4.484, 6.639),
+    "8B, 8192, cp 1, te layers": (16, 29, 1.883, 2.957),
+    "8B, 131072, cp 8, p2p": (114, 156, 18.040, 22.249),
+    "8B, 131072, cp 8, all_gather": (148, 221, 12.308, 25.384),
+    "8B, 131072, cp 8, all_gather heads-k-stride 8": (43, 73, 12.279, 25.057),
+    "8B, 131072, cp 8, a2a": (43, 69, 10.320, 14.498),
+    "8B, 131072, cp 8, p2p cp-layout hybrid": (82, 137, 11.645, 14.978),
+    "8B, 131072, cp 1, p2p": (35, 63, 71.749, 106.222),
+    "8B, 131072, cp 2, p2p": (49, 79, 41.553, 60.077),
+    "8B, 131072, cp 1, all_gather": (35, 63, 71.749, 109.439),
+    "8B, 131072, cp 2, all_gather": (171, 239, 42.921, 66.688),
+    "8B, 131072, cp 1, a2a": (35, 63, 71.749, 106.222),
+    "8B, 131072, cp 2, a2a": (43, 71, 41.250, 58.489),
+    "8B, 131072, cp 1, p2p cp-layout hybrid": (35, 63, 71.749, 106.222),
+    "8B, 131072, cp 2, p2p cp-layout hybrid": (32, 54, 33.180, 44.510),
+}
+TIGHT = 1.01  # ceiling over count; a ceiling above is lowered
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launches(work: Callable[[], object]) -> list[Launch]:
+    with KernelCounter() as counter:
+        work()
+    return counter.launches
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+def test_a_layer_stays_below_its_ceiling(case: Case) -> None:
+    forward, backward = count_layer(case)
+    found = forward.kernels, backward.kernels, forward.bytes / 1e9, backward.bytes / 1e9
+    for number, ceiling in zip(found, CEILINGS[case.name], strict=True):
+        assert number <= ceiling * 1.0005 and ceiling <= number * TIGHT, found
+    assert all(moved.bytes >= floor for moved, floor in zip((forward, backward), floor_bytes(case), strict=True))
+
+
+def test_the_loss_and_the_update_stay_below_their_ceilings() -> None:
+    loss, update = count_loss(Case(EIGHT_B, (8192,), 8192)), count_update(Case(EIGHT_B, (8192,), 8192), 8)
+    for moved, kernels, gigabytes in ((loss, 428, 128.21), (update, 231, 40.16)):
+        assert moved.kernels <= kernels <= moved.kernels * TIGHT
+        assert moved.bytes / 1e9 <= gigabytes <= moved.bytes / 1e9 * TIGHT
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+def test_the_host_never_waits(case: Case) -> None:
+    assert run_step(case, 2).host_waits == []
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).any()),
+        lambda x: torch.nonzero(x),
+        lambda x: x[x > 0],
+        lambda x: x.cpu(),
+        lambda x: x.copy_(torch.zeros(8)),
+        lambda x: torch.zeros(8).to(x.device, non_blocking=True),
+    ],
+    ids=["item", "bool", "nonzero", "boolean index", "to the host", "from the host", "not pinned"],
+)
+def test_a_wait_of_the_host_is_seen(work: Callable[[Tensor], object]) -> None:
+    # A meta tensor has no value to give.
+    with KernelCounter() as counter, contextlib.suppress(NotImplementedError, RuntimeError):
+        work(meta(8))
+    assert len(counter.host_waits) == 1 and "test_cuda_counts.py:" in counter.host_waits[0]
+
+
+def test_a_pinned_copy_is_no_wait() -> None:
+    with KernelCounter() as counter:
+        torch.zeros(8).pin_memory().to("meta", non_blocking=True)
+    assert counter.host_waits == [] and counter.launches == []
+
+
+A, B = (lambda: meta(64, 32)), (lambda: meta(64, 32, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("work", "bytes_", "kernels"),
+    [
+        (lambda: A() + A(), 3 * 8192, 1),
+        (lambda: A() + B(), 8192 + 4096 + 8192, 1),
+        (lambda: A().add_(1), 2 * 8192, 1),
+        (lambda: A().zero_(), 8192, 1),
+        (lambda: A().copy_(B()), 4096 + 8192, 1),
+        (lambda: torch.mul(A(), 2, out=A()), 2 * 8192, 1),
+        (lambda: A() + meta(1, 32).expand(64, 32), 2 * 8192 + 128, 1),
+        (lambda: A().view(-1)[5:9].view(2, 2).t(), 0, 0),
+        (lambda: A()[:, :0].fill_(1.0), 0, 0),
+        (lambda: A().reshape(32, 64), 0, 0),
+        (lambda: A().t().reshape(-1), 2 * 8192, 1),
+        (lambda: A().index_select(0, meta(4).long()), 2 * 512 + 32 + 16 + 32, 2),
+        (lambda: torch._foreach_mul_([A(), A()], 2.0), 4 * 8192, 1),
+        (lambda: torch._foreach_mul_([A() for _ in range(40)], 2.0), 80 * 8192, 2),
+    ],
+)
+def test_kernels_and_bytes_of_an_operator(work: Callable[[], object], bytes_: int, kernels: int) -> None:
+    found = launches(work)
+    assert (sum(x.bytes for x in found), sum(x.kernels for x in found)) == (bytes_, kernels)
+
+
+def test_products_and_flash_attention_count_apart() -> None:
+    found = launches(lambda: (A() @ meta(32, 16), torch.addmm(meta(64, 16), A(), meta(32, 16))))
+    assert [(x.kind, x.flops) for x in found] == [("gemm", 2 * 64 * 32 * 16)] * 2
+    q, k = meta(8, 4, 64, dtype=torch.bfloat16), meta(8, 2, 64, dtype=torch.bfloat16)
+    cu = meta(2).int()
+    found = launches(lambda: torch.ops.aten._flash_attention_forward(q, k, k, cu, cu, 8, 8, 0.0, True, False))
+    assert [x.kind for x in found] == ["flash"]
+
+
+def test_a_function_of_one_kernel_counts_once() -> None:
+    def work() -> None:
+        x, total = B(), A()
+        with counted_kernel("sum", x, total) as outputs:
+            total += (x * 2).exp()
+            outputs.append(x.sum(1))
+
+    (launch,) = launches(work)
+    assert (launch.kernels, launch.bytes, launch.written) == (1, 4096 + 2 * 8192 + 128, 8192 + 128)
+    norm = launches(lambda: fused_rms_norm(B(), None, meta(32, dtype=torch.bfloat16), 1e-5))
+    assert [(x.name, x.bytes) for x in norm] == [("rms_norm", 2 * 4096 + 64 + 256)]
+
+
+def test_compiled_layers_break_at_attention_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three graphs a layer: to q, k and v; from attention's output; the MLP. A break would make more."""
+    traced: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, dynamic=False))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    tokens, lengths = torch.zeros(64, dtype=torch.int64), np.array([40, 24])
+    flags = "--num-layers 1 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --dtype fp32 --compile"
+    config = resolve_config(*flags.split(), "--device", "cpu")
+    with fake_world(rank=0, world_size=1):
+        grid = build_grid(GridSizes(), backend="fake")
+        model = build_meta_model(config, config.model.architecture(257), grid, torch.device("cpu"))
+        model.to_empty(device="cpu")
+        model(tokens, build_packed_seq(lengths, lengths)[0], labels=tokens)[0].backward()
+    assert torch._dynamo.utils.counters["graph_break"] == {} and len(traced) == 3
