@@ -97,9 +97,8 @@ class KernelCounter(TorchDispatchMode):
         outputs: list[Tensor] = []
         self._written = {}
         yield outputs
-        written, self._written = list(self._written.values()), None
+        storages, self._written = self._written, None
         reads = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
-        storages = {x.untyped_storage()._cdata for x in written}
         changed = [x for x in reads if x.untyped_storage()._cdata in storages]
         written = size_of(tree_leaves(outputs)) + size_of(changed)
         self.launches.append(Launch(name, "other", kernels, passes * size_of(reads) + written, written, 0, _place()))

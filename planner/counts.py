@@ -28,7 +28,7 @@ from config.validate import resolve
 from data.batch import build_batch
 from data.dataset import PackedSample
 from model.config import GPTConfig
-from model.gpt import GPT
+from model.gpt import GPT, Stages, get_chunks
 from model.loss import chunked_cross_entropy
 from parallel.fsdp import clip_grad_norm_
 from parallel.grid import GridSizes, build_grid
@@ -204,9 +204,9 @@ def without_data() -> Iterator[None]:
         yield
 
 
-def _use_te(model: GPT) -> None:
+def _use_te(model: GPT | Stages) -> None:
     use_te_mlp(model, MemoryLedger())
-    for layer in model.layers.values():
+    for layer in get_chunks(model)[0].layers.values():
         layer.attention.apply_rotary = te_rotary  # type: ignore[union-attr]
         layer.attention.attention = te_attention  # type: ignore[union-attr]
 
