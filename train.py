@@ -208,6 +208,7 @@ class Trainer:
         self.validator = Validator(
             self.model,
             self.data.valid,
+            torch.from_numpy(self.data.tokenizer.token_bytes()),
             in_order,
             ranks,
             self.metrics,

@@ -239,7 +239,7 @@ def main() -> None:
             shape = f"{seq_length:>8} {median:>6} {cp:>4} x {data_ranks:<4} {samples:>4} {alignment:>4}"
             numbers = f"{f.grid:>9.3f} {f.pool:>7.3f} {f.traffic:>7.2f} {f.fallbacks:>6.0%} {1000 * f.seconds:>7.0f}"
             print(f"{shape} {numbers}", flush=True)
-            figures.append({"pool": case, **asdict(f)})
+            figures.append({"pool": pool, **asdict(f)})
         print()
     print(f"{'sequence':>8} {'predicted':>10} {'measured':>9} {'quartiles':>14}   share of the predicted gain")
     for name in (name for name in args.only if name in MEDIANS):

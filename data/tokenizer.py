@@ -90,6 +90,13 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, without EOD."""
 
+    @abstractmethod
+    def token_bytes(self) -> np.ndarray:
+        """[vocab_size] int64 bytes of UTF-8 that each token stands for; 0 for EOD and for ids without a token.
+
+        Their sum over a text's ids is the length of the text, but for a space that the tokenizer puts before it.
+        """
+
 
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes, and 256 as EOD."""
@@ -104,6 +111,9 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        return (np.arange(self.vocab_size) != self.eod).astype(np.int64)
 
 
 def load_sentencepiece() -> ModuleType:
@@ -206,6 +216,15 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         known = (int(i) for i in ids if i < self.vocab_size)  # a model may know more, with --vocab-size
         return self.processor.decode([i for i in known if i != self.eod])
+
+    def token_bytes(self) -> np.ndarray:
+        model, sizes = self.processor, np.zeros(self.vocab_size, np.int64)
+        for i in range(self.vocab_size):
+            if model.is_byte(i):
+                sizes[i] = 1
+            elif not (model.is_control(i) or model.is_unknown(i)):
+                sizes[i] = len(model.id_to_piece(i).replace(SPACE, " ").encode())
+        return sizes
 
 
 @functools.lru_cache(maxsize=4)  # workers inherit what their main process has tried
@@ -328,6 +347,21 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.processor.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
+
+    def token_bytes(self) -> np.ndarray:
+        said, sizes = json.loads(self.content), np.zeros(self.vocab_size, np.int64)
+        decoder = said.get("decoder") or {}
+        kinds = {part["type"] for part in (decoder, *decoder.get("decoders", ()))} if decoder else set()
+        added = {token["content"] for token in said.get("added_tokens") or ()}
+        for token, i in self.processor.get_vocab(with_added_tokens=True).items():
+            if "ByteLevel" in kinds and token not in added:  # a character a byte
+                sizes[i] = len(token)
+            elif "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", token):
+                sizes[i] = 1
+            else:
+                sizes[i] = len(token.replace(SPACE, " ").encode())
+        sizes[self.eod] = 0
+        return sizes
 
 
 def _raise_interrupts(error: BaseException) -> None:

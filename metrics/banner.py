@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import platform
 from dataclasses import dataclass
 
@@ -11,11 +12,14 @@ from checkpoint.resume import TrainState
 from config.schema import RunConfig, format_skip_steps
 from data.dataset import BlendedDataset, PackedDataset, SampleDataset
 from data.packing import StreamEpoch
+from data.tokenizer import Tokenizer
 from model.config import GPTConfig, count_parameters
 from runtime.distributed import Ranks
 from runtime.run import RunPaths
 from training.build import RunData
 from utils.logger import log
+
+MAX_GZIP_TOKENS = 1_000_000  # of the validation text that gzip compresses for comparison
 
 
 def list_sources(sequences: SampleDataset) -> list[PackedDataset]:
@@ -39,6 +43,20 @@ def _describe_ends(source: PackedDataset) -> str:
     """How many documents end with the end-of-document token, which also fills padding."""
     share, token = source.share_ending_with(source.pad_token), f"end-of-document token {source.pad_token}"
     return f"each document ends with {token}" if share == 1 else f"{share:.1%} of documents end with {token}"
+
+
+def gzip_bits_per_byte(sequences: SampleDataset, tokenizer: Tokenizer) -> float | None:
+    """Bits of `gzip -9` for a byte of the documents' text, or of its beginning; None without text."""
+    parts, left = [], MAX_GZIP_TOKENS
+    for source in list_sources(sequences):
+        for document in source.documents:
+            length = min(left, source.tokens.lengths.item(document))
+            parts.append(tokenizer.decode(source.tokens.read(document, 0, length).tolist()))
+            left -= length
+            if not left:
+                break
+    text = "".join(parts).encode("utf-8", errors="replace")
+    return 8 * len(gzip.compress(text, 9)) / len(text) if text else None
 
 
 def warn_of_missing_ends(sequences: SampleDataset) -> list[str]:
@@ -130,7 +148,12 @@ class RunSummary:
         return f"{name}; no known peak, so no MFU (--peak-tflops)"
 
     def _describe_validation(self) -> list[str]:
-        return describe_sequences(self.data.valid) if self.data.valid else ["off (--eval-interval 0)"]
+        if self.data.valid is None:
+            return ["off (--eval-interval 0)"]
+        lines, bits = describe_sequences(self.data.valid), gzip_bits_per_byte(self.data.valid, self.data.tokenizer)
+        if bits is not None:
+            lines[-1] += f"; gzip -9 of the text: {bits:.2f} bits a byte"
+        return lines
 
     def _describe_attention(self) -> str:
         parallel, data = self.config.parallel, self.config.data

@@ -96,6 +96,33 @@ class StepResult:
     cp_wait: float | None = None
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Loss of held-out text.
+
+    Attributes:
+        loss: mean of the labelled tokens, in nats; None: there are none.
+        tokens, text_bytes: number of labelled tokens, and of the bytes of UTF-8 that they stand for.
+    """
+
+    loss: float | None
+    tokens: int
+    text_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The loss in bits over the bytes of the text: comparable between tokenizers, and with a compressor."""
+        if self.loss is None or not self.text_bytes:
+            return None
+        return self.loss * self.tokens / self.text_bytes / math.log(2)
+
+    def describe(self) -> str:
+        if self.loss is None:
+            return "no token with a label"
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits a byte"
+        return f"loss {self.loss:.5f}{bits}, perplexity {perplexity(self.loss):,.2f}"
+
+
 class MetricsLog:
     """Writes a run's metrics. Every rank holds one; only rank 0's writes.
 
@@ -294,28 +321,26 @@ class MetricsLog:
             }
             writer.scalars(maxima, step)
 
-    def validation(
-        self, step: int, loss: float | None, tokens: int, sources: Mapping[str, tuple[float | None, int]] | None = None
-    ) -> None:
-        """Report a validation after `step` steps.
-
-        Args:
-            loss: mean over the `tokens` labelled tokens; None: there are none.
-            sources: the same of each source of a blend.
-        """
+    def validation(self, step: int, whole: HeldOut, sources: Mapping[str, HeldOut] | None = None) -> None:
+        """Report a validation after `step` steps, and of each source of a blend."""
         if not self.is_writer:
             return
         sources = sources or {}
-        lines = [f"validation after step {step}: {_describe_loss(loss)}, over {tokens:,} held-out tokens"]
-        lines += [f"  {name}: {_describe_loss(own)}, over {count:,}" for name, (own, count) in sources.items()]
+        lines = [f"validation after step {step}: {whole.describe()}, over {whole.tokens:,} held-out tokens"]
+        lines += [f"  {name}: {own.describe()}, over {own.tokens:,}" for name, own in sources.items()]
         log(self._over_bar("\n".join(lines)))
-        record: dict[str, Any] = {"step": step, "validation_loss": loss, "validation_tokens": tokens}
+        record: dict[str, Any] = {"step": step, "validation_loss": whole.loss, "validation_tokens": whole.tokens}
+        record["bits_per_byte"] = whole.bits_per_byte
         if sources:
-            record["validation"] = {name: {"loss": own, "tokens": count} for name, (own, count) in sources.items()}
+            record["validation"] = {
+                name: {"loss": own.loss, "tokens": own.tokens, "bits_per_byte": own.bits_per_byte}
+                for name, own in sources.items()
+            }
         self._write_record(record)
-        values = {"loss": loss, "perplexity": None if loss is None else perplexity(loss)}
+        values = {"loss": whole.loss, "perplexity": None if whole.loss is None else perplexity(whole.loss)}
+        values["bits_per_byte"] = whole.bits_per_byte
         names = distinct_suffixes(list(sources), taken=list(values))
-        values |= {name: own for name, (own, _) in zip(names, sources.values(), strict=True)}
+        values |= {name: own.loss for name, own in zip(names, sources.values(), strict=True)}
         for writer in self.writers:
             writer.scalars({f"validation/{name}": value for name, value in as_floats(values).items()}, step)
 
@@ -340,10 +365,6 @@ def _spread_times(pending: list[StepResult]) -> None:
 def perplexity(loss: float) -> float:
     """exp of the mean loss; inf where that is too large."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _describe_loss(loss: float | None) -> str:
-    return "no token with a label" if loss is None else f"loss {loss:.5f}, perplexity {perplexity(loss):,.2f}"
 
 
 def open_metrics_file(path: Path, keep_before: int | None) -> FileIO:

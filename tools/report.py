@@ -57,6 +57,7 @@ class Measure:
 
 MEASURES = (
     Measure("loss", "Loss", "points: validation", dots="validation_loss"),
+    Measure("bits_per_byte", "Bits a byte", "of held-out text"),
     Measure("grad_norm", "Gradient norm"),
     Measure("lr", "Learning rate"),
     Measure("skipped_steps", "Skipped steps", "so far"),
@@ -69,7 +70,7 @@ MEASURES = (
     Measure("max_memory_bytes", "Peak memory", "GiB", 2**-30),
     Measure("packing_efficiency", "Packing efficiency", "% of row", 100),
     Measure("cp_balance", "CP balance", "attention work, max / mean of cp ranks"),
-    Measure("work_balance", "work balance", "work of a step, max / mean of all ranks"),
+    Measure("work_balance", "Work balance", "work of a step, max / mean of all ranks"),
 )
 
 
@@ -79,8 +80,8 @@ class Run:
 
     Attributes:
         config, status: text of each value in config.json and status.json by name; empty where `notes` says why.
-        series: name -> step -> value. Names are the fields of a step's record, `validation_loss`, and with a slash
-            perplexities and timers, which are titles of charts too.
+        series: name -> step -> value. Names are the fields of a step's record, `validation_loss`, `bits_per_byte`, and
+            with a slash perplexities and timers, which are titles of charts too.
     """
 
     name: str
@@ -128,7 +129,7 @@ def read_values(record: dict[str, Any]) -> dict[str, float]:
     """What a record of metrics.jsonl adds to the series of its run."""
     values: dict[str, Any] = {}
     if "validation_loss" in record:
-        values["validation_loss"] = record["validation_loss"]
+        values |= {name: record.get(name) for name in ("validation_loss", "bits_per_byte")}
         for source, metadata in dict(record.get("validation", {})).items():
             if metadata["loss"] is None:  # no token of the source had a label
                 continue
@@ -252,6 +253,7 @@ SUMMARY: tuple[tuple[str, Callable[[Run], Any], str], ...] = (
     ("Final training loss", lambda run: run.points("loss")[-1, 1], "{:.5f}"),
     ("Final training loss, mean of 20 steps", lambda run: fmean(run.finite("loss")[-20:]), "{:.5f}"),
     ("Best validation loss", lambda run: min(run.finite("validation_loss")), "{:.5f}"),
+    ("Best bits a byte of held-out text", lambda run: min(run.finite("bits_per_byte")), "{:.4f}"),
     ("Tokens", lambda run: sum(run.series["tokens"].values()), "{:,.0f}"),
     ("Tokens/s, median", lambda run: median(run.finite("tokens_per_s")[1:]), "{:,.0f}"),
     ("TFLOP/s per rank, median", lambda run: median(run.finite("tflops_per_rank")[1:]), "{:,.4g}"),

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from data.batch import Batch, BatchPlan
 from data.dataset import BlendedDataset, SampleDataset
 from data.loader import build_loader
-from metrics.log import MetricsLog
+from metrics.log import HeldOut, MetricsLog
 from metrics.timers import Timers
 from model.gpt import GPT, Stages
 from parallel.collectives import sum_over
@@ -31,29 +32,41 @@ def batched(items: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT | Stages, batches: Iterable[Batch], grid: Grid, device: torch.device, *, stops: StopRequests
-) -> tuple[float | None, int]:
-    """Mean loss over every labelled token of the batches of the whole grid, and the number of these tokens. Collective.
+    model: GPT | Stages,
+    batches: Iterable[Batch],
+    grid: Grid,
+    device: torch.device,
+    *,
+    token_bytes: Tensor,
+    stops: StopRequests,
+) -> HeldOut:
+    """Mean loss over every labelled token of the batches of the whole grid. Collective.
 
-    The mean is over tokens: the same number under every layout. None: no token has a label.
+    The mean is over tokens: the same number under every layout.
+
+    Args:
+        token_bytes: [vocab_size] int64 bytes of text that each token stands for.
 
     Raises:
         StopRequested: a request to stop came in between two batches.
     """
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss sum, tokens
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss sum, tokens, bytes of text
+    token_bytes = token_bytes.to(device)
     for chunk in batched(batches, 8 if grid.size("pp") > 1 else 1):  # several: pipeline stages overlap
         stops.start_sync()
         rows = [batch.to(device) for batch in chunk]
         for row, (_, cross_entropy) in zip(rows, forward_only(model, rows, grid), strict=False):  # last stage only
             totals[0] += cross_entropy
-            totals[1] += (row.labels >= 0).sum()
+            is_labelled = row.labels >= 0
+            totals[1] += is_labelled.sum()
+            totals[2] += (token_bytes[row.labels.clamp(min=0)] * is_labelled).sum()
         if reason := stops.request():
             finish_forward(model)
             raise StopRequested(reason)
     finish_forward(model)
-    loss_sum, tokens = sum_over(sum_over(totals, grid.group("loss")), grid.group("pp")).tolist()
-    return loss_sum / tokens if tokens else None, int(tokens)
+    loss_sum, tokens, text_bytes = sum_over(sum_over(totals, grid.group("loss")), grid.group("pp")).tolist()
+    return HeldOut(loss_sum / tokens if tokens else None, int(tokens), int(text_bytes))
 
 
 @dataclass(frozen=True)
@@ -62,11 +75,13 @@ class Validator:
 
     Args:
         samples: of the validation documents; None: validation is off.
+        token_bytes: [vocab_size] int64 bytes of text that each token stands for.
         eval_iters: global batches of a validation, at most one epoch of `samples`.
     """
 
     model: GPT | Stages
     samples: SampleDataset | None
+    token_bytes: Tensor
     batch_plan: BatchPlan
     ranks: Ranks
     log: MetricsLog
@@ -85,16 +100,16 @@ class Validator:
         sources = self.samples.sources if isinstance(self.samples, BlendedDataset) else []
         with self.timers("eval"):
             try:
-                loss, tokens = self._loss(self.samples)
+                whole = self._loss(self.samples)
                 losses = {part.name: self._loss(part) for part in sources}
             except StopRequested as request:
                 if self.ranks.is_writer:
                     log(f"validation after step {step}: left to the resumed run ({request})")
                 return str(request)
-            self.log.validation(step, loss, tokens, sources=losses)
+            self.log.validation(step, whole, losses)
         return ""
 
-    def _loss(self, samples: SampleDataset) -> tuple[float | None, int]:
+    def _loss(self, samples: SampleDataset) -> HeldOut:
         steps = min(self.eval_iters, -(-samples.samples_per_epoch // self.batch_plan.global_batch_size))
         batches = build_loader(
             samples,
@@ -105,4 +120,11 @@ class Validator:
             limit=samples.samples_per_epoch,
         )
         with_heartbeats = self.ranks.watchdog.with_heartbeats(batches, "validation")
-        return evaluate(self.model, with_heartbeats, self.ranks.grid, self.ranks.device, stops=self.stops)
+        return evaluate(
+            self.model,
+            with_heartbeats,
+            self.ranks.grid,
+            self.ranks.device,
+            token_bytes=self.token_bytes,
+            stops=self.stops,
+        )

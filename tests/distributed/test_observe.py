@@ -98,6 +98,7 @@ def test_each_source_is_validated_and_other_layouts_say_the_same(base, observed,
     (again,) = [json.loads(line) for line in after[len(before) :].splitlines()]
     assert again["validation_tokens"] == last["validation_tokens"]
     assert again["validation_loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
+    assert again["bits_per_byte"] == pytest.approx(last["bits_per_byte"], rel=1e-6)
     for name, part in last["validation"].items():
         assert again["validation"][name]["loss"] == pytest.approx(part["loss"], rel=1e-6)
     assert json.loads((place / "status.json").read_text())["status"] == "done"
@@ -136,7 +137,13 @@ def test_tensorboard_has_more_than_curves(observed) -> None:
     found = EventAccumulator(str(place / "tensorboard"))
     found.Reload()
     tags = found.Tags()
-    assert {"train/loss", "validation/loss", "validation/b.jsonl", "timers/cp_wait_ms"} <= set(tags["scalars"])
+    assert {
+        "train/loss",
+        "validation/loss",
+        "validation/bits_per_byte",
+        "validation/b.jsonl",
+        "timers/cp_wait_ms",
+    } <= set(tags["scalars"])
     assert tags["images"] == ["data/cp_balance_of_the_first_row"]
     assert {"data/document_lengths_corpus.jsonl", "data/document_lengths_b.jsonl"} == set(tags["histograms"])
     text = found.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0].decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +21,11 @@ import torch
 from config.schema import LoggingConfig, TrainingConfig
 from data.batch import BatchPlan, build_batch
 from data.dataset import BlendedDataset, PackedSample
+from data.tokenizer import ByteTokenizer
+from metrics import banner
 from metrics import log as metrics_module
-from metrics.banner import describe_sequences, warn_of_missing_ends
-from metrics.log import APPEND_ONLY, ROW_COUNTS, MetricsLog, StepResult, count_rows, open_metrics_file
+from metrics.banner import describe_sequences, gzip_bits_per_byte, warn_of_missing_ends
+from metrics.log import APPEND_ONLY, ROW_COUNTS, HeldOut, MetricsLog, StepResult, count_rows, open_metrics_file
 from metrics.tensorboard import TensorBoardWriter
 from metrics.timers import Timers
 from model.config import GPTConfig
@@ -220,7 +224,7 @@ def test_only_the_writer_writes(tmp_path: Path, clock: Clock, capsys) -> None:
     out = log(tmp_path / "folder" / "m.jsonl", rank=1)
     clock.now += 1.0
     step(out, 1)
-    out.validation(1, 2.0, 10)
+    out.validation(1, HeldOut(2.0, 10, 30))
     out.close()
     assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
 
@@ -234,21 +238,43 @@ def test_a_rank_that_does_not_write_stops_too(clock: Clock) -> None:
 
 def test_validation_is_printed_and_written(tmp_path: Path, clock: Clock, capsys) -> None:
     out = log(tmp_path / "m.jsonl")
-    out.validation(4, 1 / 3, 12345)
-    assert "after step 4: loss 0.33333, perplexity 1.40, over 12,345" in capsys.readouterr().out
-    assert read(tmp_path / "m.jsonl") == [
-        {"step": 4, "validation_loss": 1 / 3, "validation_tokens": 12345}
-    ]  # at once, in full
+    out.validation(4, HeldOut(1 / 3, 12345, 24690))
+    assert (
+        "after step 4: loss 0.33333, 0.2404 bits a byte, perplexity 1.40, over 12,345 held-out tokens"
+        in capsys.readouterr().out
+    )
+    (record,) = read(tmp_path / "m.jsonl")  # at once, in full
+    assert record.pop("bits_per_byte") == pytest.approx(1 / 6 / math.log(2), rel=1e-14)
+    assert record == {"step": 4, "validation_loss": 1 / 3, "validation_tokens": 12345}
     out.close()
     assert out.file is not None and out.file.closed
 
 
+def test_gzip_of_the_validation_text(monkeypatch) -> None:
+    texts = ["a ring of ranks " * 40, "and a row of tokens" * 30]
+    ids = [[*text.encode(), 256] for text in texts]
+    tokens = SimpleNamespace(
+        lengths=np.array([len(row) for row in ids]), read=lambda n, start, length: np.array(ids[n][start:][:length])
+    )
+    source: Any = SimpleNamespace(documents=[0, 1], tokens=tokens)
+    whole = "".join(texts).encode()
+    bits = gzip_bits_per_byte(source, ByteTokenizer())
+    assert bits == 8 * len(gzip.compress(whole, 9)) / len(whole)
+    monkeypatch.setattr(banner, "MAX_GZIP_TOKENS", 100)
+    assert gzip_bits_per_byte(source, ByteTokenizer()) == 8 * len(gzip.compress(whole[:100], 9)) / 100
+
+
 def test_each_source_of_a_blend_is_told_by_itself(tmp_path: Path, clock: Clock, capsys) -> None:
     out = log(tmp_path / "m.jsonl")
-    out.validation(4, 2.0, 30, {"web": (1.0, 10), "code": (2.5, 20)})
-    assert "web: loss 1.00000, perplexity 2.72, over 10\n" in capsys.readouterr().out
+    out.validation(4, HeldOut(2.0, 30, 0), {"web": HeldOut(1.0, 10, 20), "code": HeldOut(2.5, 20, 20)})
+    assert "web: loss 1.00000, 0.7213 bits a byte, perplexity 2.72, over 10\n" in capsys.readouterr().out
     (record,) = read(tmp_path / "m.jsonl")
-    assert record["validation"] == {"web": {"loss": 1.0, "tokens": 10}, "code": {"loss": 2.5, "tokens": 20}}
+    assert record["bits_per_byte"] is None  # ids of no text
+    bits = 1 / math.log(2)
+    assert record["validation"] == {
+        "web": {"loss": 1.0, "tokens": 10, "bits_per_byte": pytest.approx(bits / 2)},
+        "code": {"loss": 2.5, "tokens": 20, "bits_per_byte": pytest.approx(2.5 * bits)},
+    }
 
 
 def test_steps_that_are_passed_over_do_not_end_a_run_that_takes_them(clock: Clock, capsys) -> None:
@@ -275,12 +301,14 @@ def test_tensorboard_gets_every_number(tmp_path: Path, clock: Clock, monkeypatch
     out = log(tmp_path / "m.jsonl", writers=[TensorBoardWriter(tmp_path / "tb", 3)], keep_before=3, train_iters=4)
     clock.now += 1.0
     step(out, 4)
-    out.validation(4, 1.5, 10, {"en/corpus": (1.0, 4), "de/corpus": (1.2, 4), "loss": (1.7, 2)})
+    sources = {"en/corpus": HeldOut(1.0, 4, 4), "de/corpus": HeldOut(1.2, 4, 4), "loss": HeldOut(1.7, 2, 4)}
+    out.validation(4, HeldOut(math.log(2), 10, 40), sources)
     out.close()
     assert calls[0] == ("open", str(tmp_path / "tb"), 4) and calls[-1] == ("close",)  # step 3 was done and stays
     (record, _) = read(tmp_path / "m.jsonl")
     wanted = {(f"train/{k}", v, 4) for k, v in record.items() if k != "step" and v is not None}
-    wanted |= {("validation/loss", 1.5, 4), ("validation/perplexity", math.exp(1.5), 4), ("validation/./loss", 1.7, 4)}
+    wanted |= {("validation/loss", math.log(2), 4), ("validation/perplexity", 2.0, 4), ("validation/./loss", 1.7, 4)}
+    wanted |= {("validation/bits_per_byte", 0.25, 4)}
     assert wanted | {("validation/en/corpus", 1.0, 4), ("validation/de/corpus", 1.2, 4)} == set(calls[1:-1])
 
 
@@ -374,8 +402,8 @@ def test_records_wait_while_the_disk_is_full(tmp_path: Path, clock: Clock, capsy
 def test_a_record_stands_on_its_own_line_behind_a_dead_writers_half(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"ste')
     out = log(tmp_path / "m.jsonl", keep_before=APPEND_ONLY)
-    out.validation(1, 2.0, 100)
-    out.validation(1, 3.0, 100)
+    out.validation(1, HeldOut(2.0, 100, 300))
+    out.validation(1, HeldOut(3.0, 100, 300))
     first, half, *validations = (tmp_path / "m.jsonl").read_text().splitlines()
     assert (first, half) == ('{"step": 1}', '{"ste')
     assert [json.loads(line)["validation_loss"] for line in validations] == [2.0, 3.0]

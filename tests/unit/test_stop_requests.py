@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -9,11 +10,13 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from metrics.log import HeldOut
 from runtime import signals
 from runtime.signals import StopRequested, StopRequests
 from training import evaluate as validation
@@ -141,7 +144,7 @@ def test_where_there_is_nothing_to_save_signals_end_the_process(group) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_request_ends_a_validation_between_two_batches(group, monkeypatch, number: signal.Signals) -> None:
     stops, seen = requests(group, interval=1), []  # --exit-interval does not
-    row = SimpleNamespace(labels=torch.zeros(3))
+    row = SimpleNamespace(labels=torch.tensor([2, 0, -100]))
 
     def batches(stop_at: int) -> Iterator[SimpleNamespace]:
         for at in range(10):
@@ -154,10 +157,13 @@ def test_a_request_ends_a_validation_between_two_batches(group, monkeypatch, num
     monkeypatch.setattr(validation, "finish_forward", lambda model: seen.append("finished"))
     grid = SimpleNamespace(group=lambda axis: group, size=lambda axis: 1)
     model, cpu = SimpleNamespace(eval=lambda: None), torch.device("cpu")
-    assert validation.evaluate(model, batches(99), grid, cpu, stops=stops) == (0.5, 30)  # type: ignore[arg-type]
+    options: dict[str, Any] = dict(token_bytes=torch.tensor([1, 2, 4]), stops=stops)
+    whole = validation.evaluate(model, batches(99), grid, cpu, **options)  # type: ignore[arg-type]
+    assert whole == HeldOut(loss=0.75, tokens=20, text_bytes=50)
+    assert whole.bits_per_byte == pytest.approx(15 / 50 / math.log(2))
     seen.clear()
     with pytest.raises(StopRequested, match=number.name):
-        validation.evaluate(model, batches(3), grid, cpu, stops=stops)  # type: ignore[arg-type]
+        validation.evaluate(model, batches(3), grid, cpu, **options)  # type: ignore[arg-type]
     assert seen[-1] == "finished" and seen[-2] in (3, 4), seen
 
 

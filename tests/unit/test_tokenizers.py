@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -93,6 +94,49 @@ def test_text_comes_back_or_is_refused(kind: str, has_prefix: bool, has_bytes: b
         assert not has_bytes and "holds U+" in str(error)
         return
     assert tokenizer.decode(ids) == text and tokenizer.eod not in ids
+
+
+@functools.cache
+def byte_level() -> bytes:
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<eod>", "<|\u4e2d|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([WORDS, "\xe9\u4e2d\U0001f600" * 9], trainer)
+    return bpe.to_str().encode()
+
+
+@functools.cache
+def byte_fallback() -> bytes:
+    """As tokenizer.json files of Llama 2: U+2581 for a space, <0xNN> for bytes without a token."""
+    vocab = {token: i for i, token in enumerate(("<unk>", "</s>", "\u2581", "a", "b", "\u2581a", "\u4e2d"))}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True))
+    bpe.normalizer = normalizers.Replace(" ", "\u2581")
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    bpe.decoder = decoders.Sequence(parts)
+    return bpe.to_str().encode()
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "unigram", "byte level", "byte fallback"])
+@given(text=TEXT)
+@example("\xe9\u4e2d\U0001f600 a<0x41> ab")
+@settings(max_examples=60, deadline=None)
+def test_tokens_count_the_bytes_of_a_text(tmp_path_factory, kind: str, text: str) -> None:
+    if kind == "byte":
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif kind.startswith("byte "):
+        content = byte_level() if kind == "byte level" else byte_fallback()
+        tokenizer = load_model(tmp_path_factory.getbasetemp(), content, f"{kind}.json")
+    else:
+        tokenizer = exact_model(kind, False, True)
+    sizes = tokenizer.token_bytes()
+    assert sizes.shape == (tokenizer.vocab_size,) and sizes[tokenizer.eod] == 0
+    with suppress(UnencodableText):
+        assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
 
 
 @pytest.mark.parametrize(
