@@ -13,7 +13,7 @@ MEGATRON ?=
 PEERS_PYTHON ?= python3
 PEERS_MIRROR ?=
 
-.PHONY: setup train test test-full fuzz test-te-import test-megatron test-migrate check-comparison test-faults test-reported test-slurm test-netns test-gpu lint bench report clean
+.PHONY: setup train test test-full fuzz test-te-import test-megatron test-migrate test-peers check-comparison test-faults test-reported test-slurm test-netns test-gpu lint bench report clean
 
 setup: $(STAMP)
 
@@ -59,7 +59,12 @@ test-megatron: $(STAMP)
 # Converted configurations in Axolotl's and NeMo AutoModel's own validators (docs/migrate.md). PEERS_PYTHON: python that can import both.
 # AXOLOTL_EXAMPLES, NEMO_EXAMPLES: folders of their examples.
 test-migrate:
-	OMP_NUM_THREADS=1 $(PEERS_PYTHON) -m pytest -m machine -rs -p no:cacheprovider tests/peers $(ARGS)
+	OMP_NUM_THREADS=1 $(PEERS_PYTHON) -m pytest -m machine -rs -p no:cacheprovider tests/peers/test_migrate.py $(ARGS)
+
+# The peers' own context parallelism on CPU ranks against float64 (docs/comparison); prints a table and writes JSON. About four minutes.
+test-peers:
+	PEERS_JSON=benchmarks/results/peers_cpu.json OMP_NUM_THREADS=1 $(PEERS_PYTHON) -m pytest -m machine -rs -p no:cacheprovider \
+		tests/peers/test_cp.py $(ARGS)
 
 # Source references of docs/comparison and docs/best_practices.md against the peers' commits. PEERS_MIRROR: folder of clones, as NAME or as
 # OWNER+NAME/repo; what is not there is skipped with a message.
