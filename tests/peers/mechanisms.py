@@ -29,15 +29,25 @@ def mean_over_ranks(x: Tensor) -> float:
 # Axolotl: its context manager around the model, as axolotl/train.py enters it; the loss is the model's own
 
 
-def axolotl(
-    model: Any, row: Row, mesh: DeviceMesh, *, ring: str, stride: int = 1, accumulate: int = 1, train: bool = True
-) -> float:
+def validate_axolotl(cp_size: int, **keys: Any) -> Any:
+    """A configuration that passed axolotl's validator, which also adds names to transformers for ring_flash_attn."""
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    return AxolotlInputConfig(
+        base_model="none", datasets=[{"path": "none", "type": "alpaca"}], attn_implementation="flash_attention_2",
+        micro_batch_size=1, learning_rate=1e-4, context_parallel_size=cp_size,
+        **{"gradient_accumulation_steps": 1} | keys,
+    )  # fmt: skip
+
+
+def axolotl(model: Any, row: Row, mesh: DeviceMesh, *, train: bool = True, **keys: Any) -> float:
+    config = validate_axolotl(mesh.size(), **keys)
     from axolotl.utils.ctx_managers.sequence_parallel import SequenceParallelContextManager
-    from axolotl.utils.schemas.enums import RingAttnFunc
 
     manager = SequenceParallelContextManager(
-        models=[model], context_parallel_size=mesh.size(), gradient_accumulation_steps=accumulate,
-        ring_attn_func=RingAttnFunc(ring), heads_k_stride=stride, gather_outputs=False, device_mesh=mesh,
+        models=[model], context_parallel_size=mesh.size(), ring_attn_func=config.ring_attn_func,
+        gradient_accumulation_steps=config.gradient_accumulation_steps, heads_k_stride=config.heads_k_stride,
+        gather_outputs=False, device_mesh=mesh,
     )  # fmt: skip
     model.train(train)
     with manager, torch.set_grad_enabled(train):

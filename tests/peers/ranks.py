@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,25 +27,18 @@ class Shown:
 
 
 @functools.cache
-def install_stand_ins() -> dict[str, str]:
-    """Returns the errors of imports that fail because transformers lacks a name, by module."""
+def install_stand_ins() -> None:
     stand_ins.install()
-    errors = {}
-    for module, name in stand_ins.LACKING.items():
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            errors[module] = str(error)
-            stand_ins.add_name_to_transformers(name)
     stand_ins.pretend_gpu()
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS["blockdiag"] = mechanisms.blockdiag_attention
-    return errors
 
 
-def import_errors(_: int) -> dict[str, str]:
-    return install_stand_ins()
+def axolotl_function(_: int, **keys: Any) -> str:
+    """The ring function that axolotl's validator takes for a run of two cp ranks with these keys."""
+    install_stand_ins()
+    return mechanisms.validate_axolotl(2, **keys).ring_attn_func.value
 
 
 def build_mesh() -> DeviceMesh:
@@ -131,7 +123,7 @@ def evaluate_axolotl(_: int, weights: dict[str, Tensor], row: Row) -> float:
     model.load_state_dict(weights)
     before = flash._flash_attention_forward
     try:
-        return mechanisms.axolotl(model, row, build_mesh(), ring="varlen_llama3", train=False)
+        return mechanisms.axolotl(model, row, build_mesh(), sample_packing=True, train=False)
     finally:
         flash._flash_attention_forward = before
 

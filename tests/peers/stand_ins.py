@@ -7,7 +7,6 @@
   knows, over PyTorch's CPU flash operators; scaled_dot_product_attention takes them for DTensors.
 - torch.cuda.current_device: cpu. accelerate and NeMo AutoModel are told that the CPU is a GPU.
 - NCCL's average: gloo's sum, divided; whole numbers round down, as NCCL's.
-- Two names that ring-flash-attn 0.1.8 and Axolotl 0.19.0 import from transformers and that its releases lack.
 """
 
 from __future__ import annotations
@@ -26,11 +25,6 @@ from cp import flash_attn_cpu
 
 aten = torch.ops.aten
 LIBRARY = torch.library.Library("aten", "IMPL")  # lives as long as the kernels
-# Module -> the name of transformers.modeling_flash_attention_utils that its import asks for and that is gone.
-LACKING = {
-    "ring_flash_attn": "is_flash_attn_greater_or_equal_2_10",
-    "axolotl.monkeypatch.ring_attn.adapters.batch": "is_flash_attn_greater_or_equal",
-}
 
 
 class _Varlen(torch.autograd.Function):
@@ -132,12 +126,6 @@ def install() -> None:
     functional.scaled_dot_product_attention = _sdpa_on_dtensors(functional.scaled_dot_product_attention)
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
     dist.all_reduce = _average_on_gloo(dist.all_reduce)
-
-
-def add_name_to_transformers(name: str) -> None:
-    import transformers.modeling_flash_attention_utils as utils
-
-    setattr(utils, name, lambda *_: True)
 
 
 def pretend_gpu() -> None:

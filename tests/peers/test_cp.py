@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.peers import ranks, stand_ins
+from tests.peers import ranks
 from tests.peers.rows import IGNORED, LENGTHS, VOCAB, Row, draw_row, reference, trained_weights
 from tests.reference import relative_error
 from tests.world import RankError, World
@@ -40,9 +40,9 @@ BLOCKDIAG = dict(mechanism="nemo_blockdiag", attention="blockdiag", layout="cont
 CASES: dict[str, dict[str, Any]] = {
     "one rank, fp32": dict(mechanism="one_rank", attention="sdpa", layout="whole"),
     "one rank, bf16": dict(mechanism="one_rank", attention="sdpa", layout="whole", dtype=BF16),
-    "Axolotl varlen_llama3": AXOLOTL | dict(ring="varlen_llama3"),
-    "Axolotl varlen_llama3, heads_k_stride 2": AXOLOTL | dict(ring="varlen_llama3", stride=2),
-    "Axolotl batch_ring, bf16": AXOLOTL | dict(ring="batch_ring", dtype=BF16),
+    "Axolotl varlen_llama3": AXOLOTL | dict(sample_packing=True),
+    "Axolotl varlen_llama3, heads_k_stride 2": AXOLOTL | dict(sample_packing=True, heads_k_stride=2),
+    "Axolotl batch_ring, bf16": AXOLOTL | dict(sample_packing=False, dtype=BF16),
     "NeMo context_parallel": dict(mechanism="nemo_torch") | TORCH,
     "NeMo block-diagonal, all-gather": BLOCKDIAG | dict(exchange="allgather", kernel="dense"),
     "NeMo block-diagonal, halo, bf16": BLOCKDIAG | dict(exchange="halo", kernel="flash", dtype=BF16),
@@ -82,7 +82,6 @@ class Peers:
 
     world: World
     cp_size: int
-    import_errors: dict[str, str]  # by module, before names were added to transformers
     figures: dict[tuple[str, str], Figures]
 
     def measure(self, name: str, row_name: str) -> Figures:
@@ -123,7 +122,7 @@ class Peers:
 def peers(request: pytest.FixtureRequest) -> Iterator[Peers]:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # axolotl compiles batch_ring, for GPUs
     with World(request.param) as world:
-        yield Peers(world, request.param, world.run(ranks.import_errors)[0], {})
+        yield Peers(world, request.param, {})
 
 
 def find_divisor(shown: list[ranks.Shown]) -> float:
@@ -152,10 +151,11 @@ def test_the_reference_agrees_with_one_rank_of_the_model(peers: Peers, row: str)
 # Axolotl
 
 
-def test_ring_attention_does_not_import_with_axolotls_own_pins(peers: Peers) -> None:
-    # So no run with context_parallel_size above 1 starts. All tests below add the names.
-    for module, name in stand_ins.LACKING.items():
-        assert f"cannot import name '{name}'" in peers.import_errors[module]
+def test_axolotl_takes_batch_ring_for_rows_that_it_did_not_pack_and_for_those_it_did(peers: Peers) -> None:
+    choose = ranks.axolotl_function
+    assert peers.world.run(choose, sample_packing=True)[0] == "varlen_llama3"
+    assert peers.world.run(choose, sample_packing=False)[0] == "batch_ring"  # also if the data is packed already
+    assert peers.world.run(choose, sample_packing=True, ring_attn_func="batch_ring")[0] == "batch_ring"
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -182,7 +182,7 @@ def test_axolotl_divides_each_microbatch_by_its_own_count(peers: Peers) -> None:
     rows = [draw_row(prompt=prompt) for prompt in (12, 102)]
     counts = [int((row.targets != IGNORED).sum()) for row in rows]
     for row, count in zip(rows, counts, strict=True):
-        found = find_divisor(peers.step("Axolotl varlen_llama3", row, accumulate=2))
+        found = find_divisor(peers.step("Axolotl varlen_llama3", row, gradient_accumulation_steps=2))
         assert found == pytest.approx(2 * (count // peers.cp_size) * peers.cp_size, rel=1e-4)
     assert counts[0] > 3 * counts[1]  # so a target of the second microbatch weighs three times as much
 
