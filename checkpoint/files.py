@@ -31,12 +31,14 @@ from utils.files import (
     checksum_file,
     open_regular,
     parse_json,
+    read_text,
     replace_synced,
     sync,
     write_synced,
 )
 
 RUN_FILE = "run.json"
+CONFIG_FILE = "config.json"  # of a run: in its folder, and in --save where that is elsewhere
 SUMS_FILE = "checksums.json"
 LATEST_FILE = "latest"
 STEP_FOLDER = re.compile(r"step_([0-9]{7}|[1-9][0-9]{7,11})")
@@ -90,7 +92,7 @@ def list_older(checkpoint: Path) -> list[Path]:
 
 
 def find_checkpoint(load: Path) -> Path:
-    """Return the checkpoint that `--load` names: the folder itself, or the newest in it or in that folder of a run.
+    """Return the checkpoint that `--load` names: the folder itself, or the newest in it or of a run in that folder.
 
     Raises:
         UserError: there is no checkpoint.
@@ -99,7 +101,7 @@ def find_checkpoint(load: Path) -> Path:
         if not load.is_dir():
             raise UserError(f"--load {load}: no such folder")
         return load
-    found = list_checkpoints(load) or list_checkpoints(load / "checkpoints")
+    found = list_checkpoints(load) or list_checkpoints(load / "checkpoints") or list_checkpoints(_recorded_save(load))
     folder = load.parent if load.is_file() else load
     if not found and (folder / "config.json").is_file() and any(any(folder.glob(n)) for n in HUGGING_FACE_FILES):
         raise UserError(
@@ -116,8 +118,23 @@ def find_checkpoint(load: Path) -> Path:
     return found[-1]
 
 
+def _recorded_save(run_dir: Path) -> Path:
+    """The folder of a run's checkpoints, by its config.json; without one a folder that does not exist."""
+    try:
+        save = parse_json(read_text(run_dir / CONFIG_FILE))["checkpoints"]
+    except (OSError, ValueError, KeyError, TypeError):  # no run's
+        save = None
+    return Path(save) if isinstance(save, str) else run_dir / "checkpoints"
+
+
+def find_config(checkpoint: Path) -> Path:
+    """The run's config.json, in --save or in the run's folder."""
+    found = checkpoint.parent / CONFIG_FILE
+    return found if found.is_file() else checkpoint.parent.parent / CONFIG_FILE
+
+
 def find_run_checkpoints(folder: Path) -> list[Path]:
-    """Return `folder`, where it is a checkpoint, or the checkpoints in it or in that folder of a run, oldest first.
+    """Return `folder`, where it is a checkpoint, or the checkpoints in it or of a run in that folder, oldest first.
 
     Raises:
         UserError: there is no checkpoint.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from checkpoint.files import list_checkpoints
+from checkpoint.files import CONFIG_FILE, list_checkpoints
 from checkpoint.resume import TrainState
 from config.schema import RunConfig
 from metrics.banner import describe_epochs
@@ -46,13 +46,16 @@ def open_reports(
     status_file = StatusFile(paths.status, attempt=broadcast_object(uuid.uuid4().hex), rank=ranks.launch.rank)
     run.status.file = None if eval_only else status_file
     settings = configuration(config, run.argv, architecture, world_size=ranks.launch.world_size)
+    settings["checkpoints"] = str(paths.checkpoints.resolve())
     keep_before = APPEND_ONLY if eval_only else state.first_step if state.is_resumed else None
     writers: list[TensorBoardWriter] = []
     if ranks.is_writer:
         paths.run_dir.mkdir(parents=True, exist_ok=True)
     if ranks.is_writer and not eval_only:
         status_file.write("running", step=state.first_step)
-        replace_synced(paths.run_dir / "config.json", json.dumps(settings, indent=1) + "\n")
+        for folder in {paths.run_dir, paths.checkpoints} if config.checkpoint.save else {paths.run_dir}:
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_synced(folder / CONFIG_FILE, json.dumps(settings, indent=1) + "\n")
         writers = open_writers(
             paths.tensorboard,
             config.logging.wandb_project,

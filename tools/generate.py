@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from checkpoint.files import find_run_checkpoint, read_run_metadata
+from checkpoint.files import find_config, find_run_checkpoint, read_run_metadata
 from checkpoint.reader import SafeReader
 from checkpoint.saver import load_checkpoint
 from cp.packed_seq import PackedSeq, build_packed_seq
@@ -163,7 +163,7 @@ def find_tokenizer(
     Raises:
         UserError: no tokenizer with this fingerprint.
     """
-    file = checkpoint.parent.parent / "config.json"
+    file = find_config(checkpoint)
     found: Iterable[Tokenizer] = (
         [load_tokenizer(kind or "auto", model, eod)] if kind or model else read_run_tokenizers(file)
     )

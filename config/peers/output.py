@@ -54,6 +54,13 @@ def _write_evals(value: int, known: Known) -> Values:
     return {"eval_steps": value} if value and has_data else {}
 
 
+def _read_run_dir(values: Values, known: Known) -> Any:
+    """The folder of all outputs: other suites have no second one for checkpoints."""
+    if {"run_dir", "save"} <= values.keys() and values["save"] != values["run_dir"]:
+        return Changed(values["run_dir"], f"checkpoints in {values['save']} here, in {values['run_dir']} there")
+    return first_given(values, ("run_dir", "save"))
+
+
 def _read_nemo_saves(values: Values, known: Known) -> Any:
     if not switch(values.get("checkpoint.enabled", "true")):
         return 0
@@ -67,6 +74,11 @@ def _write_nemo_saves(value: int, known: Known) -> Values:
         if value
         else {"checkpoint.enabled": False}
     )
+
+
+def _read_restore(values: Values, known: Known) -> Any:
+    word = text(values["checkpoint.restore_from"])
+    return ABSENT if word.upper() == "LATEST" else word  # as without the key: NeMo takes the newest checkpoint
 
 
 def _write_load(value: str, known: Known) -> Any:
@@ -101,11 +113,20 @@ _ALL_WEIGHTS = "adapter {}: Pentagrid trains all weights, at a lower learning ra
 
 OUTPUT = [
     row(
-        "save",
-        pentagrid="save",
+        "run_dir",
+        pentagrid=Column(("run_dir", "save"), _read_run_dir, lambda value, known: {"run_dir": value}),
         nemo="checkpoint.checkpoint_dir",
         axolotl="output_dir",
         megatron="save",
+    ),
+    row(
+        "resume",
+        switch,
+        pentagrid="resume",
+        axolotl="auto_resume_from_checkpoints",
+        nemo=Column((), None, lambda value, known: {}, lambda known: "run_dir" in known),
+        megatron=Column(("load",), lambda values, known: values["load"] == known.get("run_dir") or ABSENT),
+        off=False,
     ),
     row(
         "save_interval",
@@ -152,15 +173,13 @@ OUTPUT = [
     row(
         "load",
         pentagrid=Column(("load",), lambda values, known: values["load"], _write_load),
-        nemo=Column(
-            ("checkpoint.restore_from",), lambda values, known: text(values["checkpoint.restore_from"]), _write_load
-        ),
+        nemo=Column(("checkpoint.restore_from",), _read_restore, _write_load),
         axolotl=Column(
             ("resume_from_checkpoint",), lambda values, known: text(values["resume_from_checkpoint"]), _write_load
         ),
         megatron=Column(
             ("load",),
-            lambda values, known: ABSENT if values["load"] == known.get("save") else text(values["load"]),
+            lambda values, known: ABSENT if values["load"] == known.get("run_dir") else text(values["load"]),
         ),
     ),
     row(

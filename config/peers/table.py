@@ -72,7 +72,7 @@ NOT_NEEDED: dict[str, dict[str, str]] = {
         ),
         "a causal language model of config.json": "model_type tokenizer_type tokenizer_use_fast is_*_derived_model",
         "checks of the configuration": "strict debug",
-        "checkpoints": "save_safetensors save_only_model save_first_step auto_resume_from_checkpoints",
+        "checkpoints": "save_safetensors save_only_model save_first_step",
     },
     "megatron": {
         "speed: the loss is the same up to rounding": (
@@ -106,7 +106,7 @@ NOT_NEEDED: dict[str, dict[str, str]] = {
     "pentagrid": {
         "speed, checks and logs of Pentagrid": (
             "verify_steps check_* loss_chunk_size metrics_file peak_tflops sample_* profile profile_steps device "
-            "balance_work run_dir resume distributed_startup_* max_skipped_* on_nonfinite save_final load_fallback "
+            "balance_work distributed_startup_* max_skipped_* on_nonfinite save_final load_fallback "
             "dry_run cp_layout document_alignment tokenizer_type transformer_impl"
         ),
     },

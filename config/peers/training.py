@@ -405,7 +405,7 @@ TRAINING = [
         number,
         pentagrid=key("adam_eps", parse=number, default=1e-8),
         nemo=key("optimizer.eps", parse=number, default=1e-8),
-        axolotl=key("adam_epsilon", "adam_eps", parse=number, default=1e-8),
+        axolotl=key("adam_epsilon", parse=number, default=1e-8),
         megatron=key("adam_eps", parse=number, default=1e-8),
     ),
     row(

@@ -215,6 +215,17 @@ def test_constants_of_a_strangers_model(run_dir: Path, base: object) -> None:
             read_model_config(place, metadata)
 
 
+def test_a_run_whose_checkpoints_lie_elsewhere(tmp_path: Path) -> None:
+    save = tmp_path / "far" / "weights"
+    flags = ["--data-path", str(write_corpus(tmp_path)), "--data-cache-path", str(tmp_path / "cache")]
+    flags += ["--device", "cpu", "--save", str(save)]
+    train(0, tmp_path / "run", *SMALL, *flags, "--train-iters", "1", "--save-interval", "1")
+    assert find_run_checkpoint(tmp_path / "run") == find_run_checkpoint(save) == save / "step_0000001"
+    for load in (tmp_path / "run", save, save / "step_0000001"):
+        result = said("--load", str(load), "--prompt", "a ", "--tokens", "2", "--device", "cpu")
+        assert result.returncode == 0 and result.stdout.startswith("a "), result.stderr
+
+
 # ---------------------------------------------------------------------------------------------------
 # A run's paths, which may be a stranger's
 

@@ -233,7 +233,7 @@ def test_megatron_script(tmp_path: Path) -> None:
     }
     assert {name: flags.get(name) for name in wanted} == wanted
     assert has(report.carried, "hidden_dropout 0: nothing to set there")
-    assert has(report.lost, "--save $1", "does not say") and "save" not in flags
+    assert has(report.lost, "--save $1", "does not say") and "run_dir" not in flags
     assert has(report.changed, "1_000_000 samples / global batch 128 = 7812 steps")
     assert has(report.changed, "means of microbatches") and has(report.changed, "eod_mask_loss")
     assert not list(tmp_path.glob("RAN")) and not Path("RAN").exists()
@@ -245,6 +245,26 @@ def test_megatrons_defaults_that_make_another_model_are_listed(tmp_path: Path) -
     assert flags["num_query_groups"] == 4
     for name in ("LayerNorm", "gelu", "learned_absolute", "biases"):
         assert has(report.lost, name)
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "resumes"),
+    [
+        ("axolotl", "base_model: a\noutput_dir: out/x\n", None),
+        ("axolotl", "base_model: a\noutput_dir: out/x\nauto_resume_from_checkpoints: true\n", True),
+        ("nemo", "model: {_target_: CausalLM.from_config}\ncheckpoint: {checkpoint_dir: out/x}\n", True),
+        ("megatron", "--num-layers 1 --save out/x --load out/x", True),
+        ("megatron", "--num-layers 1 --save out/x --load out/y", None),
+    ],
+)
+def test_the_folder_of_outputs_becomes_the_run_dir(tmp_path: Path, source: str, text: str, resumes: bool) -> None:
+    """train.py saves under it, so that --load, tools/generate.py and convert_hf.py find the run there."""
+    flags, report = run(tmp_path, text, source, world_size=8)
+    assert flags["run_dir"] == "out/x" and "save" not in flags and flags.get("resume") is resumes
+    assert has(report.lost, "load out/y") == ("out/y" in text)
+    made, report = run(tmp_path, "run-dir: out/x\nsave: far\n", "pentagrid", "nemo", world_size=8)
+    assert made["checkpoint"]["checkpoint_dir"] == "out/x"
+    assert has(report.changed, "checkpoints in far here, in out/x there")
 
 
 def test_a_flag_of_megatron_that_is_given_twice(tmp_path: Path) -> None:
@@ -469,7 +489,7 @@ def presets(draw: st.DrawFn) -> dict[str, Any]:
         "reshard_after_forward": draw(st.sampled_from(["on", "off"])),
         "save_interval": draw(st.integers(1, 500)),
         "eval_interval": draw(st.integers(1, 500)),
-        "save": "checkpoints/run",
+        "run_dir": "checkpoints/run",
     }
     if flags["lr_decay_style"] == "cosine":
         flags["min_lr"] = draw(st.sampled_from([0.1, 0.25, 1.0])) * peak
