@@ -136,6 +136,7 @@ def main(argv: list[str], status: RunStatus) -> None:
             ranks.grid,
             save=paths.checkpoints,
             keeps_data_order=config.keeps_data_order,
+            is_tokenizer_trained=data.is_tokenizer_trained,
             group=ranks.checkpoint_group,
         )
     if state.is_resumed and not config.training.eval_only:

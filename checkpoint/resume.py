@@ -174,12 +174,20 @@ def describe_data_change(saved: list[list] | None, wanted: list[list]) -> str:
     return "; ".join(changes) or f"the sources stand in another order; the checkpoint's is {', '.join(before)}"
 
 
-def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], free: Collection[str], checkpoint: Path) -> list[str]:
+def check_same_run(
+    saved: dict[str, Any],
+    wanted: dict[str, Any],
+    free: Collection[str],
+    checkpoint: Path,
+    *,
+    is_tokenizer_trained: bool = False,
+) -> list[str]:
     """Refuse to load a checkpoint of another model or other data.
 
     Args:
         saved, wanted: metadata of the checkpoint and of this run, by flag (`--hidden-size`) or name.
         free: names that may differ, such as the learning rate.
+        is_tokenizer_trained: this run's, since none is given.
 
     Returns:
         A line for each name of `free` that differs.
@@ -203,7 +211,9 @@ def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], free: Collecti
             if IMPORTED not in saved or name in saved:
                 changed.append(f"{name} {value} (the checkpoint: {saved.get(name, 'unknown')})")
         elif name in saved:
-            raise UserError(f"{name} {value}: the checkpoint {checkpoint} was made with {saved[name]}")
+            why = "; no --tokenizer-model is given, so one was trained on --data-path: give the checkpoint's"
+            end = why if name == "tokenizer" and is_tokenizer_trained else ""
+            raise UserError(f"{name} {value}: the checkpoint {checkpoint} was made with {saved[name]}{end}")
         else:
             raise UserError(f"{name} {value}: the checkpoint {checkpoint} does not say with what it was made")
     return changed
@@ -218,6 +228,7 @@ def load_start(
     *,
     save: Path,
     keeps_data_order: bool = True,
+    is_tokenizer_trained: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> TrainState:
     """Load the checkpoint that `find_start` found, in place. Collective.
@@ -226,6 +237,7 @@ def load_start(
         wanted: metadata of this run, from `run_metadata`.
         save: folder where the run saves; a corrupted checkpoint there is quarantined.
         keeps_data_order: refuse other data than the checkpoint's.
+        is_tokenizer_trained: as `check_same_run`'s.
         group: as `load_checkpoint`'s.
 
     Raises:
@@ -242,7 +254,7 @@ def load_start(
         try:
             opened: set[OpenedFile] = set()
             saved = read_run_metadata(checkpoint, opened)
-            changed = check_same_run(saved, wanted, free, checkpoint)
+            changed = check_same_run(saved, wanted, free, checkpoint, is_tokenizer_trained=is_tokenizer_trained)
             state = None if plan.weights_only else optimizer
             step = load_checkpoint(checkpoint, model, state, grid, group=group, opened=opened)
             break

@@ -104,6 +104,7 @@ def _repair(error: SizeError, change: Change, attempt: Callable[[Change], UserEr
 
 def _advise(found: list[list[Change]], nodes: int) -> str:
     words = ", or ".join(_either(changes) for changes in found[:SHOWN])
+    words = words.replace(option(NPROC), f"torchrun {option(NPROC)}")  # the flag of another command than train.py's
     return f"use {words}" + (f" on each of the {nodes} nodes" if nodes > 1 and option(NPROC) in words else "")
 
 

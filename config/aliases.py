@@ -7,8 +7,8 @@ from config.peers.table import TABLE
 from config.schema import fields_of_flags, option
 
 TORCHTITAN = "torchtitan"
-# Names that are no other spelling of one flag -> what Pentagrid has. Checked in Megatron-LM d98e8a64d, Axolotl 067b021c8
-# and torchtitan b5bcd76c6; the last group of torchtitan's are names of its releases before.
+# Names that are no other spelling of one flag -> what Pentagrid has. They were looked up in Megatron-LM d98e8a64d,
+# Axolotl 067b021c8 and torchtitan b5bcd76c6; torchtitan's last six are of its earlier releases.
 HINTS: dict[str, dict[str, str]] = {
     SUITES["megatron"]: {
         "bf16": "--dtype bf16",

@@ -100,6 +100,7 @@ def resolve(
         kept = " (a resumed run keeps the checkpoint's weights and data order)" if saved else ""
         raise UserError(f"{error.what}{kept}: {advice}") from None
     _resolve_data(config.data, config.training, chosen, is_resumed=bool(saved))
+    _resolve_tokenizer(config.data, config.model.vocab_size, chosen)
     _resolve_checkpoint(config.checkpoint)
     _check_paths(config)
     _check_outputs(config.training, config.checkpoint, config.logging)
@@ -644,10 +645,9 @@ def _resolve_data(data: DataConfig, training: TrainingConfig, chosen: list[str],
         raise UserError(f"--skip-steps {skips}: must end before the last step, --train-iters {training.train_iters}")
     if data.tokenizer_eod is not None and data.tokenizer_model is None:
         raise UserError(f"--tokenizer-eod {data.tokenizer_eod} needs --tokenizer-model, a tokenizer.json")
-    _resolve_tokenizer(data, chosen)
 
 
-def _resolve_tokenizer(data: DataConfig, chosen: list[str]) -> None:
+def _resolve_tokenizer(data: DataConfig, model_vocab_size: int | None, chosen: list[str]) -> None:
     parts = open_sources(data.data_path, data.json_key)
     valid = open_sources(data.valid_data_path, data.json_key, "--valid-data-path") if data.valid_data_path else []
     found = find_tokenizer(
@@ -655,6 +655,11 @@ def _resolve_tokenizer(data: DataConfig, chosen: list[str]) -> None:
     )
     if found is None:
         load_sentencepiece()
+        if model_vocab_size is not None and model_vocab_size < data.tokenizer_vocab_size:
+            raise UserError(
+                f"--vocab-size {model_vocab_size}: no --tokenizer-model is given, so a tokenizer of "
+                f"--tokenizer-vocab-size {data.tokenizer_vocab_size} tokens would be trained; give the model's own"
+            )
     if data.tokenizer_type == "auto":
         data.tokenizer_type = found.kind if found else "sentencepiece"
         chosen.append(f"--tokenizer-type {data.tokenizer_type}")

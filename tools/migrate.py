@@ -13,6 +13,7 @@ import difflib
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
 from config.cli import parse_arguments
-from config.peers.columns import ABSENT, SUITES, Changed, Column, NoCounterpart, Values, is_null
+from config.peers.columns import ABSENT, SUITES, Changed, Column, NoCounterpart, Values, is_null, number
 from config.peers.megatron import read_megatron
 from config.peers.table import TABLE, find_reason, known_keys
-from config.schema import fields_of_flags
+from config.schema import TrainingConfig, fields_of_flags
 from config.validate import check_sizes
+from tools.hf.config import list_ends, model_flags, read_config
+from tools.hf.tokenizer import TOKENIZER_FILES, find_end_token
 from utils.errors import OneLineParser, UserError, run_tool
 from utils.files import parse_json, read_text, write_synced
 from utils.logger import escape, one_line
 from utils.plain_yaml import read_mapping
 
 SOURCES, TARGETS = ("nemo", "axolotl", "megatron", "pentagrid"), ("nemo", "axolotl", "pentagrid")
-# Sections of another suite that hold keys of config.json.
-SHAPE_SECTION = {"nemo": "model.config.", "axolotl": "model_config."}
 MODEL_KEYS = {
     "nemo": ("model.pretrained_model_name_or_path", "model.config.pretrained_model_name_or_path"),
     "axolotl": ("base_model",),
 }
+UNCHANGED = "nothing to set there"
+COUNT_STEPS = "steps = epochs * samples of an epoch / global batch; the banner of a short run shows the samples"
 OFF = ("false", "no", "off", "none", "0", "0.0")
 CAUSAL_RECIPES = ("TrainFinetuneRecipeForNextTokenPrediction", "BenchmarkingRecipeForNextTokenPrediction")
 
@@ -50,32 +53,43 @@ def as_line(value: object) -> str:
 
 @dataclass
 class Report:
-    """What became of each key. Attributes: lines of text."""
+    """What became of each key.
+
+    Attributes:
+        carried, changed, lost: a line of text each.
+        folded: what is carried over without a change -> the settings, printed in one line.
+    """
 
     carried: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    folded: dict[str, list[str]] = field(default_factory=dict)
+
+    def fold(self, what: str, setting: str) -> None:
+        self.folded.setdefault(what, []).append(setting)
 
     def __str__(self) -> str:
+        others = (*self.carried, *self.changed, *self.lost)
+        told = {
+            what: [one for one in settings if what != UNCHANGED or not any(line.startswith(one) for line in others)]
+            for what, settings in self.folded.items()
+        }
+        folded = [f"{what}: {', '.join(settings)}" for what, settings in told.items() if settings]
+        number = len(self.carried) + sum(map(len, told.values()))
         lists = (
-            ("carried over", self.carried),
-            ("changed in meaning", self.changed),
-            ("without counterpart", self.lost),
+            (f"carried over: {number}", [*self.carried, *folded]),
+            (f"changed in meaning: {len(self.changed)}", self.changed),
+            (f"without counterpart: {len(self.lost)}", self.lost),
         )
-        return "\n".join(
-            line
-            for title, lines in lists
-            for line in (f"{title}: {len(lines)}", *(f"  {as_line(each)}" for each in lines))
-        )
+        return "\n".join(line for title, lines in lists for line in (title, *(f"  {as_line(each)}" for each in lines)))
 
 
 @dataclass
 class Source:
-    """Keys of a configuration. Attributes: origin, key -> where else than in FILE the value stands."""
+    """Keys of a configuration."""
 
     suite: str
     values: Values
-    origin: dict[str, str] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -109,8 +123,8 @@ def read_source(suite: str, file: str, report: Report) -> Source:
     else:
         values = flatten(read_mapping(Path(file), file))
     empty = sorted(name for name, value in values.items() if is_null(value))
-    if empty:
-        report.carried.append(f"empty, as if left out: {', '.join(empty)}")
+    for name in empty:
+        report.fold("empty, as if left out", name)
     values = {name: value for name, value in values.items() if name not in empty}
     refuse_other_trainings(suite, file, values)
     return Source(suite, values)
@@ -134,30 +148,45 @@ def refuse_other_trainings(suite: str, file: str, values: Values) -> None:
         raise UserError(f"{file}: no arguments of Megatron-LM's pretrain_gpt.py (no --num-layers)")
 
 
-def read_model_folder(source: Source, folder: str | None) -> None:
-    """Add the keys of the model's config.json, where the model is a folder here."""
-    section = SHAPE_SECTION.get(source.suite)
-    if section is None:
+@dataclass
+class ModelFolder:
+    """What a Hugging Face folder says. Attributes: shape, tokenizer: concepts or flags and their values."""
+
+    file: Path
+    shape: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, str] = field(default_factory=dict)
+
+
+def read_model_folder(source: Source, folder: str | None, report: Report) -> ModelFolder | None:
+    """The model's config.json and tokenizer, as tools/convert_hf.py import reads them; None: no folder here."""
+    if source.suite not in MODEL_KEYS:
         if folder is not None:
             raise UserError(f"--model {folder}: {SUITES[source.suite]}'s flags have the model's shape")
-        return
+        return None
     named = next((str(source.values[name]) for name in MODEL_KEYS[source.suite] if name in source.values), None)
-    found = folder or named
-    if found is None or not (folder or os.path.isdir(found)):
-        return
-    file = Path(found, "config.json")
+    where = folder or named
+    if where is None or not (folder or os.path.isdir(where)):
+        return None
+    found = ModelFolder(Path(where, "config.json"))
     try:
-        shape = parse_json(read_text(file.resolve()))
+        said = parse_json(read_text(found.file.resolve()))
     except OSError as error:
-        raise UserError(f"--model {found}: {file}: {error.strerror}") from error
+        raise UserError(f"--model {where}: {found.file}: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"{file}: not JSON ({one_line(error)})") from error
-    if not isinstance(shape, dict):
-        raise UserError(f"{file}: must be a mapping")
-    for name, value in flatten(shape).items():
-        if not is_null(value) and section + name not in source.values and name in known_keys("hf"):
-            source.values[section + name] = value
-            source.origin[section + name] = str(file)
+        raise UserError(f"{found.file}: not JSON ({one_line(error)})") from error
+    try:
+        found.shape = model_flags(read_config(said, str(found.file)))
+        if dropout := said.get("attention_dropout"):
+            found.shape["attention_dropout"] = number(dropout)
+    except (UserError, ValueError) as error:
+        report.lost.append(f"model's shape: {one_line(error)}")
+    file = next((path for name in TOKENIZER_FILES if (path := Path(where, name)).is_file()), None)
+    if file is not None:
+        found.tokenizer = {"tokenizer_model": str(file)}
+        if file.suffix == ".json" and isinstance(said, dict) and (ends := list_ends(said)):
+            with suppress(UserError):  # train.py then looks for a usual name, and refuses without one
+                found.tokenizer["tokenizer_eod"] = find_end_token(file, ends[0])
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -174,9 +203,13 @@ class Concepts:
     from_folder: set[str] = field(default_factory=set)
 
 
-def read_concepts(source: Source, given: Mapping[str, Any], report: Report) -> Concepts:
+def read_concepts(source: Source, given: Mapping[str, Any], folder: ModelFolder | None, report: Report) -> Concepts:
     """The source's keys as concepts; keys without a row are listed."""
     concepts = Concepts({"keys": frozenset(source.values), **given})
+    if folder is not None:
+        concepts.known |= {**folder.shape, "folder": str(folder.file.parent), "folder_tokenizer": folder.tokenizer}
+        concepts.from_folder |= folder.shape.keys()
+        concepts.origin |= dict.fromkeys(folder.shape, str(folder.file))
     consumed: set[str] = set()
     for concept in TABLE:
         column = concept.columns.get(source.suite)
@@ -229,9 +262,7 @@ def read_one(
         return
     concepts.known[concept] = value
     concepts.origin[concept] = said
-    if all(name in source.origin for name in names):
-        concepts.from_folder.add(concept)
-        concepts.origin[concept] = f"{said} of {source.origin[names[0]]}"
+    concepts.from_folder.discard(concept)
 
 
 def list_unknown(source: Source, name: str, report: Report) -> None:
@@ -240,9 +271,9 @@ def list_unknown(source: Source, name: str, report: Report) -> None:
     reason, is_needed = find_reason(source.suite, name)
     said = f"{name} {show(value)}"
     if reason is not None and not is_needed:
-        report.carried.append(f"{said}: needs no counterpart ({reason})")
+        report.fold(f"needs no counterpart ({reason})", said)
     elif reason is not None and str(value).lower() in OFF:
-        report.carried.append(f"{said}: off in both")
+        report.fold("off in both", said)
     else:
         near = difflib.get_close_matches(name, sorted(known_keys(source.suite)), n=1, cutoff=0.9 if reason else 0.6)
         guess = f"; did you mean {near[0]}?" if near and source.suite != "pentagrid" else ""
@@ -261,8 +292,10 @@ def write_keys(target: str, concepts: Concepts, report: Report) -> tuple[Values,
         is_default = name in concepts.by_default
         full = f"{name} {show(value)}, {said}" if is_default else said
         if value == concept.off or (column is not None and column.write is None):
-            if not is_default:
-                report.carried.append(f"{said}: nothing to set there")
+            if name in concepts.from_folder:
+                report.fold(f"shape of {said}", f"{name} {show(value)}")
+            elif not is_default:
+                report.fold(UNCHANGED, said)
             continue
         try:
             if column is None or column.write is None:
@@ -277,8 +310,12 @@ def write_keys(target: str, concepts: Concepts, report: Report) -> tuple[Values,
         words = ", ".join(f"{key} {show(each)}" for key, each in written.items())
         if note:
             report.changed.append(f"{full}{f' -> {words}' if words else ''}: {note}")
+        elif name in concepts.from_folder:
+            report.fold(f"shape of {said}", words)
+        elif not is_default and words:
+            report.carried.append(f"{said} -> {words}")
         elif not is_default:
-            report.carried.append(f"{said} -> {words}" if words else f"{said}: nothing to set there")
+            report.fold(UNCHANGED, said)
         found |= written
         comments |= dict.fromkeys(written, said)
     return found, comments
@@ -373,20 +410,20 @@ def convert(
     report = Report()
     found = read_source(source, file, report)
     given: dict[str, Any] = {} if world_size is None else {"world_size": world_size}
+    folder = None
     if source == "pentagrid" and model is not None:
         given["hf_model"] = model
     else:
-        read_model_folder(found, model)
-    concepts = read_concepts(found, given, report)
-    concepts.origin |= {
-        name: "--model" if name == "hf_model" else "--world-size" for name in given if name != "from_scratch"
-    }
-    if model is not None:
-        concepts.known["model_folder"] = model
+        folder = read_model_folder(found, model, report)
+    concepts = read_concepts(found, given, folder, report)
+    concepts.origin |= {"hf_model": "--model"} if "hf_model" in given else {}
     values, comments = finish(target, found, concepts, report)
     said = (
         f"{SUITES[target]}, from {SUITES[source]}'s {as_line(Path(file).name)} by tools/migrate.py; read the report too"
     )
+    if target == "pentagrid" and "train_iters" not in concepts.known:
+        report.changed.append(f"train-iters is not set, so train.py takes {TrainingConfig.train_iters}: {COUNT_STEPS}")
+        said += f"\n# train-iters:  # not set: {COUNT_STEPS}"
     return f"# {said}\n{render(values, comments)}", report
 
 

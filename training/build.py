@@ -39,11 +39,16 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.f
 
 @dataclass(frozen=True)
 class RunData:
-    """Attributes: valid: None without validation; left_out: what lies in folders of text beside, in words."""
+    """Attributes:
+    valid: None without validation.
+    is_tokenizer_trained: on --data-path, since no flag and no corpus names one.
+    left_out: what lies in folders of text beside, in words.
+    """
 
     tokenizer: Tokenizer
     train: SampleDataset
     valid: SampleDataset | None
+    is_tokenizer_trained: bool = False
     left_out: str = ""
 
     def fingerprints(self) -> dict[str, str | None]:
@@ -54,24 +59,25 @@ class RunData:
         }
 
 
-def build_tokenizer(data: DataConfig) -> tuple[Tokenizer, list[DataSource], list[DataSource]]:
-    """Tokenizer, opened sources of --data-path and of --valid-data-path. Trains the tokenizer if none is given."""
+def build_tokenizer(data: DataConfig) -> tuple[Tokenizer, bool, list[DataSource], list[DataSource]]:
+    """Tokenizer, whether none is given so that it was trained, opened sources of --data-path and --valid-data-path."""
     parts = open_sources(data.data_path, data.json_key)
     valid = open_sources(data.valid_data_path, data.json_key, "--valid-data-path") if data.valid_data_path else []
     tokenizer = find_tokenizer(
         parts, valid, tokenizer_type=data.tokenizer_type, model=data.tokenizer_model, eod=data.tokenizer_eod
     )
-    if tokenizer is None:
-        tokenizer = train_tokenizer(
-            parts[0].content, vocab_size=data.tokenizer_vocab_size, cache_path=Path(data.data_cache_path)
-        )
-    return tokenizer, parts, valid
+    if tokenizer is not None:
+        return tokenizer, False, parts, valid
+    trained = train_tokenizer(
+        parts[0].content, vocab_size=data.tokenizer_vocab_size, cache_path=Path(data.data_cache_path)
+    )
+    return trained, True, parts, valid
 
 
 def build_data(config: RunConfig) -> RunData:
     """Tokenizer, training and validation samples. Rank 0 goes first: it fills the cache."""
     data = config.data
-    tokenizer, parts, valid_parts = build_tokenizer(data)
+    tokenizer, is_trained, parts, valid_parts = build_tokenizer(data)
     if data.check_data and dist.get_rank() == 0:
         for part in (*parts, *valid_parts):
             part.verify()
@@ -100,7 +106,7 @@ def build_data(config: RunConfig) -> RunData:
         )
     text = [part.content for part in (*parts, *valid_parts) if isinstance(part.content, TextSource)]
     left_out = ", ".join(describe_left_out(source.left_out) for source in text if source.left_out)
-    return RunData(tokenizer, train, valid, left_out)
+    return RunData(tokenizer, train, valid, is_tokenizer_trained=is_trained, left_out=left_out)
 
 
 def build_batch_plan(config: RunConfig, architecture: GPTConfig, grid: Grid) -> BatchPlan:

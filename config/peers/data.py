@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from pathlib import Path
@@ -36,11 +37,11 @@ def is_hub_name(name: str) -> bool:
 
 
 def _write_hf_model(value: str, known: Known) -> Any:
-    if "num_layers" not in known:
+    if "num_layers" not in known and "folder" not in known:
         raise NoCounterpart(f"shape of {value}: give the folder with its config.json, --model DIR")
-    if known.get("from_scratch"):
+    if known.get("from_scratch") or "num_layers" not in known:
         return {}
-    folder = known.get("model_folder", value)
+    folder = known.get("folder", value)
     return Changed(
         {},
         f"starts from weights: tools/convert_hf.py import --input {folder} --output RUN, then --load RUN "
@@ -81,6 +82,8 @@ def _read_from_scratch(values: Values, known: Known) -> Any:
 def _write_tokenizer(value: str, known: Known) -> Any:
     if value.endswith((".json", ".model")):
         return {"tokenizer_model": value}
+    if value == known.get("hf_model") and known.get("folder_tokenizer"):
+        return known["folder_tokenizer"]
     if is_hub_name(value):
         raise NoCounterpart(f"{value} is a name of the hub: download its tokenizer.json and give --tokenizer-model")
     return {"tokenizer_model": str(Path(value, "tokenizer.json"))}
@@ -180,18 +183,30 @@ def _read_json_key(values: Values, known: Known) -> Any:
 MEGATRON_DATA = "nemo_automodel.components.datasets.llm.megatron_dataset.MegatronPretraining"
 
 
+def _expand(paths: Any) -> Any:
+    """NeMo takes one pattern of `.bin` and `.idx` files; `--data-path` takes their prefixes."""
+    found = words(paths)
+    if len(found) != 1 or not glob.has_magic(found[0]):
+        return found
+    files = [Path(file) for file in glob.glob(found[0]) if file.endswith((".bin", ".idx"))]
+    if not files:
+        raise NoCounterpart("no such .bin or .idx file here; --data-path takes their prefixes, not a pattern")
+    prefixes = sorted({str(file.with_suffix("")) for file in files})
+    return Changed(prefixes, f"the prefixes that match here: {len(prefixes)}")
+
+
 def _read_nemo_data(values: Values, known: Known) -> Any:
     target = text(values.get("dataset._target_", "")).rsplit(".", 1)[-1]
     if "dataset.paths" in values and target in ("MegatronPretraining", "MegatronPretrainingConfig"):
-        return words(values["dataset.paths"])
+        return _expand(values["dataset.paths"])
     raise NoCounterpart(
         f"{target or 'data set'}: Pentagrid reads text, JSON lines, Parquet and .bin/.idx corpora; give --data-path"
     )
 
 
 def _read_nemo_valid(values: Values, known: Known) -> Any:
-    paths = words(values["validation_dataset.paths"])
-    return ABSENT if paths == known.get("data_path") else paths
+    paths = _expand(values["validation_dataset.paths"])
+    return ABSENT if (paths.value if isinstance(paths, Changed) else paths) == known.get("data_path") else paths
 
 
 def _write_nemo_data(section: str, split: str) -> Any:

@@ -20,6 +20,7 @@ from config.peers.columns import (
     switch,
     text,
     whole,
+    words,
 )
 
 # ---------------------------------------------------------------------------------------------------
@@ -28,18 +29,16 @@ from config.peers.columns import (
 
 def _read_architecture(values: Values, known: Known) -> Any:
     """From model_type, architectures, or the class that a recipe names; only dense models of Llama's kind."""
-    named = next(iter(values.values()))
-    word = (named[0] if isinstance(named, list) else text(named)).rsplit(".", 1)[-1]
-    kind = re.sub(r"(ForCausalLM|Config)$", "", word).lower()
-    if kind in ("llama", "mistral", "smollm"):
-        return False
-    if kind == "qwen3":
-        return True
-    if kind in ("autoconfig", "from_pretrained", "automodel", "autotokenizer"):
-        return ABSENT
-    raise NoCounterpart(
-        f"{word}: Pentagrid's GPT is dense, with RMSNorm, SwiGLU, rotary positions and no biases (Llama, Qwen3)"
-    )
+    found = ABSENT
+    for word in (word.rsplit(".", 1)[-1] for value in values.values() for word in words(value)):
+        kind = re.sub(r"(ForCausalLM|Config)$", "", word).lower()
+        if kind in ("llama", "mistral", "smollm", "qwen3"):
+            found = kind == "qwen3"
+        elif kind not in ("autoconfig", "from_pretrained", "automodel", "autotokenizer"):
+            raise NoCounterpart(
+                f"{word}: Pentagrid's GPT is dense, with RMSNorm, SwiGLU, rotary positions and no biases (Llama, Qwen3)"
+            )
+    return found
 
 
 def _read_hf_rope(values: Values, known: Known) -> Any:
@@ -108,7 +107,11 @@ MODEL = [
             lambda value, known: {"_target_": "transformers.Qwen3Config" if value else "transformers.LlamaConfig"},
         ),
         axolotl=Column(
-            ("model_config.model_type", "overrides_of_model_config.model_type"),
+            tuple(
+                f"{section}.{name}"
+                for section in ("model_config", "overrides_of_model_config")
+                for name in ("model_type", "architectures")
+            ),
             _read_architecture,
             lambda value, known: {},  # the folder of base_model names the class
         ),

@@ -49,6 +49,10 @@ NOT_NEEDED: dict[str, dict[str, str]] = {
             "validation_dataset.seq_* validation_dataset.split* validation_dataset._target_ validation_dataset.index_*"
         ),
         "a log service": "wandb.* mlflow.* comet.*",
+        "of a config.json, without effect on training": (
+            "model.config.transformers_version model.config.torch_dtype model.config.dtype model.config.use_cache "
+            "model.config._name_or_path model.config.???_token_id"
+        ),
     },
     "axolotl": {
         "kernels: the loss is the same up to rounding": (
@@ -71,6 +75,10 @@ NOT_NEEDED: dict[str, dict[str, str]] = {
             "project_name secrets eval_table_size"
         ),
         "a causal language model of config.json": "model_type tokenizer_type tokenizer_use_fast is_*_derived_model",
+        "of a config.json, without effect on training": (
+            "*model_config.transformers_version *model_config.torch_dtype *model_config.dtype *model_config.use_cache "
+            "*model_config._name_or_path *model_config.???_token_id"
+        ),
         "checks of the configuration": "strict debug",
         "checkpoints": "save_safetensors save_only_model save_first_step",
     },

@@ -140,8 +140,10 @@ def _(bench: Bench) -> None:
     bench.train(1, "--run-dir", run, "--train-iters", "1", "--save-interval", "1")
     for name, ranks, flags in layouts:
         words = [*flags.split(), "--run-dir", run, "--resume", "--train-iters", "2", "--save-interval", "0"]
-        told = bench.train(ranks, *words, code=None, says=": use --")
-        advised = shlex.split(re.split(r", (?:or )?| or ", told.rpartition(": use ")[2].splitlines()[0])[0])
+        told = bench.train(ranks, *words, code=None, says=": use ")
+        advised = shlex.split(
+            re.split(r", (?:or )?| or ", told.rpartition(": use ")[2].splitlines()[0])[0].replace("torchrun ", "")
+        )
         if "--nproc-per-node" in advised:
             at = advised.index("--nproc-per-node")
             ranks = int(advised[at + 1])

@@ -35,7 +35,7 @@ def ways(message: str) -> list[str]:
     """Each way that a refusal advises, as words of a command line."""
     if ": use " not in message:
         return []
-    text = re.sub(r" on each of the \d+ nodes$", "", message.rpartition(": use ")[2])
+    text = re.sub(r" on each of the \d+ nodes$", "", message.rpartition(": use ")[2].replace("torchrun ", ""))
     found: list[str] = []
     for one in re.split(r", or (?=--)", text):
         first, *others = re.split(r", | or ", one)
@@ -249,7 +249,7 @@ def test_every_advice_starts(flags: dict[str, Any], world: int, cuda: int, backe
 
 def test_advice_on_several_nodes_counts_ranks_of_a_node() -> None:
     message = follow_all(["--cp-size", "6", "--seq-length", "2520", "--document-alignment", "24"], 16, local=8)
-    assert message.endswith("use --nproc-per-node 9, 6 or 12 on each of the 2 nodes")
+    assert message.endswith("use torchrun --nproc-per-node 9, 6 or 12 on each of the 2 nodes")
 
 
 def test_advice_takes_two_seconds_at_most(monkeypatch) -> None:

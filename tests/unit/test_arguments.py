@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from checkpoint.resume import check_same_run
 from config.cli import build_parser, parse_arguments
 from config.validate import resolve
 from model.config import GPTConfig
@@ -159,7 +160,7 @@ def test_refusals(flags: list[str], world: int, words: list[str]) -> None:
 
 
 def test_more_ranks_than_devices() -> None:
-    with pytest.raises(ValueError, match="4 ranks on this node but 2 CUDA devices: use --nproc-per-node 2"):
+    with pytest.raises(ValueError, match="4 ranks on this node but 2 CUDA devices: use torchrun --nproc-per-node 2"):
         resolved(world=4, cuda=2)
     assert resolved("--device", "cpu", "--cp-size", "4", world=4, cuda=2).device == "cpu"
 
@@ -399,10 +400,25 @@ def test_the_last_of_several_presets_wins_and_the_command_line_over_all(tmp_path
 
 
 def test_a_vocabulary_of_the_model_is_kept_on_resume() -> None:
-    architecture = dataclasses.asdict(resolve_config("--vocab-size", "300").model.architecture(257))
+    byte = ["--tokenizer-type", "byte"]
+    architecture = dataclasses.asdict(resolve_config(*byte, "--vocab-size", "300").model.architecture(257))
     saved = {f"model {name}": value for name, value in architecture.items()}
-    assert resolve_config(resumed=saved).model.architecture(257).vocab_size == 300
+    assert resolve_config(*byte, resumed=saved).model.architecture(257).vocab_size == 300
     with pytest.raises(
         ValueError, match=r"--vocab-size 301: the checkpoint was made with other values.*--vocab-size 300"
     ):
-        resolve_config("--vocab-size", "301", resumed=saved)
+        resolve_config(*byte, "--vocab-size", "301", resumed=saved)
+
+
+def test_a_vocabulary_below_that_of_a_tokenizer_that_would_be_trained() -> None:
+    with pytest.raises(UserError, match=r"--vocab-size 512: no --tokenizer-model is given, so .* of .* 4096 tokens"):
+        resolve_config("--vocab-size", "512")
+    assert resolve_config("--vocab-size", "512", "--tokenizer-vocab-size", "512").model.vocab_size == 512
+
+
+def test_another_tokenizer_than_the_checkpoints_that_was_trained() -> None:
+    saved, wanted = {"tokenizer": "a"}, {"tokenizer": "b"}
+    with pytest.raises(UserError, match="c was made with a; no --tokenizer-model is given, so one was trained on"):
+        check_same_run(saved, wanted, (), Path("c"), is_tokenizer_trained=True)
+    with pytest.raises(UserError, match=r"c was made with a$"):
+        check_same_run(saved, wanted, (), Path("c"))

@@ -18,7 +18,9 @@ from config.cli import build_parser, parse_arguments
 from config.peers.columns import SUITES
 from config.peers.table import NO_COUNTERPART, NOT_NEEDED, TABLE
 from config.schema import fields_of_flags
+from model.config import GPTConfig, padded_vocab_size
 from tests.flags import resolve_config
+from tools.hf.config import model_flags, read_config, write_config
 from tools.migrate import Report, convert, main
 from utils.errors import UserError
 
@@ -62,6 +64,19 @@ dataset:
 optimizer: {_target_: torch.optim.AdamW, lr: 3.0e-4, betas: [0.9, 0.95], weight_decay: 0.1}
 lr_scheduler: {lr_decay_style: cosine, min_lr: 3.0e-5}
 """
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "5.0.0",
+    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "eos_token_id": [7, 8],
+}
 SCRIPT = r"""#!/bin/bash
 TP=${TP:-2}; SEQ=8192
 touch RAN; $(touch RAN)
@@ -132,7 +147,8 @@ def test_axolotl_to_pentagrid(tmp_path: Path) -> None:
     }
     assert {name: flags.get(name) for name in wanted} == wanted
     assert has(report.changed, "micro 1 * accumulation 3 * dp 4 = 12 samples")
-    assert has(report.carried, "load_in_8bit false: off in both") and has(report.carried, "wandb_project")
+    assert report.folded["off in both"] == ["load_in_8bit false"]
+    assert report.folded["empty, as if left out"] == ["wandb_project"]
     assert has(report.lost, "base_model org/model", "--model DIR")
 
 
@@ -232,7 +248,7 @@ def test_megatron_script(tmp_path: Path) -> None:
         "eval_interval": 1000,
     }
     assert {name: flags.get(name) for name in wanted} == wanted
-    assert has(report.carried, "hidden_dropout 0: nothing to set there")
+    assert "hidden_dropout 0" in report.folded["nothing to set there"]
     assert has(report.lost, "--save $1", "does not say") and "run_dir" not in flags
     assert has(report.changed, "1_000_000 samples / global batch 128 = 7812 steps")
     assert has(report.changed, "means of microbatches") and has(report.changed, "eod_mask_loss")
@@ -289,6 +305,8 @@ def test_shape_from_the_folder_of_the_model(tmp_path: Path) -> None:
             "rope_type": "llama3",
             "rope_theta": 1e6,
             "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 1024,
         },
         "rms_norm_eps": 1e-6,
@@ -309,14 +327,100 @@ def test_shape_from_the_folder_of_the_model(tmp_path: Path) -> None:
     assert has(report.changed, "starts from weights", "convert_hf.py")
     made, _ = run(tmp_path, text, "axolotl", "nemo")
     assert made["model"]["pretrained_model_name_or_path"] == str(folder) and "config" not in made["model"]
-    for bad, words in ((shape | {"model_type": "mixtral"}, "mixtral"), (shape | {"hidden_act": "gelu"}, "gelu")):
+    mistral = shape | {"model_type": "mistral", "sliding_window": 4096}
+    bad_dropout = shape | {"attention_dropout": "many"}
+    for bad, words in (
+        (shape | {"model_type": "mixtral"}, "mixtral"),
+        (shape | {"hidden_act": "gelu"}, "gelu"),
+        (shape | {"auto_map": {"AutoModel": "own.Model"}}, "code of its own"),
+        (mistral, "sliding_window 4096"),
+        (bad_dropout, "many"),
+        (shape | {"hidden_size": "many"}, "hidden_size 'many'"),
+        ([1], "not the configuration of a Hugging Face model"),
+    ):
         (folder / "config.json").write_text(json.dumps(bad))
-        assert has(run(tmp_path, text, "axolotl")[1].lost, words)
-    for hostile in ("[" * 100_000, "[1]", '{"num_hidden_layers": "many"}', '{"hidden_size": 1e400}', "\0"):
+        flags, report = run(tmp_path, text, "axolotl")
+        assert has(report.lost, "model's shape", words) and ("num_layers" not in flags or bad is bad_dropout)
+        assert len(report.lost) == 1 and "\n" not in report.lost[0] and len(report.lost[0]) < 500
+    for hostile in ("[" * 100_000, "\0"):
         (folder / "config.json").write_text(hostile)
         with pytest.raises(UserError) as refused:
             run(tmp_path, text, "axolotl")
         assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_tokenizer_of_the_models_folder(tmp_path: Path, name: str) -> None:
+    """A name of the hub in the file, and its folder here."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(SHAPE))
+    (tmp_path / "model" / name).write_text(json.dumps({"model": {"vocab": {"<end>": 7}}}))
+    flags, report = run(tmp_path, AXOLOTL, "axolotl", world_size=8, model=str(tmp_path / "model"))
+    assert flags["tokenizer_model"] == str(tmp_path / "model" / name)
+    assert flags.get("tokenizer_eod") == ("<end>" if name == "tokenizer.json" else None)
+    assert not report.lost, report.lost  # so that --strict takes a plain Llama
+    other = f"{AXOLOTL}\ntokenizer_config: other/tokenizer\n"
+    flags, report = run(tmp_path, other, "axolotl", world_size=8, model=str(tmp_path / "model"))
+    assert "tokenizer_model" not in flags and has(report.lost, "other/tokenizer is a name of the hub")
+
+
+def test_the_report_begins_with_what_the_file_says(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(SHAPE))
+    _, report = run(tmp_path, AXOLOTL, "axolotl", world_size=8, model=str(tmp_path / "model"))
+    lines = str(report).splitlines()
+    end = next(n for n, line in enumerate(lines) if line.startswith("changed in meaning"))
+    assert lines[1].startswith("  context_parallel_size 2 -> cp_size 2") and end < 25
+    (folded,) = (line for line in lines[:end] if "config.json" in line)
+    assert all(f"{name} {value}" in folded for name, value in (("num_layers", 3), ("vocab_size", 1000)))
+    assert not any(line.startswith("  nothing to set there: datasets") for line in lines)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> GPTConfig:
+    heads, groups = draw(st.sampled_from([(4, 4), (4, 2), (6, 3), (1, 1)]))
+    scaling = draw(st.sampled_from(["none", "linear", "llama3"]))
+    vocab = draw(st.integers(100, 1000))
+    return GPTConfig(
+        num_layers=draw(st.integers(1, 9)),
+        hidden_size=heads * draw(st.sampled_from([16, 24])),
+        ffn_hidden_size=draw(st.integers(1, 500)),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=draw(st.sampled_from([16, 24, 64])),
+        vocab_size=vocab,
+        padded_vocab_size=padded_vocab_size(vocab, 128),
+        norm_epsilon=draw(st.sampled_from([1e-5, 1e-6])),
+        qk_norm=draw(st.booleans()),
+        tie_embeddings=draw(st.booleans()),
+        init_std=draw(st.sampled_from([0.02, 0.006])),
+        rotary_base=draw(st.sampled_from([1e4, 5e5])),
+        rope_scaling=scaling,
+        rope_scaling_factor=1.0 if scaling == "none" else draw(st.sampled_from([2.0, 8.0])),
+        rope_original_seq_length=8192 if scaling == "llama3" else 0,
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=models(), newer=st.booleans())
+def test_rows_of_the_shape_agree_with_convert_hf(tmp_path: Path, config: GPTConfig, newer: bool) -> None:
+    """A recipe's `model.config` goes through the rows, a folder's config.json through tools/hf/config.py."""
+    said = write_config(config, max_positions=64, bos=None, eod=0, dtype="float32")
+    if newer and said["rope_scaling"]:  # as transformers 5 writes it
+        said["rope_parameters"] = said.pop("rope_scaling") | {"rope_theta": said.pop("rope_theta")}
+    text = yaml.safe_dump({"model": {"_target_": "a.CausalLM.from_config", "config": said}})
+    flags, report = run(tmp_path, text, "nemo")
+    wanted = model_flags(read_config(said, "config.json"))
+    del wanted["make_vocab_size_divisible_by"]  # of convert_hf.py only
+    if config.rope_scaling == "none":
+        del wanted["rope_scaling"]
+    assert {name: flags.get(name) for name in wanted} == wanted
+    assert not has(report.lost, "model.config"), report.lost
+    made, _ = run(
+        tmp_path, yaml.safe_dump({name.replace("_", "-"): value for name, value in wanted.items()}), "pentagrid", "nemo"
+    )
+    kind = made["model"]["config"].pop("_target_").removeprefix("transformers.").removesuffix("Config").lower()
+    assert read_config(made["model"]["config"] | {"model_type": kind}, "recipe") == config
 
 
 # ---------------------------------------------------------------------------------------------------
