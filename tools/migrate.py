@@ -422,7 +422,9 @@ def convert(
         f"{SUITES[target]}, from {SUITES[source]}'s {as_line(Path(file).name)} by tools/migrate.py; read the report too"
     )
     if target == "pentagrid" and "train_iters" not in concepts.known:
-        report.changed.append(f"train-iters is not set, so train.py takes {TrainingConfig.train_iters}: {COUNT_STEPS}")
+        given_as = concepts.origin.get("epochs", "no number of steps")
+        holds = f"train-iters is not set, so train.py takes {TrainingConfig.train_iters}"
+        report.changed.append(f"{given_as}: {holds}; {COUNT_STEPS}")
         said += f"\n# train-iters:  # not set: {COUNT_STEPS}"
     return f"# {said}\n{render(values, comments)}", report
 

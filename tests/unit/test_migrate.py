@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from config.aliases import OTHERS, find_counterpart
 from config.cli import build_parser, parse_arguments
 from config.peers.columns import SUITES
+from config.peers.data import MEGATRON_DATA
 from config.peers.table import NO_COUNTERPART, NOT_NEEDED, TABLE
 from config.schema import fields_of_flags
 from model.config import GPTConfig, padded_vocab_size
@@ -199,6 +200,30 @@ def test_nemo_to_pentagrid(tmp_path: Path) -> None:
     }
     assert {name: flags.get(name) for name in wanted} == wanted
     assert has(report.changed, "the warm-up starts at 3e-05 there")
+
+
+def test_a_pattern_of_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NeMo takes a pattern of files, --data-path prefixes."""
+    monkeypatch.chdir(tmp_path)
+    text = NEMO.replace('["30", data/a, "70", data/b]', "corpora/tiny*")
+    text += f"validation_dataset: {{_target_: {MEGATRON_DATA}, paths: corpora/tiny*}}\n"
+    flags, report = run(tmp_path, text, "nemo", world_size=8)
+    assert "data_path" not in flags and has(report.lost, "dataset.paths corpora/tiny*", "no such .bin or .idx file")
+    (tmp_path / "corpora").mkdir()
+    for name in ("tiny_b.bin", "tiny_b.idx", "tiny_a.idx", "tiny_a.bin", "tiny_a.json"):
+        (tmp_path / "corpora" / name).touch()
+    flags, report = run(tmp_path, text, "nemo", world_size=8)
+    assert flags["data_path"] == ["corpora/tiny_a", "corpora/tiny_b"] and "valid_data_path" not in flags
+    assert has(report.changed, "corpora/tiny*", "match here: 2")
+
+
+def test_a_run_that_counts_epochs(tmp_path: Path) -> None:
+    """Without steps train.py's default holds: the preset and the report say so."""
+    (tmp_path / "a.yaml").write_text(AXOLOTL.replace("max_steps: 1000", "num_epochs: 3"))
+    text, report = convert("axolotl", "pentagrid", str(tmp_path / "a.yaml"), world_size=8)
+    assert "train-iters" not in yaml.safe_load(text) and "\n# train-iters:" in text
+    assert has(report.changed, "num_epochs 3", "train-iters is not set", "200", "samples of an epoch")
+    assert not has(report.lost, "num_epochs") and not has(run(tmp_path, AXOLOTL, "axolotl")[1].changed, "is not set")
 
 
 def test_pentagrid_to_axolotl_and_nemo(tmp_path: Path) -> None:
