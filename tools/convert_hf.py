@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ from model.config import GPTConfig, count_parameters
 from tools.generate import find_tokenizer, read_model_config
 from tools.hf.config import (
     MAX_SIZE,
+    describe_generation,
     describe_lost,
     list_ends,
     model_flags,
@@ -159,14 +161,16 @@ def import_model(folder: Path, output: Path, *, tokenizer_model: str | None, eod
     reader = ShardReader(folder)
     checked = check_weights(reader, config)
     file = Path(tokenizer_model) if tokenizer_model else find_tokenizer_file(folder)
-    ends = list_ends(said)
+    generation = _read_generation(folder)
+    ends = list_ends(said) or list_ends(generation)
+    others = [end for end in list_ends(generation) if end not in ends]
     if eod is None and file.suffix == ".json" and ends:
         eod = find_end_token(file, ends[0])
     tokenizer = load_tokenizer("auto", str(file), eod)
     if tokenizer.kind == "sentencepiece" and ends and tokenizer.eod not in ends:
         raise UserError(
-            f"{where}: eos_token_id {short_repr(said['eos_token_id'])}; {file} ends a document with {tokenizer.eod}; "
-            f"set eos_token_id to {tokenizer.eod}, or give --tokenizer-model tokenizer.json"
+            f"{where}: eos_token_id {short_repr(ends if ends[1:] else ends[0])}; {file} ends a document with "
+            f"{tokenizer.eod}; set eos_token_id to {tokenizer.eod}, or give --tokenizer-model tokenizer.json"
         )
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{file}: {tokenizer.vocab_size} tokens; config.json has vocab_size {config.vocab_size}")
@@ -184,10 +188,20 @@ def import_model(folder: Path, output: Path, *, tokenizer_model: str | None, eod
         publish(part, step_folder(save, 0), run_metadata=metadata | {"step": 0}, sums=sums)
     print(f"{output}: {said['model_type']}, {count_numbers(config):,} numbers")
     start = find_start(tokenizer)
-    for line in describe_lost(said, bos=start[0] if start else None, eod=tokenizer.eod):
+    lost = describe_lost(said, ends=[*ends, *others], bos=start[0] if start else None, eod=tokenizer.eod)
+    for line in (*lost, *describe_generation(generation)):
         print(line)
     print(f"train.py --config {output / 'model.yaml'} --load {output} --load-weights-only")
     return 0
+
+
+def _read_generation(folder: Path) -> dict[str, Any]:
+    """The folder's generation_config.json; empty without one. Raises UserError: not a mapping."""
+    file = folder / "generation_config.json"
+    said = read_json_file(file) if os.path.lexists(file) else {}
+    if not isinstance(said, dict):
+        raise UserError(f"{file}: must be a mapping")
+    return said
 
 
 def _write_run_files(

@@ -412,6 +412,8 @@ def test_the_loss_and_a_training_step_are_those_of_train(tmp_path: Path) -> None
 
 
 def edited(folder: Path, **changes: Any) -> None:
+    """Change config.json; generation_config.json would contradict it."""
+    (folder / "generation_config.json").unlink(missing_ok=True)
     said = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({key: value for key, value in said.items() if value != "REMOVED"}))
 
@@ -611,9 +613,12 @@ def test_a_config_of_any_values_is_a_model_or_refused(changes: dict[str, Any]) -
     except UserError as error:
         assert str(error).startswith("config.json") and "\n" not in str(error) and len(str(error)) < 400
     else:
-        assert resolve_config(*as_flags(config)).model.architecture(1) == config
+        assert resolve_config("--tokenizer-type", "byte", *as_flags(config)).model.architecture(1) == config
         assert isinstance(list_ends(said), list)
-        assert all("\n" not in line and len(line) < 400 for line in describe_lost(said, bos=None, eod=256))
+        assert all(
+            "\n" not in line and len(line) < 400
+            for line in describe_lost(said, ends=list_ends(said), bos=None, eod=256)
+        )
 
 
 @settings(max_examples=200, deadline=None)
@@ -678,6 +683,32 @@ def test_what_a_run_lacks_is_printed_and_a_kept_template_brings_its_bos_back(tmp
     said = capsys.readouterr().out
     assert "bos_token_id 3: runs train without; not kept" in said
     assert "eos_token_id" not in said and "dropout" not in said
+
+
+def test_sampling_and_ends_of_generation_config(tmp_path: Path, capsys) -> None:
+    source = make_hf(tmp_path / "hf", "smollm", tokenizer=False)
+    words_file(tmp_path).rename(source / "tokenizer.json")
+    edited(source, eos_token_id=1)
+    file = source / "generation_config.json"
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "pad_token_id": 5}
+    file.write_text(json.dumps(sampling | {"eos_token_id": [1, 7]}))
+    convert("import", "--input", source, "--output", tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "eos_token_id: 1 ends a document; not kept: 7; " in said
+    assert "generation_config.json: tools/generate.py --temperature 0.6 --top-p 0.9\n" in said
+    assert "generation_config.json: not kept: top_k 20\n" in said
+
+    edited(source, eos_token_id=None)  # named by the other file only; without do_sample transformers is greedy
+    file.write_text(json.dumps({"temperature": 0.6, "eos_token_id": 1}))
+    convert("import", "--input", source, "--output", tmp_path / "other")
+    said = capsys.readouterr().out
+    assert "not kept: temperature 0.6" in said and "tools/generate.py" not in said and "eos_token_id" not in said
+    assert "tokenizer-eod: <|end_of_text|>" in (tmp_path / "other" / "model.yaml").read_text()
+    for hostile in ("[1]", "[" * 100_000, "no"):
+        file.write_text(hostile)
+        with pytest.raises(UserError) as refused:
+            convert("import", "--input", source, "--output", tmp_path / "none")
+        assert "generation_config.json" in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_the_start_of_every_kind_of_template_is_found(tmp_path: Path) -> None:
@@ -806,9 +837,9 @@ def test_flags_of_every_imported_model_build_that_model(tmp_path: Path) -> None:
     """Also a vocabulary larger than the tokenizer's, and rotary flags that are left out."""
     for changes in OURS.values():
         config = replace(config_of(**changes), vocab_size=300, padded_vocab_size=384)
-        assert resolve_config(*as_flags(config)).model.architecture(257) == config
+        assert resolve_config("--tokenizer-type", "byte", *as_flags(config)).model.architecture(257) == config
     with pytest.raises(UserError, match="--vocab-size 256: the tokenizer has 257 tokens"):
-        resolve_config("--vocab-size", "256").model.architecture(257)
+        resolve_config("--tokenizer-type", "byte", "--vocab-size", "256").model.architecture(257)
 
 
 def test_ids_that_no_tokenizer_has_are_left_out_of_text(tmp_path: Path) -> None:

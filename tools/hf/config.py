@@ -15,6 +15,7 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "
 MAX_SIZE = 1 << 31  # of a dimension or a count: no model comes near
 VOCABULARY_UNIT = 128  # the default of --make-vocab-size-divisible-by
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+NO_SAMPLING = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
 UNUSED_ROPE_KEYS = {"original_max_position_embeddings"}  # of other types: transformers does not read the key there
 # Model types that are refused, and what they have that our model lacks.
 LACKING = {
@@ -169,15 +170,30 @@ def list_ends(said: Mapping[str, Any]) -> list[Any]:
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
-def describe_lost(said: Mapping[str, Any], *, bos: int | None, eod: int) -> list[str]:
+def describe_generation(said: Mapping[str, Any]) -> list[str]:
+    """Lines for the values of a generation_config.json: what tools/generate.py has, and what it lacks."""
+    given = {name: value for name, value in said.items() if value is not None and name not in NO_SAMPLING}
+    samples, lines = given.pop("do_sample", False) is True, []
+    flags = {"temperature": "--temperature", "top_p": "--top-p"} if samples else {}
+    words = [f"{flag} {_show(given.pop(name))}" for name, flag in flags.items() if name in given]
+    if samples:
+        lines.append(f"generation_config.json: tools/generate.py {' '.join(words) or '--temperature 1'}")
+    if given:
+        others = ", ".join(f"{name} {_show(value)}" for name, value in given.items())
+        lines.append(f"generation_config.json: not kept: {others}")
+    return lines
+
+
+def describe_lost(said: Mapping[str, Any], *, ends: list[Any], bos: int | None, eod: int) -> list[str]:
     """One line for each value of a config.json that an imported run does not have.
 
     Args:
+        ends: ids of tokens that end a text, in config.json or generation_config.json.
         bos: id of the token that the tokenizer's template puts before a text; None: no such template.
         eod: id of the run's end-of-document token.
     """
     lines = []
-    if others := [end for end in list_ends(said) if end != eod]:
+    if others := [end for end in ends if end != eod]:
         lines.append(
             f"eos_token_id: {eod} ends a document; not kept: {_show(others)[1:-1]}; after an export add to "
             "eos_token_id in generation_config.json"
