@@ -392,7 +392,8 @@ def test_tokenizer_of_the_models_folder(tmp_path: Path, name: str) -> None:
 def test_the_report_begins_with_what_the_file_says(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(SHAPE))
-    _, report = run(tmp_path, AXOLOTL, "axolotl", world_size=8, model=str(tmp_path / "model"))
+    text = AXOLOTL.replace("field: body", "field: text")
+    _, report = run(tmp_path, text, "axolotl", world_size=8, model=str(tmp_path / "model"))
     lines = str(report).splitlines()
     end = next(n for n, line in enumerate(lines) if line.startswith("changed in meaning"))
     assert lines[1].startswith("  context_parallel_size 2 -> cp_size 2") and end < 25
