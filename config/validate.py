@@ -522,7 +522,7 @@ def _choose_method(
             groups=request.groups,
             head_dim=request.head_dim,
             item=ITEM_BYTES[training.dtype],
-            spans_nodes=parallel.tp_size * parallel.cp_size > local_world_size,
+            node_ranks=max(1, local_world_size // parallel.tp_size),
         )
         best, reason = cost.choose_method(situation, legal)
     parallel.cp_comm_type = best.method

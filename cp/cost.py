@@ -40,8 +40,9 @@ class Device:
         calls_by_document: each document has calls of its own.
         memory: bytes/s of passes over tensors.
         merge: bytes that move for each element of the output that a merge updates.
-        ring, exchange: bytes/s to a neighbour, and of an all-to-all, within a node.
-        network: bytes/s between nodes.
+        ring, exchange: bytes/s to a neighbour, and of an all-to-all or a gather, within a node.
+        network: bytes/s of a rank to another node.
+        collective: bytes/s that a rank receives in a gather over several nodes, whose ranks share what arrives.
         latency: seconds until a message arrives.
         hidden: share of a transfer that computation can hide.
     """
@@ -55,6 +56,7 @@ class Device:
     ring: float
     exchange: float
     network: float
+    collective: float
     latency: float
     hidden: float
 
@@ -73,6 +75,7 @@ DEVICES = {
         ring=1.5e9,
         exchange=1.5e9,
         network=1e8,
+        collective=1e8,
         latency=2e-4,
         hidden=0.5,
     ),
@@ -86,6 +89,7 @@ DEVICES = {
         ring=1.5e11,
         exchange=3e11,
         network=4e10,
+        collective=1e11,
         latency=2e-5,
         hidden=0.95,
     ),
@@ -101,7 +105,7 @@ class Situation:
         lengths: document lengths, each of which stands for an equal share of the tokens.
         heads, groups: query heads and key/value heads of one tp rank.
         item: bytes of a number.
-        spans_nodes: the cp group has ranks on several nodes.
+        node_ranks: cp ranks on a node.
     """
 
     device: str
@@ -111,7 +115,7 @@ class Situation:
     groups: int
     head_dim: int
     item: int
-    spans_nodes: bool = False
+    node_ranks: int = 8
 
 
 @dataclass(frozen=True)
@@ -157,62 +161,84 @@ class _Segment:
         return self.number * queries * keys * (0.5 if self.causal else 1.0)
 
 
-def _segments(method: str, length: float, degree: int) -> list[_Segment]:
-    """The blocks of one document on one of its `degree` ranks."""
-    if degree == 1:
+# Methods that gather K and V of the whole row before any kernel runs, and of them those that then merge part by part.
+COLLECTIVE = (("te", "all_gather"), ("pytorch", "allgather"), ("ring", "llama3"))
+GATHERS = ("all_gather", "allgather", "llama3")
+MERGES_GATHERED = ("allgather",)
+
+
+def _segments(choice: AttentionChoice, length: float, degree: float, tokens: float) -> list[_Segment]:
+    """The blocks of one document on one of its `degree` ranks, on average; of `tokens` in a rank."""
+    if degree <= 1:
         return [_Segment(1, length, length, causal=True)]
+    if choice.layout == "contiguous":
+        part = min(tokens, length / 2)
+        return [_Segment(1, part, part, causal=True), _Segment(1, part, (length - part) / 2)]
     chunk = length / (2 * degree)
-    if method == "all_gather":
+    if choice.method in GATHERS and choice.method not in MERGES_GATHERED:
         return [_Segment(2, chunk, chunk, causal=True), _Segment(2, chunk, chunk * (2 * degree - 1) / 2)]
     return [_Segment(1, 2 * chunk, 2 * chunk, causal=True), _Segment(degree - 1, 2 * chunk, chunk)]
 
 
-def _degree(length: float, situation: Situation, ring: int, is_hybrid: bool) -> int:
-    """Ranks that share a document: all, or as few as can hold it without being the busiest."""
-    if not is_hybrid:
-        return ring
+def _degree(length: float, situation: Situation, ring: int, layout: str) -> float:
+    """Ranks that share a document: all, or as few as can hold it without being the busiest, or as many as it fills."""
     room = situation.row_length / ring
+    if layout == "contiguous":
+        return min(ring, max(1.0, length / room))
+    if layout != "hybrid":
+        return ring
     work = sum(situation.lengths) / len(situation.lengths) * room  # squared lengths of a rank
     fits = (d for d in range(1, ring) if ring % d == 0 and length <= room * d and length * length <= work * d)
     return next(fits, ring)
 
 
-def estimate_cost(situation: Situation, choice: AttentionChoice) -> Cost:
-    """The cost of a supported method, in any layout that is balanced."""
-    device, a2a_size = DEVICES[situation.device], choice.a2a_size
-    ring, is_hybrid = choice.cp_size // a2a_size, choice.layout == "hybrid"
+def estimate_cost(
+    situation: Situation, choice: AttentionChoice, device: Device | None = None, *, imbalance: float = 1.0
+) -> Cost:
+    """The cost of a supported method.
+
+    Args:
+        device: None: that of the situation's kind.
+        imbalance: busiest rank's kernels over the mean; 1: of a balanced layout.
+    """
+    device, a2a_size = device or DEVICES[situation.device], choice.a2a_size
+    ring = choice.cp_size // a2a_size
     heads, width = situation.heads / a2a_size, situation.head_dim
     tokens = situation.row_length / ring  # of a rank, after the exchange
-    rounds = situation.groups / choice.heads_k_stride if choice.method == "all_gather" else 1
-    pairs = calls = merged = shared = 0.0  # shared: tokens of documents on several ranks
+    is_gather = choice.method in GATHERS
+    rounds = situation.groups / choice.heads_k_stride if is_gather else 1
+    pairs = calls = merged = 0.0
+    moved: dict[float, float] = {}  # degree -> tokens of a rank whose K and V travel to the other ranks of a document
     for length in situation.lengths:
-        degree = _degree(length, situation, ring, is_hybrid)
+        degree = _degree(length, situation, ring, choice.layout)
         own = tokens / len(situation.lengths)  # tokens of such documents on a rank
         documents = own * degree / length
-        segments = _segments(choice.method, length, degree)
+        segments = _segments(choice, length, degree, tokens)
         pairs += documents * sum(segment.pairs(device.tile) for segment in segments)
         if device.calls_by_document:
             calls += documents * (segments[0].number + rounds * sum(segment.number for segment in segments[1:]))
         if degree > 1:
-            shared += own
-            merged += own if choice.method == "all_gather" else 0.75 * own * (degree - 1)
+            moved[degree] = moved.get(degree, 0.0) + own
+            is_merged_once = is_gather and choice.method not in MERGES_GATHERED
+            merged += own if is_merged_once else 0.75 * own * (degree - 1)
     if not device.calls_by_document:
-        calls = 1 + (rounds if choice.method == "all_gather" else ring - 1) * (shared > 0)
-    kernels = pairs * 4 * heads * width / device.flops * (1 + BACKWARD) + 2 * calls * device.call
-    if is_hybrid:
+        calls = 1 + (rounds if is_gather else ring - 1) * bool(moved)
+    kernels = pairs * 4 * heads * width / device.flops * (1 + BACKWARD) * imbalance + 2 * calls * device.call
+    if choice.layout == "hybrid":
         kernels *= HYBRID_IMBALANCE
     passes = 2 * merged * heads * width * device.merge / device.memory
-    transfers, copied = _transfers(situation, choice, device, kernels=kernels, shared=shared)
+    transfers, copied = _transfers(situation, choice, device, busy=kernels + passes, moved=moved)
     return Cost(kernels, passes + copied / device.memory, transfers)
 
 
 def _transfers(
-    situation: Situation, choice: AttentionChoice, device: Device, *, kernels: float, shared: float
+    situation: Situation, choice: AttentionChoice, device: Device, *, busy: float, moved: dict[float, float]
 ) -> tuple[float, float]:
     """Seconds of exposed transfers, and bytes that are copied for them.
 
     Args:
-        shared: tokens of a rank, after the exchange, whose K and V travel on.
+        busy: seconds of kernels and merges, behind which a ring hides its transfers.
+        moved: tokens of a rank, after the exchange, whose K and V travel on, by the ranks that share their documents.
     """
     a2a_size, item = choice.a2a_size, situation.item
     ring, width = choice.cp_size // a2a_size, situation.head_dim
@@ -221,21 +247,34 @@ def _transfers(
     if a2a_size > 1:
         # q, k, v and out of the rank's own tokens, and their gradients.
         elements = situation.row_length / choice.cp_size * 2 * (situation.heads + kv_heads * a2a_size) * width
-        crosses = situation.spans_nodes and ring == 1
-        speed = device.network if crosses else device.exchange
-        exposed += 2 * (elements * item * (a2a_size - 1) / a2a_size / speed + 4 * device.latency)
+        seconds = 2 * elements * item * _exchange_time(a2a_size, situation.node_ranks, device)
+        exposed += seconds + 8 * device.latency
         copied += 2 * 4 * elements * item
-    if ring > 1 and shared:
-        kv = 2 * shared * kv_heads * width
-        steps = ring - 1
-        speed = device.network if situation.spans_nodes else device.ring
+    node_ring = max(1, situation.node_ranks // a2a_size)
+    if (choice.backend, choice.method) in COLLECTIVE and ring > 1:
+        # The whole row, gathered in either pass; gradients are reduced in the inputs' dtype.
+        received = 2 * situation.row_length / choice.cp_size * (ring - 1) * situation.groups * width * 3 * item
+        speed = device.exchange if ring <= node_ring else device.collective
+        return exposed + received / speed + 3 * ring * device.latency, copied + 3 * received
+    for degree, tokens in moved.items():
+        kv, steps = 2 * tokens * kv_heads * width, degree - 1
         sent = kv * steps * (2 * item + GRADIENT_BYTES)
         if choice.method == "all_gather":
-            sent, speed = 0.75 * sent, device.network if situation.spans_nodes else device.exchange
+            sent *= 0.75
             copied += 3 * sent
-        seconds = sent / speed + 2 * steps * device.latency
-        exposed += max((1 - device.hidden) * seconds, seconds - kernels * steps / ring)
+            seconds = sent * degree / steps * _exchange_time(degree, node_ring, device)
+        else:
+            seconds = sent / (device.ring if degree <= node_ring else device.network)
+        seconds += 2 * steps * device.latency
+        hidden = busy * steps / degree * tokens / sum(moved.values())
+        exposed += max((1 - device.hidden) * seconds, seconds - hidden)
     return exposed, copied
+
+
+def _exchange_time(ranks: float, node_ranks: int, device: Device) -> float:
+    """Seconds a byte of a rank that an all-to-all over these ranks deals out evenly."""
+    inside = min(ranks, node_ranks)
+    return (inside - 1) / ranks / device.exchange + (ranks - inside) / ranks / device.network
 
 
 def describe_gain(costs: Sequence[Cost]) -> str:

@@ -26,7 +26,7 @@ def choose(
     lengths: tuple[float, ...],
     *,
     backend: str = "native",
-    spans_nodes: bool = False,
+    node_ranks: int = 8,
     hybrid: bool = False,
 ) -> AttentionChoice:
     request = AttentionRequest(
@@ -49,7 +49,7 @@ def choose(
         groups=groups,
         head_dim=128,
         item=2,
-        spans_nodes=spans_nodes,
+        node_ranks=node_ranks,
     )
     legal = [choice for choice in candidates(request) if hybrid or choice.layout != "hybrid"]
     return choose_method(situation, legal)[0]
@@ -81,7 +81,7 @@ def test_choices_on_gpus(
 
 
 def test_one_long_document_over_nodes_takes_the_ring() -> None:
-    assert choose("cuda", 16, 64, 8, 2**20, (2**20,), spans_nodes=True).method == "p2p"
+    assert choose("cuda", 16, 64, 8, 2**20, (2**20,)).method == "p2p"
     assert choose("cuda", 8, 1, 1, 65536, SHORT).method == "all_gather", "the ring merges as often for less work"
 
 
