@@ -48,7 +48,7 @@ class Device:
     """
 
     flops: float
-    tile: int
+    tile: float
     call: float
     calls_by_document: bool
     memory: float
@@ -61,18 +61,18 @@ class Device:
     hidden: float
 
 
-# cpu: measured on two cores over gloo by benchmarks/cp_attention.py. cuda: an H100 over NVLink, from published figures
-# of attention alone (8K tokens a GPU, 64 query heads): ring 421 and 88 TFLOP/s on one and on packed documents,
-# all-gather 601 and 289, Ulysses 601 and 278.
+# cpu: two cores over gloo, benchmarks/results. cuda: an H100 with NVLink, from published figures of attention alone.
+# `benchmarks/calibration.py --fit` found flops, tile, merge, exchange, network and collective of cuda, and flops, call,
+# merge and ring of cpu; docs/comparison/prediction_matrix.md has the errors.
 DEVICES = {
     "cpu": Device(
-        flops=6e10,
+        flops=6.45e10,
         tile=32,
-        call=6e-5,
+        call=7.77e-5,
         calls_by_document=True,
         memory=4e9,
-        merge=32,
-        ring=1.5e9,
+        merge=83.9,
+        ring=1.8e9,
         exchange=1.5e9,
         network=1e8,
         collective=1e8,
@@ -80,15 +80,15 @@ DEVICES = {
         hidden=0.5,
     ),
     "cuda": Device(
-        flops=6.3e14,
-        tile=128,
+        flops=6.1e14,
+        tile=191,
         call=2e-5,
         calls_by_document=False,
         memory=2.5e12,
-        merge=75,
+        merge=66.7,
         ring=1.5e11,
-        exchange=3e11,
-        network=4e10,
+        exchange=2.04e11,
+        network=3.99e10,
         collective=1e11,
         latency=2e-5,
         hidden=0.95,
@@ -156,7 +156,7 @@ class _Segment:
     keys: float
     causal: bool = False
 
-    def pairs(self, tile: int) -> float:
+    def pairs(self, tile: float) -> float:
         queries, keys = self.queries + tile / 2, self.keys + tile / 2
         return self.number * queries * keys * (0.5 if self.causal else 1.0)
 
