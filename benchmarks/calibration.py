@@ -214,7 +214,9 @@ def cpu_attention_cases() -> Iterator[Case]:
             _predict_attention(situation, alone),
             "",
         )
-        what = f"{choice.backend} {choice.method} {choice.layout}, cp {choice.cp_size}, {choice.qkv_format} {seq_length}"
+        what = (
+            f"{choice.backend} {choice.method} {choice.layout}, cp {choice.cp_size}, {choice.qkv_format} {seq_length}"
+        )
         if row["reference_kernels"]:
             found[what] = (None, None, "over a slower kernel, that of the reference")
             continue
@@ -235,12 +237,16 @@ def cpu_training_cases() -> Iterator[Case]:
     found: list[tuple[str, float, Job]] = []
     base: dict[str, Any] = dict(dtype="fp32", dp=1)
     shape = dict(hidden_size=256, ffn_hidden_size=688)
-    wide = _architecture(num_layers=4, num_attention_heads=8, num_query_groups=4, kv_channels=32, vocab_size=32000, **shape)
+    wide = _architecture(
+        num_layers=4, num_attention_heads=8, num_query_groups=4, kv_channels=32, vocab_size=32000, **shape
+    )
     plain = dict(num_layers=6, num_attention_heads=4, num_query_groups=2, kv_channels=64, **shape)
     alone, pair = _choice("native p2p", 1), _choice("native p2p", 2)
     for run in (1, 2, 3):
         result = _read(f"train_step_cpu_{run}.json")
-        step = Job(architecture=wide, seq_length=1024, lengths=(1024.0,), choice=alone, microbatches=2, threads=2, **base)
+        step = Job(
+            architecture=wide, seq_length=1024, lengths=(1024.0,), choice=alone, microbatches=2, threads=2, **base
+        )
         first, second = (figure["seconds"] for figure in result["figures"][:2])
         times = {"one process": first["ours"], "one process again": second["one process"], "cp 2": second["cp 2"]}
         for name, rounds in times.items():
@@ -271,7 +277,9 @@ def cpu_training_cases() -> Iterator[Case]:
         result = _read("pad_rows_cpu.json")[corpus]
         for rows, speeds in result["tokens_per_s"].items():
             tokens = 2048 if rows == "full" else round(2048 * result["filled"])
-            job = replace(step, architecture=_architecture(vocab_size=vocab_size, **plain), lengths=(length,), choice=pair)
+            job = replace(
+                step, architecture=_architecture(vocab_size=vocab_size, **plain), lengths=(length,), choice=pair
+            )
             job = replace(job, seq_length=tokens, microbatches=2)
             seconds = 2 * 2048 * result["filled"] / statistics.median(speeds)
             found.append((f"pad_rows {rows}, {corpus}", seconds, job))
