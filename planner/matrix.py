@@ -127,9 +127,9 @@ def peak_memory(job: Job) -> float:
     whole = ITEM * ((3 * h + 3 * q + 3 * kv + mlp) / tp + 2 * h * (1 - 1 / tp))  # of a token and layer
     kept = {"none": whole, "selective": whole - ITEM * mlp / tp, "full": ITEM * h / tp}[job.recompute]
     activations = tokens * layers * kept * min(pp, job.microbatches)
-    again = tokens * (whole - kept)  # of the layer that the backward pass computes again
-    attention = again + _attention_buffers(job)
-    return states + gathered + fused + activations + max(attention, TABLES * TABLE_BYTES * table)
+    gradients = ITEM * 2 * (model.ffn_hidden_size + h) / tp
+    backward = tokens * (whole - kept + gradients) + _attention_buffers(job)  # of one layer, computed again
+    return states + gathered + fused + activations + max(backward, TABLES * TABLE_BYTES * table)
 
 
 def _attention_buffers(job: Job) -> float:
@@ -184,9 +184,7 @@ def _estimate(job: Job, machine: Machine, mechanism: Mechanism, is_packed: bool)
     """The mechanism in the job's layout, with its best exchange; None: it cannot run there."""
     is_masked = is_packed and mechanism.masks_documents
     best = None
-    for choice in _choices(
-        mechanism, job.choice.cp_size, job.architecture.num_attention_heads // job.tp, is_masked
-    ):
+    for choice in _choices(mechanism, job.choice.cp_size, job.architecture.num_attention_heads // job.tp, is_masked):
         uneven = layout_balance(choice.layout, job.seq_length, choice.cp_size, is_masked)
         lengths = document_lengths(job.seq_length, is_masked)
         own = replace(job, choice=choice, imbalance=uneven, lengths=lengths)
@@ -297,6 +295,7 @@ def matrix_tables() -> str:
                 lines.append(f"{start} none fits | {line.least / GIB:.0f} | {alone} |{' |' * len(names)}")
                 continue
             cells = " | ".join(_format_cell(line.cells[name]) for name in names)
-            lines.append(f"{start} {_format_layout(line.job)} | {peak_memory(line.job) / GIB:.0f} | {alone} | {cells} |")
+            layout, peak = _format_layout(line.job), peak_memory(line.job) / GIB
+            lines.append(f"{start} {layout} | {peak:.0f} | {alone} | {cells} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

@@ -1,7 +1,8 @@
 """Write the tables that come from the code into docs/: `python tools/docs.py [--check]`.
 
 Flags come from config/schema.py, attention backends from cp/support.py, counts of kernels and bytes from
-planner/counts.py. Each table stands between two marker comments.
+planner/counts.py, predictions from planner/matrix.py and their errors from benchmarks/calibration.py. Each table stands
+between two marker comments.
 With `--check` nothing is written; exit code 1: a table is out of date.
 """
 
@@ -13,9 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.calibration import cases_table, summary_table
 from config.schema import RunConfig, fields_of_flags, option
 from cp.support import markdown_table
 from planner.counts import counts_table
+from planner.matrix import matrix_tables
 from utils.errors import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,11 +43,15 @@ def flags_table() -> str:
     return "\n".join(lines).strip()
 
 
-TABLES = {
-    "docs/flags.md": ("flags", flags_table),
-    "docs/context_parallel.md": ("backends", markdown_table),
-    "docs/gpu.md": ("counts", counts_table),
-}
+PREDICTIONS = "docs/comparison/prediction_matrix.md"
+TABLES = (
+    ("docs/flags.md", "flags", flags_table),
+    ("docs/context_parallel.md", "backends", markdown_table),
+    ("docs/gpu.md", "counts", counts_table),
+    (PREDICTIONS, "errors", summary_table),
+    (PREDICTIONS, "matrix", matrix_tables),
+    (PREDICTIONS, "figures", cases_table),
+)
 
 
 def main(argv: list[str]) -> int:
@@ -52,14 +59,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
     is_check = parser.parse_args(argv).check
     stale = []
-    for file, (name, table) in TABLES.items():
+    for file, name, table in TABLES:
         path = ROOT / file
         text = path.read_text()
         begin, end = f"<!-- {name}: made by tools/docs.py -->", f"<!-- end of {name} -->"
         head, rest = text.split(begin)
         new = f"{head}{begin}\n{table()}\n{end}{rest.split(end)[1]}"
         if new != text:
-            stale.append(file)
+            stale.append(f"{file} ({name})")
             if not is_check:
                 path.write_text(new)
     if stale:

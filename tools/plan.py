@@ -3,7 +3,8 @@
 Prints memory of a rank by part, FLOPs and sent bytes of a step, packing and balance of a distribution of document
 lengths, legal sizes, and with --rank-layouts the best layouts that fit. Memory is measured on fake tensors
 (planner/memory.py) with plain PyTorch layers, which save most; with --transformer-impl te with the layers of
-Transformer Engine, installed or not, in bf16.
+Transformer Engine, installed or not, in bf16. --matrix predicts step times of three models over GPUs instead, and
+prints the errors of such predictions (docs/comparison/prediction_matrix.md).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from benchmarks.calibration import cases_table, summary_table
 from config.cli import parse_arguments
 from config.schema import RunConfig
 from config.validate import resolve
@@ -38,6 +40,7 @@ from planner.estimate import (
     read_vocab_and_lengths,
     stage_parameters,
 )
+from planner.matrix import matrix_tables
 from planner.memory import Memory
 from training.flops import PEAK_TFLOPS
 from utils.errors import UserError, run_tool
@@ -76,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lengths", help="of documents: fixed:N, lognormal:MEAN,SIGMA or a file; default: the prepared corpus's")
     add("--rank-layouts", action="store_true", help="list the best layouts of --world-size ranks that fit")
     add("--most", type=int, default=12, help="layouts in the list; default: 12")
+    add("--matrix", action="store_true", help="print predicted step times and their errors; takes no other flag")
     add("--json", action="store_true", help="print the plan, or the list of --rank-layouts, as JSON")
     return parser
 
@@ -233,6 +237,11 @@ def print_plan(config: RunConfig, plan: Plan, gpu_memory: float | None, legal: d
 
 def main(argv: list[str]) -> int:
     own, words = build_parser().parse_known_args(argv)
+    if own.matrix:
+        if len(argv) > 1:
+            raise UserError("--matrix takes no other flag: its models, sequences and GPUs are fixed")
+        print(summary_table(), matrix_tables(), cases_table(), sep="\n\n")
+        return 0
     check_numbers(vars(own), own.gpu_memory)
     node = own.node_size or min(8, own.world_size)
     if own.world_size % node:

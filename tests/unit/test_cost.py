@@ -124,6 +124,41 @@ def test_quantiles_stand_for_equal_shares_of_the_tokens() -> None:
     assert 100 < unknown[0] < unknown[-1] == 2048.0
 
 
+def test_a_ring_hides_transfers_behind_merges_too() -> None:
+    ring = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=32)
+    shape = dict(device="cuda", row_length=2**18, heads=64, groups=8, head_dim=128, item=2)
+    over_nodes = Situation(lengths=length_quantiles(None, 2**16), **shape)
+    slow = replace(cost.DEVICES["cuda"], merge=0.0)
+    assert estimate_cost(over_nodes, ring).transfers < 0.3 * estimate_cost(over_nodes, ring, slow).transfers
+
+
+def test_only_documents_on_several_nodes_cross_the_network() -> None:
+    """Short documents of hybrid rows stay on a node, so a slower network costs nothing."""
+    hybrid = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="hybrid", cp_size=32)
+    shape = dict(device="cuda", row_length=2**18, heads=64, groups=8, head_dim=128, item=2)
+    slow = replace(cost.DEVICES["cuda"], network=1e9)
+    short, long = (Situation(lengths=(length,) * 4, **shape) for length in (2**14, 2**18))
+    assert estimate_cost(short, hybrid) == estimate_cost(short, hybrid, slow)
+    assert estimate_cost(long, hybrid).transfers < estimate_cost(long, hybrid, slow).transfers
+
+
+def test_a_gather_of_the_row_shares_what_arrives_at_a_node() -> None:
+    """Over nodes native sends each rank what it needs; a collective brings the row to a node once."""
+    shape = dict(device="cuda", row_length=2**20, lengths=(2.0**20,), heads=64, groups=8, head_dim=128, item=2)
+    choice = AttentionChoice(backend="te", method="all_gather", qkv_format="thd", layout="zigzag", cp_size=64)
+    inside, over = (Situation(node_ranks=n, **shape) for n in (64, 8))
+    faster = replace(cost.DEVICES["cuda"], collective=cost.DEVICES["cuda"].exchange)
+    assert estimate_cost(over, choice, faster) == estimate_cost(inside, choice, faster)
+    assert estimate_cost(over, choice).transfers > 1.9 * estimate_cost(inside, choice).transfers
+
+
+def test_an_uneven_layout_waits_for_its_busiest_rank() -> None:
+    situation = Situation(device="cuda", row_length=65536, lengths=(65536,), heads=64, groups=8, head_dim=128, item=2)
+    ring = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=8)
+    even, uneven = estimate_cost(situation, ring), estimate_cost(situation, ring, imbalance=1.875)
+    assert uneven.kernels == pytest.approx(1.875 * even.kernels, rel=0.02) and uneven.passes == even.passes
+
+
 # ---------------------------------------------------------------------------------------------------
 # The flag
 
