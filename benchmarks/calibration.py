@@ -85,7 +85,7 @@ FITTED: dict[str, tuple[str, str, dict[str, float]]] = {
         "speeds",
         dict(bf16=0.7, fp8=0.6, flash2=0.55, sdpa=0.4, element=200, tp=0.5),
     ),
-    "attention on CPUs": ("cpu", "devices", dict(flops=6e10, call=6e-5, merge=32, ring=1.5e9)),
+    "attention on CPUs": ("cpu", "devices", dict(flops=6e10, ring=1.5e9)),
     "training on CPUs": ("cpu", "speeds", dict(fp32=0.6, element=200, threads=1.8)),
 }
 PRIOR_SPREAD, ERROR_SPREAD = math.log(2), 0.1  # of a constant about its suggested value, of a figure about the model

@@ -62,17 +62,17 @@ class Device:
 
 
 # cpu: two cores over gloo, benchmarks/results. cuda: an H100 with NVLink, from published figures of attention alone.
-# `benchmarks/calibration.py --fit` found flops, tile, merge, exchange, network and collective of cuda, and flops, call,
-# merge and ring of cpu; docs/comparison/prediction_matrix.md has the errors.
+# `benchmarks/calibration.py --fit` found flops, tile, merge, exchange, network and collective of cuda, and flops and ring
+# of cpu; docs/comparison/prediction_matrix.md has the errors.
 DEVICES = {
     "cpu": Device(
-        flops=6.45e10,
+        flops=6.23e10,
         tile=32,
-        call=7.77e-5,
+        call=6e-5,
         calls_by_document=True,
         memory=4e9,
-        merge=83.9,
-        ring=1.8e9,
+        merge=32,
+        ring=8.4e8,
         exchange=1.5e9,
         network=1e8,
         collective=1e8,

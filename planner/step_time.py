@@ -51,7 +51,7 @@ class Speeds:
 
 # Found by `benchmarks/calibration.py --fit`.
 SPEEDS = {
-    "cpu": Speeds(fp32=0.769, element=348, threads=2.46),
+    "cpu": Speeds(fp32=0.759, element=342, threads=2.48),
     "cuda": Speeds(bf16=0.658, fp8=0.475, flash2=0.576, sdpa=0.376, element=177, tp=0.381),
 }
 
