@@ -62,8 +62,8 @@ class Device:
 
 
 # cpu: two cores over gloo, benchmarks/results. cuda: an H100 with NVLink, from published figures of attention alone.
-# `benchmarks/calibration.py --fit` found flops, tile, merge, exchange, network and collective of cuda, and flops and ring
-# of cpu; docs/comparison/prediction_matrix.md has the errors.
+# `benchmarks/calibration.py --fit` found flops, tile, merge, exchange, network and collective of cuda, and flops and
+# ring of cpu; docs/comparison/prediction_matrix.md has the errors.
 DEVICES = {
     "cpu": Device(
         flops=6.23e10,
