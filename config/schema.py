@@ -252,6 +252,11 @@ class ModelConfig:
     )
     fp8_first_last_bf16: bool = printed(False, "with --fp8: first and last layer stay in bf16")
     compile: bool = flag(False, "torch.compile the torch layers except attention; the first steps take minutes")
+    fused_kernels: bool = flag(
+        None,
+        "one kernel each for loss, ring merge, rotary positions and SwiGLU, by torch.compile; cuda only; default: on "
+        "on cuda",
+    )
 
     def architecture(self, vocab_size: int, *, num_layers: int | None = None) -> GPTConfig:
         """The model of resolved flags for a tokenizer's vocabulary; `num_layers` replaces the flag's.
@@ -388,7 +393,9 @@ class TrainingConfig:
         "activations computed again in the backward pass: selective (each MLP), full (each layer)",
         choices=RECOMPUTE,
     )
-    loss_chunk_size: int = flag(512, "tokens whose logits exist at a time", AT_LEAST_ONE)
+    loss_chunk_size: int = flag(
+        None, "tokens whose logits exist at a time; default: 2048 on cuda, 512 on cpu", AT_LEAST_ONE
+    )
     z_loss: float = printed(0.0, "weight of log(Z)^2 in the loss; 0: off", NOT_NEGATIVE)
     lr: float = printed(1e-3, "maximum learning rate", NOT_NEGATIVE)
     min_lr: float = printed(

@@ -241,6 +241,9 @@ def _resolve_device(
     if config.data.num_workers is None:
         config.data.num_workers = 2 if parallel.device == "cuda" else 0
         chosen.append(f"--num-workers {config.data.num_workers}")
+    if training.loss_chunk_size is None:  # each chunk reads and writes the gradient of the whole output matrix
+        training.loss_chunk_size = 2048 if parallel.device == "cuda" else 512
+        chosen.append(f"--loss-chunk-size {training.loss_chunk_size}")
 
 
 def _resolve_grid(parallel: ParallelConfig, world_size: int, local_world_size: int, chosen: list[str]) -> None:
@@ -393,6 +396,11 @@ def _resolve_implementation(config: RunConfig, chosen: list[str]) -> None:
         if model.compile:
             what = "--compile is for --transformer-impl torch, not for te, whose kernels are fused already"
             raise SizeError(what, compile=[False], transformer_impl=["torch"])
+    if model.fused_kernels is None:
+        model.fused_kernels = device == "cuda"
+        chosen.append("--fused-kernels" if model.fused_kernels else "--no-fused-kernels")
+    if model.fused_kernels and device != "cuda":
+        raise SizeError("--fused-kernels needs --device cuda; the CPU has one way to compute", fused_kernels=[False])
     if model.fp8_first_last_bf16 and model.fp8 == "none":
         raise SizeError("--fp8-first-last-bf16 needs --fp8", fp8=["delayed", "current", "block"])
     if model.fp8 != "none":

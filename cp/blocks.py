@@ -159,8 +159,8 @@ def spread_tokens(values: Tensor, tokens: Tokens, size: int) -> Tensor:
     """[size, ...] with `values` at `tokens` and 0 elsewhere; `values` itself if they fill the size."""
     if len(values) == size:
         return values
-    out = values.new_zeros((size, *values.shape[1:]))
-    out[tokens] = values
+    out = values.new_empty((size, *values.shape[1:]))
+    fill_tokens_(out, tokens, values)
     return out
 
 

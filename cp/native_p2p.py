@@ -25,11 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cp.blocks import Block, accumulator_dtype, add_tokens_, build_block, fill_tokens_, spread_tokens, take_tokens
+from cp.blocks import Block, accumulator_dtype, add_tokens_, build_block, fill_tokens_, spread_tokens
 from cp.dropout_attention import AttentionOptions
 from cp.kernels import block_backward, block_forward
 from cp.packed_seq import PackedSeq
 from parallel.collectives import Transfer, start_ring_shift
+from parallel.fusion import fused
 
 KV_TAG, GRAD_TAG = 0, 1
 
@@ -77,15 +78,26 @@ def merge_tokens_(out: Tensor, lse: Tensor, block: Block, block_out: Tensor, blo
     so the lse of the block's queries is finite.
     """
     tokens = block.q_tokens
-    difference = block_lse.to(lse.dtype) - take_tokens(lse, tokens)
-    weight = torch.sigmoid(difference)[..., None]  # [queries, hq, 1]
-    merged = torch.lerp(take_tokens(out, tokens), block_out.to(out.dtype), weight)
-    grown = take_tokens(lse, tokens) + torch.nn.functional.softplus(difference, threshold=60.0)
     if isinstance(tokens, slice):
-        out[tokens], lse[tokens] = merged, grown
+        _merge_(out[tokens], lse[tokens], block_out, block_lse, None)
     else:
-        out.index_copy_(0, tokens, merged)
-        lse.index_copy_(0, tokens, grown)
+        _merge_(out, lse, block_out, block_lse, tokens)
+
+
+@fused
+def _merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, index: Tensor | None) -> None:
+    """`merge_tokens_` at the tokens `index`; None: at all tokens."""
+    own_out, own_lse = (x if index is None else x.index_select(0, index) for x in (out, lse))
+    difference = block_lse.to(lse.dtype) - own_lse
+    weight = torch.sigmoid(difference)[..., None]  # [queries, hq, 1]
+    merged = torch.lerp(own_out, block_out.to(out.dtype), weight)
+    grown = own_lse + torch.nn.functional.softplus(difference, threshold=60.0)
+    if index is None:
+        out.copy_(merged)
+        lse.copy_(grown)
+    else:
+        out.index_copy_(0, index, merged)
+        lse.index_copy_(0, index, grown)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +126,8 @@ class _Pass:
         k, v = k[ring.tokens], v[ring.tokens]
         self.blocks, self.group, self.options, self.steps = ring.blocks, ring.group, options, len(ring.blocks)
         self.kv: Any = torch.stack((k, v)) if self.steps > 1 else (k, v)
+        # A single block is its own sum.
+        self.accumulate = accumulator_dtype(k.dtype) if self.steps > 1 else k.dtype
         self.kv_shift: Transfer | None = None
 
     def shift_kv(self, step: int) -> None:
@@ -135,17 +149,17 @@ class _Forward(_Pass):
         self.q = q[ring.tokens]
 
     def compute(self, step: int) -> None:
-        q, block, accumulate = self.q, self.blocks[step], accumulator_dtype(self.q.dtype)
+        q, block = self.q, self.blocks[step]
         if block is not None:
             block_out, block_lse = block_forward(q, self.kv[0], self.kv[1], block, self.options)
             if step == 0:
-                self.out = spread_tokens(block_out.to(accumulate), block.q_tokens, len(q))
-                self.lse = spread_tokens(block_lse.to(accumulate), block.q_tokens, len(q))
+                self.out = spread_tokens(block_out.to(self.accumulate), block.q_tokens, len(q))
+                self.lse = spread_tokens(block_lse, block.q_tokens, len(q))
             else:
                 merge_tokens_(self.out, self.lse, block, block_out, block_lse)
         elif step == 0:  # no real token on this rank, so every later block is empty too
-            self.out = q.new_zeros(q.shape, dtype=accumulate)
-            self.lse = q.new_zeros(q.shape[:2], dtype=accumulate)
+            self.out = q.new_zeros(q.shape, dtype=self.accumulate)
+            self.lse = q.new_zeros(q.shape[:2], dtype=accumulator_dtype(q.dtype))
 
 
 class _Backward(_Pass):
@@ -155,8 +169,6 @@ class _Backward(_Pass):
         q, k, v, out, lse = saved
         super().__init__(k, v, ring, options)
         self.q, self.out, self.lse, self.dout = (x[ring.tokens] for x in (q, out, lse, dout))
-        self.accumulate = accumulator_dtype(q.dtype)
-        self.dq = torch.empty(self.q.shape, dtype=self.accumulate, device=q.device)
         self.dkv_shift: Transfer | None = None
 
     def compute(self, step: int) -> None:
@@ -167,13 +179,16 @@ class _Backward(_Pass):
             block_dq, block_dk, block_dv = block_backward(
                 self.dout, q, kv[0], kv[1], self.out, self.lse, block, self.options
             )
-            (fill_tokens_ if step == 0 else add_tokens_)(self.dq, block.q_tokens, block_dq)
+            if step == 0:
+                self.dq = spread_tokens(block_dq.to(self.accumulate), block.q_tokens, len(q))
+            else:
+                add_tokens_(self.dq, block.q_tokens, block_dq)
             fill_tokens_(self.dkv[0], block.k_tokens, block_dk)
             fill_tokens_(self.dkv[1], block.k_tokens, block_dv)
         else:
             self.dkv.zero_()
             if step == 0:
-                self.dq.zero_()
+                self.dq = torch.zeros_like(q, dtype=self.accumulate)
 
     def shift_dkv(self) -> None:
         """Add the shard's gradient of the ranks before, and send the sum on."""

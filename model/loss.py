@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from cp.blocks import accumulator_dtype
 from cp.packed_seq import IGNORE_LABEL
+from parallel.fusion import fused
 from parallel.tensor import TensorParallel
 
 
@@ -45,36 +46,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             is_mine = (target >= 0) & (target < vocab_size)
             target = target * is_mine
             # Products of the whole weight: a slice of odd length would keep GPUs off their tensor cores.
-            logits = (hidden[chunk] @ weight.T).to(dtype)  # [c, V]
-            logits[:, vocab_size:] = -torch.inf  # their softmax and gradient are 0
-            if vocab_size:
-                log_probs = torch.log_softmax(logits, -1)  # over this rank's columns only
-                log_sum = logits[:, :1] - log_probs[:, :1]  # [c, 1] log(Z)
-                at_target = log_probs.gather(1, target) * is_mine
-            else:  # this rank holds padded columns only
-                log_probs, log_sum = logits, logits[:, :1].clone()
-                at_target = logits.new_zeros(len(logits), 1)
-            if tp.size > 1:
-                log_probs, log_sum, at_target = _reduce_over_tp(log_probs, log_sum, at_target, is_mine, tp)
+            parts = hidden[chunk] @ weight.T, target, is_mine, vocab_size, dtype  # logits [c, V]
+            grad = None
+            if tp.size == 1 and needs_grad:
+                log_sum, at_target, grad = _log_softmax_and_grad(*parts, z_loss, hidden.dtype)
+            else:
+                log_probs, log_sum, at_target = _log_softmax(*parts)
+                if tp.size > 1:
+                    log_probs, log_sum, at_target = _reduce_over_tp(log_probs, log_sum, at_target, is_mine, tp)
+                if needs_grad:
+                    grad = _grad_of_logits(log_probs, log_sum, target, is_mine, z_loss, hidden.dtype)
             cross_entropy -= (at_target * counted).sum(dtype=torch.float64)
             if z_loss:
                 penalty += z_loss * (log_sum.square() * counted).sum(dtype=torch.float64)
-            if grad_hidden is None or grad_weight is None:
-                continue
-            # d(-log p[target]) = softmax - onehot, and d(z log(Z)^2) = 2 z log(Z) softmax.
-            grad = log_probs.exp_()
-            if z_loss:
-                grad *= 1 + 2 * z_loss * log_sum
-            if vocab_size:
-                grad.scatter_add_(1, target, -is_mine.to(dtype))
-            grad = grad.to(hidden.dtype)
-            # Tokens without loss are zeroed in [c, h], which is narrower than [c, V].
-            torch.mul(grad @ weight, counted, out=grad_hidden[chunk])
-            counted_hidden = hidden[chunk] * counted
-            if grad_weight.dtype == grad.dtype:
-                grad_weight.addmm_(grad.T, counted_hidden)
-            else:
-                grad_weight.add_(grad.T @ counted_hidden)
+            if grad is not None and grad_hidden is not None and grad_weight is not None:
+                # Tokens without loss are zeroed in [c, h], which is narrower than [c, V].
+                torch.mul(grad @ weight, counted, out=grad_hidden[chunk])
+                _add_product_(grad_weight, grad.T, hidden[chunk] * counted)
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
@@ -86,8 +74,74 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale: Tensor, _: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         # Scaled before the cast: 1 / tokens rounded to bf16 would be off by up to 0.4 %.
-        grad_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
-        return grad_hidden, (grad_weight * scale).to(ctx.weight_dtype), *(None,) * 6
+        grad_hidden = _scaled(grad_hidden, scale, grad_hidden.dtype)
+        return grad_hidden, _scaled(grad_weight, scale, ctx.weight_dtype), *(None,) * 6
+
+
+@fused
+def _log_softmax(
+    logits: Tensor, target: Tensor, is_mine: Tensor, vocab_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log_probs [c, V], log_sum [c, 1] and at_target [c, 1], over this rank's columns only.
+
+    Args:
+        logits: [c, V]; overwritten where they have the dtype.
+        vocab_size: columns that take part.
+        dtype: of the results.
+    """
+    logits = logits.to(dtype)
+    logits[:, vocab_size:] = -torch.inf  # their softmax and gradient are 0
+    if not vocab_size:  # this rank holds padded columns only
+        return logits, logits[:, :1].clone(), torch.zeros_like(logits[:, :1])
+    log_probs = torch.log_softmax(logits, -1)
+    log_sum = logits[:, :1] - log_probs[:, :1]  # log(Z)
+    return log_probs, log_sum, log_probs.gather(1, target) * is_mine
+
+
+@fused
+def _grad_of_logits(
+    log_probs: Tensor, log_sum: Tensor, target: Tensor, is_mine: Tensor, z_loss: float, dtype: torch.dtype
+) -> Tensor:
+    """d(-log p[target]) = softmax - onehot, and d(z log(Z)^2) = 2 z log(Z) softmax. Overwrites `log_probs`."""
+    is_kernel = torch.compiler.is_compiling()
+    grad = log_probs.exp() if is_kernel else log_probs.exp_()
+    if z_loss:
+        grad *= 1 + 2 * z_loss * log_sum
+    if is_kernel:  # a scatter would need a kernel of its own
+        grad -= ((torch.arange(grad.shape[1], device=grad.device) == target) & is_mine).to(grad.dtype)
+    else:
+        grad.scatter_add_(1, target, -is_mine.to(grad.dtype))
+    return grad.to(dtype)
+
+
+@fused
+def _log_softmax_and_grad(
+    logits: Tensor,
+    target: Tensor,
+    is_mine: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    z_loss: float,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log_sum, at_target and the gradient of the logits: as a kernel, log_probs never exist in memory."""
+    log_probs, log_sum, at_target = _log_softmax(logits, target, is_mine, vocab_size, dtype)
+    return log_sum, at_target, _grad_of_logits(log_probs, log_sum, target, is_mine, z_loss, grad_dtype)
+
+
+@fused
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x.to(scale.dtype) * scale).to(dtype)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:  # the sum is part of the product: no bf16 product passes through memory
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(a @ b)
 
 
 def _reduce_over_tp(

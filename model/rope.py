@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.config import GPTConfig
+from parallel.fusion import fused
 
 # Llama 3.1: frequencies with fewer turns over the original length are scaled, those with more than the second are not.
 LLAMA3_TURNS = (1.0, 4.0)
@@ -46,6 +47,7 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
+@fused
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [t, ..., d] rotated by the angles of [t, d/2] tables; computed in the tables' dtype, returned in x's."""
     shape = (len(cos), *([1] * (x.dim() - 2)), cos.shape[1])

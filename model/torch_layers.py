@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from cp.blocks import accumulator_dtype
 from model.rope import apply_rotary, rotary_tables
+from parallel.fusion import fused
 from parallel.tensor import TensorParallel
 
 __all__ = ["apply_rotary", "rotary_tables"]
@@ -58,6 +59,11 @@ class LayerNormLinear(nn.Module):
         return F.linear(self.tp.enter_parallel_region(x), self.weight)
 
 
+@fused
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
 class LayerNormMLP(nn.Module):
     """RMSNorm, then SwiGLU: fc2(silu(gate(x)) * up(x)) (arXiv:2002.05202). Gate and up are two tensors."""
 
@@ -74,9 +80,8 @@ class LayerNormMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tp.enter_parallel_region(F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps))
-        return self.tp.exit_parallel_region(
-            F.linear(F.silu(F.linear(x, self.gate_weight)) * F.linear(x, self.up_weight), self.fc2_weight)
-        )
+        x = _swiglu(F.linear(x, self.gate_weight), F.linear(x, self.up_weight))
+        return self.tp.exit_parallel_region(F.linear(x, self.fc2_weight))
 
 
 class _Embedding(torch.autograd.Function):

@@ -42,12 +42,14 @@ class MemoryLedger(TorchDispatchMode):
 
     Attributes:
         label: of new storages.
+        is_paused: new storages are not counted.
         peaks: moment of the step -> bytes by label at the moment's peak.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.label = self._moment = "weights"
+        self.is_paused = False
         self.peaks: dict[str, dict[str, int]] = {}
         self._live: dict[str, int] = {}
         self._storages: dict[int, _Storage] = {}
@@ -59,15 +61,21 @@ class MemoryLedger(TorchDispatchMode):
             return 1  # a fake tensor has no value; pipeline stages vote on static shapes, and 1 is yes
         options = options or {}
         out = func(*inputs, **options)
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._add(x)
+        if self.is_paused:
+            return out
+        self.add(out)
         if func.namespace == "fsdp":  # gathers copy in, split out; reductions concatenate the gradients
             label = "gradients" if "chunk_cat" in func.name() else "gathered weights"
             self.relabel([out, options], label)
         elif func is torch.ops.c10d._reduce_scatter_base_.default and self._label(inputs[1]) == "gradients":
             self.relabel(inputs[0], "gradients")
         return out
+
+    def add(self, tensors: Any) -> None:
+        """Count the storages of these tensors from now on."""
+        for x in tree_leaves(tensors):
+            if isinstance(x, Tensor):
+                self._add(x)
 
     def enter(self, label: str, moment: str | None = None) -> None:
         """The step goes on to another moment; None: named as the label."""

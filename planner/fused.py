@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from cp.packed_seq import PackedSeq
 from model.gpt import GPT, Stages, get_chunks
 from model.torch_layers import LayerNormMLP
+from parallel.fusion import Function, kernels
 from planner.counter import counted_kernel
 from planner.fake import MemoryLedger
 
@@ -32,7 +35,7 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         # A weight's gradient is summed over the tokens in two more kernels, of which the first reads everything again.
-        inputs, has_weight = ctx.saved_tensors[: ctx.number], ctx.number > 1
+        inputs, has_weight = ctx.saved_tensors[: ctx.number], ctx.name == "rms_norm"
         times = dict(kernels=1 + 2 * has_weight, passes=1 + has_weight)
         with counted_kernel(f"{ctx.name} backward", grad, *ctx.saved_tensors, **times) as outputs:
             outputs += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
@@ -42,6 +45,33 @@ class _Kernel(torch.autograd.Function):
 def fused_rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm in one kernel: saves its input and one number a row. The CPU's operations save more."""
     return _Kernel.apply("rms_norm", x.shape, (x.new_empty(x.shape[:-1], dtype=torch.float32),), x, weight)
+
+
+def plan_kernels(ledger: MemoryLedger) -> Callable[[Function], Function]:
+    """For `parallel.fusion.kernels`: intermediate results take no memory; the backward pass keeps inputs only."""
+
+    def build(function: Function) -> Function:
+        # A row of a vocabulary fits no cache: read for its sum, and for its result.
+        is_softmax = function.__name__.startswith("_log_softmax")
+        times = dict(kernels=2, passes=2) if is_softmax else {}
+
+        def compute(*args: Any) -> Any:
+            ledger.is_paused = True
+            with counted_kernel(function.__name__, *args, **times) as outputs, kernels(None):
+                out = function(*args)
+                outputs += [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+            ledger.is_paused = False
+            ledger.add(out)
+            return out
+
+        def call(*args: Any) -> Any:
+            if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)):
+                return compute(*args)
+            return _Kernel.apply(function.__name__, torch.broadcast_shapes(*(x.shape for x in args)), (), *args)
+
+        return call
+
+    return build
 
 
 class _Fuse(torch.autograd.Function):

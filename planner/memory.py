@@ -27,10 +27,11 @@ from data.dataset import PackedSample
 from model.config import GPTConfig
 from model.gpt import GPT, Stages, get_chunks
 from parallel.fsdp import clip_grad_norm_
+from parallel.fusion import kernels
 from parallel.grid import AXES, GridSizes, build_grid, rank_of
 from parallel.stages import split_layers
 from planner.fake import MemoryLedger, fake_step, fake_world, held_messages
-from planner.fused import fused_rms_norm, use_te_mlp
+from planner.fused import fused_rms_norm, plan_kernels, use_te_mlp
 from training.build import COMPUTE_DTYPES, build_accumulation, build_meta_model, build_pipeline
 from training.optimizer import build_optimizer
 from training.step import forward_backward, get_norm_owned_names
@@ -140,7 +141,14 @@ def measure_step(config: RunConfig, architecture: GPTConfig, stage: int, num_mic
     fake = replace(
         config,
         parallel=replace(parallel, attention=attention),
-        model=replace(config.model, transformer_impl="torch", fp8="none", fp8_first_last_bf16=False, compile=False),
+        model=replace(
+            config.model,
+            transformer_impl="torch",
+            fp8="none",
+            fp8_first_last_bf16=False,
+            compile=False,
+            fused_kernels=False,
+        ),
     )
     ids, lengths = np.zeros(config.data.seq_length, np.int64), np.array([config.data.seq_length])
     samples = [PackedSample(ids, ids, lengths, lengths)] * training.micro_batch_size
@@ -151,7 +159,8 @@ def measure_step(config: RunConfig, architecture: GPTConfig, stage: int, num_mic
     with fake_world(rank=rank, world_size=sizes.world_size), norms if is_fused else nullcontext():
         grid = build_grid(sizes, backend="fake")
         model = build_meta_model(fake, architecture, grid, device)
-        with fake_step(ledger), held_messages() if parallel.device == "cpu" else nullcontext():
+        fusion = kernels(plan_kernels(ledger)) if config.model.fused_kernels else nullcontext()
+        with fake_step(ledger), fusion, held_messages() if parallel.device == "cpu" else nullcontext():
             model.to_empty(device=device)
             if is_te:
                 use_te_mlp(model, ledger)

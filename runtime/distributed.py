@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 import resource
+import shutil
 import stat
 import sys
 import tempfile
@@ -24,7 +26,7 @@ from config.schema import ParallelConfig
 from parallel.grid import Grid, GridSizes, build_grid
 from runtime.status import RunStatus
 from runtime.watchdog import Watchdog
-from utils.errors import UserError
+from utils.errors import MissingPackageError, UserError
 
 T = TypeVar("T")
 
@@ -140,11 +142,23 @@ def own_temporary_folder() -> None:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UserError(f"--compile: {folder} is no folder of this user alone (mode 0700): remove it, or set TMPDIR")
+        raise UserError(
+            f"torch.compile (--compile, --fused-kernels): {folder} is no folder of this user alone (mode 0700): "
+            "remove it, or set TMPDIR"
+        )
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
     cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", folder))
     if cache.parent == shared:  # PyTorch sets the variable when it is imported
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / cache.name)
+
+
+def check_compiler() -> None:
+    """Raise MissingPackageError where torch.compile cannot make kernels for a GPU."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or importlib.util.find_spec("triton") is None:
+        raise MissingPackageError(
+            "--fused-kernels needs Triton and a C compiler (gcc, clang or $CC): install them, or use --no-fused-kernels"
+        )
 
 
 def collective_timeout(parallel: ParallelConfig) -> timedelta:

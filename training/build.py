@@ -26,11 +26,12 @@ from model.layers import build_precision
 from model.transformer import GPTOptions
 from parallel.collectives import WaitClock
 from parallel.fsdp import Accumulation, shard_model
+from parallel.fusion import compile_kernel, use_kernels
 from parallel.grid import Grid, embedding_group, neighbour_groups, split_group
 from parallel.pipeline import build_schedule
 from parallel.stages import split_layers
 from parallel.tensor import TensorParallel
-from runtime.distributed import collective_timeout, own_temporary_folder
+from runtime.distributed import check_compiler, collective_timeout, own_temporary_folder
 from training.flops import attention_cost
 from training.step import Pipeline
 
@@ -163,6 +164,11 @@ def build_meta_model(
     if parallel.cp_layout == "hybrid" and parallel.attention.method != "all_gather":
         degrees = degree_chain(parallel.cp_size)
         degree_groups = neighbour_groups(grid, "cp", degrees, timeout=collective_timeout(parallel))
+    if model_flags.compile or model_flags.fused_kernels:
+        own_temporary_folder()
+    if model_flags.fused_kernels:
+        check_compiler()
+    use_kernels(compile_kernel if model_flags.fused_kernels else None)
     attention = build_attention(
         parallel.attention,
         head_dim=architecture.kv_channels,
@@ -201,7 +207,6 @@ def build_meta_model(
                 layers=layers,
             )
         if model_flags.compile:
-            own_temporary_folder()
             chunk.compile_layers()
         shard_model(
             chunk,

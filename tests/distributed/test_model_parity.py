@@ -7,6 +7,7 @@ numbers of labelled tokens, so a wrong divisor or an average where a sum belongs
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from model.names import is_tp_sharded
 from model.transformer import GPTOptions
 from parallel.collectives import sum_over
 from parallel.fsdp import Accumulation, clip_grad_norm_, local_tensor, shard_model
+from parallel.fusion import compile_kernel, kernels, use_kernels
 from parallel.grid import Grid, GridSizes, build_grid
 from parallel.stages import split_layers
 from parallel.tensor import TensorParallel
@@ -132,6 +134,7 @@ def built(
         loss_chunk_size=24,
     )
     chunks = []
+    use_kernels(compile_kernel if device == "cuda" else None)
     stages = split_layers(config.num_layers, grid.size("pp") * virtual_stages)
     for layers in stages[grid.rank("pp") :: grid.size("pp")]:
         with torch.device("meta"):
@@ -451,12 +454,16 @@ def test_bf16_is_as_close_as_without_cp(world: World) -> None:
         assert errors["loss"] < 1e-2 and errors["norm"] < 5e-2
 
 
-def compiled_step(rank: int, layout: str, dtype: str, recompute: str) -> tuple[int, dict[str, float]]:
-    """Number of compiled graphs, and errors against the oracle."""
+def compiled_step(
+    rank: int, layout: str, dtype: str, recompute: str, with_kernels: bool
+) -> tuple[int, dict[str, float]]:
+    """Number of compiled graphs of --compile or of --fused-kernels, and errors against the oracle."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config, rows, grid = config_of(qk_norm=True), rows_of("thd"), grid_of(layout)
-    got = run_steps(built(grid, config, dtype, recompute=recompute, compiled=True), grid, rows, 1, steps=1)
+    model = built(grid, config, dtype, recompute=recompute, compiled=not with_kernels)
+    with kernels() if with_kernels else nullcontext():
+        got = run_steps(model, grid, rows, 1, steps=1)
     want = oracle(config, rows, {n: w.shape for n, w in got["weights"].items()})
     errors = {name: relative_error(got["grads"][name], want["grads"][name]) for name in want["grads"]}
     return torch._dynamo.utils.counters["stats"]["unique_graphs"], errors | {
@@ -465,15 +472,19 @@ def compiled_step(rank: int, layout: str, dtype: str, recompute: str) -> tuple[i
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype", "recompute", "limit"),
+    ("layout", "dtype", "recompute", "limit", "with_kernels"),
     [
-        ("dp_shard 2 x cp 2", "fp64", "none", 1e-10),
-        pytest.param("tp 2 x cp 2", "fp64", "selective", 1e-10, marks=pytest.mark.full),
-        pytest.param("pp 2 x tp 2", "fp32", "full", 1e-5, marks=pytest.mark.full),
+        ("dp_shard 2 x cp 2", "fp64", "none", 1e-10, False),
+        ("dp_shard 2 x cp 2", "fp64", "selective", 1e-10, True),
+        pytest.param("tp 2 x cp 2", "fp64", "selective", 1e-10, False, marks=pytest.mark.full),
+        pytest.param("pp 2 x tp 2", "fp32", "full", 1e-5, False, marks=pytest.mark.full),
+        pytest.param("tp 2 x cp 2", "fp32", "full", 1e-5, True, marks=pytest.mark.full),
     ],
 )
-def test_compiled_layers_equal_one_rank(world: World, layout: str, dtype: str, recompute: str, limit: float) -> None:
-    for graphs, errors in world.run(compiled_step, layout, dtype, recompute, timeout=400.0):
+def test_compiled_layers_equal_one_rank(
+    world: World, layout: str, dtype: str, recompute: str, limit: float, with_kernels: bool
+) -> None:
+    for graphs, errors in world.run(compiled_step, layout, dtype, recompute, with_kernels, timeout=400.0):
         assert graphs > 0 and worst(errors) <= limit, errors
 
 

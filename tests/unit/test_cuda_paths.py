@@ -56,6 +56,25 @@ def test_products_of_the_loss_fit_tensor_cores(vocab_size: int, dtype: torch.dty
     assert (weight.grad[vocab_size:] == 0).all() and bool(weight.grad.isfinite().all())
 
 
+def test_the_weights_gradient_is_summed_in_its_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA no [V, h] product in bf16 is written and read again; PyTorch 2.11 and 2.13 have the operator."""
+    schema = str(torch.ops.aten.addmm.dtype_out._schema)
+    assert schema.startswith("aten::addmm.dtype_out(Tensor self, Tensor mat1, Tensor mat2, ScalarType out_dtype, *")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    product = mock.Mock()
+    monkeypatch.setattr(torch, "addmm", product)  # PyTorch 2.11 has no meta kernel of it
+    hidden, weight = (torch.empty(n, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (24, 128))
+    labels = torch.empty(24, dtype=torch.int64, device="meta")
+    with Calls() as calls:
+        chunked_cross_entropy(hidden, weight, labels, vocab_size=100, chunk_size=8)
+    whole = {name for name, tensors in calls.seen if tensors and tensors[-1].shape == weight.shape}
+    assert whole == {"zeros", "detach"}
+    for (total, *factors), options in product.call_args_list:
+        assert options["out"] is total and total.dtype == options["out_dtype"] == torch.float32
+        assert [x.dtype for x in factors] == 2 * [torch.bfloat16]
+    assert product.call_count == 3
+
+
 @pytest.mark.parametrize("device", [torch.device("cuda", 3), torch.device("cpu")])
 def test_the_thread_of_a_save_has_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     chosen: list[tuple[int, torch.device]] = []

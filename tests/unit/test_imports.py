@@ -33,7 +33,7 @@ NARROWER = {
         "utils.names",
         "utils.plain_yaml",
     },
-    "cp": {"parallel.collectives", "parallel.keyed_random", "utils.errors"},
+    "cp": {"parallel.collectives", "parallel.keyed_random", "utils.errors", "parallel.fusion"},
 }
 
 

@@ -51,7 +51,7 @@ def test_a_folder_that_others_can_write_is_refused(shared: Path, planted: str) -
         own.symlink_to(shared / "theirs")
     else:
         own.touch()
-    with pytest.raises(ValueError, match=r"--compile: .* is no folder of this user alone"):
+    with pytest.raises(ValueError, match=r"--compile, --fused-kernels\): .* is no folder of this user alone"):
         own_temporary_folder()
     assert tempfile.gettempdir() == str(shared)
 
