@@ -141,7 +141,7 @@ def _resolve_sizes(
         _check_bounds(config)
     _resolve_lr_schedule(config.training)
     _resolve_grid(parallel, world_size, local_world_size, chosen)
-    _resolve_model(model, parallel.tp_size, saved.get("model padded_vocab_size"))
+    resolve_model(model, parallel.tp_size, saved.get("model padded_vocab_size"))
     _resolve_implementation(config, chosen)
     _resolve_attention(config, local_world_size, read_lengths, chosen)
     _resolve_packing(data, chosen)
@@ -325,8 +325,15 @@ def _check_stages(config: RunConfig) -> None:
 # Model
 
 
-def _resolve_model(model: ModelConfig, tp_size: int, saved_vocab_size: int | None) -> None:
-    """Args: saved_vocab_size: padded vocabulary of the resumed checkpoint, which other multiples may give too."""
+def resolve_model(model: ModelConfig, tp_size: int, saved_vocab_size: int | None) -> None:
+    """Fill in open sizes, in place.
+
+    Args:
+        saved_vocab_size: padded vocabulary of the resumed checkpoint, which other multiples may give too.
+
+    Raises:
+        SizeError: sizes that do not fit each other.
+    """
     heads, groups = model.num_attention_heads, model.num_query_groups
     if heads % groups:
         raise SizeError(

@@ -25,9 +25,10 @@ import yaml
 from config.cli import parse_arguments
 from config.peers.columns import ABSENT, SUITES, Changed, Column, NoCounterpart, Values, is_null, number
 from config.peers.megatron import read_megatron
+from config.peers.model import MODEL
 from config.peers.table import TABLE, find_reason, known_keys
-from config.schema import TrainingConfig, fields_of_flags
-from config.validate import check_sizes
+from config.schema import ModelConfig, TrainingConfig, fields_of_flags
+from config.validate import check_sizes, resolve_model
 from tools.hf.config import list_ends, model_flags, read_config
 from tools.hf.tokenizer import TOKENIZER_FILES, find_end_token
 from utils.errors import OneLineParser, UserError, run_tool
@@ -86,10 +87,11 @@ class Report:
 
 @dataclass
 class Source:
-    """Keys of a configuration."""
+    """Keys of a configuration. Attributes: model, of a preset: with train.py's defaults."""
 
     suite: str
     values: Values
+    model: ModelConfig | None = None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -113,12 +115,15 @@ def read_source(suite: str, file: str, report: Report) -> Source:
     Raises:
         UserError: no configuration of that suite, or one that trains no causal language model of text.
     """
+    model = None
     if suite == "megatron":
         values, notes = read_megatron(Path(file))
         report.lost += notes
     elif suite == "pentagrid":
         given = {name.replace("-", "_") for name in read_mapping(Path(file), f"--config {file}")}
         config = parse_arguments(["--config", file])
+        model = config.model
+        resolve_model(model, config.parallel.tp_size, None)
         values = {name: getattr(getattr(config, group), name) for group, name, _ in fields_of_flags() if name in given}
     else:
         values = flatten(read_mapping(Path(file), file))
@@ -127,7 +132,7 @@ def read_source(suite: str, file: str, report: Report) -> Source:
         report.fold("empty, as if left out", name)
     values = {name: value for name, value in values.items() if name not in empty}
     refuse_other_trainings(suite, file, values)
-    return Source(suite, values)
+    return Source(suite, values, model)
 
 
 def refuse_other_trainings(suite: str, file: str, values: Values) -> None:
@@ -206,6 +211,12 @@ class Concepts:
 def read_concepts(source: Source, given: Mapping[str, Any], folder: ModelFolder | None, report: Report) -> Concepts:
     """The source's keys as concepts; keys without a row are listed."""
     concepts = Concepts({"keys": frozenset(source.values), **given})
+    if source.model is not None and "hf_model" not in given:  # other suites' defaults are another model
+        shape = {concept.name: getattr(source.model, concept.name, None) for concept in MODEL}
+        shape = {name: value for name, value in shape.items() if value is not None and name not in source.values}
+        concepts.known |= shape
+        concepts.origin |= dict.fromkeys(shape, f"{SUITES[source.suite]}'s default")
+        concepts.by_default |= shape.keys()
     if folder is not None:
         concepts.known |= {**folder.shape, "folder": str(folder.file.parent), "folder_tokenizer": folder.tokenizer}
         concepts.from_folder |= folder.shape.keys()

@@ -244,6 +244,18 @@ def test_pentagrid_to_axolotl_and_nemo(tmp_path: Path) -> None:
     assert "pp_size" not in with_stages and has(report.lost, "pp_size 2", "no pipeline parallelism")
 
 
+def test_a_preset_without_a_shape_has_train_pys_default(tmp_path: Path) -> None:
+    """A recipe without sizes would be transformers' default model."""
+    made, report = run(tmp_path, "hidden-size: 192\n", "pentagrid", "nemo", world_size=8)
+    model = resolve_config("--hidden-size", "192").model
+    section = made["model"]["config"]
+    assert (section["num_hidden_layers"], section["hidden_size"]) == (model.num_layers, 192)
+    assert (section["intermediate_size"], section["head_dim"]) == (model.ffn_hidden_size, model.kv_channels)
+    assert has(report.changed, "set model.config.vocab_size")
+    made, _ = run(tmp_path, "hidden-size: 192\n", "pentagrid", "nemo", world_size=8, model="folder")
+    assert "num_hidden_layers" not in made["model"].get("config", {})
+
+
 def test_megatron_script(tmp_path: Path) -> None:
     flags, report = run(tmp_path, SCRIPT, "megatron")
     wanted = {
