@@ -171,6 +171,12 @@ class ParallelConfig:
         "rotate method of PyTorch's context_parallel, for pytorch; default: allgather",
         choices=support.methods("pytorch"),
     )
+    flash_attention: str = flag(
+        "auto",
+        "FlashAttention's version under native on cuda; 2: PyTorch's own; auto: 3 on Hopper and 4 on Blackwell where "
+        "installed, else 2",
+        choices=("auto", "2", "3", "4"),
+    )
     cp_layout: str = flag(
         "auto", "how tokens are sharded over cp ranks; auto: the method's best layout", choices=("auto", *LAYOUTS)
     )

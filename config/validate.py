@@ -489,6 +489,9 @@ def _resolve_attention(
     if request.method == "auto":
         request = _choose_method(config, request, local_world_size, read_lengths, chosen)
     parallel.attention = support.choose(request)
+    if parallel.flash_attention != "auto" and (parallel.device, parallel.cp_backend) != ("cuda", "native"):
+        what = f"--flash-attention {parallel.flash_attention} is for --cp-backend native and --device cuda"
+        raise SizeError(what, flash_attention=["auto"])
     if parallel.cp_layout == "auto":
         parallel.cp_layout = parallel.attention.layout
         chosen.append(f"--cp-layout {parallel.cp_layout}")

@@ -10,6 +10,7 @@ import torch
 
 from checkpoint.resume import TrainState
 from config.schema import RunConfig, format_skip_steps
+from cp.flash_version import flash_version
 from data.dataset import BlendedDataset, PackedDataset, SampleDataset
 from data.packing import StreamEpoch
 from data.tokenizer import Tokenizer
@@ -158,6 +159,8 @@ class RunSummary:
     def _describe_attention(self) -> str:
         parallel, data = self.config.parallel, self.config.data
         method = f"{parallel.attention.backend} {parallel.attention.method}"
+        if method.startswith("native") and self.ranks.device.type == "cuda":
+            method += f" on FlashAttention-{flash_version()}"
         aligned = f"documents aligned to {data.document_alignment}"
         return f"{method}, {data.qkv_format}, layout {parallel.cp_layout}, {aligned}"
 

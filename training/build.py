@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from config.schema import DataConfig, ParallelConfig, RunConfig
 from cp.attention import build_attention
+from cp.flash_version import use_flash_attention
 from cp.placement import degree_chain
 from data.batch import BatchPlan
 from data.build import build_dataset, train_tokenizer
@@ -169,6 +170,8 @@ def build_meta_model(
     if model_flags.fused_kernels:
         check_compiler()
     use_kernels(compile_kernel if model_flags.fused_kernels else None)
+    if device.type == "cuda" and parallel.attention.backend == "native":
+        use_flash_attention(parallel.flash_attention, torch.cuda.get_device_capability(device)[0])
     attention = build_attention(
         parallel.attention,
         head_dim=architecture.kv_channels,
