@@ -29,9 +29,12 @@ from benchmarks.calibration import cases_table, summary_table
 from config.cli import parse_arguments
 from config.schema import RunConfig
 from config.validate import resolve
+from cp.cost import length_quantiles
+from model.config import RECOMPUTE, GPTConfig
 from planner.estimate import (
     GIB,
     Plan,
+    Rows,
     format_plan,
     make_plan,
     max_rank_memory,
@@ -42,17 +45,12 @@ from planner.estimate import (
 )
 from planner.matrix import matrix_tables
 from planner.memory import Memory
-from training.flops import PEAK_TFLOPS
+from planner.step_time import Job, build_machines, estimate_step
 from utils.errors import UserError, run_tool
 
 AXES = ("pp", "dp_replicate", "cp", "tp")  # dp_shard takes the ranks that are left
 STATE_BYTES = 3 * 4  # of a parameter: weight and two moments
 USABLE = 0.9  # share of a device's memory that a plan may fill; the rest is the allocator's, NCCL's and the context's
-# Share of a transfer's time that computation does not hide: tp waits in every layer, the others run ahead.
-EXPOSED = {"tp": 1.0, "cp": 0.3, "fsdp": 0.3, "dp_replicate": 0.3, "pp": 0.3}
-# Bytes a second of a rank, as NVLink and a 400 Gb/s card give; only the order of layouts depends on them.
-WITHIN_NODE, BETWEEN_NODES = 300e9, 40e9
-RECOMPUTE_COST = {"none": 1.0, "selective": 1.12, "full": 4 / 3}  # computation relative to none
 
 
 @dataclass(frozen=True)
@@ -130,30 +128,38 @@ def legal_layouts(words: list[str], world: int, node: int) -> Iterator[RunConfig
                 kinds: list[list[str]] = [[]]
                 if pool > samples and samples * cp % ranks == 0 and "--cp-layout" not in words:
                     kinds.append(["--cp-layout", "hybrid", "--micro-batch-size", str(pool)])
-                for kind, recompute in itertools.product(kinds, RECOMPUTE_COST):
+                for kind, recompute in itertools.product(kinds, RECOMPUTE):
                     sizes = ["--pp-size", pp, "--tp-size", tp, "--cp-size", cp, "--dp-shard-size", -1]
                     with contextlib.suppress(UserError):
                         flags = [*words, *map(str, sizes), "--recompute", recompute, *kind]
                         yield resolve_without_devices(flags, world, node)
 
 
-def estimate_seconds(config: RunConfig, plan: Plan, node: int) -> float:
-    """Seconds of a step, only for the order of layouts.
+def estimate_seconds(
+    config: RunConfig, architecture: GPTConfig, rows: Rows, lengths: tuple[float, ...], node: int
+) -> float:
+    """Seconds of a step on H100s, or on CPU ranks, of the busiest rank of the rows; replicas count as shards.
 
-    Half the peak of an H100 for the computation, longer by recomputation, imbalance and the pipeline's idle time; plus
-    the exposed share of each axis's bytes at the speed of the slowest link that the axis crosses.
+    Args:
+        lengths: document lengths, each of which stands for an equal share of the tokens.
     """
-    parallel = config.parallel
-    flops_per_second = dict(PEAK_TFLOPS)["H100"] * 1e12 / 2
-    cost = RECOMPUTE_COST[config.training.recompute] * plan.rows.work_balance / (1 - plan.bubble)
-    seconds = plan.flops / parallel.world_size / flops_per_second * cost
-    span = {"tp": parallel.tp_size, "cp": parallel.tp_size * parallel.cp_size}  # ranks between an axis's ends
-    span["fsdp"] = span["cp"] * parallel.dp_shard_size
-    span["dp_replicate"] = span["fsdp"] * parallel.dp_replicate_size
-    span["pp"] = parallel.world_size
-    for axis, amount in plan.sent.items():
-        seconds += EXPOSED[axis] * amount / (WITHIN_NODE if span[axis] <= node else BETWEEN_NODES)
-    return seconds
+    parallel, is_cpu = config.parallel, config.parallel.device == "cpu"
+    job = Job(
+        architecture=architecture,
+        seq_length=config.training.micro_batch_size * config.data.seq_length,
+        lengths=lengths,
+        dtype="fp32" if is_cpu else "bf16",
+        choice=parallel.attention,
+        dp=parallel.dp_size,
+        microbatches=config.num_microbatches,
+        tp=parallel.tp_size,
+        pp=parallel.pp_size,
+        virtual_stages=parallel.virtual_stages,
+        recompute=config.training.recompute,
+        reshard=parallel.reshard_after_forward == "on",
+    )
+    machine = replace(build_machines()["cpu" if is_cpu else "H100"], node_ranks=node)
+    return estimate_step(job, machine).total * rows.work_balance
 
 
 def rank_layouts(
@@ -171,6 +177,9 @@ def rank_layouts(
     Memory is measured in that order, and no longer than needed.
     """
     limit, rows, found = USABLE * gpu_memory * GIB, {}, []  # type: ignore[var-annotated]
+    data = parse_arguments(words).data
+    is_whole = lengths is None or data.packing == "concat"
+    quantiles = (float(data.seq_length),) if is_whole else length_quantiles(lengths, data.seq_length)
     for config in legal_layouts(words, world_size, node):
         parallel, architecture = config.parallel, config.model.architecture(vocab)
         sizes = parallel.cp_size, parallel.dp_size, config.training.micro_batch_size
@@ -178,7 +187,7 @@ def rank_layouts(
         if key not in rows:
             rows[key] = pack_rows(config, architecture, lengths)
         plan = make_plan(config, architecture, rows[key], Memory(0, {}, 0))  # memory is not measured yet
-        found.append(Layout(estimate_seconds(config, plan, node), config, plan))
+        found.append(Layout(estimate_seconds(config, architecture, rows[key], quantiles, node), config, plan))
     best: list[Layout] = []
     for layout in sorted(found, key=lambda layout: layout.seconds):
         config, architecture = layout.config, layout.config.model.architecture(vocab)
@@ -212,7 +221,7 @@ def layout_as_json(layout: Layout) -> dict[str, Any]:
 def print_layouts(best: list[Layout], legal: int, memory: float) -> None:
     print(
         f"{len(best)} layouts of {legal} legal ones that fit into {USABLE:.0%} of {memory:g} GiB, best first by an "
-        "estimate from FLOPs, bytes and idle time, not a measurement"
+        "estimate of planner/step_time.py, not a measurement"
     )
     print(" pp  tp  cp dp_shard micro layout     recompute      GiB   idle  balance  sent GiB  estimate")
     for layout in best:

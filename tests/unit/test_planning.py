@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -294,6 +295,18 @@ def test_layouts_that_fit_come_in_the_order_of_the_estimate() -> None:
     fewer, again = ranked(limit / 0.9 / 2**30 * 1.0001, 100)
     assert again == legal and [b.plan for b in fewer] == [b.plan for b in best if b.plan.memory.peak <= limit]
     assert [b.plan for b in ranked(0.05, 3)[0]] == [b.plan for b in best[:3]]
+
+
+def test_the_estimate_knows_device_recomputation_and_balance() -> None:
+    def seconds(*flags: str, balance: float = 1.0) -> float:
+        config = plan_tool.resolve_without_devices([*WORDS, "--cp-size", "2", *flags], 2, 2)
+        architecture = config.model.architecture(257)
+        rows = replace(pack_rows(config, architecture, None), work_balance=balance)
+        return plan_tool.estimate_seconds(config, architecture, rows, (64.0,), 2)
+
+    assert seconds() > 10 * seconds("--device", "cuda")
+    assert seconds("--recompute", "full") > 1.1 * seconds()
+    assert seconds(balance=1.5) == 1.5 * seconds()
 
 
 def test_the_list_measures_no_more_than_needed() -> None:
