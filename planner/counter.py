@@ -61,7 +61,9 @@ class KernelCounter(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.host_waits: list[str] = []
         self._pinned: set[int] = set()
-        self._written: dict[int, Tensor] | None = None  # inside a kernel: storages that it changes
+        # Inside a kernel: bytes that it reads through an index, and bytes that it changes, by storage.
+        self._selected: dict[int, int] = {}
+        self._written: dict[int, int] | None = None
 
     def __enter__(self) -> KernelCounter:
         KernelCounter.active = self
@@ -74,7 +76,7 @@ class KernelCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, inputs: Any = (), options: Any = None) -> Any:
         options, name = options or {}, func.overloadpacket.__name__
         if name == "_pin_memory":  # needs a driver
-            self._pinned.add(inputs[0].untyped_storage()._cdata)
+            self._pinned.add(_storage(inputs[0]))
             return inputs[0]
         if self._waits(name, inputs, options):
             self.host_waits.append(f"{name} at {_place()}")
@@ -95,13 +97,13 @@ class KernelCounter(TorchDispatchMode):
             A list for the outputs. Inputs that are changed in place count as written too.
         """
         outputs: list[Tensor] = []
-        self._written = {}
+        self._selected, self._written = {}, {}
         yield outputs
-        storages, self._written = self._written, None
-        reads = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
-        changed = [x for x in reads if x.untyped_storage()._cdata in storages]
-        written = size_of(tree_leaves(outputs)) + size_of(changed)
-        self.launches.append(Launch(name, "other", kernels, passes * size_of(reads) + written, written, 0, _place()))
+        changed, self._written = self._written, None
+        sizes = {_storage(x): size_of([x]) for x in tree_leaves(inputs) if isinstance(x, Tensor)}
+        read = sum(self._selected.get(key, size) for key, size in sizes.items())
+        written = size_of(tree_leaves(outputs)) + sum(size for key, size in changed.items() if key in sizes)
+        self.launches.append(Launch(name, "other", kernels, passes * read + written, written, 0, _place()))
 
     def _waits(self, name: str, inputs: Any, options: Any) -> bool:
         """Whether the host waits: for a value, a boolean index, or a copy to or from memory that is not pinned."""
@@ -110,7 +112,7 @@ class KernelCounter(TorchDispatchMode):
             target = inputs[0].device if name == "copy_" else options.get("device") or source.device
             if source.device.type == target.type:
                 return False
-            return target.type == "cpu" or source.untyped_storage()._cdata not in self._pinned
+            return target.type == "cpu" or _storage(source) not in self._pinned
         if name in ("index", "index_put", "index_put_"):
             return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in inputs[1])
         return name in HOST_WAITS or (name == "repeat_interleave" and options.get("output_size") is None)
@@ -121,7 +123,10 @@ class KernelCounter(TorchDispatchMode):
         given = dict(zip((a.name for a in names), inputs, strict=False)) | options
         changed = [given[a.name] for a in names if a.name in given and a.alias_info and a.alias_info.is_write]
         if self._written is not None:
-            self._written |= {x.untyped_storage()._cdata: x for x in tree_leaves(changed)}
+            if name == "index_select":
+                self._selected[_storage(inputs[0])] = size_of([out])
+            rows = [given["source"]] if name == "index_copy_" else None
+            self._written |= {_storage(x): size_of(rows or [x]) for x in tree_leaves(changed)}
         touched = [x for x in tree_leaves((inputs, options, out)) if isinstance(x, Tensor)]
         is_on_device = all(x.is_meta or not x.dim() for x in touched)  # copies from the host are no kernels
         if is_view or name in ALLOCATIONS or self._written is not None or not is_on_device:
@@ -148,6 +153,10 @@ class KernelCounter(TorchDispatchMode):
             kernels = max(-(-chunks // MAX_CHUNKS), -(-len(writes) // MAX_TENSORS))
         moved = _moved(name, reads, writes, given)
         self.launches.append(Launch(name, kind, kernels, moved, size_of(writes), flops, _place()))
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 def size_of(tensors: Sequence[Any]) -> int:

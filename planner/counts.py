@@ -36,6 +36,7 @@ from parallel.grid import GridSizes, build_grid
 from planner.counter import KernelCounter, Launch
 from planner.fake import MemoryLedger, fake_world, fused_on_meta
 from planner.fused import fused_rms_norm, plan_kernels, te_attention, te_rotary, use_te_mlp
+from planner.memory import label_moments
 from training import build
 from training.flops import PEAK_TFLOPS, attention_cost, training_flops
 from training.optimizer import build_optimizer
@@ -151,11 +152,13 @@ class Moved:
 
 
 class Step(NamedTuple):
-    """Launches of the forward and of the backward pass of a microbatch, and operators that the host waits for."""
+    """Launches of the forward and of the backward pass of a microbatch, operators that the host waits for, and bytes of
+    tensors as `MemoryLedger.peaks`."""
 
     forward: list[Launch]
     backward: list[Launch]
     host_waits: list[str]
+    peaks: dict[str, dict[str, int]]
 
 
 @cache
@@ -168,14 +171,16 @@ def run_step(case: Case, num_layers: int) -> Step:
     rank, cost = (size - 1) // 2, attention_cost(architecture)
     place: dict[str, Any] = dict(cp_size=size, cp_rank=rank, layout=config.parallel.cp_layout, attention_cost=cost)
     batch = build_batch([case.sample], qkv_format="thd", **place)
-    counter, forward_ends = KernelCounter(), []
+    counter, ledger, forward_ends = KernelCounter(), MemoryLedger(ignored=None), []
     with fake_world(rank=rank, world_size=size), without_data():
         grid = build_grid(GridSizes(cp=size), backend="fake")
         model = build.build_meta_model(config, replace(architecture, num_layers=num_layers), grid, META)
         if case.is_te:
             _use_te(model)
+        ledger.add(list(model.parameters()))
+        label_moments(model, ledger)
         model.register_forward_hook(lambda *_: forward_ends.append(len(counter.launches)))
-        with counter, kernels(plan_kernels(MemoryLedger())):
+        with ledger, counter, kernels(plan_kernels(ledger)):
             forward_backward(
                 model,
                 [batch.pin_memory()],
@@ -184,7 +189,7 @@ def run_step(case: Case, num_layers: int) -> Step:
                 accumulation=build.build_accumulation(config.parallel),
             )
     (end,) = forward_ends
-    return Step(counter.launches[:end], counter.launches[end:], counter.host_waits)
+    return Step(counter.launches[:end], counter.launches[end:], counter.host_waits, ledger.peaks)
 
 
 @contextmanager

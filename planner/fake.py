@@ -43,13 +43,14 @@ class MemoryLedger(TorchDispatchMode):
     Attributes:
         label: of new storages.
         is_paused: new storages are not counted.
+        ignored: type of a device whose tensors are not counted.
         peaks: moment of the step -> bytes by label at the moment's peak.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, ignored: str | None = "meta") -> None:
         super().__init__()
         self.label = self._moment = "weights"
-        self.is_paused = False
+        self.is_paused, self.ignored = False, ignored
         self.peaks: dict[str, dict[str, int]] = {}
         self._live: dict[str, int] = {}
         self._storages: dict[int, _Storage] = {}
@@ -112,7 +113,7 @@ class MemoryLedger(TorchDispatchMode):
     def _add(self, x: Tensor) -> None:
         storage = x.untyped_storage()
         key = storage._cdata
-        if x.device.type == "meta" or key in self._storages:
+        if x.device.type == self.ignored or key in self._storages:
             return
         alive = weakref.ref(storage, lambda _: self._drop(key))
         self._storages[key] = _Storage(storage.nbytes(), self.label, alive)

@@ -167,7 +167,7 @@ def measure_step(config: RunConfig, architecture: GPTConfig, stage: int, num_mic
             optimizer = build_optimizer(model, training)
             _make_optimizer_states(optimizer, ledger)
             pipeline = build_pipeline(fake, model, grid, device, num_microbatches)
-            _label_moments(model, ledger)
+            label_moments(model, ledger)
             ledger.enter("activations" if pipeline is None else "pipeline buffers")
             forward_backward(
                 model,
@@ -203,7 +203,7 @@ def _make_optimizer_states(optimizer: torch.optim.Optimizer, ledger: MemoryLedge
     ledger.peaks.clear()
 
 
-def _label_moments(model: GPT | Stages, ledger: MemoryLedger) -> None:
+def label_moments(model: GPT | Stages, ledger: MemoryLedger) -> None:
     """Hooks that tell the ledger where the step is: forward pass, loss, backward pass of which layer."""
 
     def start_forward(*_: Any) -> None:
