@@ -21,6 +21,7 @@ def build_parser() -> OneLineParser:
     """All flags of train.py, in the groups of `RunConfig`."""
     parser = OneLineParser(
         prog="train.py",
+        usage="torchrun --nproc-per-node N train.py [--config FILE.yaml] [FLAG ...]",
         description="Pretrain a GPT on packed documents: torchrun --nproc-per-node 4 train.py --cp-size 4",
         allow_abbrev=False,
     )
@@ -43,7 +44,9 @@ def build_parser() -> OneLineParser:
 
 def _argparse_options(hint: Any, default: Any, flag: Flag) -> dict[str, Any]:
     """Keyword arguments of `add_argument` for a field of this type."""
-    options: dict[str, Any] = {"help": flag.help, "default": default}
+    text = flag.describe_default(default)
+    known = f" (default: {text})" if text and "default: " not in flag.help else ""
+    options: dict[str, Any] = {"help": flag.help + known, "default": default}
     if isinstance(hint, types.UnionType):  # X | None
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if hint is bool:

@@ -66,6 +66,10 @@ class Flag:
     text: Callable[[Any], str] = str
     on_resume: OnResume = "free"
 
+    def describe_default(self, default: Any) -> str:
+        """The default for help and docs; empty: the flag is left open."""
+        return "" if default in (None, ()) else "off" if default is False else self.text(default)
+
 
 def flag(default: Any, help: str, bound: Bound | None = None, **options: Any) -> Any:
     """A dataclass field with a `Flag`; options are those of `Flag`. A resumed run may change its value."""

@@ -134,6 +134,7 @@ class RunSummary:
             "checkpoints": str(self.paths.checkpoints),
             "TensorBoard": str(self.paths.tensorboard or "off"),
             "metrics": str(self.paths.metrics or "off"),
+            "log line": "docs/operate.md#observe says what each part means",
         }
         rule = "-" * 100
         log("\n".join([rule, *(f"{key:<12} {value}" for key, value in lines.items()), rule]))

@@ -50,6 +50,52 @@ ROW_COUNTS = (
     "fallback_rows",
 )
 
+# Part of a log line, its meaning, and the step or steps that it is of.
+LEGEND = (
+    ("step", "finished steps / `--train-iters`", ""),
+    ("loss", "mean cross-entropy of the labelled tokens of all ranks, in nats, without z-loss", "this step"),
+    ("grad norm", "norm of the whole gradient before clipping", "this step"),
+    ("lr", "learning rate", "this step"),
+    (
+        "tok/s",
+        "tokens of documents a second, padding not counted, of all ranks; in brackets: a rank",
+        "since the last line",
+    ),
+    (
+        "TFLOP/s a rank",
+        "FLOPs of the model (backward = 2 x forward, no recomputation, causal attention) a second",
+        "since the last line",
+    ),
+    ("MFU", "these FLOPs over the device's peak; n/a: no known peak (`--peak-tflops`)", "since the last line"),
+    ("packing", "tokens of documents over tokens of rows", "this step"),
+    ("cp balance", "attention work of the busiest cp rank over the mean of its group; 1 is even", "this step"),
+    ("work balance", "work of the busiest rank over the mean of all ranks; 1 is even", "this step"),
+    (
+        "fallback rows",
+        "rows that `--cp-layout hybrid` could not place evenly; only if there are any",
+        "since the last line",
+    ),
+    (
+        "cp wait",
+        "share of the time in which rank 0's attention waited for other cp ranks (native p2p and all_gather)",
+        "since the last line",
+    ),
+    ("skipped", "steps without an update so far; only if there are any", "the run"),
+    ("data", "share of the time in which rank 0 waited for its batches", "since the last line"),
+    ("mem", "largest memory of rank 0 so far: tensors on CUDA, the process on CPUs", "this start"),
+    (
+        "left",
+        "hours:minutes:seconds to the last step at this speed, without validation and checkpoints",
+        "since the last line",
+    ),
+)
+
+
+def legend_table() -> str:
+    """`LEGEND` for the docs."""
+    rows = [f"| {part} | {meaning} | {steps} |" for part, meaning, steps in LEGEND]
+    return "\n".join(["| part | meaning | of |", "|---|---|---|", *rows])
+
 
 def count_rows(batches: list[Batch], plan: BatchPlan) -> Tensor:
     """[len(ROW_COUNTS) + data ranks] float64 sums over this rank's rows of a step.

@@ -1,8 +1,8 @@
 """Write the tables that come from the code into docs/: `python tools/docs.py [--check]`.
 
 Flags come from config/schema.py, attention backends from cp/support.py, counts of kernels and bytes from
-planner/counts.py, predictions from planner/matrix.py and their errors from benchmarks/calibration.py. Each table stands
-between two marker comments.
+planner/counts.py, predictions from planner/matrix.py and their errors from benchmarks/calibration.py, the parts of a log
+line from metrics/log.py. Each table stands between two marker comments.
 With `--check` nothing is written; exit code 1: a table is out of date.
 """
 
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.calibration import cases_table, summary_table
 from config.schema import RunConfig, fields_of_flags, option
 from cp.support import markdown_table
+from metrics.log import legend_table
 from planner.counts import counts_table
 from planner.matrix import matrix_tables
 from utils.errors import run_tool
@@ -36,7 +37,7 @@ def flags_table() -> str:
             lines += ["", f"## {title}", "", "| flag | default | sets | may change on resume |", "|---|---|---|---|"]
             last_group = group
         default = getattr(getattr(defaults, group), name)
-        text = "" if default in (None, ()) else "off" if default is False else flag.text(default)
+        text = flag.describe_default(default)
         choices = " " + "\\|".join(flag.choices) if flag.choices else ""
         sets = flag.help.replace("|", "\\|")
         lines.append(f"| `{option(name)}{choices}` | {text} | {sets} | {ON_RESUME[flag.on_resume]} |")
@@ -48,6 +49,7 @@ TABLES = (
     ("docs/flags.md", "flags", flags_table),
     ("docs/context_parallel.md", "backends", markdown_table),
     ("docs/gpu.md", "counts", counts_table),
+    ("docs/operate.md", "log line", legend_table),
     (PREDICTIONS, "errors", summary_table),
     (PREDICTIONS, "matrix", matrix_tables),
     (PREDICTIONS, "figures", cases_table),

@@ -25,7 +25,7 @@ from data.tokenizer import ByteTokenizer
 from metrics import banner
 from metrics import log as metrics_module
 from metrics.banner import describe_sequences, gzip_bits_per_byte, warn_of_missing_ends
-from metrics.log import APPEND_ONLY, ROW_COUNTS, HeldOut, MetricsLog, StepResult, count_rows, open_metrics_file
+from metrics.log import APPEND_ONLY, LEGEND, ROW_COUNTS, HeldOut, MetricsLog, StepResult, count_rows, open_metrics_file
 from metrics.tensorboard import TensorBoardWriter
 from metrics.timers import Timers
 from model.config import GPTConfig
@@ -218,6 +218,17 @@ def test_waits_of_attention_are_shared_out(tmp_path: Path, clock: Clock, capsys)
         step(out, number)
     assert [r["cp_wait_share"] for r in read(tmp_path / "m.jsonl")] == [0.25, 0.5]
     assert "cp wait 50.0%" in capsys.readouterr().out
+
+
+def test_the_legend_names_each_part_of_a_line(clock: Clock, capsys) -> None:
+    out = log(None, log_interval=1, cp_clock=SimpleNamespace(read=lambda: 0.1), on_nonfinite="skip")
+    clock.now += 1.0
+    step(out, 1, loss=math.nan, skipped=1)
+    parts = capsys.readouterr().out.splitlines()[0].split(" | ")
+    names = [name for name, _, _ in LEGEND]
+    assert len(parts) == len(names)
+    for part, name in zip(parts, names, strict=True):
+        assert name in part, (name, part)
 
 
 def test_only_the_writer_writes(tmp_path: Path, clock: Clock, capsys) -> None:
