@@ -19,7 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def gpu_training_cases() -> Iterator[Case]:
             what,
             is_fit,
             _published_seconds(row, job),
-            lambda constants, job=job, name=row["machine"]: _seconds(job, name, constants),
+            partial(_seconds, job, row["machine"]),
             row.get("assumed", ""),
         )
 
@@ -193,7 +193,7 @@ def _seconds(job: Job, machine: str, constants: Constants) -> float:
     return estimate_step(job, build_machines(constants.devices, constants.speeds)[machine]).total
 
 
-def _architecture(vocab_size: int, **shape: int) -> GPTConfig:
+def _architecture(vocab_size: int, **shape: Any) -> GPTConfig:
     return GPTConfig(vocab_size=vocab_size, padded_vocab_size=padded_vocab_size(vocab_size, VOCAB_MULTIPLE), **shape)
 
 
@@ -229,8 +229,8 @@ def cpu_attention_cases() -> Iterator[Case]:
             predict = _predict_attention(situation, _choice("native p2p", cp_size), ranks_a_core=cp_size / CORES)
             for name in ("native", "ring_flash"):
                 found[f"{name} zigzag, cp {cp_size}, bf16 8192"] = (row[f"{name}_s"], predict, "")
-    for index, (what, (measured, predict, note)) in enumerate(found.items()):
-        yield Case("attention on CPUs", index + 1, what, index % 2 == 0, measured, predict, note)
+    for index, (what, (measured, prediction, note)) in enumerate(found.items()):
+        yield Case("attention on CPUs", index + 1, what, index % 2 == 0, measured, prediction, note)
 
 
 def cpu_training_cases() -> Iterator[Case]:
@@ -285,11 +285,7 @@ def cpu_training_cases() -> Iterator[Case]:
             seconds = 2 * 2048 * result["filled"] / statistics.median(speeds)
             found.append((f"pad_rows {rows}, {corpus}", seconds, job))
     for index, (what, seconds, job) in enumerate(found):
-
-        def predict(constants: Constants, job: Job = job) -> float:
-            return _seconds(job, "cpu", constants)
-
-        yield Case("training on CPUs", index + 1, what, index % 2 == 0, seconds, predict)
+        yield Case("training on CPUs", index + 1, what, index % 2 == 0, seconds, partial(_seconds, job, "cpu"))
 
 
 @cache

@@ -221,7 +221,8 @@ def _jobs(model: GPTConfig, seq_length: int, gpus: int, is_packed: bool) -> Iter
 def build_line(name: str, gpus: int, model: str, seq_length: int, is_packed: bool) -> Line:
     """The best layout of a model, sequence and hardware, and every mechanism in it."""
     machine = build_machines()[name]
-    limit, least, grids = USABLE * machine.gib * GIB, math.inf, {}
+    limit, least = USABLE * machine.gib * GIB, math.inf
+    grids: dict[tuple[int, int, int], Job] = {}
     for job in _jobs(MODELS[model], seq_length, gpus, is_packed):
         peak = peak_memory(job)
         least = min(least, peak)

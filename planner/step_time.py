@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cp.cost import DEVICES, Device, estimate_cost
 from cp.cost import Situation as AttentionSituation
@@ -84,7 +85,7 @@ def build_machines(
 
     def gpu(*, peak: float, memory: float, gib: float, links: float = 1.0) -> Machine:
         h100 = devices["cuda"]
-        scaled = {
+        scaled: dict[str, Any] = {
             "flops": h100.flops * peak / H100_PEAK,
             "memory": h100.memory * memory / H100_MEMORY,
             "ring": h100.ring * links,
