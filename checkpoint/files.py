@@ -101,7 +101,7 @@ def find_checkpoint(load: Path) -> Path:
         if not load.is_dir():
             raise UserError(f"--load {load}: no such folder")
         return load
-    found = list_checkpoints(load) or list_checkpoints(load / "checkpoints") or list_checkpoints(_recorded_save(load))
+    found = list_checkpoints(load) or list_checkpoints(load / "checkpoints") or list_checkpoints(recorded_save(load))
     folder = load.parent if load.is_file() else load
     if not found and (folder / "config.json").is_file() and any(any(folder.glob(n)) for n in HUGGING_FACE_FILES):
         raise UserError(
@@ -118,7 +118,7 @@ def find_checkpoint(load: Path) -> Path:
     return found[-1]
 
 
-def _recorded_save(run_dir: Path) -> Path:
+def recorded_save(run_dir: Path) -> Path:
     """The folder of a run's checkpoints, by its config.json; without one a folder that does not exist."""
     try:
         save = parse_json(read_text(run_dir / CONFIG_FILE))["checkpoints"]

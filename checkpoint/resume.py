@@ -19,6 +19,7 @@ from checkpoint.files import (
     list_older,
     quarantine,
     read_run_metadata,
+    recorded_save,
 )
 from checkpoint.saver import load_checkpoint
 from config.schema import CheckpointConfig, LoggingConfig, OnResume, RunConfig, option
@@ -95,6 +96,12 @@ def find_start(config: CheckpointConfig, logging: LoggingConfig) -> LoadPlan | N
     found = list_checkpoints(save) if config.save or config.run_dir else []
     if config.resume and found:
         return _plan_load(found[-1], weights_only=False, fallback=config.load_fallback)
+    if config.resume and config.run_dir and not config.save:
+        elsewhere = recorded_save(Path(config.run_dir))
+        if list_checkpoints(elsewhere):
+            raise UserError(
+                f"--run-dir {config.run_dir}: this run's checkpoints are in {elsewhere}: add --save {elsewhere}"
+            )
     plan = None
     if config.load:
         checkpoint = find_checkpoint(Path(config.load))

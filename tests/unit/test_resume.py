@@ -41,6 +41,17 @@ def test_load_counts_only_while_the_runs_own_folder_is_empty(tmp_path: Path, wei
         start_of(run, load=str(write_checkpoint(tmp_path / "given", 50)))
 
 
+def test_a_run_whose_checkpoints_lie_elsewhere_does_not_start_anew(tmp_path: Path) -> None:
+    run, save = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"checkpoints": str(save)}))
+    assert start_of(run, resume=True) is None  # killed before its first checkpoint
+    own = write_checkpoint(save, 5)
+    with pytest.raises(ValueError, match=f"this run's checkpoints are in {save}: add --save {save}"):
+        start_of(run, resume=True)
+    assert start_of(run, resume=True, save=str(save)) == own
+
+
 def test_only_a_run_with_a_folder_is_advised_to_resume(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text("{}\n")
     for folder in (None, str(tmp_path / "run")):
