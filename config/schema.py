@@ -403,6 +403,10 @@ class TrainingConfig:
         "activations computed again in the backward pass: selective (each MLP), full (each layer)",
         choices=RECOMPUTE,
     )
+    offload_activations: bool = flag(
+        False,
+        "with --recompute full: each layer's input waits for the backward pass in pinned host memory, not on the GPU",
+    )
     loss_chunk_size: int = flag(
         None, "tokens whose logits exist at a time; default: 2048 on cuda, 512 on cpu", AT_LEAST_ONE
     )

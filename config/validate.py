@@ -403,6 +403,9 @@ def _resolve_implementation(config: RunConfig, chosen: list[str]) -> None:
         if model.compile:
             what = "--compile is for --transformer-impl torch, not for te, whose kernels are fused already"
             raise SizeError(what, compile=[False], transformer_impl=["torch"])
+    if config.training.offload_activations and config.training.recompute != "full":
+        what = f"--offload-activations needs --recompute full, not {config.training.recompute}"
+        raise SizeError(what, recompute=["full"], offload_activations=[False])
     if model.fused_kernels is None:
         model.fused_kernels = device == "cuda"
         chosen.append("--fused-kernels" if model.fused_kernels else "--no-fused-kernels")
@@ -489,9 +492,13 @@ def _resolve_attention(
     if request.method == "auto":
         request = _choose_method(config, request, local_world_size, read_lengths, chosen)
     parallel.attention = support.choose(request)
-    if parallel.flash_attention != "auto" and (parallel.device, parallel.cp_backend) != ("cuda", "native"):
-        what = f"--flash-attention {parallel.flash_attention} is for --cp-backend native and --device cuda"
-        raise SizeError(what, flash_attention=["auto"])
+    if (parallel.device, parallel.cp_backend) != ("cuda", "native"):
+        if parallel.flash_attention in ("3", "4"):
+            what = f"--flash-attention {parallel.flash_attention} is for --cp-backend native and --device cuda"
+            raise SizeError(what, flash_attention=["auto"])
+        if parallel.flash_attention == "auto":
+            parallel.flash_attention = "2"
+            chosen.append("--flash-attention 2")
     if parallel.cp_layout == "auto":
         parallel.cp_layout = parallel.attention.layout
         chosen.append(f"--cp-layout {parallel.cp_layout}")

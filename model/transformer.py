@@ -32,6 +32,7 @@ class GPTOptions:
         compute_dtype: FSDP casts parameters to this dtype, hidden states have it; None: `dtype`.
         recompute: activations that the backward pass recomputes: `none`, `selective` (the MLP, whose activations are
             the widest), `full` (everything between a layer's input and output). Gradients are bitwise equal.
+        offload_activations: with `full`, inputs of layers wait for the backward pass in pinned host memory.
         dropout_seed: of the dropout masks.
         implementation: of the layers, as `model.layers.get_layers` takes it.
         precision: from `model.layers.build_precision`; applies in training only.
@@ -42,6 +43,7 @@ class GPTOptions:
     dtype: torch.dtype
     compute_dtype: torch.dtype | None = None
     recompute: str = "none"
+    offload_activations: bool = False
     dropout_seed: int = 0
     implementation: str = "torch"
     precision: Precision = field(default_factory=Precision)
@@ -118,6 +120,7 @@ class TransformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.number, self.recompute, self.precision = number, options.recompute, options.precision
+        self.offloads_input = options.offload_activations
         rate, seed = config.hidden_dropout, options.dropout_seed
         self.attention = SelfAttention(config, number, attention=attention, tp=tp, options=options)
         self.after_attention = HiddenDropout(rate, seed=seed, name=f"layers.{number}.attention")
@@ -128,7 +131,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, row: RowContext) -> Tensor:
         if self.recompute == "full" and torch.is_grad_enabled():
-            return checkpointed(self._block, x, row)
+            # What checkpoint keeps is x; tensors saved inside are recomputed and never reach these hooks.
+            with torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offloads_input else nullcontext():
+                return checkpointed(self._block, x, row)
         return self._block(x, row)
 
     def compile_parts(self) -> None:

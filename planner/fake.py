@@ -147,6 +147,13 @@ def fused_on_meta() -> AbstractContextManager:
     return mock.patch.object(adam, "_device_dtype_check_for_fused")
 
 
+class HostMemory(torch.autograd.graph.saved_tensors_hooks):
+    """In place of `save_on_cpu`: saved tensors that take no memory of the device until they are needed."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__(lambda x: (x.device, x.to("meta")), lambda kept: torch.empty_like(kept[1], device=kept[0]))
+
+
 @contextmanager
 def held_messages() -> Iterator[None]:
     """gloo frees the tensors of a collective late: those of the last two over tp stay until others follow."""

@@ -35,10 +35,10 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         # A weight's gradient is summed over the tokens in two more kernels, of which the first reads everything again.
-        inputs, has_weight = ctx.saved_tensors[: ctx.number], ctx.name == "rms_norm"
+        saved, has_weight = ctx.saved_tensors, ctx.name == "rms_norm"  # read once: recomputation allows no second time
         times = dict(kernels=1 + 2 * has_weight, passes=1 + has_weight)
-        with counted_kernel(f"{ctx.name} backward", grad, *ctx.saved_tensors, **times) as outputs:
-            outputs += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        with counted_kernel(f"{ctx.name} backward", grad, *saved, **times) as outputs:
+            outputs += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in saved[: ctx.number]]
         return None, None, None, *outputs
 
 

@@ -30,7 +30,7 @@ from parallel.fsdp import clip_grad_norm_
 from parallel.fusion import kernels
 from parallel.grid import AXES, GridSizes, build_grid, rank_of
 from parallel.stages import split_layers
-from planner.fake import MemoryLedger, fake_step, fake_world, held_messages
+from planner.fake import HostMemory, MemoryLedger, fake_step, fake_world, held_messages
 from planner.fused import fused_rms_norm, plan_kernels, use_te_mlp
 from training.build import COMPUTE_DTYPES, build_accumulation, build_meta_model, build_pipeline
 from training.optimizer import build_optimizer
@@ -160,7 +160,9 @@ def measure_step(config: RunConfig, architecture: GPTConfig, stage: int, num_mic
         grid = build_grid(sizes, backend="fake")
         model = build_meta_model(fake, architecture, grid, device)
         fusion = kernels(plan_kernels(ledger)) if config.model.fused_kernels else nullcontext()
-        with fake_step(ledger), fusion, held_messages() if parallel.device == "cpu" else nullcontext():
+        host = mock.patch.object(torch.autograd.graph, "save_on_cpu", HostMemory)
+        gloo = held_messages() if parallel.device == "cpu" else nullcontext()
+        with fake_step(ledger), fusion, host, gloo:
             model.to_empty(device=device)
             if is_te:
                 use_te_mlp(model, ledger)

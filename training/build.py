@@ -186,6 +186,7 @@ def build_meta_model(
         dtype=COMPUTE_DTYPES[training.parameter_dtype],
         compute_dtype=compute_dtype,
         recompute=training.recompute,
+        offload_activations=training.offload_activations,
         dropout_seed=training.seed,
         implementation=model_flags.transformer_impl,
         precision=precision,
