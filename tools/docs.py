@@ -1,8 +1,8 @@
 """Write the tables that come from the code into docs/: `python tools/docs.py [--check]`.
 
 Flags come from config/schema.py, attention backends from cp/support.py, counts of kernels and bytes from
-planner/counts.py, predictions from planner/matrix.py and their errors from benchmarks/calibration.py, the parts of a log
-line from metrics/log.py. Each table stands between two marker comments.
+planner/counts.py, predictions from planner/matrix.py and their errors from benchmarks/calibration.py, the parts of a
+log line from metrics/log.py. Each table stands between two marker comments.
 With `--check` nothing is written; exit code 1: a table is out of date.
 """
 
