@@ -409,6 +409,14 @@ def test_te_layers_are_planned_without_the_package() -> None:
         assert 3 * saved <= plain_parts["activations"] - parts["activations"] <= 4 * saved
 
 
+def test_intermediate_results_of_a_kernel_take_no_memory() -> None:
+    """Of a chunk's logits, only they and their gradient exist, in bf16; without kernels fp32 copies beside."""
+    words = ["--dtype", "bf16", "--device", "cuda", "--vocab-size", "65536"]
+    fused, plain = (planned(*words, *more)[0] for more in ([], ["--no-fused-kernels"]))
+    peaks = [rank_memory(config, config.model.architecture(257)).peak for config in (fused, plain)]
+    assert peaks[1] - peaks[0] >= 5 * 512 * 65536  # bytes, tokens, vocabulary
+
+
 def test_norms_save_less_on_a_gpu() -> None:
     """Of each norm the input and a number a row; a CPU also saves the input in fp32 and what precedes the weight."""
     words = ["--dtype", "bf16", "--no-fused-kernels", "--device"]
