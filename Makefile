@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-NPROC ?= 4
+# A rank for each GPU of this machine; without one, four CPU ranks.
+NPROC ?= $(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')),4)
 FUZZ_SECONDS ?= 60
 FUZZ_SEED ?=
 ARGS ?=
@@ -33,6 +34,7 @@ $(STAMP): requirements.txt requirements-gpu.txt
 	touch $(STAMP)
 
 train: $(STAMP)
+	@echo "$(NPROC) ranks (NPROC=N takes another number)"
 	$(BIN)/torchrun --nproc-per-node $(NPROC) train.py --cp-size $(NPROC) $(ARGS)
 
 # WORKERS: processes that run test files side by side. A test starts up to eight ranks of its own, mostly two to four.
@@ -91,6 +93,7 @@ test-netns: $(STAMP)
 # also if the first fails. NVTE_TORCH_COMPILE=0: compiling Transformer Engine's small functions takes each rank a minute.
 test-gpu: export NVTE_TORCH_COMPILE = 0
 test-gpu: export NVTE_UNFUSED_ATTN = 0
+test-gpu: export GPU_TEST_SECONDS ?= 240
 test-gpu:
 	$(GPU_PYTHON) -m pytest -p no:cacheprovider -rs tests/gpu $(ARGS); tests=$$?; \
 	$(GPU_PYTHON) tools/verify.py --all --device cuda --json $(or $(OUT),benchmarks/results)/verify_all_gpu.json && exit $$tests

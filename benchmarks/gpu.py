@@ -1,10 +1,14 @@
 """Speed on one GPU: each figure beside a floor that runs in the same process, in turns with it.
 
-    python benchmarks/gpu.py [--only step,fp8,packed,ring,memory,length] [--rounds 7] [--seconds 400] [--json FILE]
+    python benchmarks/gpu.py [--only step,kernels,ring,fp8,packed,memory,length] [--rounds 5] [--seconds 300]
+                             [--json FILE]
     python benchmarks/gpu.py --tiny          # the same code in small on the CPU; its figures mean nothing
 
 step    MFU of a model of about 1B, 8192 tokens a sequence, packed documents and one document a sequence: torch layers,
         also compiled; te layers in bf16 and in 8 bits; against bare loops over te.TransformerLayer and plain PyTorch.
+        Beside the MFU that planner/counts.py predicts for an H100.
+kernels functions of --fused-kernels, forward and backward: time of separate operations over theirs, and the share of
+        a copy's bandwidth that they reach if they read and write everything once.
 fp8     8 bits against bf16 in layers of the size of an 8B model.
 packed  real tokens/s of packed rows against one document a row, padded.
 ring    what a rank of cp 2, 4 and 8 computes, rank after rank on this card, against the flash kernel over the whole
@@ -13,10 +17,11 @@ memory  peak memory of a step, beside what tools/plan.py predicts.
 length  longest row whose step fits with everything recomputed: of documents of 131072 tokens, and of one document while
         there is time.
 
-A figure is a ratio of medians. Only what is compared is on the card at a time; 78 GiB are enough. A part that cannot
-run here (without Transformer Engine, for example) is left out and named. A missed goal does not fail. Prints tables,
-then JSON; the file is written after every comparison. Documents have the lengths of the standard library's files, four
-bytes a token.
+The most valuable parts come first. A part, or a group of steps, that would begin after --seconds is left out and named,
+so that `make test-gpu` and this fit ten minutes. A figure is a ratio of medians. Only what is compared is on the card
+at a time; 78 GiB are enough. A part that cannot run here (without Transformer Engine, for example) is left out and
+named. A missed goal does not fail. Prints tables, then JSON; the file is written after every comparison. Documents have
+the lengths of the standard library's files, four bytes a token.
 """
 
 from __future__ import annotations
@@ -60,11 +65,16 @@ from benchmarks.harness import (
     write_figures,
 )
 from cp.dropout_attention import AttentionOptions
-from cp.native_p2p import build_ring_blocks, ring_attention
+from cp.native_p2p import build_ring_blocks, merge_tokens_, ring_attention
 from cp.packed_seq import IGNORE_LABEL, build_packed_seq
 from data.dataset import PackedSample
 from model.config import GPTConfig
+from model.loss import chunked_cross_entropy
+from model.rope import apply_rotary, rotary_tables
+from model.torch_layers import swiglu
+from parallel.fusion import compile_kernel, kernels
 from parallel.grid import GridSizes, build_grid
+from planner.counts import Case, Model, predict
 from planner.memory import rank_memory
 from runtime.distributed import Launch, initialise_distributed
 from training.flops import known_peak_tflops, training_flops
@@ -80,6 +90,7 @@ EIGHT_B = """
 TINY = """
     --num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --num-query-groups 2 --seq-length 256
 """
+ONE_B_GEMM_RATE = 560e12  # FLOP/s of products of this width, for the prediction
 VOCAB_SIZE, SEED, ALIGNMENT = 32000, 1234, 16
 GOALS = {"te / bare te": 0.97, "MFU, te bf16 bshd": 0.5, "fp8 / bf16": 1.25, "ring, batch": 0.93, "ring, packed": 0.85}
 TORCH, TE = "--transformer-impl torch --cp-backend native", "--transformer-impl te --cp-backend te"
@@ -123,6 +134,13 @@ class Machine:
 
     def seconds_left(self) -> float:
         return self.end - time.monotonic()
+
+    def has_time(self, part: str, what: str) -> bool:
+        """Whether the time of the benchmark is not over; else says so among the figures."""
+        if self.seconds_left() > 0:
+            return True
+        self.keep(part, {f"{what}, left out": "--seconds is over"})
+        return False
 
     def synchronize(self) -> None:
         if self.is_cuda:
@@ -300,16 +318,29 @@ def measure_step(machine: Machine, rounds: int) -> None:
     if machine.has_te:
         groups.append(({"te bf16": TE}, {"bare te": BareTE}))
         groups += [({"te bf16": TE, f"te fp8 {recipe}": f"{TE} --fp8 {recipe}"}, {}) for recipe in FP8_RECIPES]
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))  # no process group exists there
+    predicted = {}
     for flags, floors in groups:
+        if not machine.has_time("step", ", ".join(flags)):
+            continue
         ours = {name: OurStep(machine, machine.shape, own) for name, own in flags.items()}
         first = next(iter(ours.values()))
         bare = {name: build_bare(machine, model_type, first) for name, model_type in floors.items()}
         packed = build_sample(draw_documents(first.seq_length), ALIGNMENT, first.seq_length)
         for sample in (None, packed):
             machine.keep("step", compare_steps(machine, ours, bare, sample, rounds))
+        for name, kind, sample in ((n, k, s) for n in ours for k, s in (("bshd", None), ("thd", packed))):
+            if name in ("torch", "te bf16") and f"{name} {kind}" not in predicted and not machine.tiny:
+                lengths = (first.seq_length,) if sample is None else tuple(sample.lengths[sample.lengths > 0].tolist())
+                model = Model("1B", machine.shape, VOCAB_SIZE, ONE_B_GEMM_RATE)
+                case = Case(model, lengths, first.seq_length, is_te=name == "te bf16")
+                predicted[f"{name} {kind}"] = pool.submit(predict, case)
         del ours, bare, first
         machine.free()
     found = machine.results["step"]
+    for name, prediction in predicted.items():
+        machine.keep("step", {name: found[name] | {"MFU predicted for an H100": prediction.result().mfu}})
+    pool.shutdown()
     if "te bf16 / bare te, bshd" in found:
         ratio, mfu = found["te bf16 / bare te, bshd"], found["te bf16 bshd"].get("MFU")
         machine.keep("step", {"te / bare te": ratio, "MFU, te bf16 bshd": mfu})
@@ -322,6 +353,8 @@ def measure_fp8(machine: Machine, rounds: int) -> None:
         return
     best = 0.0
     for name in FP8_RECIPES:
+        if not machine.has_time("fp8", name):
+            continue
         work: dict[str, Callable[[], Any]] = {
             recipe: OurStep(machine, EIGHT_B, f"--qkv-format bshd {TE} --fp8 {recipe}") for recipe in ("none", name)
         }
@@ -389,6 +422,68 @@ def build_ring_rank(
     return run
 
 
+def build_kernels(machine: Machine) -> dict[str, tuple[Callable[[], Any], float]]:
+    """Work of each function of --fused-kernels on a row of a layer of 8B, and the bytes that it must read and write."""
+    tokens, heads, dim, ffn, hidden, vocab_size = (
+        (64, 4, 16, 96, 64, 256) if machine.tiny else (8192, 32, 128, 14336, 4096, 128256)
+    )
+
+    def draw(*shape: int, dtype: torch.dtype = machine.dtype, requires_grad: bool = False) -> Tensor:
+        return torch.randn(shape, device=machine.device, dtype=dtype, requires_grad=requires_grad)
+
+    def size(*tensors: Tensor) -> int:
+        return sum(x.nbytes for x in tensors)
+
+    out, lse = draw(tokens, heads, dim, dtype=torch.float32), draw(tokens, heads, dtype=torch.float32)
+    block_out, block_lse = draw(tokens, heads, dim), draw(tokens, heads, dtype=torch.float32)
+    block: Any = SimpleNamespace(q_tokens=slice(0, tokens))
+    q, dq = draw(tokens, heads, dim, requires_grad=True), draw(tokens, heads, dim)
+    frequencies = torch.rand(dim // 2, dtype=torch.float64, device=machine.device)
+    cos, sin = rotary_tables(torch.arange(tokens, device=machine.device), frequencies, dtype=torch.float32)
+    gate, up = draw(tokens, ffn, requires_grad=True), draw(tokens, ffn, requires_grad=True)
+    dx = draw(tokens, ffn)
+    x, weight = draw(tokens, hidden, requires_grad=True), draw(vocab_size, hidden, requires_grad=True)
+    labels = torch.randint(0, vocab_size, (tokens,), device=machine.device)
+
+    def run_loss() -> None:
+        chunk_size = min(tokens, 2048)
+        chunked_cross_entropy(x, weight, labels, vocab_size=vocab_size, chunk_size=chunk_size)[0].backward()
+
+    logits = tokens * vocab_size * x.itemsize
+    return {
+        "merge of the ring": (
+            lambda: merge_tokens_(out, lse, block, block_out, block_lse),
+            2 * size(out, lse) + size(block_out, block_lse),
+        ),
+        "rotary positions": (lambda: apply_rotary(q, cos, sin).backward(dq), 4 * size(q) + 2 * size(cos, sin)),
+        "SwiGLU": (lambda: swiglu(gate, up).backward(dx), 8 * size(gate)),
+        "loss with its products": (run_loss, 2 * logits + 4 * size(x)),
+    }
+
+
+def measure_kernels(machine: Machine, rounds: int) -> None:
+    """Part kernels."""
+    source = torch.empty(2**20 if machine.tiny else 2**30, dtype=torch.uint8, device=machine.device)
+    target = torch.empty_like(source)
+    copies = machine.time_turns({"copy": partial(target.copy_, source)}, rounds)["copy"]
+    bandwidth = 2 * source.nbytes / statistics.median(copies)
+    machine.keep("kernels", {"copy, GB/s": bandwidth / 1e9})
+    del source, target
+    for name, (work, least) in build_kernels(machine).items():
+        if not machine.has_time("kernels", name):
+            continue
+
+        def run(build: Any, work: Callable[[], Any] = work) -> None:
+            with kernels(build):
+                work()
+
+        seconds = machine.time_turns({"fused": partial(run, compile_kernel), "apart": partial(run, None)}, rounds)
+        fused = statistics.median(seconds["fused"])
+        ratio = median_ratio(seconds["apart"], seconds["fused"])
+        machine.keep("kernels", {name: {"apart / fused": ratio, "share of a copy": least / fused / bandwidth}})
+    machine.free()
+
+
 def measure_ring(machine: Machine, rounds: int) -> None:
     """Part ring."""
     seq_length, heads = (512, (4, 2, 16)) if machine.tiny else (65536, (16, 8, 128))
@@ -398,6 +493,8 @@ def measure_ring(machine: Machine, rounds: int) -> None:
         build = partial(build_ring_rank, machine, sample, heads, torch.Generator(machine.device).manual_seed(SEED))
         slowest = []
         for cp_size in (2, 4, 8):
+            if not machine.has_time("ring", f"{kind}, cp {cp_size}"):
+                continue
             work = {"whole": build(cp_size=1, cp_rank=0)}
             work |= {f"rank {rank}": build(cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)}
             seconds = {name: statistics.median(times) for name, times in machine.time_turns(work, rounds).items()}
@@ -407,7 +504,8 @@ def measure_ring(machine: Machine, rounds: int) -> None:
             found[f"{kind}, cp {cp_size}"] = {"slowest rank": slowest[-1], "mean": mean}
             del work
             machine.free()
-        found[f"ring, {kind}"] = min(slowest)
+        if slowest:
+            found[f"ring, {kind}"] = min(slowest)
         machine.keep("ring", found)
 
 
@@ -433,6 +531,8 @@ def measure_memory(machine: Machine, rounds: int) -> None:
             "te, fp8": f"{TE} --fp8 current",
         }
     for name, flags in configurations.items():
+        if not machine.has_time("memory", name):
+            continue
         machine.free()
         before = torch.cuda.memory_allocated() if machine.is_cuda else 0
         step = OurStep(machine, machine.shape, flags)
@@ -485,9 +585,10 @@ def measure_length(machine: Machine, rounds: int) -> None:
 
 PARTS: dict[str, Callable[[Machine, int], None]] = {
     "step": measure_step,
+    "kernels": measure_kernels,
+    "ring": measure_ring,
     "fp8": measure_fp8,
     "packed": measure_packed,
-    "ring": measure_ring,
     "memory": measure_memory,
     "length": measure_length,
 }
@@ -505,10 +606,10 @@ def print_part(part: str, figures: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__, rounds=7, parts=PARTS)
+    parser = benchmark_parser(__doc__, rounds=5, parts=PARTS)
     parser.add_argument("--tiny", action="store_true", help="the same code in small on the CPU; figures mean nothing")
-    seconds_help = "time of the whole; length begins no step that would end later; default: %(default)s"
-    parser.add_argument("--seconds", type=float, default=400.0, help=seconds_help)
+    seconds_help = "time of the whole: what would begin later is left out; default: %(default)s"
+    parser.add_argument("--seconds", type=float, default=300.0, help=seconds_help)
     args = parser.parse_args()
     machine = Machine(args.tiny, args.json, args.seconds)
     machine.facts = {"device": machine.name, "peak TFLOP/s": machine.peak_tflops}
@@ -517,7 +618,8 @@ def main() -> None:
     facts = describe_machine() | machine.facts
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     for part in args.only:
-        PARTS[part](machine, args.rounds)
+        if machine.has_time(part, part):
+            PARTS[part](machine, args.rounds)
         print_part(part, machine.results[part])
     print(json.dumps(facts | machine.results))
     dist.destroy_process_group()

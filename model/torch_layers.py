@@ -60,7 +60,8 @@ class LayerNormLinear(nn.Module):
 
 
 @fused
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of equal shapes."""
     return F.silu(gate) * up
 
 
@@ -80,7 +81,7 @@ class LayerNormMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tp.enter_parallel_region(F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps))
-        x = _swiglu(F.linear(x, self.gate_weight), F.linear(x, self.up_weight))
+        x = swiglu(F.linear(x, self.gate_weight), F.linear(x, self.up_weight))
         return self.tp.exit_parallel_region(F.linear(x, self.fc2_weight))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cp.native_p2p import _merge_
 from model import loss
 from model.rope import _rotate
-from model.torch_layers import _swiglu
+from model.torch_layers import swiglu
 from parallel.fusion import compile_kernel, fused, kernels
 from tests.reference import BF16_ROUNDING, relative_error
 
@@ -66,7 +66,7 @@ def log_probs(tokens: int) -> tuple[Any, ...]:
 # name: (function, its arguments for a number of tokens)
 CASES: dict[str, tuple[Callable, Callable[[int], list[Any]]]] = {
     "rotary positions": (_rotate, rotary),
-    "SwiGLU": (_swiglu, lambda t: [random(t, 24), random(t, 24, seed=1)]),
+    "SwiGLU": (swiglu, lambda t: [random(t, 24), random(t, 24, seed=1)]),
     "merge": (merged, lambda t: parts(t, None)),
     "merge of some tokens": (merged, lambda t: parts(t, torch.arange(1, t, 2))),
     "loss": (
@@ -85,7 +85,7 @@ CASES: dict[str, tuple[Callable, Callable[[int], list[Any]]]] = {
 def run(function: Callable, args: list[Any]) -> list[Tensor]:
     """Results and gradients of the floating-point arguments, where the function has a gradient."""
     args = [x.clone() if isinstance(x, Tensor) and not x.is_leaf else x for x in args]
-    if function is not _swiglu:
+    if function is not swiglu:
         with torch.no_grad():
             out = function(*(x.clone() if isinstance(x, Tensor) and x.is_contiguous() else x for x in args))
         return list(out) if isinstance(out, tuple) else [out]
@@ -118,11 +118,11 @@ def test_kernels_are_as_near_to_float64_as_plain_operations(name: str, graphs: C
 
 
 def test_kernels_are_off_unless_turned_on(graphs: Callable[[], int]) -> None:
-    assert torch.equal(_swiglu(random(8, 24), random(8, 24)), torch.nn.functional.silu(random(8, 24)) * random(8, 24))
+    assert torch.equal(swiglu(random(8, 24), random(8, 24)), torch.nn.functional.silu(random(8, 24)) * random(8, 24))
     assert graphs() == 0 and math.isnan(fused(lambda x: x * math.nan)(1.0))
 
 
 def test_inside_compiled_code_a_function_is_part_of_that_code(graphs: Callable[[], int]) -> None:
     with kernels():
-        torch.compile(lambda x, y: _swiglu(x + 1, y), fullgraph=True)(random(8, 24), random(8, 24))
+        torch.compile(lambda x, y: swiglu(x + 1, y), fullgraph=True)(random(8, 24), random(8, 24))
     assert graphs() == 1
