@@ -206,10 +206,12 @@ class Trainer:
             on_saved=lambda place: log(f"saved {place}"),
         )
         in_order = replace(self.batch_plan, balance_work=False)
+        sizes = self.data.tokenizer.token_bytes() if self.data.valid else None
+        token_bytes = None if sizes is None else torch.from_numpy(sizes)
         self.validator = Validator(
             self.model,
             self.data.valid,
-            torch.from_numpy(self.data.tokenizer.token_bytes()),
+            token_bytes,
             in_order,
             ranks,
             self.metrics,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch.nn import attention
 
 from utils.errors import MissingPackageError, UserError
+from utils.logger import log, one_line
 
 
 class FlashImpl(NamedTuple):
@@ -36,6 +37,11 @@ def _is_installed(module: str) -> bool:
         return False
 
 
+def installed_versions() -> list[str]:
+    """Versions beside PyTorch's own that are installed; every rank must have the same."""
+    return [version for version, impl in FLASH_IMPLS.items() if _is_installed(impl.module)]
+
+
 def use_flash_attention(choice: str, major: int) -> None:
     """Compute the operators by version `choice`; auto: the newest that is installed and made for this GPU, else 2.
 
@@ -43,7 +49,7 @@ def use_flash_attention(choice: str, major: int) -> None:
         major: compute capability of the GPU, 9 for Hopper.
 
     Raises:
-        UserError: the version does not run on this GPU, or is not installed.
+        UserError: the version does not run on this GPU, is not installed, or does not fit this PyTorch.
     """
     for version, impl in FLASH_IMPLS.items():
         if choice == version and major not in impl.majors:
@@ -54,7 +60,13 @@ def use_flash_attention(choice: str, major: int) -> None:
                 f"--flash-attention {version}: no module {impl.module}; install FlashAttention-{version}, or use 2"
             )
         if choice == version or (choice == "auto" and major == impl.auto and _is_installed(impl.module)):
-            attention.activate_flash_attention_impl(impl.name)
+            try:
+                attention.activate_flash_attention_impl(impl.name)
+            except Exception as error:  # a foreign package, built for another PyTorch
+                reason = f"{impl.module} does not fit this PyTorch ({one_line(error)})"
+                if choice == version:
+                    raise UserError(f"--flash-attention {version}: {reason}; use 2") from error
+                log(f"warning: {reason}; FlashAttention-2 computes")
 
 
 def flash_version() -> str:

@@ -35,6 +35,8 @@ EOD_TOKENS: tuple[str, ...] = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s
 EOD_TOKENS += ("<\uff5cend\u2581of\u2581sentence\uff5c>",)
 # Texts that show whether a tokenizer changes text: case, accents, compatibility characters, spaces, line ends.
 PROBES = ("A b", " a  b ", "a\n\n\tb\r\n", "\xe9\u2460\ufb01\u4e2d\U0001f600", "f(x)[0]!='a'")
+# Parts of a tokenizer.json's decoder under which each token stands for bytes of its own.
+KNOWN_DECODERS = {"Sequence", "ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
 TRIAL_SECONDS = 60.0  # for encoding the texts of `TRIAL` in a child process
 TRIAL = """
 import sys, tokenizers
@@ -91,10 +93,11 @@ class Tokenizer(ABC):
         """The text of the ids, without EOD."""
 
     @abstractmethod
-    def token_bytes(self) -> np.ndarray:
+    def token_bytes(self) -> np.ndarray | None:
         """[vocab_size] int64 bytes of UTF-8 that each token stands for; 0 for EOD and for ids without a token.
 
-        Their sum over a text's ids is the length of the text, but for a space that the tokenizer puts before it.
+        Their sum over a text's ids is the length of the text, but for a space that the tokenizer puts before it. None:
+        a token's length depends on its neighbours, or is not known.
         """
 
 
@@ -348,10 +351,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self.processor.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
 
-    def token_bytes(self) -> np.ndarray:
+    def token_bytes(self) -> np.ndarray | None:
         said, sizes = json.loads(self.content), np.zeros(self.vocab_size, np.int64)
         decoder = said.get("decoder") or {}
-        kinds = {part["type"] for part in (decoder, *decoder.get("decoders", ()))} if decoder else set()
+        kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}
+        if not kinds <= KNOWN_DECODERS:
+            return None
         added = {token["content"] for token in said.get("added_tokens") or ()}
         for token, i in self.processor.get_vocab(with_added_tokens=True).items():
             if "ByteLevel" in kinds and token not in added:  # a character a byte
@@ -361,6 +366,12 @@ class HuggingFaceTokenizer(Tokenizer):
             else:
                 sizes[i] = len(token.replace(SPACE, " ").encode())
         sizes[self.eod] = 0
+        for text in (*PROBES, "unbelievable"):
+            with suppress(UnencodableText):
+                (ids,) = self._encode_batch([text])
+                extra = int(sizes[ids].sum()) - len(self.decode(ids).encode())
+                if not 0 <= extra <= (SPACE in str(said)):  # one space before the text
+                    return None
         return sizes
 
 

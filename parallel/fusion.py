@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 Function = Callable[..., Any]
+MAX_COMPILATIONS = 64  # of a function; beyond it PyTorch would run its operations apart, with a warning only
 
 _build: Callable[[Function], Function] | None = None  # makes a function's kernel; None: kernels are off
 
@@ -22,12 +23,16 @@ _build: Callable[[Function], Function] | None = None  # makes a function's kerne
 def compile_kernel(function: Function) -> Function:
     """torch.compile, with any number of tokens: the first dimension of every tensor.
 
-    Other dimensions are constants of the code, so that loads stay aligned; each new size of them compiles once more.
+    Other dimensions and strides are constants of the code, so that loads stay aligned; each new combination of them
+    compiles once more.
     """
-    compiled = torch.compile(function)
+    torch._dynamo.config.recompile_limit = max(MAX_COMPILATIONS, torch._dynamo.config.recompile_limit)
+    compiled = torch.compile(function, dynamic=False)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
+        if not torch.is_grad_enabled():  # whether an input requires a gradient would be another combination
+            args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
         for x in args:
             if isinstance(x, torch.Tensor) and x.dim():
                 torch._dynamo.maybe_mark_dynamic(x, 0)

@@ -11,6 +11,7 @@ import resource
 import shutil
 import stat
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from config.schema import ParallelConfig
+from cp.flash_version import installed_versions
 from parallel.grid import Grid, GridSizes, build_grid
 from runtime.status import RunStatus
 from runtime.watchdog import Watchdog
@@ -154,10 +156,13 @@ def own_temporary_folder() -> None:
 
 def check_compiler() -> None:
     """Raise MissingPackageError where torch.compile cannot make kernels for a GPU."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or importlib.util.find_spec("triton") is None:
+    given = os.environ.get("CC", "").split()[:1]
+    compiler = next(filter(None, map(shutil.which, given or ("gcc", "clang"))), None)
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if compiler is None or not header.is_file() or importlib.util.find_spec("triton") is None:
         raise MissingPackageError(
-            "--fused-kernels needs Triton and a C compiler (gcc, clang or $CC): install them, or use --no-fused-kernels"
+            f"--fused-kernels needs Triton, a C compiler ($CC, gcc or clang) and {header} (Debian: python3-dev): "
+            "install them, or use --no-fused-kernels"
         )
 
 
@@ -209,7 +214,7 @@ def start_ranks(parallel: ParallelConfig, launch: Launch, flags: dict[str, Any],
         status: gets the watchdog, and is told of a hang.
 
     Raises:
-        UserError: ranks were started with different flags or versions of PyTorch.
+        UserError: ranks were started with different flags, or with other versions of PyTorch or FlashAttention.
     """
     timeout = collective_timeout(parallel)
     device, store = initialise_distributed(launch, parallel.device, timeout=timeout)
@@ -223,7 +228,8 @@ def start_ranks(parallel: ParallelConfig, launch: Launch, flags: dict[str, Any],
         parent=os.getppid() if launch.under_torchrun else None,
     )
     shared = {name: value for name, value in flags.items() if name not in LOCAL_FLAGS}
-    check_ranks_agree(shared | {"torch": torch.__version__}, "flags")
+    packages = {"torch": torch.__version__, "FlashAttention": installed_versions()}
+    check_ranks_agree(shared | packages, "flags")
     grid = build_run_grid(parallel, device)
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")

@@ -37,7 +37,7 @@ def evaluate(
     grid: Grid,
     device: torch.device,
     *,
-    token_bytes: Tensor,
+    token_bytes: Tensor | None,
     stops: StopRequests,
 ) -> HeldOut:
     """Mean loss over every labelled token of the batches of the whole grid. Collective.
@@ -45,14 +45,14 @@ def evaluate(
     The mean is over tokens: the same number under every layout.
 
     Args:
-        token_bytes: [vocab_size] int64 bytes of text that each token stands for.
+        token_bytes: [vocab_size] int64 bytes of text that each token stands for; None: not known.
 
     Raises:
         StopRequested: a request to stop came in between two batches.
     """
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss sum, tokens, bytes of text
-    token_bytes = token_bytes.to(device)
+    sizes = None if token_bytes is None else token_bytes.to(device)
     for chunk in batched(batches, 8 if grid.size("pp") > 1 else 1):  # several: pipeline stages overlap
         stops.start_sync()
         rows = [batch.to(device) for batch in chunk]
@@ -60,7 +60,8 @@ def evaluate(
             totals[0] += cross_entropy
             is_labelled = row.labels >= 0
             totals[1] += is_labelled.sum()
-            totals[2] += (token_bytes[row.labels.clamp(min=0)] * is_labelled).sum()
+            if sizes is not None:
+                totals[2] += (sizes[row.labels.clamp(min=0)] * is_labelled).sum()
         if reason := stops.request():
             finish_forward(model)
             raise StopRequested(reason)
@@ -81,7 +82,7 @@ class Validator:
 
     model: GPT | Stages
     samples: SampleDataset | None
-    token_bytes: Tensor
+    token_bytes: Tensor | None
     batch_plan: BatchPlan
     ranks: Ranks
     log: MetricsLog

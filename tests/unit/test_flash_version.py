@@ -12,6 +12,7 @@ from torch.nn import attention
 from cp import flash_version
 from cp.flash_version import FLASH_IMPLS, use_flash_attention
 from tests.flags import resolved
+from utils.errors import UserError
 
 
 @pytest.mark.parametrize("version", FLASH_IMPLS)
@@ -54,6 +55,18 @@ def test_the_version_fits_the_gpu_and_what_is_installed(
 def test_what_cannot_run_is_refused(choice: str, major: int, words: str) -> None:
     with pytest.raises(ValueError, match=f"--flash-attention 3.*{words}.*use 2"):
         use_flash_attention(choice, major)
+
+
+def test_kernels_of_another_pytorch_are_left_alone_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(flash_version, "_is_installed", lambda module: True)
+    error = RuntimeError("undefined symbol\nin a shared object")
+    with mock.patch.object(attention, "activate_flash_attention_impl", side_effect=error):
+        use_flash_attention("auto", 9)
+        assert "flash_attn_interface does not fit this PyTorch (undefined symbol" in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"--flash-attention 3: .*undefined symbol.*use 2"):
+            use_flash_attention("3", 9)
 
 
 def test_the_version_at_work_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

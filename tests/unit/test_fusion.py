@@ -117,6 +117,16 @@ def test_kernels_are_as_near_to_float64_as_plain_operations(name: str, graphs: C
     assert graphs() == 1, "each number of tokens compiles again"
 
 
+def test_sizes_but_the_first_are_constants_and_gradients_make_no_graph(graphs: Callable[[], int]) -> None:
+    with kernels(), torch.no_grad():
+        for number, heads in enumerate((8, 2, 4), 1):
+            for tokens, needs_grad in ((40, False), (7, True), (41, True)):
+                x, cos, sin = rotary(tokens)
+                x = random(tokens, heads, x.shape[-1]).requires_grad_(needs_grad)
+                _rotate(x, cos, sin)
+            assert graphs() == number
+
+
 def test_kernels_are_off_unless_turned_on(graphs: Callable[[], int]) -> None:
     assert torch.equal(swiglu(random(8, 24), random(8, 24)), torch.nn.functional.silu(random(8, 24)) * random(8, 24))
     assert graphs() == 0 and math.isnan(fused(lambda x: x * math.nan)(1.0))

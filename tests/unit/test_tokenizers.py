@@ -139,6 +139,18 @@ def test_tokens_count_the_bytes_of_a_text(tmp_path_factory, kind: str, text: str
         assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
 
 
+@pytest.mark.parametrize("kind", ["word piece", "end of word", "no decoder"])
+def test_tokens_of_unknown_length_count_no_bytes(tmp_path: Path, kind: str) -> None:
+    if kind == "end of word":
+        model = tokenizers.Tokenizer(models.BPE({"a</w>": 0, "b</w>": 1, "<eod>": 2}, [], end_of_word_suffix="</w>"))
+        model.decoder = decoders.BPEDecoder()
+    else:
+        model = tokenizers.Tokenizer(models.WordPiece({"un": 0, "##a": 1, "[UNK]": 2, "<eod>": 3}, unk_token="[UNK]"))
+        if kind == "word piece":
+            model.decoder = decoders.WordPiece()
+    assert load_model(tmp_path, model.to_str().encode(), "t.json").token_bytes() is None
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
