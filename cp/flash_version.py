@@ -12,7 +12,6 @@ from typing import NamedTuple
 from torch.nn import attention
 
 from utils.errors import MissingPackageError, UserError
-from utils.logger import log, one_line
 
 
 class FlashImpl(NamedTuple):
@@ -42,11 +41,14 @@ def installed_versions() -> list[str]:
     return [version for version, impl in FLASH_IMPLS.items() if _is_installed(impl.module)]
 
 
-def use_flash_attention(choice: str, major: int) -> None:
+def use_flash_attention(choice: str, major: int) -> str:
     """Compute the operators by version `choice`; auto: the newest that is installed and made for this GPU, else 2.
 
     Args:
         major: compute capability of the GPU, 9 for Hopper.
+
+    Returns:
+        A warning of auto: what is installed and cannot be used; empty: none.
 
     Raises:
         UserError: the version does not run on this GPU, is not installed, or does not fit this PyTorch.
@@ -63,10 +65,12 @@ def use_flash_attention(choice: str, major: int) -> None:
             try:
                 attention.activate_flash_attention_impl(impl.name)
             except Exception as error:  # a foreign package, built for another PyTorch
-                reason = f"{impl.module} does not fit this PyTorch ({one_line(error)})"
+                first_line = str(error).partition("\n")[0]
+                reason = f"{impl.module} does not fit this PyTorch ({first_line})"
                 if choice == version:
                     raise UserError(f"--flash-attention {version}: {reason}; use 2") from error
-                log(f"warning: {reason}; FlashAttention-2 computes")
+                return f"{reason}; FlashAttention-2 computes"
+    return ""
 
 
 def flash_version() -> str:

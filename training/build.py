@@ -35,6 +35,7 @@ from parallel.tensor import TensorParallel
 from runtime.distributed import check_compiler, collective_timeout, own_temporary_folder
 from training.flops import attention_cost
 from training.step import Pipeline
+from utils.logger import log
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -171,7 +172,9 @@ def build_meta_model(
         check_compiler()
     use_kernels(compile_kernel if model_flags.fused_kernels else None)
     if device.type == "cuda" and parallel.attention.backend == "native":
-        use_flash_attention(parallel.flash_attention, torch.cuda.get_device_capability(device)[0])
+        major = torch.cuda.get_device_capability(device)[0]
+        if warning := use_flash_attention(parallel.flash_attention, major):
+            log(f"warning: {warning}")
     attention = build_attention(
         parallel.attention,
         head_dim=architecture.kv_channels,
