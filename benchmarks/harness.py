@@ -222,7 +222,7 @@ def round_ratios(over: Iterable[float], under: Iterable[float]) -> dict[str, Any
 
 def is_met(value: float, goal: float, *, at_most: bool = False) -> bool:
     """Whether `value` reaches the goal from above or, with `at_most`, from below."""
-    return value <= goal if at_most else value >= goal
+    return bool(value <= goal if at_most else value >= goal)
 
 
 def describe_goal(value: float, goal: float | None, *, at_most: bool = False) -> str:

@@ -173,7 +173,8 @@ def build_meta_model(
     use_kernels(compile_kernel if model_flags.fused_kernels else None)
     if device.type == "cuda" and parallel.attention.backend == "native":
         major = torch.cuda.get_device_capability(device)[0]
-        if warning := use_flash_attention(parallel.flash_attention, major):
+        warning = use_flash_attention(parallel.flash_attention, major)
+        if warning and dist.get_rank() == 0:
             log(f"warning: {warning}")
     attention = build_attention(
         parallel.attention,
