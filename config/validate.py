@@ -511,7 +511,10 @@ def _resolve_method(parallel: ParallelConfig, chosen: list[str]) -> str:
         value = getattr(parallel, flag.removeprefix("--").replace("-", "_"))
         if flag != own_flag and value not in (None, "auto"):
             owners = " or ".join(backend for backend, theirs in support.METHOD_FLAGS.items() if theirs == flag)
-            raise UserError(f"{flag} {value} belongs to --cp-backend {owners}, not to {parallel.cp_backend}")
+            raise UserError(
+                f"{flag} {value} belongs to --cp-backend {owners}, not to {parallel.cp_backend}: leave it out, of the "
+                "--config file too"
+            )
     name = own_flag.removeprefix("--").replace("-", "_")
     if getattr(parallel, name) is None:
         setattr(parallel, name, support.methods(parallel.cp_backend)[0])

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
 from config.cli import parse_arguments
-from config.peers.columns import ABSENT, SUITES, Changed, Column, NoCounterpart, Values, is_null, number
+from config.peers.columns import ABSENT, SUITES, Changed, Column, From, NoCounterpart, Values, is_null, number
 from config.peers.megatron import read_megatron
 from config.peers.model import MODEL
 from config.peers.table import TABLE, find_reason, known_keys
@@ -210,7 +210,8 @@ class Concepts:
 
 def read_concepts(source: Source, given: Mapping[str, Any], folder: ModelFolder | None, report: Report) -> Concepts:
     """The source's keys as concepts; keys without a row are listed."""
-    concepts = Concepts({"keys": frozenset(source.values), **given})
+    config_class = str(source.values.get("model.config._target_", ""))
+    concepts = Concepts({"keys": frozenset(source.values), "config_class": config_class, **given})
     if source.model is not None and "hf_model" not in given:  # other suites' defaults are another model
         shape = {concept.name: getattr(source.model, concept.name, None) for concept in MODEL}
         shape = {name: value for name, value in shape.items() if value is not None and name not in source.values}
@@ -245,6 +246,8 @@ def take_default(concept: str, column: Column, suite: str, concepts: Concepts, r
     except NoCounterpart as reason:
         report.lost.append(f"{concept}, {said}: {reason}")
         return
+    if isinstance(default, From):
+        default, said = default
     if default is not ABSENT:
         concepts.known[concept] = default
         concepts.origin[concept] = said

@@ -37,6 +37,13 @@ class Changed(NamedTuple):
     note: str
 
 
+class From(NamedTuple):
+    """A default that is not the suite's own. Attributes: value, origin, for the comment."""
+
+    value: Any
+    origin: str
+
+
 @dataclass(frozen=True)
 class Column:
     """One concept in one suite.
@@ -46,7 +53,8 @@ class Column:
         read: (values of the keys that are given, concepts read before) -> the concept's value, or `Changed`; `ABSENT`:
             nothing to carry over.
         write: (the concept's value, all concepts) -> values by key, or `Changed`.
-        default: the suite's own value without any key, or a function of the concepts read before.
+        default: the suite's own value without any key, or a function of the concepts read before, which may return
+            `From` or `Changed`.
     """
 
     keys: tuple[str, ...]

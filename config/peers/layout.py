@@ -24,6 +24,7 @@ from config.peers.columns import (
     whole,
     words,
 )
+from cp import support
 
 # ---------------------------------------------------------------------------------------------------
 # Ranks
@@ -239,14 +240,19 @@ def _read_pentagrid_cp(values: Values, known: Known) -> tuple[str, str]:
     return backend, usual if method is ABSENT else method
 
 
-_METHOD_FLAGS = {"ring": "ring_attn_func", "pytorch": "cp_rotate_method"}
-
-
-def _write_pentagrid_cp(value: tuple[str, str], known: Known) -> Values:
+def _write_pentagrid_cp(value: tuple[str, str], known: Known) -> Any:
     backend, method = value
     if known.get("cp_size", 1) == 1 or value == ("auto", "p2p"):
         return {}
-    return {"cp_backend": backend, _METHOD_FLAGS.get(backend, "cp_comm_type"): method}
+    if backend == "pytorch" and not _is_stream(known):
+        return Changed(
+            {"cp_backend": "native"},
+            "PyTorch's context parallelism takes one stream only, and NeMo refuses packed rows with it; native keeps "
+            "documents apart",
+        )
+    if method == support.methods(backend)[0]:
+        return {"cp_backend": backend}  # so that --cp-backend on the command line is enough
+    return {"cp_backend": backend, support.METHOD_FLAGS[backend].removeprefix("--").replace("-", "_"): method}
 
 
 def _is_stream(known: Known) -> bool:

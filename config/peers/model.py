@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from config.peers.columns import (
     ABSENT,
     Column,
+    Concept,
+    From,
     Known,
     NoCounterpart,
     Values,
@@ -96,9 +99,48 @@ def _megatron_ffn(known: Known) -> Any:
     return int((4 * hidden * 2 / 3) / 64) * 64 if "swiglu" in known["keys"] else 4 * hidden
 
 
+_LLAMA = {
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 11008,
+    "num_attention_heads": 32,
+    "rotary_base": 10000.0,
+    "norm_epsilon": 1e-6,
+    "tie_embeddings": False,
+    "init_method_std": 0.02,
+    "vocab_size": 32000,
+}
+# What a class of transformers has for a value that a recipe leaves out.
+_CLASSES = {
+    "LlamaConfig": _LLAMA,
+    "MistralConfig": _LLAMA | {"ffn_hidden_size": 14336, "num_query_groups": 8},
+    "Qwen3Config": _LLAMA
+    | {"ffn_hidden_size": 22016, "num_query_groups": 32, "kv_channels": 128, "vocab_size": 151936},
+}
+
+
+def _with_class(concept: Concept) -> Concept:
+    """The row, with the value of the class that NeMo's `model.config._target_` names."""
+
+    def default(known: Known) -> Any:
+        config_class = known.get("config_class", "").rsplit(".", 1)[-1]
+        if config_class not in _CLASSES:
+            return ABSENT
+        computed = {
+            "num_query_groups": known.get("num_attention_heads"),
+            "kv_channels": known.get("hidden_size", 0) // known.get("num_attention_heads", 1),
+        }
+        value = (computed | _CLASSES[config_class]).get(concept.name)
+        return ABSENT if value is None else From(value, f"{config_class}'s default")
+
+    if "hf" not in concept.columns:
+        return concept
+    return replace(concept, columns={**concept.columns, "nemo": replace(concept.columns["nemo"], default=default)})
+
+
 _MODEL_DIFFERS = "{}: another model; Pentagrid's GPT has "
 
-MODEL = [
+_ROWS = [
     row(
         "qk_norm",
         hf=Column(
@@ -310,3 +352,4 @@ MODEL = [
         off=False,
     ),
 ]
+MODEL = [_with_class(concept) for concept in _ROWS]

@@ -17,6 +17,7 @@ from config.aliases import OTHERS, find_counterpart
 from config.cli import build_parser, parse_arguments
 from config.peers.columns import SUITES
 from config.peers.data import MEGATRON_DATA
+from config.peers.megatron import read_megatron
 from config.peers.table import NO_COUNTERPART, NOT_NEEDED, TABLE
 from config.schema import fields_of_flags
 from model.config import GPTConfig, padded_vocab_size
@@ -189,6 +190,13 @@ def test_nemo_to_pentagrid(tmp_path: Path) -> None:
         "global_batch_size": 48,
         "num_layers": 12,
         "rotary_base": 5e5,
+        "norm_epsilon": 1e-6,  # LlamaConfig's, not ours
+        "ffn_hidden_size": 11008,
+        "num_query_groups": 8,  # as many as heads
+        "kv_channels": 256 // 8,
+        "vocab_size": 32000,
+        "tie_embeddings": False,
+        "init_method_std": 0.02,
         "data_path": ["30", "data/a", "70", "data/b"],
         "data_split": "0.98,0.02,0",
         "qkv_format": "bshd",
@@ -200,6 +208,38 @@ def test_nemo_to_pentagrid(tmp_path: Path) -> None:
     }
     assert {name: flags.get(name) for name in wanted} == wanted
     assert has(report.changed, "the warm-up starts at 3e-05 there")
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen3Config"])
+def test_values_that_a_recipe_leaves_to_its_class(tmp_path: Path, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "a.yaml").write_text(
+        f"model: {{_target_: CausalLM.from_config, config: {{_target_: transformers.{name}}}}}"
+    )
+    text, _ = convert("nemo", "pentagrid", str(tmp_path / "a.yaml"))
+    flags = {key.replace("-", "_"): value for key, value in yaml.safe_load(text).items()}
+    said = getattr(transformers, name)(sliding_window=None).to_dict()
+    wanted = model_flags(read_config(said, name))
+    del wanted["make_vocab_size_divisible_by"], wanted["rope_scaling"]  # as without a flag
+    assert {name: flags.get(name) for name in wanted} == wanted
+    assert f"norm-epsilon: {yaml.safe_dump(1e-6).split()[0]}  # {name}'s default" in text
+
+
+@pytest.mark.parametrize("attention", ["", "attn_implementation: sdpa\n  "])
+def test_packed_rows_of_nemo_over_cp_ranks(tmp_path: Path, attention: str) -> None:
+    """PyTorch's context parallelism has no thd: train.py would refuse the preset."""
+    start, end = NEMO.index("dataset:"), NEMO.index("optimizer:")
+    text = NEMO[:start] + "packed_sequence: {packed_sequence_size: 1024}\n" + NEMO[end:]
+    text = text.replace("cp_size: 1", "cp_size: 2").replace("dp_size: 4", "dp_size: 2")
+    text = text.replace("torch_dtype: float32", f"{attention}torch_dtype: float32")
+    flags, report = run(tmp_path, text, "nemo", world_size=8)
+    assert flags["cp_backend"] == "native" and "cp_rotate_method" not in flags and flags["qkv_format"] == "thd"
+    assert has(report.changed, "pytorch allgather", "NeMo refuses packed rows")
+    assert not has(report.lost, "train.py refuses"), report.lost
+    te, _ = run(tmp_path, text.replace("torch_dtype", "backend: {attn: te}\n  torch_dtype"), "nemo", world_size=8)
+    assert te["cp_backend"] == "te" and "cp_comm_type" not in te  # so that --cp-backend alone changes it
+    stream, _ = run(tmp_path, NEMO.replace("cp_size: 1", "cp_size: 2"), "nemo", world_size=16)
+    assert stream["cp_backend"] == "pytorch" and "cp_rotate_method" not in stream
 
 
 def test_a_pattern_of_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +330,38 @@ def test_megatron_script(tmp_path: Path) -> None:
     assert has(report.changed, "1_000_000 samples / global batch 128 = 7812 steps")
     assert has(report.changed, "means of microbatches") and has(report.changed, "eod_mask_loss")
     assert not list(tmp_path.glob("RAN")) and not Path("RAN").exists()
+
+
+WORDS = r"""# it's read as a shell reads words
+DATA_PATH="0.7 data/a 0.3 data/b"; RUN="my run"; LATER="/x"; LATER+="/y"
+SHAPE=(--num-layers 2 --hidden-size 64 --num-attention-heads 4) # don't
+BLEND=(0.5 c 0.5 d)
+LOOSE=(--tokenizer-model "$RUN")
+TIGHT=(--wandb-project "$RUN" --data-cache-path '$RUN')
+VALID="--valid-data-path $DATA_PATH --seed 5 "
+torchrun pretrain_gpt.py ${SHAPE[@]} ${LOOSE[@]} "${TIGHT[@]}" --data-path $DATA_PATH --bf16 $VALID \
+    --save "$LATER" --split pre$RUN --train-data-path "${BLEND[@]}" ${UNSET[@]} stray --tensorboard-dir="$RUN"
+"""
+
+
+def test_words_of_a_script_are_a_shells(tmp_path: Path) -> None:
+    (tmp_path / "a.sh").write_text(WORDS)
+    values, notes = read_megatron(tmp_path / "a.sh")
+    script = WORDS.replace("torchrun pretrain_gpt.py", "printf '%s\\n'").replace("'$RUN'", "x")
+    words = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
+    wanted: dict[str, Any] = {}
+    for word in words:
+        flag, has_value, value = word.partition("=")
+        if word.startswith("--"):
+            name = flag.removeprefix("--").replace("-", "_")
+            wanted[name] = [value] if has_value else []
+        elif word != "stray":
+            wanted[name] = [*wanted[name], word]
+    wanted = {name: (found or [True])[0] if len(found) < 2 else found for name, found in wanted.items()}
+    assert wanted.pop("data_cache_path") == "x" and notes == [
+        "--data-cache-path $RUN: the script does not say what it stands for"
+    ]
+    assert values == wanted and values["data_path"] == ["0.7", "data/a", "0.3", "data/b"]
 
 
 def test_megatrons_defaults_that_make_another_model_are_listed(tmp_path: Path) -> None:
