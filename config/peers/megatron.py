@@ -92,7 +92,7 @@ def _split_quoted(word: str) -> list[str]:
     unquoted = word.replace(_QUOTED, "$")  # a script uses such a variable without quotes
     assigned = _ASSIGNMENT.fullmatch(unquoted)
     if assigned and "--" in assigned[3]:
-        return [f"{assigned[1]}=", *shlex.split(assigned[3], comments=True)]
+        return [f"{assigned[1]}=", *shlex.split(assigned[3], comments=True), ";"]
     return shlex.split(unquoted) if word.lstrip().startswith("--") else [word]
 
 

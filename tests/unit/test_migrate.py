@@ -234,7 +234,7 @@ def test_packed_rows_of_nemo_over_cp_ranks(tmp_path: Path, attention: str) -> No
     text = text.replace("torch_dtype: float32", f"{attention}torch_dtype: float32")
     flags, report = run(tmp_path, text, "nemo", world_size=8)
     assert flags["cp_backend"] == "native" and "cp_rotate_method" not in flags and flags["qkv_format"] == "thd"
-    assert has(report.changed, "pytorch allgather", "NeMo refuses packed rows")
+    assert has(report.changed, "cp_backend native", "NeMo refuses packed rows")
     assert not has(report.lost, "train.py refuses"), report.lost
     te, _ = run(tmp_path, text.replace("torch_dtype", "backend: {attn: te}\n  torch_dtype"), "nemo", world_size=8)
     assert te["cp_backend"] == "te" and "cp_comm_type" not in te  # so that --cp-backend alone changes it
