@@ -46,16 +46,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             is_mine = (target >= 0) & (target < vocab_size)
             target = target * is_mine
             # Products of the whole weight: a slice of odd length would keep GPUs off their tensor cores.
-            parts = hidden[chunk] @ weight.T, target, is_mine, vocab_size, dtype  # logits [c, V]
-            grad = None
-            if tp.size == 1 and needs_grad:
-                log_sum, at_target, grad = _log_softmax_and_grad(*parts, z_loss, hidden.dtype)
-            else:
-                log_probs, log_sum, at_target = _log_softmax(*parts)
-                if tp.size > 1:
-                    log_probs, log_sum, at_target = _reduce_over_tp(log_probs, log_sum, at_target, is_mine, tp)
-                if needs_grad:
-                    grad = _grad_of_logits(log_probs, log_sum, target, is_mine, z_loss, hidden.dtype)
+            log_sum, at_target, grad = _chunk_terms(
+                hidden[chunk] @ weight.T, target, is_mine, vocab_size, dtype, z_loss, tp, needs_grad
+            )
             cross_entropy -= (at_target * counted).sum(dtype=torch.float64)
             if z_loss:
                 penalty += z_loss * (log_sum.square() * counted).sum(dtype=torch.float64)
@@ -63,6 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 # Tokens without loss are zeroed in [c, h], which is narrower than [c, V].
                 torch.mul(grad @ weight, counted, out=grad_hidden[chunk])
                 _add_product_(grad_weight, grad.T, hidden[chunk] * counted)
+            del grad  # before the next chunk's logits exist
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
@@ -76,6 +70,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Scaled before the cast: 1 / tokens rounded to bf16 would be off by up to 0.4 %.
         grad_hidden = _scaled(grad_hidden, scale, grad_hidden.dtype)
         return grad_hidden, _scaled(grad_weight, scale, ctx.weight_dtype), *(None,) * 6
+
+
+def _chunk_terms(
+    logits: Tensor,
+    target: Tensor,
+    is_mine: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    z_loss: float,
+    tp: TensorParallel,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """log_sum [c, 1], at_target [c, 1] and the gradient [c, V] of a chunk's logits. Frees all else of [c, V]."""
+    parts = logits, target, is_mine, vocab_size, dtype
+    if tp.size == 1:
+        if needs_grad:
+            return _log_softmax_and_grad(*parts, z_loss, logits.dtype)
+        return *_log_softmax_at_target(*parts), None
+    log_probs, log_sum, at_target = _reduce_over_tp(*_log_softmax(*parts), is_mine, tp)
+    if not needs_grad:
+        return log_sum, at_target, None
+    return log_sum, at_target, _grad_of_logits(log_probs, log_sum, target, is_mine, z_loss, logits.dtype)
 
 
 @fused
@@ -96,6 +112,14 @@ def _log_softmax(
     log_probs = torch.log_softmax(logits, -1)
     log_sum = logits[:, :1] - log_probs[:, :1]  # log(Z)
     return log_probs, log_sum, log_probs.gather(1, target) * is_mine
+
+
+@fused
+def _log_softmax_at_target(
+    logits: Tensor, target: Tensor, is_mine: Tensor, vocab_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """log_sum and at_target, for evaluation: as a kernel, log_probs never exist in memory."""
+    return _log_softmax(logits, target, is_mine, vocab_size, dtype)[1:]
 
 
 @fused

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional
 
 from config.cli import parse_arguments
 from config.schema import RunConfig
@@ -35,7 +34,7 @@ from parallel.fusion import kernels
 from parallel.grid import GridSizes, build_grid
 from planner.counter import KernelCounter, Launch
 from planner.fake import MemoryLedger, fake_world, fused_on_meta
-from planner.fused import fused_rms_norm, plan_kernels, te_attention, te_rotary, use_te_mlp
+from planner.fused import cuda_kernels, plan_kernels, te_attention, te_rotary, use_te_mlp
 from planner.memory import label_moments
 from training import build
 from training.flops import PEAK_TFLOPS, attention_cost, training_flops
@@ -172,7 +171,7 @@ def run_step(case: Case, num_layers: int) -> Step:
     place: dict[str, Any] = dict(cp_size=size, cp_rank=rank, layout=config.parallel.cp_layout, attention_cost=cost)
     batch = build_batch([case.sample], qkv_format="thd", **place)
     counter, ledger, forward_ends = KernelCounter(), MemoryLedger(ignored=None), []
-    with fake_world(rank=rank, world_size=size), without_data():
+    with fake_world(rank=rank, world_size=size), without_data(), kernels(None):
         grid = build_grid(GridSizes(cp=size), backend="fake")
         model = build.build_meta_model(config, replace(architecture, num_layers=num_layers), grid, META)
         if case.is_te:
@@ -202,16 +201,12 @@ def without_data() -> Iterator[None]:
     def cast(model: nn.Module, *_: Any, compute_dtype: torch.dtype, **__: Any) -> None:
         model.to(compute_dtype)
 
-    def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        total.addmm_(*(x.new_empty(x.shape, dtype=total.dtype) for x in (a, b)))
-
     done = SimpleNamespace(wait=lambda: None)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(build, "shard_model", cast))
         stack.enter_context(mock.patch.object(dist, "batch_isend_irecv", lambda operations: [done]))
         stack.enter_context(mock.patch.object(dist, "all_to_all_single", lambda *_, **__: done))
-        stack.enter_context(mock.patch.object(functional, "rms_norm", fused_rms_norm))
-        stack.enter_context(mock.patch.object(loss, "_add_product_", add_product))
+        stack.enter_context(cuda_kernels())
         yield
 
 
@@ -255,7 +250,7 @@ def count_loss(case: Case) -> Moved:
 def count_update(case: Case, shards: int) -> Moved:
     """Clipping and optimizer step of one of the `shards` that FSDP cuts the weights into."""
     config, architecture = case.resolve()
-    with fake_world(rank=0, world_size=1), torch.device(META):
+    with fake_world(rank=0, world_size=1), kernels(None), torch.device(META):
         grid = build_grid(GridSizes(), backend="fake")
         with mock.patch.object(build, "shard_model"):
             model = build.build_meta_model(replace(case, cp_size=1).resolve()[0], architecture, grid, META)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from cp.packed_seq import PackedSeq
+from model import loss
 from model.gpt import GPT, Stages, get_chunks
 from model.torch_layers import LayerNormMLP
 from parallel.fusion import Function, kernels
@@ -47,6 +50,19 @@ def fused_rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
     return _Kernel.apply("rms_norm", x.shape, (x.new_empty(x.shape[:-1], dtype=torch.float32),), x, weight)
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`model.loss._add_product_` of CUDA: the factors are views of one number, so that only `total` takes memory."""
+    total.addmm_(*(x.new_empty((), dtype=total.dtype).expand(x.shape) for x in (a, b)))
+
+
+@contextmanager
+def cuda_kernels() -> Iterator[None]:
+    """Stand-ins for RMSNorm's kernel and the loss's sum of products, which the CPU computes by other operations."""
+    product = mock.patch.object(loss, "_add_product_", _add_product)
+    with mock.patch.object(functional, "rms_norm", fused_rms_norm), product:
+        yield
+
+
 def plan_kernels(ledger: MemoryLedger) -> Callable[[Function], Function]:
     """For `parallel.fusion.kernels`: intermediate results take no memory; the backward pass keeps inputs only."""
 
@@ -57,10 +73,12 @@ def plan_kernels(ledger: MemoryLedger) -> Callable[[Function], Function]:
 
         def compute(*args: Any) -> Any:
             ledger.is_paused = True
-            with counted_kernel(function.__name__, *args, **times) as outputs, kernels(None):
-                out = function(*args)
-                outputs += [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-            ledger.is_paused = False
+            try:
+                with counted_kernel(function.__name__, *args, **times) as outputs, kernels(None):
+                    out = function(*args)
+                    outputs += [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+            finally:
+                ledger.is_paused = False
             ledger.add(out)
             return out
 

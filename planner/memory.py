@@ -17,7 +17,6 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from config.schema import RunConfig
 from cp import support
@@ -31,7 +30,7 @@ from parallel.fusion import kernels
 from parallel.grid import AXES, GridSizes, build_grid, rank_of
 from parallel.stages import split_layers
 from planner.fake import HostMemory, MemoryLedger, fake_step, fake_world, held_messages
-from planner.fused import fused_rms_norm, plan_kernels, use_te_mlp
+from planner.fused import cuda_kernels, plan_kernels, use_te_mlp
 from training.build import COMPUTE_DTYPES, build_accumulation, build_meta_model, build_pipeline
 from training.optimizer import build_optimizer
 from training.step import forward_backward, get_norm_owned_names
@@ -154,9 +153,8 @@ def measure_step(config: RunConfig, architecture: GPTConfig, stage: int, num_mic
     samples = [PackedSample(ids, ids, lengths, lengths)] * training.micro_batch_size
     row = dict(cp_size=parallel.cp_size, cp_rank=0, qkv_format="thd", layout=attention.layout)
     ledger, device, is_te = MemoryLedger(), torch.device("cpu"), config.model.transformer_impl == "te"
-    norms = mock.patch.object(functional, "rms_norm", fused_rms_norm)
-    is_fused = parallel.device == "cuda" or is_te
-    with fake_world(rank=rank, world_size=sizes.world_size), norms if is_fused else nullcontext():
+    cuda = cuda_kernels() if parallel.device == "cuda" or is_te else nullcontext()
+    with fake_world(rank=rank, world_size=sizes.world_size), cuda, kernels(None):
         grid = build_grid(sizes, backend="fake")
         model = build_meta_model(fake, architecture, grid, device)
         fusion = kernels(plan_kernels(ledger)) if config.model.fused_kernels else nullcontext()

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from cp.packed_seq import build_packed_seq
+from parallel import fusion
+from parallel.fusion import kernels
 from parallel.grid import GridSizes, build_grid
 from planner.counter import KernelCounter, Launch, counted_kernel
 from planner.counts import CASES, EIGHT_B, LONG_ROW, Case, count_layer, count_loss, count_update, floor_bytes, run_step
-from planner.fake import fake_world
-from planner.fused import fused_rms_norm
+from planner.fake import MemoryLedger, fake_world
+from planner.fused import fused_rms_norm, plan_kernels
 from planner.memory import measure_step
 from tests.flags import resolve_config
 from training.build import build_meta_model
@@ -77,8 +79,8 @@ def test_a_layer_stays_below_its_ceiling(case: Case) -> None:
 
 def test_the_loss_and_the_update_stay_below_their_ceilings() -> None:
     loss, update = count_loss(Case(EIGHT_B, (8192,), 8192)), count_update(Case(EIGHT_B, (8192,), 8192), 8)
-    for moved, kernels, gigabytes in ((loss, 73, 12.10), (update, 231, 40.16)):
-        assert moved.kernels <= kernels <= moved.kernels * TIGHT
+    for moved, launched, gigabytes in ((loss, 73, 12.10), (update, 231, 40.16)):
+        assert moved.kernels <= launched <= moved.kernels * TIGHT
         assert moved.bytes / 1e9 <= gigabytes <= moved.bytes / 1e9 * TIGHT
 
 
@@ -186,6 +188,29 @@ def test_the_plan_holds_what_a_layer_keeps(flags: str) -> None:
         kept[layers] = plan["activations"], counted["activations"]
     planned, counted = (kept[2][way] - kept[1][way] for way in (0, 1))
     assert abs(planned / counted - 1) < 0.01 and counted > 2e9
+
+
+def test_a_plan_for_cuda_has_no_product_in_bf16() -> None:
+    """At the loss: the weights' gradient in fp32, the hidden states' in bf16; a chunk's logits and their gradient."""
+    case = Case(EIGHT_B, (8192,), 8192)
+    config, architecture = case.resolve()
+    config.model.fused_kernels, config.training.loss_chunk_size = True, 2048
+    with kernels(lambda function: function):
+        before = fusion._build
+        plan = measure_step(config, replace(architecture, num_layers=1), 0, 1)["logits and loss"]["logits and loss"]
+        assert fusion._build is before
+    vocab, width = architecture.padded_vocab_size, architecture.hidden_size
+    assert 0 <= plan - (4 * vocab * width + 2 * 8192 * width + 2 * 2 * 2048 * vocab) < 2**20
+
+
+def test_a_kernel_that_fails_leaves_the_ledger_counting() -> None:
+    def fail() -> None:
+        raise ValueError
+
+    ledger = MemoryLedger()
+    with pytest.raises(ValueError):
+        plan_kernels(ledger)(fail)()
+    assert not ledger.is_paused
 
 
 def test_compiled_layers_break_at_attention_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 from cp.native_p2p import _merge_
 from model import loss
@@ -74,6 +75,7 @@ CASES: dict[str, tuple[Callable, Callable[[int], list[Any]]]] = {
         lambda t: [random(t, PADDED) * 4, *labels(t), VOCAB, torch.float32, 1e-2, torch.bfloat16],
     ),
     "log softmax": (loss._log_softmax, lambda t: [random(t, PADDED) * 4, *labels(t), VOCAB, torch.float32]),
+    "evaluation": (loss._log_softmax_at_target, lambda t: [random(t, PADDED) * 4, *labels(t), VOCAB, torch.float32]),
     "gradient of logits": (
         loss._grad_of_logits,
         lambda t: [*log_probs(t)[:2], *labels(t), 1e-2, torch.bfloat16],
@@ -125,6 +127,15 @@ def test_sizes_but_the_first_are_constants_and_gradients_make_no_graph(graphs: C
                 x = random(tokens, heads, x.shape[-1]).requires_grad_(needs_grad)
                 _rotate(x, cos, sin)
             assert graphs() == number
+
+
+def test_the_kernel_of_evaluation_writes_no_log_probs() -> None:
+    arguments = [random(40, PADDED), *labels(40), VOCAB, torch.float32]
+    written = {}
+    for function in (loss._log_softmax, loss._log_softmax_at_target):
+        _, (code,) = run_and_get_code(torch.compile(function, dynamic=False), *arguments)
+        written[function.__name__] = f"((40, {PADDED}), ({PADDED}, 1), torch.float32)" in code
+    assert written == {"_log_softmax": True, "_log_softmax_at_target": False}
 
 
 def test_kernels_are_off_unless_turned_on(graphs: Callable[[], int]) -> None:

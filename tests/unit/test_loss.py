@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 from cp.packed_seq import IGNORE_LABEL
 from model.loss import chunked_cross_entropy
+from parallel.fusion import kernels
+from planner.fake import MemoryLedger
+from planner.fused import plan_kernels
 from tests.reference import relative_error
 
 VOCAB, PADDED, HIDDEN, TOKENS = 37, 48, 16, 50
@@ -85,3 +88,24 @@ def test_what_is_reported_does_not_depend_on_how_a_long_row_is_cut() -> None:
         for chunk_size in (256, 100_000):
             _, got = chunked_cross_entropy(hidden, weight, labels, vocab_size=8, chunk_size=chunk_size)
             assert got.dtype == torch.float64 and abs(got.item() / want - 1) < 2e-8
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_one_chunk_is_in_memory(is_fused: bool, needs_grad: bool) -> None:
+    """Of bf16 logits [c, V] there is one tensor in evaluation as a kernel, and a gradient beside it in training."""
+    vocab, width, chunk, peaks = 4096, 8, 64, []
+    for tokens in (chunk, 4 * chunk):
+        hidden, weight = (
+            torch.empty(n, width, dtype=torch.bfloat16, device="meta", requires_grad=needs_grad)
+            for n in (tokens, vocab)
+        )
+        labels = torch.empty(tokens, dtype=torch.int64, device="meta")
+        ledger = MemoryLedger(ignored=None)
+        with ledger, kernels(plan_kernels(ledger) if is_fused else None), torch.set_grad_enabled(needs_grad):
+            chunked_cross_entropy(hidden, weight, labels, vocab_size=vocab, chunk_size=chunk)
+        peaks.append(sum(ledger.peaks["weights"].values()))
+    slack = 4 * chunk * width * 8 + 4 * vocab * width * needs_grad
+    assert peaks[1] - peaks[0] < slack
+    if is_fused:
+        assert 0 <= peaks[0] - (1 + needs_grad) * 2 * chunk * vocab < slack
