@@ -39,6 +39,7 @@ from training.optimizer import build_optimizer
 from training.step import Pipeline, forward_backward, get_norm_owned_names
 
 ROWS, ROW_LENGTH, ALIGNMENT, SEED = 4, 64, 8, 7
+MOST_GRAPHS = 12  # of a compiled step, which has 3 by --compile and 8 by --fused-kernels; more: sizes compile again
 LAYOUTS = {
     "dp_shard 4": GridSizes(dp_shard=4),
     "dp_shard 2 x cp 2": GridSizes(dp_shard=2, cp=2),
@@ -462,7 +463,9 @@ def compiled_step(
     torch._dynamo.utils.counters.clear()
     config, rows, grid = config_of(qk_norm=True), rows_of("thd"), grid_of(layout)
     model = built(grid, config, dtype, recompute=recompute, compiled=not with_kernels)
-    with kernels() if with_kernels else nullcontext():
+    # At its limit torch.compile would go on without kernels, and only warn.
+    strict = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+    with kernels() if with_kernels else nullcontext(), strict:
         got = run_steps(model, grid, rows, 1, steps=1)
     want = oracle(config, rows, {n: w.shape for n, w in got["weights"].items()})
     errors = {name: relative_error(got["grads"][name], want["grads"][name]) for name in want["grads"]}
@@ -485,7 +488,7 @@ def test_compiled_layers_equal_one_rank(
     world: World, layout: str, dtype: str, recompute: str, limit: float, with_kernels: bool
 ) -> None:
     for graphs, errors in world.run(compiled_step, layout, dtype, recompute, with_kernels, timeout=400.0):
-        assert graphs > 0 and worst(errors) <= limit, errors
+        assert 0 < graphs <= MOST_GRAPHS and worst(errors) <= limit, (graphs, errors)
 
 
 def gradients(rank: int, layout: str, dtype: str, recompute: str, schedule: str) -> dict[str, torch.Tensor]:

@@ -185,3 +185,25 @@ def test_the_fused_rotary_kernel(one: World, record: Callable) -> None:
     near, far = one.run(rotary_errors)[0]
     record(near=near, far=far)
     assert near < 4e-3 and far < 4e-3  # bf16's own rounding is 2e-3
+
+
+def errors_of_sums(rank: int, vocab: int, width: int, tokens: int) -> tuple[bool, float]:
+    """Whether the loss's sum of a bf16 product stays in its tensor, and the sum's error against float64."""
+    from model.loss import _add_product_
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    total = torch.randn(vocab, width, device="cuda", generator=generator)
+    grad = torch.randn(tokens, vocab, device="cuda", generator=generator).bfloat16()
+    hidden = torch.randn(tokens, width, device="cuda", generator=generator).bfloat16()
+    want = total.double() + grad.T.double() @ hidden.double()
+    address = total.data_ptr()
+    _add_product_(total, grad.T, hidden)
+    return total.data_ptr() == address and total.dtype == torch.float32, relative_error(total, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 136, 2048])
+def test_a_product_is_summed_in_place(one: World, record: Callable, tokens: int) -> None:
+    """`addmm` with `out_dtype` takes an fp32 sum of bf16 factors only on CUDA: no CPU test computes it."""
+    is_in_place, error = one.run(errors_of_sums, 1024, 264, tokens)[0]
+    record(error=error)
+    assert is_in_place and error < 1e-5  # a product rounded to bf16 is off by 1e-3
