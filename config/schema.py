@@ -498,7 +498,7 @@ class LoggingConfig:
     sample_interval: int = flag(0, "steps between samples during training; 0: off", NOT_NEGATIVE)
     sample_prompt: str = flag("def ", "prompt of the samples")
     wandb_project: str | None = flag(
-        None, "send the TensorBoard curves to this Weights & Biases project; needs the wandb package; default: off"
+        None, "Weights & Biases project of the TensorBoard curves; needs the wandb package; none: off; default: off"
     )
     timing_log_level: int = flag(
         0,

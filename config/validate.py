@@ -102,6 +102,8 @@ def resolve(
     _resolve_data(config.data, config.training, chosen, is_resumed=bool(saved))
     _resolve_tokenizer(config.data, config.model.vocab_size, chosen)
     _resolve_checkpoint(config.checkpoint)
+    if config.logging.wandb_project in ("", "none"):
+        config.logging.wandb_project = None
     _check_paths(config)
     _check_outputs(config.training, config.checkpoint, config.logging)
     return chosen
@@ -766,4 +768,4 @@ def _check_outputs(training: TrainingConfig, checkpoint: CheckpointConfig, loggi
     if logging.wandb_project and logging.tensorboard_dir == "none":
         raise UserError("--wandb-project copies the TensorBoard files: leave out --tensorboard-dir none")
     if logging.wandb_project and not _is_installed("wandb"):
-        raise MissingPackageError("--wandb-project needs the wandb package: pip install wandb, or leave the flag out")
+        raise MissingPackageError("--wandb-project needs the wandb package: pip install wandb, or --wandb-project none")

@@ -248,6 +248,9 @@ def take_default(concept: str, column: Column, suite: str, concepts: Concepts, r
         return
     if isinstance(default, From):
         default, said = default
+    if isinstance(default, Changed):
+        report.changed.append(f"{concept}, {said}: {default.note}")
+        default = default.value
     if default is not ABSENT:
         concepts.known[concept] = default
         concepts.origin[concept] = said
@@ -310,6 +313,9 @@ def write_keys(target: str, concepts: Concepts, report: Report) -> tuple[Values,
                 report.fold(f"shape of {said}", f"{name} {show(value)}")
             elif not is_default:
                 report.fold(UNCHANGED, said)
+            continue
+        if is_default and column is None:
+            report.fold(f"{said}, without a setting there", f"{name} {show(value)}")
             continue
         try:
             if column is None or column.write is None:

@@ -94,6 +94,11 @@ def number(value: Any) -> float:
     return float(str(value).replace("_", ""))
 
 
+def rounded(value: float) -> float:
+    """The number without the noise of a product: 3e-05, not 2.9999999999999997e-05."""
+    return float(f"{value:.12g}")
+
+
 def switch(value: Any) -> bool:
     word = str(value).lower()
     if word not in (*TRUE, *FALSE):

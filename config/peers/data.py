@@ -12,6 +12,7 @@ from config.peers.columns import (
     ABSENT,
     Changed,
     Column,
+    From,
     Known,
     NoCounterpart,
     Values,
@@ -60,6 +61,23 @@ def _write_nemo_model(value: str, known: Known) -> Values:
         "model._target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained",
         "model.pretrained_model_name_or_path": value,
     }
+
+
+def _default_tokenizer(known: Known) -> Any:
+    return From(known["hf_model"], f"the tokenizer of {known['hf_model']}") if "hf_model" in known else ABSENT
+
+
+def _write_end(value: str, known: Known) -> Values:
+    if "hf_model" in known:
+        return {}  # its config.json names the end
+    raise NoCounterpart("config.json names the end there: give --model DIR")
+
+
+def _write_reinit(value: bool, known: Known) -> Any:
+    found = {"reinit_weights": value}
+    if value:
+        return found
+    return Changed(found, f"training starts from the weights in {known.get('hf_model')}; true starts from scratch")
 
 
 def _write_nemo_from_scratch(value: bool, known: Known) -> Values:
@@ -205,8 +223,8 @@ def _read_nemo_data(values: Values, known: Known) -> Any:
 
 
 def _read_nemo_valid(values: Values, known: Known) -> Any:
-    paths = _expand(values["validation_dataset.paths"])
-    return ABSENT if (paths.value if isinstance(paths, Changed) else paths) == known.get("data_path") else paths
+    given = values.get("validation_dataset.paths")
+    return ABSENT if given is None or given == values.get("dataset.paths") else _expand(given)
 
 
 def _write_nemo_data(section: str, split: str) -> Any:
@@ -251,8 +269,10 @@ DATA = [
         "from_scratch",
         switch,
         nemo=Column(("model._target_",), _read_from_scratch, _write_nemo_from_scratch),
-        axolotl=key("reinit_weights", parse=switch, default=False),
-        pentagrid=Column((), None, lambda value, known: {}, True),
+        axolotl=Column(
+            ("reinit_weights",), lambda values, known: switch(values["reinit_weights"]), _write_reinit, False
+        ),
+        pentagrid=Column((), None, lambda value, known: {}, lambda known: "hf_model" not in known),
         megatron=Column((), None, None, True),
     ),
     row(
@@ -279,15 +299,21 @@ DATA = [
                 "dataset.tokenizer.pretrained_model_name_or_path",
                 {"dataset.tokenizer._target_": "nemo_automodel.NeMoAutoTokenizer.from_pretrained"},
             ),
-            lambda known: known.get("hf_model", ABSENT),
+            _default_tokenizer,
         ),
         axolotl=Column(
             ("tokenizer_config",),
             lambda values, known: text(values["tokenizer_config"]),
             _write_folder_of_tokenizer("tokenizer_config", {}),
-            lambda known: known.get("hf_model", ABSENT),
+            _default_tokenizer,
         ),
         megatron=Column(("tokenizer_model", "tokenizer_type"), _read_megatron_tokenizer),
+    ),
+    row(
+        "tokenizer_eod",
+        pentagrid="tokenizer_eod",
+        nemo=Column((), None, _write_end),
+        axolotl=Column((), None, _write_end),
     ),
     row(
         "json_key",
@@ -309,7 +335,9 @@ DATA = [
         words,
         pentagrid="valid_data_path",
         nemo=Column(
-            ("validation_dataset.paths",), _read_nemo_valid, _write_nemo_data("validation_dataset", "validation")
+            ("validation_dataset.paths", "dataset.paths"),
+            _read_nemo_valid,
+            _write_nemo_data("validation_dataset", "validation"),
         ),
         axolotl=Column(("test_datasets",), _read_axolotl_data, _write_axolotl_data("test_datasets")),
         megatron=key("valid_data_path", parse=words),
@@ -381,6 +409,12 @@ def _read_packing(values: Values, known: Known) -> str:
 _ALONE = "a row holds one document and padding there; here rows are packed, so a step has more tokens"
 
 
+_STREAM = (
+    "one stream, in which documents attend to earlier ones, as there; --packing best-fit --qkv-format thd keeps "
+    "documents apart, which is Pentagrid's default"
+)
+
+
 def _write_packing(value: str, known: Known) -> Any:
     flags = {
         "packed": {"qkv_format": "thd", "packing": "best-fit"},
@@ -388,7 +422,8 @@ def _write_packing(value: str, known: Known) -> Any:
         "stream": {"qkv_format": "bshd", "packing": "concat"},
         "none": {"qkv_format": "thd", "packing": "best-fit"},
     }
-    return Changed(flags[value], _ALONE) if value == "none" else flags[value]
+    notes = {"none": _ALONE, "stream": _STREAM}
+    return Changed(flags[value], notes[value]) if value in notes else flags[value]
 
 
 def _read_axolotl_packing(values: Values, known: Known) -> str:
@@ -419,13 +454,21 @@ def _write_nemo_packing(value: str, known: Known) -> Any:
     if "data_path" in known:
         if value == "stream":
             return {}
-        raise NoCounterpart(
-            f"packing {value}: MegatronPretraining gives one stream, in which documents attend to earlier ones"
+        return Changed(
+            {},
+            "documents are apart here; MegatronPretraining gives one stream, in which documents attend to earlier "
+            "ones: here --packing concat --qkv-format bshd",
         )
     if value == "none":
         return {"packed_sequence.packed_sequence_size": 0}
     found = {"packed_sequence.packing_strategy": "thd"}  # the length is packed_sequence_size
     return Changed(found, f"{value} becomes whole documents, in order") if value != "packed" else found
+
+
+def _write_restart(value: str, known: Known) -> Values:
+    if known.get("packing") != "stream":
+        return {}  # positions restart at each document here
+    raise NoCounterpart("positions of one stream do not restart here: --reset-attention-mask keeps documents apart")
 
 
 _MEGATRON_MASKED = ("reset_attention_mask", "dataloader_inter_document_masking")
@@ -500,6 +543,11 @@ SAMPLES = [
             ("sample_packing", "pretrain_multipack_attn"), _read_axolotl_packing, _write_axolotl_packing, "none"
         ),
         megatron=Column(_MEGATRON_MASKED, lambda values, known: "greedy", None, "stream"),
+    ),
+    row(
+        "position_restart",
+        megatron=Column(("reset_position_ids",), lambda values, known: "documents"),
+        pentagrid=Column((), None, _write_restart),
     ),
     row(
         "seq_length",

@@ -320,6 +320,7 @@ _ROWS = [
             lambda known: "LayerNorm" if "num_layers" in known else ABSENT,
         ),
         pentagrid=only("RMSNorm", _MODEL_DIFFERS + "RMSNorm; there --normalization RMSNorm"),
+        off="RMSNorm",
     ),
     row(
         "position_embedding",
@@ -330,6 +331,7 @@ _ROWS = [
             lambda known: "learned_absolute" if "num_layers" in known else ABSENT,
         ),
         pentagrid=only("rope", _MODEL_DIFFERS + "rotary positions; there --position-embedding-type rope"),
+        off="rope",
     ),
     row(
         "rotary_percent",

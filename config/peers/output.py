@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from config.peers.columns import (
@@ -95,6 +96,20 @@ def _write_tensorboard(value: str, known: Known) -> Values:
     return {} if value == "default" else {"tensorboard_dir": value}
 
 
+def _write_wandb(value: str, known: Known) -> Any:
+    found = {"wandb_project": value}
+    if find_spec("wandb"):
+        return found
+    return Changed(found, "needs the wandb package, which is missing here; --wandb-project none turns it off")
+
+
+def _default_evals(known: Known) -> Any:
+    """Axolotl validates at each end of an epoch."""
+    if not known.get("data_split", (1.0, 0.0, 0.0))[1] and "valid_data_path" not in known:
+        return 0
+    return Changed(ABSENT, "validation after each epoch there, every 100 steps here; --eval-interval sets the steps")
+
+
 def _read_iters_of_nemo(values: Values, known: Known) -> Any:
     batch = known.get("global_batch_size", 1)
     samples = whole(values["validation_dataset.num_val_samples"])
@@ -103,7 +118,7 @@ def _read_iters_of_nemo(values: Values, known: Known) -> Any:
 
 def _write_iters_of_nemo(value: int, known: Known) -> Any:
     if "valid_data_path" not in known:
-        raise NoCounterpart(f"{value} batches: NeMo validates on a validation_dataset")
+        return Changed({}, f"{value} batches here; no validation there without a validation_dataset")
     samples = value * known.get("global_batch_size", 1)
     return Changed({"validation_dataset.num_val_samples": samples}, f"{value} batches = {samples} samples")
 
@@ -191,9 +206,7 @@ OUTPUT = [
             ("eval_steps", "evals_per_epoch", "eval_strategy", "evaluation_strategy"),
             _read_steps("eval_steps", "eval_strategy", "evals_per_epoch", "eval"),
             _write_evals,
-            lambda known: (
-                0 if not known.get("data_split", (1.0, 0.0, 0.0))[1] and "valid_data_path" not in known else ABSENT
-            ),
+            _default_evals,
         ),
         megatron=key("eval_interval", parse=whole, default=1000),
     ),
@@ -225,7 +238,7 @@ OUTPUT = [
     ),
     row(
         "wandb_project",
-        pentagrid="wandb_project",
+        pentagrid=Column(("wandb_project",), lambda values, known: values["wandb_project"], _write_wandb),
         nemo="wandb.project",
         axolotl="wandb_project",
         megatron="wandb_project",

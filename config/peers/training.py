@@ -16,6 +16,7 @@ from config.peers.columns import (
     key,
     number,
     only,
+    rounded,
     row,
     switch,
     text,
@@ -43,7 +44,7 @@ def _steps(samples: Any, known: Known) -> Any:
 
 def _write_epochs(value: int, known: Known) -> Any:
     if "train_iters" in known:
-        return Changed({}, f"{known['train_iters']} steps decide, also beyond {value} epochs")
+        return Changed({}, f"{known['train_iters']} steps decide here, whatever their number of epochs")
     return {}  # tools/migrate.py says how to count the steps
 
 
@@ -140,7 +141,7 @@ def _write_axolotl_style(value: str, known: Known) -> Any:
         "lr_scheduler": word,
         "lr_scheduler_kwargs.num_decay_steps": steps,
         "lr_scheduler_kwargs.decay_type": "linear",
-        "lr_scheduler_kwargs.min_lr_ratio": known.get("min_lr", 0.0) / peak if peak else 0.0,
+        "lr_scheduler_kwargs.min_lr_ratio": rounded(known.get("min_lr", 0.0) / peak) if peak else 0.0,
     }
 
 
@@ -154,7 +155,7 @@ def _read_axolotl_min_lr(values: Values, known: Known) -> Any:
     if "lr" not in known:
         raise NoCounterpart(f"{ratio} * learning rate, which is not given")
     peak = known["lr"]
-    return Changed(number(ratio) * peak, f"{ratio} * peak {peak:g} = {number(ratio) * peak:g}")
+    return Changed(rounded(number(ratio) * peak), f"{ratio} * peak {peak:g} = {number(ratio) * peak:g}")
 
 
 def _write_axolotl_min_lr(value: float, known: Known) -> Any:
@@ -162,7 +163,7 @@ def _write_axolotl_min_lr(value: float, known: Known) -> Any:
     if style in ("constant", "wsd") or not value:
         return {}
     if style == "cosine" and peak:
-        return Changed({"cosine_min_lr_ratio": value / peak}, f"{value:g} / peak {peak:g} = {value / peak:g}")
+        return Changed({"cosine_min_lr_ratio": rounded(value / peak)}, f"{value:g} / peak {peak:g} = {value / peak:g}")
     return Changed({}, f"{value:g}: linear decays to 0 there")
 
 
@@ -437,7 +438,7 @@ TRAINING = [
         nemo=key(
             "lr_scheduler.min_lr",
             parse=number,
-            default=lambda known: known.get("lr", 1e-3) * 0.01 if _nemo_schedules(known) else ABSENT,
+            default=lambda known: rounded(known.get("lr", 1e-3) * 0.01) if _nemo_schedules(known) else ABSENT,
         ),
         axolotl=Column(
             ("cosine_min_lr_ratio", "lr_scheduler_kwargs.min_lr_ratio"),
@@ -489,7 +490,7 @@ TRAINING = [
         nemo=key(
             "lr_scheduler.init_lr",
             parse=number,
-            default=lambda known: known.get("lr", 1e-3) * 0.1 if _nemo_schedules(known) else ABSENT,
+            default=lambda known: rounded(known.get("lr", 1e-3) * 0.1) if _nemo_schedules(known) else ABSENT,
         ),
         megatron=key("lr_warmup_init", parse=number, default=0.0),
     ),
@@ -629,6 +630,7 @@ TRAINING = [
             "{}: rows with fewer labels weigh more there; here every label of a step weighs the same",
             softly=True,
         ),
+        off="tokens",
     ),
     row(
         "document_ends",

@@ -132,7 +132,7 @@ def test_axolotl_to_pentagrid(tmp_path: Path) -> None:
         "seq_length": 4096,
         "train_iters": 1000,
         "lr": 2e-4,
-        "min_lr": pytest.approx(2e-5),
+        "min_lr": 2e-5,  # 0.1 * 2e-4 is 2.0000000000000002e-05
         "lr_warmup_iters": 50,
         "adam_beta2": 0.999,  # transformers', not ours
         "weight_decay": 0.0,
@@ -152,6 +152,7 @@ def test_axolotl_to_pentagrid(tmp_path: Path) -> None:
     assert report.folded["off in both"] == ["load_in_8bit false"]
     assert report.folded["empty, as if left out"] == ["wandb_project"]
     assert has(report.lost, "base_model org/model", "--model DIR")
+    assert has(report.changed, "eval_interval", "after each epoch there")  # val_set_size without eval_steps
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,8 @@ def test_nemo_to_pentagrid(tmp_path: Path) -> None:
         "save_interval": 100,
     }
     assert {name: flags.get(name) for name in wanted} == wanted
-    assert has(report.changed, "the warm-up starts at 3e-05 there")
+    assert has(report.changed, "lr_warmup_init 3e-05, ", "the warm-up starts at 3e-05 there")
+    assert has(report.changed, "documents attend to earlier ones", "packing concat", "Pentagrid's default")
 
 
 @pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen3Config"])
@@ -249,6 +251,7 @@ def test_a_pattern_of_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text += f"validation_dataset: {{_target_: {MEGATRON_DATA}, paths: corpora/tiny*}}\n"
     flags, report = run(tmp_path, text, "nemo", world_size=8)
     assert "data_path" not in flags and has(report.lost, "dataset.paths corpora/tiny*", "no such .bin or .idx file")
+    assert sum("corpora/tiny*" in line for line in report.lost) == 1
     (tmp_path / "corpora").mkdir()
     for name in ("tiny_b.bin", "tiny_b.idx", "tiny_a.idx", "tiny_a.bin", "tiny_a.json"):
         (tmp_path / "corpora" / name).touch()
@@ -271,7 +274,8 @@ def test_pentagrid_to_axolotl_and_nemo(tmp_path: Path) -> None:
     preset += "seq-length: 512\n"
     made, report = run(tmp_path, preset, "pentagrid", "axolotl", world_size=8, model="folder")
     assert made["gradient_accumulation_steps"] == 24 / (2 * 4) and made["micro_batch_size"] == 2
-    assert made["base_model"] == "folder" and made["reinit_weights"] is True
+    assert made["base_model"] == "folder" and made["reinit_weights"] is False
+    assert has(report.changed, "reinit_weights", "starts from the weights in folder")
     assert made["cosine_min_lr_ratio"] == 0.25 and made["ring_attn_func"] == "varlen_llama3"
     assert has(report.changed, "24 samples / (micro 2 * dp 4) = 3 a rank")
     preset = preset.replace("pp-size: 1", "pp-size: 2").replace("cp-size: 2", "cp-size: 1")
@@ -466,11 +470,42 @@ def test_tokenizer_of_the_models_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "model" / name).write_text(json.dumps({"model": {"vocab": {"<end>": 7}}}))
     flags, report = run(tmp_path, AXOLOTL, "axolotl", world_size=8, model=str(tmp_path / "model"))
     assert flags["tokenizer_model"] == str(tmp_path / "model" / name)
+    text = convert("axolotl", "pentagrid", str(tmp_path / "run.yaml"), model=str(tmp_path / "model"))[0]
+    assert f"{name}  # the tokenizer of org/model" in text
     assert flags.get("tokenizer_eod") == ("<end>" if name == "tokenizer.json" else None)
     assert not report.lost, report.lost  # so that --strict takes a plain Llama
     other = f"{AXOLOTL}\ntokenizer_config: other/tokenizer\n"
     flags, report = run(tmp_path, other, "axolotl", world_size=8, model=str(tmp_path / "model"))
     assert "tokenizer_model" not in flags and has(report.lost, "other/tokenizer is a name of the hub")
+
+
+@pytest.mark.parametrize("peer", ["nemo", "axolotl"])
+def test_strict_takes_pentagrids_defaults(tmp_path: Path, peer: str) -> None:
+    """The target's model has RMSNorm and rotary positions, the folder names the end of documents."""
+    preset = "lr: 1.0e-3\ntokenizer-model: hf/tokenizer.json\ntokenizer-eod: '</s>'\ndata-path: [corpora/a]\n"
+    made, report = run(tmp_path, preset, "pentagrid", peer, world_size=8, model="hf")
+    assert not report.lost, report.lost
+    if peer == "nemo":
+        assert made["model"]["_target_"].endswith("from_pretrained")
+        assert has(report.changed, "packing packed", "documents are apart here", "--packing concat")
+        _, report = run(tmp_path, preset, "pentagrid", peer, world_size=8)
+        assert has(report.lost, "tokenizer_eod </s>", "--model DIR")
+
+
+def test_positions_restart_with_documents(tmp_path: Path) -> None:
+    flags, report = run(tmp_path, f"{SCRIPT.strip()} --reset-position-ids --reset-attention-mask", "megatron")
+    assert flags["packing"] == "greedy" and not has(report.lost, "reset_position_ids")
+    assert has(run(tmp_path, f"{SCRIPT.strip()} --reset-position-ids", "megatron")[1].lost, "reset_position_ids")
+
+
+def test_a_package_that_the_preset_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("config.peers.output.find_spec", lambda name: None)
+    flags, report = run(tmp_path, f"{AXOLOTL.replace('wandb_project:', 'wandb_project: team')}", "axolotl")
+    assert flags["wandb_project"] == "team" and has(report.changed, "wandb_project team", "needs the wandb package")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "preset.yaml").write_text("wandb-project: team\n")
+    for off in ("none", ""):
+        assert resolve_config("--config", "preset.yaml", "--wandb-project", off).logging.wandb_project is None
 
 
 def test_the_report_begins_with_what_the_file_says(tmp_path: Path) -> None:
