@@ -490,6 +490,9 @@ def test_strict_takes_pentagrids_defaults(tmp_path: Path, peer: str) -> None:
         assert has(report.changed, "packing packed", "documents are apart here", "--packing concat")
         _, report = run(tmp_path, preset, "pentagrid", peer, world_size=8)
         assert has(report.lost, "tokenizer_eod </s>", "--model DIR")
+    _, report = run(tmp_path, f"{SCRIPT.strip()} --calculate-per-token-loss", "megatron", peer, model=None)
+    for name in ("normalization", "position_embedding", "calculate_per_token_loss"):
+        assert not has(report.lost, name), report.lost
 
 
 def test_positions_restart_with_documents(tmp_path: Path) -> None:
