@@ -31,6 +31,8 @@ from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScaling
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
 from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
+from model import loss
+
 # What the attention kernels write in the rows of padding, which nothing promises.
 GARBAGE = float("nan")
 
@@ -514,6 +516,8 @@ def on_the_cpu() -> Iterator[None]:
         at_home = lambda self, *a, **k: make(self, *a, **(k | {"device": torch.device("cpu")}))  # noqa: E731
         stack.enter_context(mock.patch.object(quantization.DelayedScalingRecipeState, "__init__", at_home))
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
+        add_product = lambda total, a, b: total.add_(a @ b)  # noqa: E731  # the CPU has no product with out_dtype
+        stack.enter_context(mock.patch.object(loss, "_add_product_", add_product))
         stack.enter_context(mock.patch.object(utils, "_get_fused_attn_backend", lambda **_: (fused, "")))
         # Its filter is asked as for bf16: cuDNN's kernels know no fp32, these do, and show errors that bf16 would hide.
         ask = utils.get_attention_backend
