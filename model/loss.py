@@ -88,7 +88,8 @@ def _chunk_terms(
         if needs_grad:
             return _log_softmax_and_grad(*parts, z_loss, logits.dtype)
         return *_log_softmax_at_target(*parts), None
-    log_probs, log_sum, at_target = _reduce_over_tp(*_log_softmax(*parts), is_mine, tp)
+    log_probs, log_sum, at_target = _log_softmax(*parts)
+    log_probs, log_sum, at_target = _reduce_over_tp(log_probs, log_sum, at_target, is_mine, tp)
     if not needs_grad:
         return log_sum, at_target, None
     return log_sum, at_target, _grad_of_logits(log_probs, log_sum, target, is_mine, z_loss, logits.dtype)

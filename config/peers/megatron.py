@@ -103,7 +103,7 @@ def _collect(tokens: list[str]) -> tuple[Values, list[str]]:
     earlier: Values = {}  # the first words of flags that are given again
     name: str | None = None
     array: str | None = None
-    loose = {found[1] for token in tokens if (found := re.fullmatch(r"\$\{(\w+)\[[@*]\]\}", token))}
+    loose = {match[1] for token in tokens if (match := re.fullmatch(r"\$\{(\w+)\[[@*]\]\}", token))}
     for before, token in pairwise(["", *tokens]):
         words = _expand(token, variables)
         if array in loose:
