@@ -546,7 +546,7 @@ def test_another_runs_metrics_are_not_overwritten(base, tmp_path: Path) -> None:
 
 REFUSALS = {
     "misspelt flag": (["--cp-sise", "2"], ["--cp-sise", "--cp-size"]),
-    "world size": (["--cp-size", "3"], ["cp * tp = 3", "use --"]),
+    "world size": (["--cp-size", "3"], ["cp * tp = 3", "use torchrun --nproc-per-node 3"]),
     "sequence length": (["--seq-length", "255"], ["--seq-length 255", "256"]),
     "missing data": (["--data-path", "no/such/file"], ["--data-path no/such/file"]),
     "missing checkpoint": (["--load", "no/such/checkpoint"], ["--load no/such/checkpoint"]),
