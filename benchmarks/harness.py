@@ -236,10 +236,14 @@ def describe_goal(value: float, goal: float | None, *, at_most: bool = False) ->
 # Command line and JSON
 
 
-def benchmark_parser(description: str | None, *, rounds: int, parts: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """--rounds and --json; with `parts` also --only, a list of them."""
+def benchmark_parser(
+    description: str | None, *, rounds: int | None = None, parts: Iterable[str] = ()
+) -> argparse.ArgumentParser:
+    """--json; with `rounds`, its default, also --rounds; with `parts` also --only, a list of them."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each thing compared; default: %(default)s")
+    if rounds is not None:
+        rounds_help = "turns of each thing compared; default: %(default)s"
+        parser.add_argument("--rounds", type=int, default=rounds, help=rounds_help)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there; default: no file")
     names = list(parts)
     if names:

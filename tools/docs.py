@@ -1,8 +1,9 @@
 """Write the tables that come from the code into docs/: `python tools/docs.py [--check]`.
 
 Flags come from config/schema.py, attention backends from cp/support.py, counts of kernels and bytes from
-planner/counts.py, predictions from planner/matrix.py and their errors from benchmarks/calibration.py, the parts of a
-log line from metrics/log.py. Each table stands between two marker comments.
+planner/counts.py, predictions from planner/matrix.py and their errors from benchmarks/calibration.py, figures of
+thousands of ranks from benchmarks/results/scale_cpu.json, the parts of a log line from metrics/log.py.
+Each table stands between two marker comments.
 With `--check` nothing is written; exit code 1: a table is out of date.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.calibration import cases_table, summary_table
+from benchmarks.scale_parts.table import scale_table
 from config.schema import RunConfig, fields_of_flags, option
 from cp.support import markdown_table
 from metrics.log import legend_table
@@ -50,6 +52,7 @@ TABLES = (
     ("docs/context_parallel.md", "backends", markdown_table),
     ("docs/gpu.md", "counts", counts_table),
     ("docs/operate.md", "log line", legend_table),
+    ("docs/scale.md", "scale", scale_table),
     (PREDICTIONS, "errors", summary_table),
     (PREDICTIONS, "matrix", matrix_tables),
     (PREDICTIONS, "figures", cases_table),
