@@ -23,6 +23,7 @@ from config.cli import parse_arguments
 from config.schema import RunConfig
 from config.validate import resolve
 from data.batch import Batch
+from data.batch_schedule import BatchSchedule
 from data.loader import build_loader, read_batches, translate_worker_death
 from metrics.banner import RunSummary
 from metrics.log import MetricsLog, StepResult, count_rows
@@ -136,6 +137,7 @@ def main(argv: list[str], status: RunStatus) -> None:
             ranks.grid,
             save=paths.checkpoints,
             keeps_data_order=config.keeps_data_order,
+            changeable=config.changeable,
             is_tokenizer_trained=data.is_tokenizer_trained,
             group=ranks.checkpoint_group,
         )
@@ -192,8 +194,8 @@ class Trainer:
         config, ranks, paths = self.shared.config, self.shared.ranks, self.shared.paths
         self.config, self.ranks, self.grid, self.device = config, ranks, ranks.grid, ranks.device
         self.batch_plan = build_batch_plan(config, self.metrics.architecture, self.grid)
-        self.pipeline = build_pipeline(config, self.model, self.grid, self.device, self.batch_plan.num_microbatches)
-        self.lr_schedule = build_lr_schedule(config.training)
+        self.pipeline = build_pipeline(config, self.model, self.grid, self.device)
+        self.lr_schedule = build_lr_schedule(config.training, config.data.seq_length)
         self.norm_owned = get_norm_owned_names(self.model, self.grid)
         self.saver = Saver(
             paths.checkpoints,
@@ -205,7 +207,8 @@ class Trainer:
             asynchronous=config.checkpoint.async_save,
             on_saved=lambda place: log(f"saved {place}"),
         )
-        in_order = replace(self.batch_plan, balance_work=False)
+        whole = BatchSchedule.constant(config.training.global_batch_size)
+        in_order = replace(self.batch_plan, balance_work=False, batches=whole)
         sizes = self.data.tokenizer.token_bytes() if self.data.valid else None
         token_bytes = None if sizes is None else torch.from_numpy(sizes)
         self.validator = Validator(
@@ -328,7 +331,7 @@ class Trainer:
         """Fetch, forward and backward, clip, update."""
         fetch_start = time.perf_counter()
         with self.timers("data"):
-            batches = [next(batches_ahead) for _ in range(self.batch_plan.num_microbatches)]
+            batches = [next(batches_ahead) for _ in range(self.batch_plan.num_microbatches(step))]
         data_time = time.perf_counter() - fetch_start
         # The step's global count of labelled tokens divides the loss, and so the gradients.
         own_counts = count_rows(batches, self.batch_plan).to(self.device, non_blocking=True)
@@ -380,13 +383,15 @@ class Trainer:
             counts=counts,
             data_time=data_time,
             memory=memory,
+            consumed_tokens=self.config.training.batches.first_sample(done) * self.config.data.seq_length,
             skipped_steps=self.guard.skipped,
         )
 
     def save(self, step: int, *, validation_due: bool = False) -> None:
         """Write a checkpoint after `step` steps. Args: validation_due: the resumed run validates first."""
         self.ranks.watchdog.heartbeat("a checkpoint", step)
-        position = self.data.train.state_dict(step * self.config.training.global_batch_size)
+        batches = self.config.training.batches
+        position = self.data.train.state_dict(batches.first_sample(step)) | {"batches": batches.to_json(step)}
         with self.timers("save"):
             due = {"validation_due": True} if validation_due else {}
             self.saver.save(step, self.metadata | {"data": position} | due)

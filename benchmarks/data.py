@@ -33,6 +33,7 @@ import numpy as np
 from benchmarks.data_child import draw_lengths
 from benchmarks.harness import ROOT, benchmark_parser, describe_goal, round_ratios, take_turns, write_figures
 from data.batch import BatchPlan
+from data.batch_schedule import BatchSchedule
 from data.dataset import PackedDataset
 from data.indexed_dataset import IndexedDataset, index_file, write_indexed_dataset
 from data.loader import MicrobatchDataset
@@ -126,7 +127,7 @@ def _measure_loader_at(settings: Settings, prefix: Path, tokens: IndexedDataset,
         vocab_size=VOCAB_SIZE,
     )
     plan = BatchPlan(
-        global_batch_size=1,
+        batches=BatchSchedule.constant(1),
         micro_batch_size=1,
         batch_size=1,
         batch_rank=0,

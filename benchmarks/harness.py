@@ -73,7 +73,7 @@ class TrainStep:
         self.architecture = config.model.architecture(vocab_size)
         self.grid = grid or build_run_grid(config.parallel, device)
         self.model = build_model(config, self.architecture, self.grid, device)
-        self.pipeline = build_pipeline(config, self.model, self.grid, device, config.num_microbatches)
+        self.pipeline = build_pipeline(config, self.model, self.grid, device)
         self.optimizer = build_optimizer(self.model, config.training)
         self.norm_owned = get_norm_owned_names(self.model, self.grid)
 

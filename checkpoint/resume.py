@@ -235,6 +235,7 @@ def load_start(
     *,
     save: Path,
     keeps_data_order: bool = True,
+    changeable: Collection[str] = (),
     is_tokenizer_trained: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> TrainState:
@@ -244,13 +245,14 @@ def load_start(
         wanted: metadata of this run, from `run_metadata`.
         save: folder where the run saves; a corrupted checkpoint there is quarantined.
         keeps_data_order: refuse other data than the checkpoint's.
+        changeable: as `RunConfig.changeable`.
         is_tokenizer_trained: as `check_same_run`'s.
         group: as `load_checkpoint`'s.
 
     Raises:
         UserError: another model or other data; or a corrupted checkpoint, without `--load-fallback` or an older one.
     """
-    free: Collection[str] = FREE_ON_RESUME
+    free: Collection[str] = {*FREE_ON_RESUME, *map(option, changeable)}
     if not keeps_data_order:
         free = {*FREE_ON_RESUME, *(option(name) for name in RunConfig().flags("fixed")), DOCUMENTS}
     if plan.weights_only:

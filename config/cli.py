@@ -58,7 +58,7 @@ def _argparse_options(hint: Any, default: Any, flag: Flag) -> dict[str, Any]:
     if flag.parse:
         return options | {"default": flag.text(default) if default else None}
     if typing.get_origin(hint) is list:
-        return options | {"nargs": "+"}
+        return options | {"nargs": "+", "type": typing.get_args(hint)[0]}
     return options | {"type": hint}
 
 

@@ -17,13 +17,15 @@ from typing import Any, Literal, NamedTuple
 from cp import support
 from cp.layout import LAYOUTS
 from cp.support import AttentionChoice
-from data.packing import PACKINGS, PAD_ROWS, count_microbatches
+from data.batch_schedule import BatchSchedule
+from data.packing import PACKINGS, PAD_ROWS
 from data.tokenizer import TOKENIZER_TYPES
 from model.config import FP8_RECIPES, RECOMPUTE, ROPE_SCALINGS, GPTConfig, padded_vocab_size
-from parallel.stages import PP_SCHEDULES
+from parallel.stages import PP_SCHEDULES, count_microbatches
 from utils.errors import UserError
 
 TRANSFORMER_IMPLS = ("auto", "torch", "te")
+BATCH_FLAGS = frozenset({"global_batch_size", "rampup_batch_size"})
 LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
 
 # What a resumed run may change. model: part of the weights' shape, compared as GPTConfig; fixed: the order of the data
@@ -391,7 +393,19 @@ class TrainingConfig:
         "samples of a step, over all ranks; default: one microbatch for each data rank and pipeline stage",
         AT_LEAST_ONE,
     )
+    rampup_batch_size: list[int] | None = fixed(
+        None,
+        "START INCREMENT SAMPLES: begin with START samples a step and reach --global-batch-size in steps of INCREMENT, "
+        "spread over the first SAMPLES samples; default: off",
+        metavar="N",
+    )
+    new_batch: bool = flag(False, "a resumed run may change --global-batch-size and --rampup-batch-size")
     train_iters: int = flag(200, "steps of the whole run", AT_LEAST_ONE)
+    train_tokens: int | None = flag(
+        None,
+        "tokens of the whole run, padding counted, instead of --train-iters; the learning rate then follows tokens",
+        AT_LEAST_ONE,
+    )
     seed: int = fixed(1234, "seed of initial weights and data order", NOT_NEGATIVE)
     dtype: str = printed(
         "auto",
@@ -427,6 +441,15 @@ class TrainingConfig:
         "steps of the decay of wsd, from the end of the warm-up at the earliest; default: a tenth of --lr-decay-iters",
         NOT_NEGATIVE,
     )
+    lr_warmup_tokens: int | None = printed(
+        None, "with --train-tokens: tokens of linear warm-up; default: 20 steps, at most a tenth", NOT_NEGATIVE
+    )
+    lr_decay_tokens: int | None = printed(
+        None, "with --train-tokens: tokens after which --min-lr is reached; default: all", AT_LEAST_ONE
+    )
+    lr_wsd_decay_tokens: int | None = printed(
+        None, "with --train-tokens: tokens of the decay of wsd; default: a tenth", NOT_NEGATIVE
+    )
     weight_decay: float = printed(0.1, "weight decay of matrices; 0: off", NOT_NEGATIVE)
     adam_beta1: float = printed(0.9, "decay of the first moment a step", FRACTION)
     adam_beta2: float = printed(0.95, "decay of the second moment a step", FRACTION)
@@ -452,6 +475,9 @@ class TrainingConfig:
         choices=("stop", "skip"),
     )
     max_skipped_in_a_row: int = flag(5, "with --on-nonfinite skip: consecutive skipped steps allowed", NOT_NEGATIVE)
+
+    # Samples of each step; set by `resolve`.
+    batches: BatchSchedule = field(default=None)  # type: ignore[assignment]
 
     @property
     def parameter_dtype(self) -> str:
@@ -528,10 +554,20 @@ class RunConfig:
 
     @property
     def num_microbatches(self) -> int:
-        """Microbatches of a step on each data rank."""
+        """Microbatches of a step of --global-batch-size on each data rank."""
+        parallel, training = self.parallel, self.training
         return count_microbatches(
-            self.training.global_batch_size, self.training.micro_batch_size, self.parallel.dp_size
+            training.global_batch_size,
+            training.micro_batch_size,
+            parallel.dp_size,
+            pp_size=parallel.pp_size,
+            schedule=parallel.pp_schedule,
         )
+
+    @property
+    def changeable(self) -> frozenset[str]:
+        """Fields of fixed flags that this run may change when it is resumed."""
+        return BATCH_FLAGS if self.training.new_batch else frozenset()
 
     @property
     def keeps_data_order(self) -> bool:

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from config.advice import NPROC, Change, divisors, find_advice, flags_of, multiples, nearest
+from config.progress import resolve_batches, resolve_lr_schedule
 from config.schema import (
+    BATCH_FLAGS,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -38,7 +40,7 @@ from data.packing import PACKINGS, resolve_packing
 from data.sources import document_lengths, find_tokenizer, open_sources
 from data.tokenizer import load_sentencepiece
 from model.config import count_parameters
-from parallel.stages import check_microbatches, split_layers
+from parallel.stages import check_schedule, split_layers
 from utils.errors import MissingPackageError, SizeError, UserError
 
 MAX_WHOLE_GRADIENTS = 8 << 30  # bytes that may live between microbatches
@@ -141,14 +143,14 @@ def _resolve_sizes(
     if saved:
         _keep_checkpoint(config, saved, chosen)
         _check_bounds(config)
-    _resolve_lr_schedule(config.training)
     _resolve_grid(parallel, world_size, local_world_size, chosen)
     resolve_model(model, parallel.tp_size, saved.get("model padded_vocab_size"))
     _resolve_implementation(config, chosen)
     _resolve_attention(config, local_world_size, read_lengths, chosen)
     _resolve_packing(data, chosen)
     _resolve_alignment(data, parallel, config.training.micro_batch_size, chosen)
-    _resolve_batch(config.training, parallel, chosen)
+    resolve_batches(config.training, parallel, saved, chosen)
+    resolve_lr_schedule(config.training, data.seq_length)
     _resolve_reduction(config, chosen)
     _check_stages(config)
     return chosen
@@ -170,7 +172,7 @@ def _keep_checkpoint(config: RunConfig, saved: Mapping[str, Any], chosen: list[s
             _check_kept(name, kept, "" if flag.parse or flag.choices else 1)
             setattr(getattr(config, group), name, flag.parse(kept) if flag.parse else kept)
             chosen.append(f"{option(name)} {kept} (the checkpoint's)")
-        elif flag.on_resume == "fixed" and config.keeps_data_order:
+        elif flag.on_resume == "fixed" and config.keeps_data_order and name not in config.changeable:
             text = flag.text(value) if flag.parse else value
             _check_kept(name, kept, text)
             if text != kept:
@@ -191,7 +193,8 @@ def _keep_checkpoint(config: RunConfig, saved: Mapping[str, Any], chosen: list[s
         differing["dtype"] = training.dtype, dtype if dtype == "fp64" else "auto"
     if differing:
         what = flags_of({name: value for name, (value, _) in differing.items()})
-        error = SizeError(f"{what}: the checkpoint was made with other values")
+        allowed = "; --new-batch allows another batch" if differing.keys() & BATCH_FLAGS else ""
+        error = SizeError(f"{what}: the checkpoint was made with other values{allowed}")
         error.together = {name: kept for name, (_, kept) in differing.items()}
         raise error
 
@@ -309,13 +312,7 @@ def _check_stages(config: RunConfig) -> None:
         first=parallel.first_stage_layers,
         last=parallel.last_stage_layers,
     )
-    check_microbatches(
-        parallel.pp_schedule,
-        config.num_microbatches,
-        parallel.pp_size,
-        parallel.virtual_stages,
-        samples=config.training.micro_batch_size * parallel.dp_size,
-    )
+    check_schedule(parallel.pp_schedule, parallel.pp_size, parallel.virtual_stages)
     if parallel.pp_size > 1 and config.data.pad_rows == "dynamic":
         raise SizeError(
             f"--pad-rows dynamic needs --pp-size 1, not {parallel.pp_size}, whose stages exchange tensors of one shape",
@@ -609,48 +606,7 @@ def _resolve_alignment(data: DataConfig, parallel: ParallelConfig, num_samples: 
 
 
 # ---------------------------------------------------------------------------------------------------
-# Training
-
-
-def _resolve_batch(training: TrainingConfig, parallel: ParallelConfig, chosen: list[str]) -> None:
-    unit = training.micro_batch_size * parallel.dp_size
-    if training.global_batch_size is None:
-        training.global_batch_size = unit * parallel.pp_size  # the fewest that every schedule takes
-        chosen.append(f"--global-batch-size {training.global_batch_size}")
-    if training.global_batch_size % unit:
-        raise SizeError(
-            f"--global-batch-size {training.global_batch_size} does not divide by micro batch "
-            f"{training.micro_batch_size} * dp_replicate {parallel.dp_replicate_size} * dp_shard "
-            f"{parallel.dp_shard_size} = {unit}",
-            global_batch_size=multiples(training.global_batch_size, unit),
-        )
-
-
-def _resolve_lr_schedule(training: TrainingConfig) -> None:
-    has_decay_end = training.lr_decay_iters is not None
-    if training.lr_decay_iters is None:
-        training.lr_decay_iters = training.train_iters
-    if training.lr_warmup_iters is None:
-        training.lr_warmup_iters = min(20, training.lr_decay_iters // 10)
-    # A run shorter than its warm-up is a trial; a decay that ends inside the warm-up is a mistake.
-    decays = training.lr_decay_style != "constant"
-    if has_decay_end and decays and training.lr_warmup_iters >= training.lr_decay_iters:
-        raise SizeError(
-            f"--lr-warmup-iters {training.lr_warmup_iters} leaves nothing of --lr-decay-iters "
-            f"{training.lr_decay_iters}",
-            lr_warmup_iters=[training.lr_decay_iters - 1],
-        )
-    if training.lr_wsd_decay_iters is None:
-        training.lr_wsd_decay_iters = max(1, training.lr_decay_iters // 10)
-    if decays and training.min_lr > training.lr:
-        raise UserError(
-            f"--min-lr {training.min_lr} is above --lr {training.lr}: give at most {training.lr}, or use "
-            "--lr-decay-style constant"
-        )
-    if training.lr_wsd_decay_iters > training.lr_decay_iters:
-        raise UserError(
-            f"--lr-wsd-decay-iters {training.lr_wsd_decay_iters} is above --lr-decay-iters {training.lr_decay_iters}"
-        )
+# Data
 
 
 def _resolve_data(data: DataConfig, training: TrainingConfig, chosen: list[str], *, is_resumed: bool) -> None:

@@ -1,8 +1,8 @@
 """Microbatches: the row of one or more samples, cut to the tokens of this rank.
 
-Step k reads samples k * global_batch_size .. + global_batch_size - 1, so its content is a function of the seed and k. A
-microbatch is one row, the concatenation of `micro_batch_size` samples. Every cp and tp rank of a `batch` coordinate
-builds the same row and keeps its own tokens.
+A step reads the samples that follow those of the step before (data/batch_schedule.py), so its content is a function of
+the seed and the samples read so far. A microbatch is one row, the concatenation of `micro_batch_size` samples. Every cp
+and tp rank of a `batch` coordinate builds the same row and keeps its own tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from cp.layout import attention_pairs, balance, document_unit
 from cp.packed_seq import IGNORE_LABEL, PackedSeq, build_packed_seq
 from cp.placement import Placement, place
 from data.balance import deal_step
+from data.batch_schedule import BatchSchedule
 from data.dataset import PackedSample, padding_sample
-from data.packing import count_microbatches
+from parallel.stages import count_microbatches
 from utils.errors import UserError
+
+EMPTY = -1  # instead of a sample's number
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +215,9 @@ class BatchPlan:
     """Which samples a rank reads, and which of their tokens it keeps.
 
     Attributes:
+        batches: samples of each step. Where they do not fill the microbatches of all ranks, places stay empty.
         batch_size, batch_rank: size and coordinate of the grid's `batch` axis.
+        pp_size, pp_schedule: of the pipeline, which takes some numbers of microbatches only.
         row_unit: as `build_batch`'s.
         attention_cost: work of attention to one squared length, in works of a token's projections and MLP.
         balance_work: deal a step's samples to ranks and microbatches by their work (data/balance.py); False: in the
@@ -220,7 +225,7 @@ class BatchPlan:
         hash_before_step: rows of steps below it carry their hash.
     """
 
-    global_batch_size: int
+    batches: BatchSchedule
     micro_batch_size: int
     batch_size: int
     batch_rank: int
@@ -233,26 +238,38 @@ class BatchPlan:
     attention_cost: float = 0.0
     balance_work: bool = False
     hash_before_step: int = 0
+    pp_size: int = 1
+    pp_schedule: str = "1f1b"
 
-    @property
-    def num_microbatches(self) -> int:
-        return count_microbatches(self.global_batch_size, self.micro_batch_size, self.batch_size)
+    def num_microbatches(self, step: int) -> int:
+        """Microbatches of a step on each data rank."""
+        return count_microbatches(
+            self.batches.size(step),
+            self.micro_batch_size,
+            self.batch_size,
+            pp_size=self.pp_size,
+            schedule=self.pp_schedule,
+        )
+
+    def num_places(self, step: int) -> int:
+        """Samples and empty places of a step, over all data ranks."""
+        return self.num_microbatches(step) * self.micro_batch_size * self.batch_size
 
     def assign_samples(self, step: int, work: np.ndarray) -> list[list[int]]:
-        """[microbatches][micro_batch_size] numbers of this rank's samples.
+        """[microbatches][micro_batch_size] numbers of this rank's samples; EMPTY: a place without one.
 
         Ranks and microbatches together read each sample of the step once.
 
         Args:
-            work: [global_batch_size] float64 estimated work of each sample of the step.
+            work: [places] float64 estimated work of each sample of the step, then of its empty places.
         """
-        first, count = step * self.global_batch_size, self.num_microbatches
+        first, size, count = self.batches.first_sample(step), self.batches.size(step), self.num_microbatches(step)
         if self.balance_work and self.batch_size * count > 1:
             dealt = deal_step(work, data_rank=self.batch_rank, data_ranks=self.batch_size, num_microbatches=count)
         else:
-            in_order = np.arange(self.global_batch_size).reshape(count, self.batch_size, self.micro_batch_size)
+            in_order = np.arange(self.num_places(step)).reshape(count, self.batch_size, self.micro_batch_size)
             dealt = in_order[:, self.batch_rank].tolist()
-        return [[first + number for number in row] for row in dealt]
+        return [[first + number if number < size else EMPTY for number in row] for row in dealt]
 
     def row_work(self, batch: Batch) -> tuple[float, float]:
         """Mean work of the cp ranks on a row and that of the busiest, in works of a token's projections and MLP."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.batch import Batch, BatchPlan
+from data.batch import EMPTY, Batch, BatchPlan
 from data.dataset import SampleDataset
 
 SHARED_MEMORY = Path("/dev/shm")  # through which workers send batches
@@ -26,28 +26,29 @@ class MicrobatchDataset(Dataset):
     def __getitem__(self, at: tuple[int, int]) -> Batch:
         step, microbatch = at
         if self._assigned[0] != step:
-            first, count = step * self.plan.global_batch_size, self.plan.global_batch_size
-            squares = self.dataset.squared_lengths(first, count) if self.plan.balance_work else np.zeros(count)
+            first, count = self.plan.batches.first_sample(step), self.plan.batches.size(step)
+            squares = np.zeros(self.plan.num_places(step))
+            if self.plan.balance_work:
+                squares[:count] = self.dataset.squared_lengths(first, count)
             work = self.dataset.seq_length + self.plan.attention_cost * squares
             self._assigned = (step, self.plan.assign_samples(step, work))
         samples = [
-            self.dataset.sample(n) if self.limit is None or n < self.limit else self.dataset.empty_sample()
+            self.dataset.empty_sample()
+            if n == EMPTY or (self.limit is not None and n >= self.limit)
+            else self.dataset.sample(n)
             for n in self._assigned[1][microbatch]
         ]
         return self.plan.build_batch(samples, step=step)
 
 
 class _StepSampler(Sampler):
-    def __init__(self, steps: Sequence[int], num_microbatches: int) -> None:
-        self.steps, self.num_microbatches = steps, num_microbatches
+    def __init__(self, steps: Sequence[int], plan: BatchPlan) -> None:
+        self.steps, self.plan = steps, plan
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for step in self.steps:
-            for microbatch in range(self.num_microbatches):
+            for microbatch in range(self.plan.num_microbatches(step)):
                 yield step, microbatch
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.num_microbatches
 
 
 def build_loader(
@@ -71,7 +72,7 @@ def build_loader(
     return DataLoader(
         MicrobatchDataset(dataset, plan, limit),
         batch_size=None,
-        sampler=_StepSampler(steps, plan.num_microbatches),
+        sampler=_StepSampler(steps, plan),
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,

@@ -31,11 +31,6 @@ def resolve_packing(name: str, qkv_format: str) -> str:
     return PACKINGS[qkv_format][0] if name == "auto" else name
 
 
-def count_microbatches(global_batch_size: int, micro_batch_size: int, data_ranks: int) -> int:
-    """Microbatches of a step on each of `data_ranks` ranks (dp_replicate * dp_shard)."""
-    return global_batch_size // (micro_batch_size * data_ranks)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PackingOptions:
     """How documents become samples.

@@ -182,13 +182,18 @@ class RunSummary:
         )
 
     def _describe_step(self) -> str:
-        training = self.config.training
-        tokens = training.global_batch_size * self.config.data.seq_length
+        training, data_ranks = self.config.training, self.ranks.grid.size("batch")
+        samples, microbatches = training.global_batch_size, self.config.num_microbatches
+        empty = microbatches * training.micro_batch_size * data_ranks - samples
         skips = self.config.data.skip_steps
+        grows = training.batches.describe(self.state.first_step)
         return (
-            f"{training.global_batch_size} samples = {tokens:,} tokens in {self.config.num_microbatches} microbatches "
-            f"of {training.micro_batch_size} on each of {self.ranks.grid.size('batch')} data ranks; "
-            f"{training.train_iters} steps" + (f" without {format_skip_steps(skips)} (--skip-steps)" if skips else "")
+            f"{samples} samples = {samples * self.config.data.seq_length:,} tokens in {microbatches} microbatches "
+            f"of {training.micro_batch_size} on each of {data_ranks} data ranks"
+            + (f", {empty} of their places empty" if empty else "")
+            + (f" ({grows})" if "," in grows else "")
+            + f"; {training.train_iters} steps"
+            + (f" without {format_skip_steps(skips)} (--skip-steps)" if skips else "")
         )
 
     def _describe_start(self) -> str:
@@ -200,7 +205,7 @@ class RunSummary:
 
     def _describe_last_epoch(self) -> str:
         training = self.config.training
-        return describe_epochs(self.data.train, training.train_iters * training.global_batch_size)
+        return describe_epochs(self.data.train, training.batches.first_sample(training.train_iters))
 
 
 def _number(name: str, lines: list[str]) -> dict[str, str]:

@@ -126,6 +126,7 @@ class StepResult:
         counts: `count_rows` summed over the `batch` axis.
         data_time: seconds that this rank waited for its batches.
         memory: peak bytes so far.
+        consumed_tokens: of all steps so far, padding counted.
         skipped_steps: steps skipped so far because they were not finite; the log adds those without a label.
         step_time, cp_wait: seconds of the step and of its waits for cp ranks; set by `MetricsLog`.
     """
@@ -137,6 +138,7 @@ class StepResult:
     counts: Tensor
     data_time: float
     memory: int
+    consumed_tokens: int
     skipped_steps: int = 0
     step_time: float = 0.0
     cp_wait: float | None = None
@@ -284,6 +286,7 @@ class MetricsLog:
             "lr": result.lr,
             "tokens": int(counts["real_tokens"]),
             "loss_tokens": int(counts["loss_tokens"]),
+            "consumed_tokens": result.consumed_tokens,
             "step_time_s": seconds,
             "tokens_per_s": counts["real_tokens"] / seconds,
             "tflops_per_rank": tflops,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 
 from checkpoint.files import CONFIG_FILE, list_checkpoints
@@ -65,7 +66,8 @@ def open_reports(
         )
         if writers and not state.is_resumed:
             describe_data(writers, data.train, cp_size=config.parallel.cp_size, layout=config.parallel.cp_layout)
-            squares = data.train.squared_lengths(0, config.training.global_batch_size)
+            squares = data.train.squared_lengths(0, config.training.batches.size(0))
+            squares = np.pad(squares, (0, -len(squares) % config.parallel.dp_size))  # empty places
             work = config.data.seq_length + attention_cost(architecture) * squares
             describe_work(writers, work, config.parallel.dp_size)
     peak_tflops = config.logging.peak_tflops
@@ -99,7 +101,7 @@ def print_end(run: Run, data: RunData, done: int, stop: str, seconds: float) -> 
         with suppress(OSError):
             paths.stop_file.unlink()  # the request is fulfilled
     log(f"done in {seconds:.0f} s" if is_done else f"stopped after step {done} ({stop}); --resume continues")
-    log(f"data read:   {describe_epochs(data.train, done * training.global_batch_size)}")
+    log(f"data read:   {describe_epochs(data.train, training.batches.first_sample(done))}")
     log(f"checkpoint:  {found[-1] if found else 'none (--save-interval 0, --no-save-final)'}")
     log(f"TensorBoard: {paths.tensorboard or 'off'}")
     log(f"metrics:     {paths.metrics or 'off'}")

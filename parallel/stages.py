@@ -42,15 +42,8 @@ def split_layers(num_layers: int, num_stages: int, *, first: int | None = None, 
     return [range(end - counts[stage], end) for stage, end in enumerate(ends)]
 
 
-def check_microbatches(schedule: str, microbatches: int, pp_size: int, virtual_stages: int, *, samples: int) -> None:
-    """Check that a schedule takes this number of microbatches a step and of stages a rank.
-
-    Args:
-        samples: of the global batch that make one microbatch on every data rank.
-
-    Raises:
-        UserError: the schedule does not.
-    """
+def check_schedule(schedule: str, pp_size: int, virtual_stages: int) -> None:
+    """Check that a schedule takes this number of stages a rank. Raises UserError: it does not."""
     if pp_size == 1:
         if virtual_stages > 1:
             raise UserError(f"--virtual-stages {virtual_stages} needs --pp-size above 1")
@@ -61,17 +54,17 @@ def check_microbatches(schedule: str, microbatches: int, pp_size: int, virtual_s
             virtual_stages=(1, 2),
             pp_schedule=PP_SCHEDULES,
         )
-    if microbatches < pp_size:
-        raise SizeError(
-            f"--global-batch-size {microbatches * samples} makes {microbatches} microbatches a step, fewer than "
-            f"--pp-size {pp_size}",
-            global_batch_size=[pp_size * samples],
-        )
-    rounds = microbatches // pp_size
-    if schedule == "interleaved" and microbatches % rounds:
-        legal = rounds * pp_size
-        raise SizeError(
-            f"--pp-schedule {schedule} cannot run {microbatches} microbatches (--global-batch-size "
-            f"{microbatches * samples}) on {pp_size} ranks",
-            global_batch_size=[legal * samples, (legal + pp_size) * samples],
-        )
+
+
+def count_microbatches(
+    samples: int, micro_batch_size: int, data_ranks: int, *, pp_size: int = 1, schedule: str = "1f1b"
+) -> int:
+    """Microbatches of a step on each of `data_ranks` ranks (dp_replicate * dp_shard).
+
+    Their places are at least the step's `samples`; places without a sample are left empty. A pipeline takes at least a
+    microbatch for each of its ranks, and the schedule interleaved only some numbers.
+    """
+    count = max(-(-samples // (micro_batch_size * data_ranks)), pp_size)
+    while pp_size > 1 and schedule == "interleaved" and count % (count // pp_size):
+        count += 1
+    return count

@@ -214,8 +214,11 @@ def _ring_tokens(padded: np.ndarray, placement: Placement, cp_size: int) -> dict
 def _step_balance(config: RunConfig, samples: list[Documents], cost: float) -> float:
     """Work of the busiest rank of a step over the mean; each data rank counts with its rows' busiest cp ranks."""
     parallel, training, seq_length = config.parallel, config.training, config.data.seq_length
+    places = config.num_microbatches * parallel.dp_size * training.micro_batch_size
+    nothing = np.array([0]), np.array([seq_length])
+    samples = samples + [nothing] * (places - len(samples))
     work = seq_length + cost * np.array([_squares(own) for own in samples])
-    shares = np.arange(len(samples)).reshape(-1, parallel.dp_size, training.micro_batch_size).swapaxes(0, 1)
+    shares = np.arange(places).reshape(-1, parallel.dp_size, training.micro_batch_size).swapaxes(0, 1)
     if config.data.balance_work:
         dealt = np.array(deal(work, parallel.dp_size))
         shares = np.stack([own[np.array(deal(work[own], config.num_microbatches))] for own in dealt])

@@ -166,7 +166,7 @@ def measure_step(config: RunConfig, architecture: GPTConfig, stage: int, num_mic
                 use_te_mlp(model, ledger)
             optimizer = build_optimizer(model, training)
             _make_optimizer_states(optimizer, ledger)
-            pipeline = build_pipeline(fake, model, grid, device, num_microbatches)
+            pipeline = build_pipeline(fake, model, grid, device)
             label_moments(model, ledger)
             ledger.enter("activations" if pipeline is None else "pipeline buffers")
             forward_backward(

@@ -45,7 +45,7 @@ def compute_gradients(
         loss_tokens=loss_tokens,
         device=device,
         accumulation=build_accumulation(config.parallel),
-        pipeline=build_pipeline(config, model, grid, device, len(batches)),
+        pipeline=build_pipeline(config, model, grid, device),
     )
     loss = sum_over(sum_over(cross_entropy, grid.group("loss")), grid.group("pp")) / loss_tokens
     owned = get_norm_owned_names(model, grid)

@@ -44,8 +44,9 @@ from cp.dropout_attention import AttentionDropout
 from cp.layout import document_unit
 from cp.packed_seq import PackedSeq
 from cp.support import AttentionChoice, cells
-from data.batch import Batch
-from data.dataset import PackedSample
+from data.batch import EMPTY, Batch
+from data.batch_schedule import BatchSchedule
+from data.dataset import PackedSample, padding_sample
 from data.packing import resolve_packing
 from model.config import GPTConfig
 from model.gpt import get_chunks
@@ -189,12 +190,13 @@ def run_step(
         for layer in get_chunks(model)[0].layers.values():
             layer.attention.attention = reference_attention  # type: ignore[union-attr, assignment]
     optimizer = build_optimizer(model, config.training)
-    plan = replace(build_batch_plan(config, architecture, grid), global_batch_size=len(samples))
+    plan = replace(build_batch_plan(config, architecture, grid), batches=BatchSchedule.constant(len(samples)))
     work = np.array([len(s.tokens) + plan.attention_cost * (s.lengths**2).sum() for s in samples])
-    rows = plan.assign_samples(0, work)
+    rows = plan.assign_samples(0, np.pad(work, (0, plan.num_places(0) - len(samples))))
+    empty = padding_sample(len(samples[0].tokens), samples[0].tokens[-1])
 
     def build_batches(samples: list[PackedSample]) -> list[Batch]:
-        return [plan.build_batch([samples[n] for n in row], step=0) for row in rows]
+        return [plan.build_batch([empty if n == EMPTY else samples[n] for n in row], step=0) for row in rows]
 
     def run(batches: Sequence[Batch]) -> tuple[float, float]:
         return compute_gradients(config, model, batches, grid, device)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,7 +118,7 @@ def build_batch_plan(config: RunConfig, architecture: GPTConfig, grid: Grid) -> 
     """Which samples this rank reads in each step, and which of their tokens it keeps."""
     cp_size = grid.size("cp")
     return BatchPlan(
-        global_batch_size=config.training.global_batch_size,
+        batches=config.training.batches,
         micro_batch_size=config.training.micro_batch_size,
         batch_size=grid.size("batch"),
         batch_rank=grid.rank("batch"),
@@ -128,6 +130,8 @@ def build_batch_plan(config: RunConfig, architecture: GPTConfig, grid: Grid) -> 
         row_unit=math.lcm(2 * cp_size, cp_size * grid.size("tp")),
         attention_cost=attention_cost(architecture),
         balance_work=config.data.balance_work,
+        pp_size=config.parallel.pp_size,
+        pp_schedule=config.parallel.pp_schedule,
     )
 
 
@@ -234,25 +238,27 @@ def build_accumulation(parallel: ParallelConfig) -> Accumulation:
     )
 
 
-def build_pipeline(
-    config: RunConfig, model: GPT | Stages, grid: Grid, device: torch.device, num_microbatches: int
-) -> Pipeline | None:
-    """The schedule over the stages of `build_model`; None with one stage."""
+def build_pipeline(config: RunConfig, model: GPT | Stages, grid: Grid, device: torch.device) -> Pipeline | None:
+    """The pipeline over the stages of `build_model`; None with one stage."""
     parallel = config.parallel
     if parallel.pp_size == 1:
         return None
     chunks = get_chunks(model)
     shards = parallel.cp_size * (parallel.tp_size if parallel.sequence_parallel else 1)
     tokens = config.training.micro_batch_size * config.data.seq_length // shards
-    schedule = build_schedule(
-        chunks,
-        grid.group("pp"),
-        schedule=parallel.pp_schedule,
-        microbatches=num_microbatches,
-        hidden_shape=(tokens, chunks[0].config.hidden_size),
-        dtype=chunks[0].compute_dtype,
-        device=device,
-    )
+
+    @functools.cache
+    def schedule(microbatches: int) -> Any:
+        return build_schedule(
+            chunks,
+            grid.group("pp"),
+            schedule=parallel.pp_schedule,
+            microbatches=microbatches,
+            hidden_shape=(tokens, chunks[0].config.hidden_size),
+            dtype=chunks[0].compute_dtype,
+            device=device,
+        )
+
     tied_group = None
     if chunks[0].config.tie_embeddings:
         tied_group = embedding_group(grid, timeout=collective_timeout(parallel))

@@ -77,7 +77,8 @@ class Validator:
     Args:
         samples: of the validation documents; None: validation is off.
         token_bytes: [vocab_size] int64 bytes of text that each token stands for.
-        eval_iters: global batches of a validation, at most one epoch of `samples`.
+        batch_plan: of one batch size; its first steps are the validation.
+        eval_iters: steps of a validation, at most one epoch of `samples`.
     """
 
     model: GPT | Stages
@@ -111,7 +112,7 @@ class Validator:
         return ""
 
     def _loss(self, samples: SampleDataset) -> HeldOut:
-        steps = min(self.eval_iters, -(-samples.samples_per_epoch // self.batch_plan.global_batch_size))
+        steps = min(self.eval_iters, self.batch_plan.batches.steps_for(samples.samples_per_epoch))
         batches = build_loader(
             samples,
             self.batch_plan,

@@ -27,12 +27,12 @@ class Pipeline:
     """The pipeline of this rank's stages.
 
     Attributes:
-        schedule: from `parallel.pipeline.build_schedule`.
+        schedule: from a number of microbatches to `parallel.pipeline.build_schedule`'s result, built once each.
         group: of the pp axis.
         tied_group: first and last stage if they share the embedding, else None.
     """
 
-    schedule: Any
+    schedule: Callable[[int], Any]
     group: dist.ProcessGroup
     tied_group: dist.ProcessGroup | None = None
 
@@ -74,7 +74,8 @@ def forward_backward(
             chunk.pipeline_inputs = inputs
         first, last = (any(getattr(chunk, which) for chunk in chunks) for which in ("is_first", "is_last"))
         with cache_fused_weights(chunks):
-            pipeline.schedule.step(*([numbers] if first else []), **({"target": numbers} if last else {}))
+            schedule = pipeline.schedule(len(batches))
+            schedule.step(*([numbers] if first else []), **({"target": numbers} if last else {}))
         for chunk in chunks:
             chunk.pipeline_inputs = None
     else:

@@ -93,12 +93,12 @@ def measured(rank: int, words: str, vocab: int) -> int:
     ids = torch.arange(seq_length) % (vocab - 1)
     lengths = torch.tensor([seq_length]).numpy()
     row = [PackedSample(ids.numpy(), ids.roll(-1).numpy(), lengths, lengths)] * config.training.micro_batch_size
-    batches = [plan.build_batch(row, step=0) for _ in range(plan.num_microbatches)]
+    batches = [plan.build_batch(row, step=0) for _ in range(plan.num_microbatches(0))]
     gc.collect()  # what is left of the case before must not be freed in the middle of this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
         model = build_model(config, architecture, grid, device)
         optimizer = build_optimizer(model, config.training)
-        pipeline = build_pipeline(config, model, grid, device, plan.num_microbatches)
+        pipeline = build_pipeline(config, model, grid, device)
         owned = get_norm_owned_names(model, grid)
         for _ in range(2):
             forward_backward(

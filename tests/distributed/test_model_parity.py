@@ -169,7 +169,7 @@ def pipeline_of(model: GPT | Stages, grid: Grid, batches: list[Batch], schedule:
     config.parallel.cp_size, config.parallel.tp_size = grid.size("cp"), grid.size("tp")
     config.parallel.sequence_parallel = get_chunks(model)[0].tp.sequence_parallel
     config.data.seq_length = len(batches[0].tokens) * grid.size("cp")
-    return build_pipeline(config, model, grid, device_of(model), len(batches))
+    return build_pipeline(config, model, grid, device_of(model))
 
 
 def full(model: GPT, grid: Grid, of: str = "weight") -> dict[str, torch.Tensor]:

@@ -200,6 +200,7 @@ def test_loss_falls_and_flops_do_not_depend_on_cp(base, one_rank, tmp_path: Path
         "lr",
         "tokens",
         "loss_tokens",
+        "consumed_tokens",
         "step_time_s",
         "tokens_per_s",
         "tflops_per_rank",

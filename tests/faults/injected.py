@@ -66,7 +66,7 @@ def flip(step: int, rank: int, number: int) -> None:
 def hang(step: int, rank: int) -> None:
     def hanging(batches):
         for number, batch in enumerate(read_batches(batches)):
-            if number // batches.sampler.num_microbatches + 1 == step and dist.get_rank() == rank:
+            if number // batches.sampler.plan.num_microbatches(0) + 1 == step and dist.get_rank() == rank:
                 print(f"injected: rank {rank} hangs", flush=True)
                 while True:
                     time.sleep(1)

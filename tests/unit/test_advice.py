@@ -87,7 +87,6 @@ SHAPE = shlex.split("--num-layers 4 --hidden-size 48 --num-attention-heads 6 --s
 @pytest.mark.parametrize(
     ("saved_flags", "saved_world", "flags", "world", "words"),
     [
-        ("--global-batch-size 4", 2, "", 3, "--nproc-per-node 4, 2 or 1"),
         ("", 1, "--cp-size 3", 3, "--cp-size"),
         # The vocabulary of 257 is padded to 384, a multiple of 3, or to 272, which is none.
         (THREE_GROUPS, 1, f"{THREE_GROUPS} --tp-size 3", 3, "use --make-vocab-size-divisible-by 384"),
@@ -98,7 +97,7 @@ SHAPE = shlex.split("--num-layers 4 --hidden-size 48 --num-attention-heads 6 --s
             3,
             "--nproc-per-node 1 --tp-size 1",
         ),
-        ("--num-layers 6 --global-batch-size 4", 1, "--pp-size 5", 5, "--nproc-per-node 4 --pp-size 4"),
+        ("--num-layers 4 --global-batch-size 4", 1, "--pp-size 5", 5, "--nproc-per-node 4 --pp-size 4"),
         ("", 1, "--cp-size 2", 2, "--cp-comm-type all_gather --cp-layout contiguous"),
         ("--seq-length 128 --seed 3", 1, "", 1, "use --seq-length 128 --seed 3"),
         ("--qkv-format thd --cp-size 2", 2, "--cp-backend pytorch --cp-size 2", 2, "--qkv-format thd is not offered"),

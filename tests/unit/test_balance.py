@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from data.balance import EVEN, deal, deal_step
 from data.batch import BatchPlan
+from data.batch_schedule import BatchSchedule
 from data.dataset import BlendedDataset, PackedDataset
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.loader import MicrobatchDataset
@@ -108,7 +109,7 @@ def test_the_grid_reads_a_steps_samples_once_and_evenly(tokens) -> None:
 
     def read(rank: int, **changes) -> list[tuple[int, float]]:
         plan = BatchPlan(
-            global_batch_size=8, micro_batch_size=1, batch_size=2, batch_rank=rank, cp_size=1, cp_rank=0,
+            batches=BatchSchedule.constant(8), micro_batch_size=1, batch_size=2, batch_rank=rank, cp_size=1, cp_rank=0,
             qkv_format="thd", layout="zigzag", attention_cost=1.0, **changes,
         )  # fmt: skip
         batches = [MicrobatchDataset(samples, plan)[1, microbatch] for microbatch in range(4)]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from cp.packed_seq import IGNORE_LABEL
 from data.batch import BatchPlan
+from data.batch_schedule import BatchSchedule
 from data.dataset import PackedDataset
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.loader import build_loader
@@ -145,7 +146,7 @@ def step_contents(
     for batch_rank in range(batch_size):
         for cp_rank in range(cp_size):
             plan = BatchPlan(
-                global_batch_size=GLOBAL_BATCH,
+                batches=BatchSchedule.constant(GLOBAL_BATCH),
                 micro_batch_size=micro,
                 batch_size=batch_size,
                 batch_rank=batch_rank,
@@ -359,7 +360,7 @@ def test_an_empty_sample_counts_nothing(tokens: IndexedDataset) -> None:
 
 def test_rows_are_hashed_before_a_step_and_not_after(tokens: IndexedDataset) -> None:
     plan = BatchPlan(
-        global_batch_size=2,
+        batches=BatchSchedule.constant(2),
         micro_batch_size=1,
         batch_size=1,
         batch_rank=0,

@@ -12,6 +12,7 @@ import torch
 
 from cp.packed_seq import IGNORE_LABEL
 from data.batch import BatchPlan, build_batch
+from data.batch_schedule import BatchSchedule
 from data.dataset import PackedDataset
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.loader import DataError, build_loader, read_batches, translate_worker_death
@@ -82,8 +83,8 @@ def test_bshd_is_one_stream_whose_labels_cross_documents(tokens: IndexedDataset)
 
 def plan(batch_size: int, batch_rank: int, micro: int, global_batch: int = 12, cp: int = 1) -> BatchPlan:
     return BatchPlan(
-        global_batch_size=global_batch, micro_batch_size=micro, batch_size=batch_size, batch_rank=batch_rank,
-        cp_size=cp, cp_rank=0, qkv_format="thd", layout="zigzag",
+        batches=BatchSchedule.constant(global_batch), micro_batch_size=micro, batch_size=batch_size,
+        batch_rank=batch_rank, cp_size=cp, cp_rank=0, qkv_format="thd", layout="zigzag",
     )  # fmt: skip
 
 
@@ -221,7 +222,7 @@ def test_a_worker_that_dies_while_the_rank_computes_is_reported_the_same(tokens:
     batch.
     """
     plan = BatchPlan(
-        global_batch_size=2,
+        batches=BatchSchedule.constant(2),
         micro_batch_size=1,
         batch_size=1,
         batch_rank=0,

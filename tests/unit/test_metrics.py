@@ -66,7 +66,11 @@ def log(path: Path) -> MetricsLog:
 def step(metrics: MetricsLog, number: int, loss: float) -> None:
     counts = torch.tensor([90.0, 95.0, 95.0**2, 100.0, 1.5, 1.0, 100.0, 0.0, 150.0], dtype=torch.float64)
     assert len(counts) == len(ROW_COUNTS) + 1  # one data rank
-    metrics.step(StepResult(number, torch.tensor(loss), torch.tensor(1.0), 0.1, counts, data_time=0.0, memory=5))
+    metrics.step(
+        StepResult(
+            number, torch.tensor(loss), torch.tensor(1.0), 0.1, counts, data_time=0.0, memory=5, consumed_tokens=100
+        )
+    )
 
 
 def test_a_record_a_step_with_real_tokens(tmp_path: Path) -> None:

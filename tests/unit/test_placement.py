@@ -14,6 +14,7 @@ from cp.layout import attention_pairs, balance, document_unit, held_documents, s
 from cp.packed_seq import IGNORE_LABEL, build_packed_seq
 from cp.placement import EVEN, PlacedRow, degree_chain, degree_unit, place, sample_degree
 from data.batch import Batch, BatchPlan, build_batch
+from data.batch_schedule import BatchSchedule
 from data.dataset import PackedSample
 from data.packing import pack_epoch
 from tests.flags import resolve_config
@@ -244,8 +245,8 @@ def test_work_of_a_pool_beside_that_of_its_grid() -> None:
     rng = np.random.default_rng(0)
     samples = [sample(rng, [64], 64, 16), sample(rng, [16, 16, 16, 16], 64, 16)]
     plan = BatchPlan(
-        global_batch_size=2, micro_batch_size=2, batch_size=1, batch_rank=0, cp_size=2, cp_rank=0, qkv_format="thd",
-        layout="hybrid", attention_cost=1.0,
+        batches=BatchSchedule.constant(2), micro_batch_size=2, batch_size=1, batch_rank=0, cp_size=2, cp_rank=0,
+        qkv_format="thd", layout="hybrid", attention_cost=1.0,
     )  # fmt: skip
     batch = plan.build_batch(samples, step=0)
     degrees = batch.packed_seq.placement.degrees  # type: ignore[union-attr]

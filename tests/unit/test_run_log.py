@@ -20,6 +20,7 @@ import torch
 
 from config.schema import LoggingConfig, TrainingConfig
 from data.batch import BatchPlan, build_batch
+from data.batch_schedule import BatchSchedule
 from data.dataset import BlendedDataset, PackedSample
 from data.tokenizer import ByteTokenizer
 from metrics import banner
@@ -100,7 +101,7 @@ def step(
 ) -> None:
     counts = torch.tensor([*(COUNTS[name] for name in ROW_COUNTS), *BUSIEST], dtype=torch.float64)
     loss_, norm = torch.tensor(loss), torch.tensor(0.5)
-    log.step(StepResult(number, loss_, norm, 0.25, counts, data_time, memory, skipped_steps=skipped))
+    log.step(StepResult(number, loss_, norm, 0.25, counts, data_time, memory, 256 * number, skipped_steps=skipped))
 
 
 def read(path: Path) -> list[dict]:
@@ -116,8 +117,8 @@ def test_facts_of_rows() -> None:
         return build_batch([row], cp_size=1, cp_rank=0, qkv_format="thd", layout="zigzag")
 
     plan = BatchPlan(
-        global_batch_size=6, micro_batch_size=1, batch_size=3, batch_rank=1, cp_size=2, cp_rank=0, qkv_format="thd",
-        layout="zigzag", attention_cost=0.5,
+        batches=BatchSchedule.constant(6), micro_batch_size=1, batch_size=3, batch_rank=1, cp_size=2, cp_rank=0,
+        qkv_format="thd", layout="zigzag", attention_cost=0.5,
     )  # fmt: skip
     got = count_rows([replace(batch([3, 5, 0], [4, 6, 2]), cp_balance=1.25), batch([8], [8])], plan)
     wanted = dict(
@@ -141,6 +142,7 @@ def test_one_steps_record_by_hand(tmp_path: Path, clock: Clock) -> None:
         "lr": 0.25,
         "tokens": 95,
         "loss_tokens": 90,
+        "consumed_tokens": 256,
         "step_time_s": 2.0,
         "tokens_per_s": 47.5,
         "tflops_per_rank": pytest.approx(tflops),
