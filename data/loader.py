@@ -50,6 +50,9 @@ class _StepSampler(Sampler):
             for microbatch in range(self.plan.num_microbatches(step)):
                 yield step, microbatch
 
+    def __len__(self) -> int:
+        return sum(map(self.plan.num_microbatches, self.steps))
+
 
 def build_loader(
     dataset: SampleDataset,
