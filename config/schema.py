@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple
 from cp import support
 from cp.layout import LAYOUTS
 from cp.support import AttentionChoice
-from data.batch_schedule import BatchSchedule
+from data.batch_schedule import BatchSchedule, count_microbatches
 from data.packing import PACKINGS, PAD_ROWS
 from data.tokenizer import TOKENIZER_TYPES
 from model.config import FP8_RECIPES, RECOMPUTE, ROPE_SCALINGS, GPTConfig, padded_vocab_size
-from parallel.stages import PP_SCHEDULES, count_microbatches
+from parallel.stages import PP_SCHEDULES
 from utils.errors import UserError
 
 TRANSFORMER_IMPLS = ("auto", "torch", "te")

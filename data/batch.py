@@ -20,9 +20,8 @@ from cp.layout import attention_pairs, balance, document_unit
 from cp.packed_seq import IGNORE_LABEL, PackedSeq, build_packed_seq
 from cp.placement import Placement, place
 from data.balance import deal_step
-from data.batch_schedule import BatchSchedule
+from data.batch_schedule import BatchSchedule, count_microbatches
 from data.dataset import PackedSample, padding_sample
-from parallel.stages import count_microbatches
 from utils.errors import UserError
 
 EMPTY = -1  # instead of a sample's number

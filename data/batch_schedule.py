@@ -114,6 +114,20 @@ class BatchSchedule:
         return ", ".join(f"{phase.size} from step {phase.step + 1}" for phase in shown)
 
 
+def count_microbatches(
+    samples: int, micro_batch_size: int, data_ranks: int, *, pp_size: int = 1, schedule: str = "1f1b"
+) -> int:
+    """Microbatches of a step on each of `data_ranks` ranks (dp_replicate * dp_shard).
+
+    Their places are at least the step's `samples`; places without a sample are left empty. A pipeline takes at least a
+    microbatch for each of its ranks, and the schedule interleaved only some numbers.
+    """
+    count = max(-(-samples // (micro_batch_size * data_ranks)), pp_size)
+    while pp_size > 1 and schedule == "interleaved" and count % (count // pp_size):
+        count += 1
+    return count
+
+
 def _thresholds(size: int, rampup: RampUp | None) -> list[tuple[int, int]]:
     """(samples read before it, batch size) of every batch size of a ramp."""
     if rampup is None:

@@ -1,4 +1,4 @@
-"""Pipeline stages: the layers of each, and the microbatches that a schedule takes. No torch import."""
+"""Pipeline stages: the layers of each, and what a schedule takes. No torch import."""
 
 from __future__ import annotations
 
@@ -54,17 +54,3 @@ def check_schedule(schedule: str, pp_size: int, virtual_stages: int) -> None:
             virtual_stages=(1, 2),
             pp_schedule=PP_SCHEDULES,
         )
-
-
-def count_microbatches(
-    samples: int, micro_batch_size: int, data_ranks: int, *, pp_size: int = 1, schedule: str = "1f1b"
-) -> int:
-    """Microbatches of a step on each of `data_ranks` ranks (dp_replicate * dp_shard).
-
-    Their places are at least the step's `samples`; places without a sample are left empty. A pipeline takes at least a
-    microbatch for each of its ranks, and the schedule interleaved only some numbers.
-    """
-    count = max(-(-samples // (micro_batch_size * data_ranks)), pp_size)
-    while pp_size > 1 and schedule == "interleaved" and count % (count // pp_size):
-        count += 1
-    return count

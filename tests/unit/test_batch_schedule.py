@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batch import EMPTY, BatchPlan
-from data.batch_schedule import BatchSchedule, Phase, RampUp, parse_rampup
-from parallel.stages import count_microbatches
+from data.batch_schedule import BatchSchedule, Phase, RampUp, count_microbatches, parse_rampup
 from tests.flags import resolve_config
 from training.lr_schedule import build_lr_schedule
 from utils.errors import UserError
