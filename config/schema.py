@@ -304,7 +304,9 @@ class DataConfig:
     valid_data_path: list[str] | None = flag(
         None, "validation data, as --data-path; default: a part of it", metavar="PATH"
     )
-    json_key: str = flag("text", "field of a JSONL record, or Parquet column, that holds the text")
+    json_key: str = flag(
+        "text", "field of a JSONL record, or Parquet column, that holds the text; meta.text: text within meta"
+    )
     data_split: tuple[float, ...] = fixed(
         None,
         "weights by which documents are split; default: 95,5,0, or 1,0,0 with --valid-data-path",

@@ -83,7 +83,10 @@ class InputOptions:
         nargs="+",
         metavar="PATTERN",
     )
-    json_key: str = option("field of a JSONL record, or Parquet column, that holds the text; default: text", "text")
+    json_key: str = option(
+        "field of a JSONL record, or Parquet column, that holds the text; meta.text: text within meta; default: text",
+        "text",
+    )
     on_error: str = option(
         "at a bad record (broken JSON, no text, not UTF-8): stop and name it (default); or count it and continue",
         "stop",

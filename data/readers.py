@@ -191,7 +191,7 @@ def _read_parquet(file: str, column: str, start: FileOffset) -> Iterator[Record]
     try:
         with closing(_open_parquet(pyarrow, file)) as opened:
             table = parquet.ParquetFile(opened)
-            _check_column(pyarrow, file, table.schema_arrow, column)
+            path = _find_column(pyarrow, file, table.schema_arrow, column)
             size, rows = file_size(file), max(1, table.metadata.num_rows)
             # Sizes of row groups would be exact, but asking for them ends the process where they are corrupted.
             at_a_time = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
@@ -199,7 +199,10 @@ def _read_parquet(file: str, column: str, start: FileOffset) -> Iterator[Record]
                 if row + batch.num_rows <= start.number:
                     row += batch.num_rows
                     continue
-                for value in batch.column(0):
+                values = batch.column(path[0])
+                for name in path[1:]:
+                    values = importlib.import_module("pyarrow.compute").struct_field(values, name)
+                for value in values:
                     row += 1
                     if row > start.number:
                         value = value.value if isinstance(value, pyarrow.DictionaryScalar) else value
@@ -212,18 +215,38 @@ def _read_parquet(file: str, column: str, start: FileOffset) -> Iterator[Record]
         raise _bad_rest(file, row, error) from error
 
 
-def _check_column(pyarrow: Any, file: str, schema: Any, column: str) -> None:
-    """Raises BadRecord unless the schema has one column of that name, of text or bytes, plain or a dictionary's."""
-    names = schema.names
-    if column not in names:
+def _find_column(pyarrow: Any, file: str, schema: Any, column: str) -> list[str]:
+    """The column's name, then the names of fields within: `meta.text` is the field `text` of the column `meta`.
+
+    Raises:
+        BadRecord: not one column of that name, of text or bytes, plain or a dictionary's.
+    """
+    names, types = schema.names, pyarrow.types
+    path = [column] if column in names else column.split(".")
+    if path[0] not in names:
         raise BadRecord(file, 0, f"has no column {column!r}, but {', '.join(names[:10])}")
-    if names.count(column) > 1:
-        raise BadRecord(file, 0, f"has {names.count(column)} columns {column!r}")
-    kind, types = schema.field(column).type, pyarrow.types
+    if names.count(path[0]) > 1:
+        raise BadRecord(file, 0, f"has {names.count(path[0])} columns {path[0]!r}")
+    kind = schema.field(path[0]).type
+    for name in path[1:]:
+        if not types.is_struct(kind) or kind.get_field_index(name) < 0:  # several of that name: -1
+            raise BadRecord(file, 0, f"has no column {column!r}: {path[0]!r} holds {kind}")
+        kind = kind.field(name).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     checks = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
     if not any(getattr(types, f"is_{name}")(kind) for name in checks):
         raise BadRecord(file, 0, f"column {column!r} holds {kind}, no text")
+    return path
+
+
+def _find_key(record: Any, key: str) -> Any:
+    """The value under `key`; if there is none, `meta.text` is the key `text` of the object under `meta`. None: none."""
+    if not isinstance(record, dict):
+        return None
+    if key in record:
+        return record[key]
+    first, dot, rest = key.partition(".")
+    return _find_key(record.get(first), rest) if dot else None
 
 
 def decode_text(file: str, record: Record, *, kind: str, json_key: str) -> str:
@@ -242,7 +265,7 @@ def decode_text(file: str, record: Record, *, kind: str, json_key: str) -> str:
         parsed = json.loads(content.decode("utf-8-sig"))  # json.loads(bytes) would guess other encodings
     except (ValueError, RecursionError) as error:
         raise BadRecord(file, number, f"is not a JSON record in UTF-8 ({error})") from error
-    text = parsed.get(json_key) if isinstance(parsed, dict) else None
+    text = _find_key(parsed, json_key)
     if not isinstance(text, str):
         raise BadRecord(file, number, f"has no text under the key {json_key!r}")
     try:

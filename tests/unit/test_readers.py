@@ -328,3 +328,27 @@ def test_lines_of_a_remote_stores_file(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_stream("s3://bucket/a.jsonl") as (_, stream):
         lines = list(_limited_lines(stream))
     assert lines == [(line, len(line)) for line in content.splitlines(keepends=True)]
+
+
+def test_a_key_within_another(tmp_path: Path) -> None:
+    """`meta.text` in JSON lines and Parquet; a field of that very name comes first; nulls on the way are bad records."""
+    rows = [{"meta": {"text": "a"}}, {"meta": {"text": "b"}}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.table({"meta": [row["meta"] for row in rows]}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert list(open_text(str(tmp_path / name), "meta.text").texts()) == ["a", "b"]
+
+    (tmp_path / "b.jsonl").write_text(json.dumps({"meta.text": "flat", "meta": {"text": "deep"}}) + "\n")
+    pq.write_table(pa.table({"meta": [{"text": "deep"}], "meta.text": ["flat"]}), tmp_path / "b.parquet")
+    for name in ("b.jsonl", "b.parquet"):
+        assert list(open_text(str(tmp_path / name), "meta.text").texts()) == ["flat"]
+
+    (tmp_path / "c.jsonl").write_text('{"meta": "text"}\n')
+    pq.write_table(
+        pa.table({"meta": pa.array([None, {"text": "x"}], pa.struct({"text": pa.string()}))}), tmp_path / "c.parquet"
+    )
+    pq.write_table(pa.table({"meta": ["x"]}), tmp_path / "d.parquet")
+    pq.write_table(pa.table({"meta": [{"body": "x"}]}), tmp_path / "e.parquet")
+    for name in ("c.jsonl", "c.parquet", "d.parquet", "e.parquet"):
+        with pytest.raises(ValueError, match=r"'meta\.text'"):
+            list(open_text(str(tmp_path / name), "meta.text").texts())
