@@ -331,7 +331,7 @@ def test_lines_of_a_remote_stores_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_key_within_another(tmp_path: Path) -> None:
-    """`meta.text` in JSON lines and Parquet; a field of that very name comes first; nulls on the way are bad records."""
+    """`meta.text` in JSON lines and Parquet; a field of that very name comes first."""
     rows = [{"meta": {"text": "a"}}, {"meta": {"text": "b"}}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pq.write_table(pa.table({"meta": [row["meta"] for row in rows]}), tmp_path / "a.parquet")
