@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -298,7 +297,6 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(
                 f"--tokenizer-model {file} needs the package tokenizers ({error}): pip install -r requirements.txt"
             ) from error
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes share the cores
         self.content = content = _read_model(file)
         if re.search(rb'"Regex"|\\u00[0-7]', content):  # or its letters as JSON escapes
             _try_tokenizer(file, content)
@@ -337,8 +335,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         try:
-            # Leaves out where each token stands in the text; the ids are those of `encode`.
-            found = [one.ids for one in self.processor.encode_batch_fast(list(texts), add_special_tokens=False)]
+            found = [self.processor.encode(text, add_special_tokens=False).ids for text in texts]
         except BaseException as error:
             _raise_interrupts(error)
             raise UnencodableText(f"cannot be tokenized ({error})") from error
