@@ -65,7 +65,7 @@ from benchmarks.harness import (
     write_figures,
 )
 from cp.dropout_attention import AttentionOptions
-from cp.native_p2p import build_ring_blocks, merge_tokens_, ring_attention
+from cp.native_p2p import build_ring_blocks, merge_, ring_attention
 from cp.packed_seq import IGNORE_LABEL, build_packed_seq
 from data.dataset import PackedSample
 from model.config import GPTConfig
@@ -436,7 +436,6 @@ def build_kernels(machine: Machine) -> dict[str, tuple[Callable[[], Any], float]
 
     out, lse = draw(tokens, heads, dim, dtype=torch.float32), draw(tokens, heads, dtype=torch.float32)
     block_out, block_lse = draw(tokens, heads, dim), draw(tokens, heads, dtype=torch.float32)
-    block: Any = SimpleNamespace(q_tokens=slice(0, tokens))
     q, dq = draw(tokens, heads, dim, requires_grad=True), draw(tokens, heads, dim)
     frequencies = torch.rand(dim // 2, dtype=torch.float64, device=machine.device)
     cos, sin = rotary_tables(torch.arange(tokens, device=machine.device), frequencies, dtype=torch.float32)
@@ -452,7 +451,7 @@ def build_kernels(machine: Machine) -> dict[str, tuple[Callable[[], Any], float]
     logits = tokens * vocab_size * x.itemsize
     return {
         "merge of the ring": (
-            lambda: merge_tokens_(out, lse, block, block_out, block_lse),
+            lambda: merge_(out, lse, block_out, block_lse),
             2 * size(out, lse) + size(block_out, block_lse),
         ),
         "rotary positions": (lambda: apply_rotary(q, cos, sin).backward(dq), 4 * size(q) + 2 * size(cos, sin)),

@@ -17,6 +17,7 @@ from cp.layout import ranges
 from cp.packed_seq import to_device
 
 Tokens = slice | Tensor
+MAX_PADDING = 1.05  # (query, key) pairs with padding over pairs of real tokens
 
 
 class Segments(NamedTuple):
@@ -71,10 +72,25 @@ class Block:
         return [segment for run in runs for segment in run]
 
 
-def _tokens(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Tokens:
+def find_tokens(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Tokens:
+    """The tokens of these segments, [n] starts and lengths: a slice if they follow one another without gaps."""
+    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    if not len(starts):
+        return slice(0, 0)
     if (starts[1:] == starts[:-1] + lengths[:-1]).all():
         return slice(int(starts[0]), int(starts[-1] + lengths[-1]))
     return to_device(ranges(starts, lengths), device)
+
+
+def computed_lengths(lengths: np.ndarray, padded_lengths: np.ndarray, device: torch.device) -> np.ndarray:
+    """[documents] tokens that attention computes of each document: the real ones; on CUDA its padding too.
+
+    With their padding, documents follow one another without gaps, so that no kernel gathers rows. Under the causal mask
+    no real query sees padding. Only the row's tail is left out, and padding that costs more than `MAX_PADDING` pairs.
+    """
+    kept = np.where(np.cumsum(lengths[::-1])[::-1] > 0, padded_lengths, 0)
+    is_cheap = (kept**2).sum() <= MAX_PADDING * (lengths**2).sum()
+    return kept if device.type != "cpu" and is_cheap else lengths
 
 
 def _group_runs(segments: np.ndarray) -> tuple[Run, ...]:
@@ -96,6 +112,19 @@ def _group_runs(segments: np.ndarray) -> tuple[Run, ...]:
     return tuple(runs)
 
 
+def _cover_keys(table: np.ndarray) -> np.ndarray:
+    """Give keys between two segments to a segment without queries, so that all keys are one slice of the shard.
+
+    Flash attention 2, 3 and 4 write zeros to the gradients of keys without queries.
+    """
+    q_ends, k_ends = table[:-1, 0] + table[:-1, 1], table[:-1, 2] + table[:-1, 3]
+    gaps = table[1:, 2] - k_ends
+    if (gaps < 0).any() or gaps.sum() > table[:, 3].sum():  # a gather moves less
+        return table
+    between = np.stack((q_ends, np.zeros_like(gaps), k_ends, gaps), 1)
+    return np.insert(table, np.arange(1, len(table))[gaps > 0], between[gaps > 0], 0)
+
+
 def build_block(
     segments: Sequence[np.ndarray],
     *,
@@ -115,6 +144,8 @@ def build_block(
         return None
     assert not causal or (table[:, 1] == table[:, 3]).all(), "causal blocks are square"
     on_cuda = device.type != "cpu"  # the meta device stands for CUDA
+    if on_cuda and not causal:
+        table = _cover_keys(table)
 
     def running_sum(lengths: np.ndarray) -> Tensor:
         return to_device(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32), device)
@@ -122,8 +153,8 @@ def build_block(
     return Block(
         causal=causal,
         runs=() if on_cuda else _group_runs(table),
-        q_tokens=_tokens(table[:, 0], table[:, 1], device),
-        k_tokens=_tokens(table[:, 2], table[:, 3], device),
+        q_tokens=find_tokens(table[:, 0], table[:, 1], device),
+        k_tokens=find_tokens(table[:, 2], table[:, 3], device),
         cu_q=running_sum(table[:, 1]) if on_cuda else None,
         cu_k=running_sum(table[:, 3]) if on_cuda else None,
         max_q=int(table[:, 1].max()),
@@ -135,6 +166,12 @@ def build_block(
 def take_tokens(x: Tensor, tokens: Tokens) -> Tensor:
     """x[tokens]: a view for a slice, a gathered copy for indices."""
     return x[tokens] if isinstance(tokens, slice) else x.index_select(0, tokens)
+
+
+def put_tokens_(x: Tensor, tokens: Tokens, values: Tensor) -> None:
+    """x[tokens] = values, which are changed copies of `take_tokens(x, tokens)`; a view has changed x already."""
+    if not isinstance(tokens, slice):
+        x.index_copy_(0, tokens, values)
 
 
 def add_tokens_(x: Tensor, tokens: Tokens, values: Tensor) -> None:

@@ -28,13 +28,16 @@ from cp.blocks import (
     accumulator_dtype,
     add_tokens_,
     build_block,
+    computed_lengths,
+    find_tokens,
+    put_tokens_,
     spread_tokens,
     take_tokens,
 )
 from cp.dropout_attention import AttentionOptions
 from cp.kernels import block_backward, block_forward
-from cp.layout import invert, ranges
-from cp.native_p2p import merge_tokens_
+from cp.layout import ranges
+from cp.native_p2p import merge_
 from cp.needed_keys import Exchange, NeededKeys
 from cp.packed_seq import PackedSeq, to_device
 from parallel.collectives import Transfer, start_all_to_all
@@ -47,29 +50,36 @@ class Gather:
     Attributes:
         send: this rank's tokens that are sent, by receiver.
         sent, received: tokens to and from each rank.
-        to_row: indices of the received tokens that give the row's order; None: the same order.
-        from_row: the inverse.
+        keys: indices of the received tokens that give the keys of `RowBlocks.before`, segment by segment on CUDA, in
+            the row's order on CPU.
+        segments: those that give them segment by segment; a key of two segments twice.
     """
 
     send: Tokens
     sent: list[int]
     received: list[int]
-    to_row: Tensor | None
-    from_row: Tensor | None
+    keys: Tokens
+    segments: Tokens
 
 
 @dataclass(frozen=True, eq=False)
 class RowBlocks:
-    """Queries in this rank's tokens.
+    """Queries are rows of their own.
 
     Attributes:
         own: each piece x itself, keys in this rank's tokens.
-        before: each piece x the tokens of its document before it, keys in the gathered tokens in the row's order.
+        before: each piece x the tokens of its document before it, keys as in `Gather.keys`.
+        queries: this rank's tokens that are queries: the rows of `own`.
+        later: those of the rows that are queries of `before`.
+        padding: rows that are padding; None: none.
         gather: None if no rank needs anything of another.
     """
 
     own: Block | None
     before: Block | None
+    queries: Tokens
+    later: Tokens
+    padding: Tensor | None
     gather: Gather | None
 
 
@@ -77,42 +87,57 @@ def build_row_blocks(
     packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_dropout: bool = False
 ) -> RowBlocks:
     """Build this rank's blocks and its part of the exchange; `with_dropout`: the blocks carry `dropout_ids`."""
-    row = dict(layout=packed_seq.layout, placement=packed_seq.placement)
-    keys = NeededKeys(packed_seq.lengths, packed_seq.padded_lengths, cp_size=cp_size, **row)  # type: ignore[arg-type]
+    lengths, padded = packed_seq.lengths, packed_seq.padded_lengths
+    computed = computed_lengths(lengths, padded, device)
+    row = dict(cp_size=cp_size, layout=packed_seq.layout, placement=packed_seq.placement)
+    keys = NeededKeys(computed, padded, **row)  # type: ignore[arg-type]
     pieces, needed = keys.pieces[cp_rank], keys.needed[cp_rank]
+    length, later = pieces.length, np.where(pieces.before > 0, pieces.length, 0)
+    first_row, first_later = np.cumsum(length) - length, np.cumsum(later) - later
+    first_key = (np.cumsum(needed) - needed)[pieces.document]
+    segments = ranges(first_key, pieces.before)  # keys of `before` in the row's order
+    if device.type != "cpu":
+        first_key = np.cumsum(pieces.before) - pieces.before
     own_ids = before_ids = None
     if with_dropout:
-        own_ids = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=cp_rank)
-        before_ids = own_ids[0], ranges(np.zeros_like(needed), needed)
-    first_key = (np.cumsum(needed) - needed)[pieces.document]
-    own = (pieces.start, pieces.length, pieces.start, pieces.length)
-    before = (pieces.start, pieces.length, first_key, pieces.before)
+        ids, positions = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=cp_rank)
+        ids = ids[ranges(pieces.start, length)]
+        own_ids = ids, positions
+        before_ids = ids[ranges(first_row, later)], ranges(np.zeros_like(needed), needed)
+    own, before = (first_row, length, pieces.start, length), (first_later, later, first_key, pieces.before)
+    is_padding = packed_seq.padding(cp_size=cp_size, cp_rank=cp_rank)[ranges(pieces.start, length)]
     exchange = keys.build_exchange(cp_rank)
     return RowBlocks(
         own=build_block(own, causal=True, device=device, dropout_ids=own_ids),
         before=build_block(before, causal=False, device=device, dropout_ids=before_ids),
-        gather=None if exchange is None else _build_gather(exchange, device),
+        queries=find_tokens(pieces.start, length, device),
+        later=find_tokens(first_row, later, device),
+        padding=to_device(np.flatnonzero(is_padding), device) if is_padding.any() else None,
+        gather=None if exchange is None else _build_gather(exchange, segments, device),
     )
 
 
-def _build_gather(exchange: Exchange, device: torch.device) -> Gather:
-    order, send = exchange.order, exchange.send
-    is_same, is_slice = (order == np.arange(len(order))).all(), len(send) > 0 and (np.diff(send) == 1).all()
+def _build_gather(exchange: Exchange, segments: np.ndarray, device: torch.device) -> Gather:
+    order = exchange.order
     return Gather(
-        send=slice(int(send[0]), int(send[-1]) + 1) if is_slice else to_device(send, device),
+        send=_as_slice(exchange.send, device),
         sent=exchange.sent.tolist(),
         received=exchange.received.tolist(),
-        to_row=None if is_same else to_device(order, device),
-        from_row=None if is_same else to_device(invert(order), device),
+        keys=_as_slice(order if device.type == "cpu" else order[segments], device),
+        segments=_as_slice(order[segments], device),
     )
+
+
+def _as_slice(index: np.ndarray, device: torch.device) -> Tokens:
+    return find_tokens(index, np.ones_like(index), device)
 
 
 def _start_rounds(
     q: Tensor, k: Tensor, v: Tensor, gather: Gather | None, group: dist.ProcessGroup, options: AttentionOptions
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Start the first round. Each round gives key/value heads, their query heads, and gathered K and V in row order.
+    """Start the first round. Each round gives key/value heads, their query heads, and K and V of `Gather.keys`.
 
-    K and V are [gathered, stride, d]. The next round's heads are in flight while the caller computes.
+    K and V are [keys, stride, d]. The next round's heads are in flight while the caller computes.
     """
     if gather is None:
         return iter(())
@@ -128,8 +153,7 @@ def _start_rounds(
             kv, stop = transfer.wait(options.clock), first + stride
             if stop < kv_heads:
                 transfer = start(stop)
-            if gather.to_row is not None:
-                kv = kv.index_select(0, gather.to_row)
+            kv = take_tokens(kv, gather.keys)
             yield slice(first, stop), slice(first * queries, stop * queries), kv[:, 0], kv[:, 1]
 
     return finish_rounds(start(0))
@@ -140,18 +164,26 @@ class _AllGatherAttention(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx, q: Tensor, k: Tensor, v: Tensor, blocks: RowBlocks, group: dist.ProcessGroup, options: AttentionOptions
     ) -> Tensor:
-        accumulate = accumulator_dtype(q.dtype)
+        accumulate, size, padding = accumulator_dtype(q.dtype), len(q), blocks.padding
         rounds = _start_rounds(q, k, v, blocks.gather, group, options)
+        rows = take_tokens(q, blocks.queries)
         if blocks.own is None:  # no real token on this rank
-            out, lse = q.new_zeros(q.shape, dtype=accumulate), q.new_zeros(q.shape[:2], dtype=accumulate)
+            out, lse = rows, rows.new_zeros(rows.shape[:2], dtype=accumulate)
         else:
-            own = block_forward(q, k, v, blocks.own, options)
-            out, lse = (spread_tokens(x.to(accumulate), blocks.own.q_tokens, len(q)) for x in own)
-        for _, heads, row_k, row_v in rounds:
+            out, lse = (x.to(accumulate) for x in block_forward(rows, k, v, blocks.own, options))
+        later = [take_tokens(x, blocks.later) for x in (rows, out, lse)]
+        for _, heads, before_k, before_v in rounds:
             if blocks.before is not None:
-                before = block_forward(q[:, heads], row_k, row_v, blocks.before, options.for_heads(heads.start))
-                merge_tokens_(out[:, heads], lse[:, heads], blocks.before, *before)
-        result = out.to(q.dtype)
+                later_q, later_out, later_lse = (x[:, heads] for x in later)
+                before = block_forward(later_q, before_k, before_v, blocks.before, options.for_heads(heads.start))
+                merge_(later_out, later_lse, *before)
+        for total, values in zip((out, lse), later[1:], strict=True):
+            put_tokens_(total, blocks.later, values)
+        out = out.to(q.dtype)
+        if padding is not None:  # probabilities of padding, and so its gradients, become 0
+            out.index_fill_(0, padding, 0.0)
+            lse.index_fill_(0, padding, float("inf"))
+        result, lse = (spread_tokens(x, blocks.queries, size) for x in (out, lse))
         ctx.save_for_backward(q, k, v, result, lse)
         ctx.blocks, ctx.group, ctx.options = blocks, group, options
         return result
@@ -163,28 +195,34 @@ class _AllGatherAttention(torch.autograd.Function):
         blocks, group, options, accumulate = ctx.blocks, ctx.group, ctx.options, accumulator_dtype(q.dtype)
         dout = dout.contiguous()
         rounds = _start_rounds(q, k, v, blocks.gather, group, options)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in (q, k, v))
-        if blocks.own is not None:
-            grads = block_backward(dout, q, k, v, out, lse, blocks.own, options)
-            for total, grad in zip((dq, dk, dv), grads, strict=True):
-                add_tokens_(total, blocks.own.q_tokens, grad)
+        rows = [take_tokens(x, blocks.queries) for x in (dout, q, out, lse)]
+        if blocks.own is None:
+            dq, dk, dv = (torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in (rows[1], k, v))
+        else:
+            grads = block_backward(rows[0], rows[1], k, v, rows[2], rows[3], blocks.own, options)
+            tokens = slice(0, len(grads[0])), blocks.own.k_tokens, blocks.own.k_tokens
+            sizes = len(grads[0]), len(k), len(k)
+            dq, dk, dv = map(spread_tokens, (x.to(accumulate) for x in grads), tokens, sizes)
+        later = [take_tokens(x, blocks.later) for x in (*rows, dq)]
         returning = None
-        for kv_heads, heads, row_k, row_v in rounds:
-            dkv = torch.zeros((len(row_k), 2, *row_k.shape[1:]), dtype=accumulate, device=q.device)
+        for kv_heads, heads, before_k, before_v in rounds:
+            shape = sum(blocks.gather.received), 2, *before_k.shape[1:]
+            dkv = torch.zeros(shape, dtype=accumulate, device=q.device)
             if blocks.before is not None:
-                rows = (dout[:, heads], q[:, heads], row_k, row_v, out[:, heads], lse[:, heads])
-                grads = block_backward(*rows, blocks.before, options.for_heads(heads.start))
-                add_tokens_(dq[:, heads], blocks.before.q_tokens, grads[0])
+                later_dout, later_q, later_out, later_lse, later_dq = (x[:, heads] for x in later)
+                sides = later_dout, later_q, before_k, before_v, later_out, later_lse
+                grads = block_backward(*sides, blocks.before, options.for_heads(heads.start))
+                later_dq.add_(grads[0])
                 for part, grad in enumerate(grads[1:]):
-                    add_tokens_(dkv[:, part], blocks.before.k_tokens, grad)
-            if blocks.gather.from_row is not None:
-                dkv = dkv.index_select(0, blocks.gather.from_row)
+                    add_tokens_(dkv[:, part], blocks.gather.segments, grad)
             if returning is not None:
                 _add_returned_(dk, dv, returning, blocks.gather, options)
             returning = kv_heads, start_all_to_all(dkv, blocks.gather.received, blocks.gather.sent, group)
         if returning is not None:
             _add_returned_(dk, dv, returning, blocks.gather, options)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        put_tokens_(dq, blocks.later, later[-1])
+        dq = spread_tokens(dq.to(q.dtype), blocks.queries, len(q))
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def _add_returned_(

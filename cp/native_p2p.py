@@ -10,7 +10,8 @@ Rank r computes with rank j's shard, for each document (chunks of padded length 
     j <  r  all own queries x the first half of j's shard: all earlier; the second half is all later
     j >  r  own second half x all of j's shard; the first half is earlier than all of it
 
-Only real tokens take part: padding costs nothing. No fully masked block is computed.
+No fully masked block is computed. Queries of the steps with j > r, the late ones, are gathered once for those steps.
+On CUDA, padding is computed as the end of its document (`cp.blocks.computed_lengths`), and its results are set to 0.
 """
 
 from __future__ import annotations
@@ -25,79 +26,128 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cp.blocks import Block, accumulator_dtype, add_tokens_, build_block, fill_tokens_, spread_tokens
+from cp.blocks import (
+    Block,
+    Tokens,
+    accumulator_dtype,
+    add_tokens_,
+    build_block,
+    computed_lengths,
+    fill_tokens_,
+    find_tokens,
+    put_tokens_,
+    spread_tokens,
+    take_tokens,
+)
 from cp.dropout_attention import AttentionOptions
 from cp.kernels import block_backward, block_forward
-from cp.packed_seq import PackedSeq
+from cp.layout import ranges
+from cp.packed_seq import PackedSeq, to_device
 from parallel.collectives import Transfer, start_ring_shift
 from parallel.fusion import fused
 
 KV_TAG, GRAD_TAG = 0, 1
+MAX_PENDING = 2  # blocks' dq that one pass over the sum adds
+
+
+@dataclass(frozen=True, eq=False)
+class RingBlocks:
+    """The blocks of a rank, and their queries: rows that are gathered once for several steps.
+
+    Attributes:
+        steps: a block a step, whose queries count from the first row; None where a step computes nothing.
+        queries: this rank's tokens that are queries: the rows of the steps before `first_late`.
+        late: those of the rows that are queries from step `first_late` on.
+        padding: rows that are padding; None: none.
+    """
+
+    steps: list[Block | None]
+    queries: Tokens
+    first_late: int
+    late: Tokens
+    padding: Tensor | None
 
 
 def build_ring_blocks(
     packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_dropout: bool = False
-) -> list[Block | None]:
+) -> RingBlocks:
     """Build the block of each ring step; at step s, the shard of rank (cp_rank - s) mod cp_size is on this rank.
 
     All lengths are known on the host, so no step reads a value from the device. `with_dropout`: the blocks carry
-    `dropout_ids`. None where a step computes nothing.
+    `dropout_ids`.
     """
     assert packed_seq.layout == "zigzag"
     lengths, padded = packed_seq.lengths, packed_seq.padded_lengths
+    computed = computed_lengths(lengths, padded, device)
     chunk = -(-padded // (2 * cp_size))  # one rank takes documents of any length
     start = (np.cumsum(padded) - padded) // cp_size  # of each document in a rank's T / cp tokens
 
-    def real(chunk_index: int) -> np.ndarray:
-        """[documents] real tokens in one of each document's chunks; chunks fill in order."""
+    def count(lengths: np.ndarray, chunk_index: int) -> np.ndarray:
+        """[documents] tokens in one of each document's chunks; chunks fill in order."""
         return np.clip(lengths - chunk_index * chunk, 0, chunk)
 
-    first, second = real(cp_rank), real(2 * cp_size - 1 - cp_rank)
-    blocks: list[Block | None] = []
-    own_ids = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=cp_rank)[0] if with_dropout else None
+    def first_rows(count: np.ndarray) -> np.ndarray:
+        return np.cumsum(count) - count
+
+    last = 2 * cp_size - 1
+    first, second = count(computed, cp_rank), count(computed, last - cp_rank)
+    own, real = first + second, count(lengths, cp_rank) + count(lengths, last - cp_rank)
+    late = first_rows(own) + first, second
+    steps: list[Block | None] = []
+    ids = np.zeros(0, np.int64)
+    if with_dropout:
+        ids = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=cp_rank)[0][ranges(start, own)]
     for step in range(cp_size):
         peer = (cp_rank - step) % cp_size
-        dropout_ids = None
-        if own_ids is not None:
-            dropout_ids = own_ids, packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=peer)[1]
-        keys = real(peer) + real(2 * cp_size - 1 - peer)
+        keys = count(computed, peer) + count(computed, last - peer)
         if peer == cp_rank:
-            segments = (start, first + second, start, keys)
+            segments = first_rows(own), own, start, keys
         elif peer < cp_rank:
-            segments = (start, first + second, start, real(peer))
+            segments = first_rows(own), own, start, count(computed, peer)
         else:
-            segments = (start + chunk, second, start, keys)
-        blocks.append(build_block(segments, causal=peer == cp_rank, device=device, dropout_ids=dropout_ids))
-    return blocks
-
-
-def merge_tokens_(out: Tensor, lse: Tensor, block: Block, block_out: Tensor, block_lse: Tensor) -> None:
-    """Merge one block's result into the running softmax: out [t, hq, d], lse [t, hq], both in place.
-
-    With w = sigmoid(block_lse - lse): out = lerp(out, block_out, w), lse -= log(1 - w). The causal block comes first,
-    so the lse of the block's queries is finite.
-    """
-    tokens = block.q_tokens
-    if isinstance(tokens, slice):
-        _merge_(out[tokens], lse[tokens], block_out, block_lse, None)
-    else:
-        _merge_(out, lse, block_out, block_lse, tokens)
+            segments = first_rows(second), second, start, keys
+        dropout_ids = None
+        if with_dropout:
+            key_positions = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=peer)[1]
+            dropout_ids = ids[ranges(*late)] if peer > cp_rank else ids, key_positions
+        steps.append(build_block(segments, causal=peer == cp_rank, device=device, dropout_ids=dropout_ids))
+    is_padded = (own != real).any()
+    return RingBlocks(
+        steps=steps,
+        queries=find_tokens(start, own, device),
+        first_late=cp_rank + 1,
+        late=find_tokens(*late, device),
+        padding=to_device(ranges(first_rows(own) + real, own - real), device) if is_padded else None,
+    )
 
 
 @fused
-def _merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, index: Tensor | None) -> None:
-    """`merge_tokens_` at the tokens `index`; None: at all tokens."""
-    own_out, own_lse = (x if index is None else x.index_select(0, index) for x in (out, lse))
-    difference = block_lse.to(lse.dtype) - own_lse
-    weight = torch.sigmoid(difference)[..., None]  # [queries, hq, 1]
-    merged = torch.lerp(own_out, block_out.to(out.dtype), weight)
-    grown = own_lse + torch.nn.functional.softplus(difference, threshold=60.0)
-    if index is None:
-        out.copy_(merged)
-        lse.copy_(grown)
-    else:
-        out.index_copy_(0, index, merged)
-        lse.index_copy_(0, index, grown)
+def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """Merge a block's result into the running softmax of the same queries: out [n, hq, d], lse [n, hq], in place.
+
+    With w = sigmoid(block_lse - lse): out = lerp(out, block_out, w), lse -= log(1 - w). The causal block comes first,
+    so lse is finite.
+    """
+    difference = block_lse.to(lse.dtype) - lse
+    weight = torch.sigmoid(difference)[..., None]  # [n, hq, 1]
+    out.copy_(torch.lerp(out, block_out.to(out.dtype), weight))
+    lse.copy_(lse + torch.nn.functional.softplus(difference, threshold=60.0))
+
+
+@fused
+def _add_(total: Tensor, *values: Tensor) -> None:
+    """total += values, one after the other."""
+    for value in values:
+        total.add_(value)
+
+
+@fused
+def _add_up(dtype: torch.dtype, first: Tensor, *others: Tensor) -> Tensor:
+    """The sum in this dtype, from the first to the last."""
+    total = first.to(dtype)
+    for value in others:
+        total = total + value
+    return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +156,12 @@ class Ring:
 
     Attributes:
         tokens: the part of this rank's tokens that belongs to the documents.
-        blocks: of `build_ring_blocks`, one a step.
+        blocks: of `build_ring_blocks`.
         group: None: one rank, no transfer.
     """
 
     tokens: slice
-    blocks: list[Block | None]
+    blocks: RingBlocks
     group: dist.ProcessGroup | None
 
 
@@ -124,7 +174,8 @@ class _Pass:
 
     def __init__(self, k: Tensor, v: Tensor, ring: Ring, options: AttentionOptions) -> None:
         k, v = k[ring.tokens], v[ring.tokens]
-        self.blocks, self.group, self.options, self.steps = ring.blocks, ring.group, options, len(ring.blocks)
+        self.blocks, self.group, self.options, self.steps = ring.blocks, ring.group, options, len(ring.blocks.steps)
+        self.size = len(k)
         self.kv: Any = torch.stack((k, v)) if self.steps > 1 else (k, v)
         # A single block is its own sum.
         self.accumulate = accumulator_dtype(k.dtype) if self.steps > 1 else k.dtype
@@ -142,64 +193,116 @@ class _Pass:
 
 
 class _Forward(_Pass):
-    """Attributes: out [t, hq, d] and lse [t, hq], of the documents' tokens."""
+    """Attributes: out [t, hq, d] and lse [t, hq] of the documents' tokens, once finished."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, ring: Ring, options: AttentionOptions) -> None:
         super().__init__(k, v, ring, options)
-        self.q = q[ring.tokens]
+        self.q = take_tokens(q[ring.tokens], ring.blocks.queries)
+        self.early: tuple[Tensor, Tensor] | None = None
 
     def compute(self, step: int) -> None:
-        q, block = self.q, self.blocks[step]
-        if block is not None:
-            block_out, block_lse = block_forward(q, self.kv[0], self.kv[1], block, self.options)
-            if step == 0:
-                self.out = spread_tokens(block_out.to(self.accumulate), block.q_tokens, len(q))
-                self.lse = spread_tokens(block_lse, block.q_tokens, len(q))
-            else:
-                merge_tokens_(self.out, self.lse, block, block_out, block_lse)
-        elif step == 0:  # no real token on this rank, so every later block is empty too
-            self.out = q.new_zeros(q.shape, dtype=self.accumulate)
-            self.lse = q.new_zeros(q.shape[:2], dtype=accumulator_dtype(q.dtype))
+        block = self.blocks.steps[step]
+        if block is None:
+            return
+        if step == self.blocks.first_late:
+            self.early = self.out, self.lse
+            self.q, self.out, self.lse = (take_tokens(x, self.blocks.late) for x in (self.q, self.out, self.lse))
+        block_out, block_lse = block_forward(self.q, self.kv[0], self.kv[1], block, self.options)
+        if step == 0:
+            self.out, self.lse = block_out.to(self.accumulate), block_lse
+        else:
+            merge_(self.out, self.lse, block_out, block_lse)
+
+    def finish(self) -> None:
+        """Padding's out is 0; its lse is infinite, so that its probabilities and gradients are 0 backward."""
+        queries, padding = self.blocks.queries, self.blocks.padding
+        if self.blocks.steps[0] is None:  # no query on this rank
+            self.out, self.lse = self.q, self.q.new_zeros(self.q.shape[:2], dtype=accumulator_dtype(self.q.dtype))
+        if self.early is not None:
+            for total, rows in zip(self.early, (self.out, self.lse), strict=True):
+                put_tokens_(total, self.blocks.late, rows)
+            self.out, self.lse = self.early
+        out, lse = self.out.to(self.q.dtype), self.lse
+        if padding is not None:
+            out.index_fill_(0, padding, 0.0)
+            lse.index_fill_(0, padding, float("inf"))
+        self.out, self.lse = (spread_tokens(x, queries, self.size) for x in (out, lse))
 
 
 class _Backward(_Pass):
-    """Attributes: dq [t, hq, d]; dkv [2, t, hkv, d], of the shard on this rank."""
+    """Attributes: dq [t, hq, d] and dkv, [2, t, hkv, d], of the documents' tokens, once finished."""
 
     def __init__(self, saved: tuple[Tensor, ...], dout: Tensor, ring: Ring, options: AttentionOptions) -> None:
         q, k, v, out, lse = saved
         super().__init__(k, v, ring, options)
-        self.q, self.out, self.lse, self.dout = (x[ring.tokens] for x in (q, out, lse, dout))
+        self._take_rows([x[ring.tokens] for x in (q, dout, out, lse)], ring.blocks.queries)
+        self.dq: Tensor | None = None
+        self.early_dq: Tensor | None = None
+        self.pending: list[Tensor] = []
+        self.block_dkv: Sequence[Tensor] = ()
+        self.dkv: Any = None
         self.dkv_shift: Transfer | None = None
 
-    def compute(self, step: int) -> None:
-        """Fill dkv before the same shard's gradient arrives from the previous rank."""
-        q, kv, block = self.q, self.kv, self.blocks[step]
-        self.dkv = torch.empty((2, *kv[0].shape), dtype=self.accumulate, device=q.device)
-        if block is not None:
-            block_dq, block_dk, block_dv = block_backward(
-                self.dout, q, kv[0], kv[1], self.out, self.lse, block, self.options
-            )
-            if step == 0:
-                self.dq = spread_tokens(block_dq.to(self.accumulate), block.q_tokens, len(q))
-            else:
-                add_tokens_(self.dq, block.q_tokens, block_dq)
-            fill_tokens_(self.dkv[0], block.k_tokens, block_dk)
-            fill_tokens_(self.dkv[1], block.k_tokens, block_dv)
-        else:
-            self.dkv.zero_()
-            if step == 0:
-                self.dq = torch.zeros_like(q, dtype=self.accumulate)
+    def _take_rows(self, tensors: Sequence[Tensor], tokens: Tokens) -> None:
+        self.q, self.dout, self.out, lse = (take_tokens(x, tokens) for x in tensors)
+        self.lse = lse.t().contiguous().t()  # by head, as kernels take it
 
-    def shift_dkv(self) -> None:
-        """Add the shard's gradient of the ranks before, and send the sum on."""
+    def compute(self, step: int) -> None:
+        block = self.blocks.steps[step]
+        if block is None:
+            return
+        if step == self.blocks.first_late:
+            self.early_dq = self._sum_dq()
+            self._take_rows((self.q, self.dout, self.out, self.lse), self.blocks.late)
+            self.dq = take_tokens(self.early_dq, self.blocks.late)
+        block_dq, *self.block_dkv = block_backward(
+            self.dout, self.q, self.kv[0], self.kv[1], self.out, self.lse, block, self.options
+        )
+        self.pending.append(block_dq)
+        if len(self.pending) == MAX_PENDING:
+            self._sum_dq()
+
+    def _sum_dq(self) -> Tensor:
+        """The sum of dq until now."""
+        pending, self.pending = self.pending, []
+        if self.dq is not None:
+            if pending:
+                _add_(self.dq, *pending)
+        elif self.steps == 1:
+            (self.dq,) = pending
+        else:
+            self.dq = _add_up(self.accumulate, *pending)
+        return self.dq
+
+    def shift_dkv(self, step: int) -> None:
+        """Add this step's gradient of the shard to that of the ranks before, and send the sum on."""
+        block = self.blocks.steps[step]
         if self.dkv_shift is not None:
-            self.dkv += self.dkv_shift.wait(self.options.clock)
-        if self.steps > 1:
-            self.dkv_shift = self._start(self.dkv, GRAD_TAG)
+            self.dkv, write_ = self.dkv_shift.wait(self.options.clock), add_tokens_
+        else:
+            self.dkv, write_ = torch.empty_like(self.kv, dtype=self.accumulate), fill_tokens_
+            if block is None:
+                self.dkv.zero_()
+        if block is not None:
+            for total, grad in zip(self.dkv, self.block_dkv, strict=True):
+                write_(total, block.k_tokens, grad)
+        self.dkv_shift = self._start(self.dkv, GRAD_TAG)
 
     def finish(self) -> None:
+        block = self.blocks.steps[0]
         if self.dkv_shift is not None:
-            self.dkv = self.dkv_shift.wait(self.options.clock)  # the last shift ends on the shard's own rank
+            dkv = self.dkv_shift.wait(self.options.clock)  # the last shift ends on the shard's own rank
+            self.dkv = dkv.to(self.q.dtype)
+        elif block is not None:
+            grads = (grad.to(self.q.dtype) for grad in self.block_dkv)
+            self.dkv = [spread_tokens(grad, block.k_tokens, self.size) for grad in grads]
+        else:
+            self.dkv = [torch.zeros_like(x) for x in self.kv]
+        dq = self.q if block is None else self._sum_dq()
+        if self.early_dq is not None:
+            put_tokens_(self.early_dq, self.blocks.late, dq)
+            dq = self.early_dq
+        self.dq = spread_tokens(dq.to(self.q.dtype), self.blocks.queries, self.size)
 
 
 def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
@@ -218,7 +321,9 @@ class _RingAttention(torch.autograd.Function):
                 ring.shift_kv(step)
             for ring in reversed(under_way):
                 ring.compute(step)
-        result, lse = _cat([ring.out.to(q.dtype) for ring in passes]), _cat([ring.lse for ring in passes])
+        for ring in passes:
+            ring.finish()
+        result, lse = _cat([ring.out for ring in passes]), _cat([ring.lse for ring in passes])
         ctx.save_for_backward(q, k, v, result, lse)
         ctx.rings, ctx.options = rings, options
         return result
@@ -227,7 +332,6 @@ class _RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout: Tensor):  # type: ignore[override]
         saved = ctx.saved_tensors  # read once: recomputation allows no second time
-        q, k, v = saved[:3]
         dout = dout.contiguous()
         passes = [_Backward(saved, dout, ring, ctx.options) for ring in ctx.rings]
         for step in range(max(ring.steps for ring in passes)):
@@ -237,11 +341,12 @@ class _RingAttention(torch.autograd.Function):
             for ring in reversed(under_way):
                 ring.compute(step)
             for ring in under_way:
-                ring.shift_dkv()
+                if ring.steps > 1:
+                    ring.shift_dkv(step)
         for ring in passes:
             ring.finish()
-        dq = _cat([ring.dq.to(q.dtype) for ring in passes])
-        dk, dv = (_cat([ring.dkv[i].to(x.dtype) for ring in passes]) for i, x in enumerate((k, v)))
+        dq = _cat([ring.dq for ring in passes])
+        dk, dv = (_cat([ring.dkv[i] for ring in passes]) for i in (0, 1))
         return dq, dk, dv, None, None
 
 
@@ -265,7 +370,7 @@ def ring_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: list[Block | None],
+    blocks: RingBlocks,
     group: dist.ProcessGroup | None,
     options: AttentionOptions,
 ) -> Tensor:

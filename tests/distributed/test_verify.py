@@ -68,8 +68,8 @@ def stale_kv():
 @contextmanager
 def missing_merge():
     """What comes after the first block is dropped."""
-    nothing = lambda out, lse, block, block_out, block_lse: None  # noqa: E731
-    with mock.patch("cp.native_p2p.merge_tokens_", nothing), mock.patch("cp.native_all_gather.merge_tokens_", nothing):
+    nothing = lambda out, lse, block_out, block_lse: None  # noqa: E731
+    with mock.patch("cp.native_p2p.merge_", nothing), mock.patch("cp.native_all_gather.merge_", nothing):
         yield
 
 
@@ -176,7 +176,8 @@ def lost_local_documents():
     real = cp.hybrid.build_ring_blocks
 
     def build(packed_seq, **place):
-        return [None] if place["cp_size"] == 1 else real(packed_seq, **place)
+        blocks = real(packed_seq, **place)
+        return replace(blocks, steps=[None], queries=slice(0, 0)) if place["cp_size"] == 1 else blocks
 
     with mock.patch.object(cp.hybrid, "build_ring_blocks", build):
         yield

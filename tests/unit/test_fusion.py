@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from cp.native_p2p import _merge_
+from cp.native_p2p import _add_, _add_up, merge_
 from model import loss
 from model.rope import _rotate
 from model.torch_layers import swiglu
@@ -49,15 +49,18 @@ def rotary(tokens: int) -> list[Any]:
 
 def merged(*args: Any) -> tuple[Tensor, ...]:
     out, lse = args[0].clone(), args[1].clone()
-    _merge_(out, lse, *args[2:])
+    merge_(out, lse, *args[2:])
     return out, lse
 
 
-def parts(tokens: int, index: Tensor | None) -> list[Any]:
-    count = tokens if index is None else len(index)
-    lse = random(count, HEADS, dtype=torch.float32, seed=3).T.contiguous().T  # as kernels return it
-    return [random(tokens, HEADS, CHANNELS).float(), random(tokens, HEADS, dtype=torch.float32, seed=1) * 4,
-            random(count, HEADS, CHANNELS, seed=2), lse, index]  # fmt: skip
+def added(total: Tensor, *values: Tensor) -> Tensor:
+    _add_(total, *values)
+    return total
+
+
+def parts(tokens: int) -> list[Any]:
+    own, block = (random(tokens, HEADS, dtype=torch.float32, seed=n).T.contiguous().T for n in (1, 3))  # by head
+    return [random(tokens, HEADS, CHANNELS).float(), own, random(tokens, HEADS, CHANNELS, seed=2), block]
 
 
 def log_probs(tokens: int) -> tuple[Any, ...]:
@@ -68,8 +71,9 @@ def log_probs(tokens: int) -> tuple[Any, ...]:
 CASES: dict[str, tuple[Callable, Callable[[int], list[Any]]]] = {
     "rotary positions": (_rotate, rotary),
     "SwiGLU": (swiglu, lambda t: [random(t, 24), random(t, 24, seed=1)]),
-    "merge": (merged, lambda t: parts(t, None)),
-    "merge of some tokens": (merged, lambda t: parts(t, torch.arange(1, t, 2))),
+    "merge": (merged, parts),
+    "gradients of blocks": (added, lambda t: [random(t, 8).float(), random(t, 8, seed=1), random(t, 8, seed=2)]),
+    "first gradients": (_add_up, lambda t: [torch.float32, random(t, 8), random(t, 8, seed=1)]),
     "loss": (
         loss._log_softmax_and_grad,
         lambda t: [random(t, PADDED) * 4, *labels(t), VOCAB, torch.float32, 1e-2, torch.bfloat16],
