@@ -82,6 +82,11 @@ def find_tokens(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -
     return to_device(ranges(starts, lengths), device)
 
 
+def takes_cu_seqlens(device: torch.device) -> bool:
+    """Whether the kernels take documents by cu_seqlens, from rows without gaps: CUDA, for which meta stands."""
+    return device.type != "cpu"
+
+
 def computed_lengths(lengths: np.ndarray, padded_lengths: np.ndarray, device: torch.device) -> np.ndarray:
     """[documents] tokens that attention computes of each document: the real ones; on CUDA its padding too.
 
@@ -90,7 +95,7 @@ def computed_lengths(lengths: np.ndarray, padded_lengths: np.ndarray, device: to
     """
     kept = np.where(np.cumsum(lengths[::-1])[::-1] > 0, padded_lengths, 0)
     is_cheap = (kept**2).sum() <= MAX_PADDING * (lengths**2).sum()
-    return kept if device.type != "cpu" and is_cheap else lengths
+    return kept if takes_cu_seqlens(device) and is_cheap else lengths
 
 
 def _group_runs(segments: np.ndarray) -> tuple[Run, ...]:
@@ -143,7 +148,7 @@ def build_block(
     if not len(table):
         return None
     assert not causal or (table[:, 1] == table[:, 3]).all(), "causal blocks are square"
-    on_cuda = device.type != "cpu"  # the meta device stands for CUDA
+    on_cuda = takes_cu_seqlens(device)
     if on_cuda and not causal:
         table = _cover_keys(table)
 

@@ -33,6 +33,7 @@ from cp.blocks import (
     put_tokens_,
     spread_tokens,
     take_tokens,
+    takes_cu_seqlens,
 )
 from cp.dropout_attention import AttentionOptions
 from cp.kernels import block_backward, block_forward
@@ -96,7 +97,7 @@ def build_row_blocks(
     first_row, first_later = np.cumsum(length) - length, np.cumsum(later) - later
     first_key = (np.cumsum(needed) - needed)[pieces.document]
     segments = ranges(first_key, pieces.before)  # keys of `before` in the row's order
-    if device.type != "cpu":
+    if takes_cu_seqlens(device):
         first_key = np.cumsum(pieces.before) - pieces.before
     own_ids = before_ids = None
     if with_dropout:
@@ -123,7 +124,7 @@ def _build_gather(exchange: Exchange, segments: np.ndarray, device: torch.device
         send=_as_slice(exchange.send, device),
         sent=exchange.sent.tolist(),
         received=exchange.received.tolist(),
-        keys=_as_slice(order if device.type == "cpu" else order[segments], device),
+        keys=_as_slice(order[segments] if takes_cu_seqlens(device) else order, device),
         segments=_as_slice(order[segments], device),
     )
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import sys
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+import cp.blocks
+import cp.native_all_gather
 from cp.attention import build_attention
 from cp.layout import document_unit, unshard_indices
 from cp.packed_seq import build_packed_seq
@@ -21,6 +27,7 @@ from tests.reference import BF16_ROUNDING, dense_attention, random_documents, re
 from tests.world import World
 
 HEADS, HEAD_DIM = 4, 16
+CUDA_CELLS = "native", "thd", "fp64"
 LIMITS = {"fp64": 1e-10, "fp32": 1e-5}
 Documents = tuple[np.ndarray, np.ndarray, Placement | None]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -246,6 +253,82 @@ def check_padding_is_inert(rank: int, choice: AttentionChoice) -> bool:
 )
 def test_padding_is_inert(world: World, choice: AttentionChoice) -> None:
     assert all(world.run(check_padding_is_inert, choice))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The branches of CUDA: rows without gaps, padding computed with its document. A stand-in for the flash operators.
+
+
+def _segments(*lengths: torch.Tensor) -> list[tuple[slice, slice]]:
+    bounds = [list(itertools.pairwise(cu.tolist())) for cu in lengths]
+    return [(slice(*q), slice(*k)) for q, k in zip(*bounds, strict=True)]
+
+
+def _scores(q, k, causal: bool, scale: float) -> torch.Tensor:
+    """[h, queries, keys]"""
+    assert not causal or len(q) == len(k)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf) if causal else scores
+
+
+def flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, rate, causal, debug, *, scale):
+    assert (cu_q[-1], cu_k[-1]) == (len(q), len(k)) and max_q >= cu_q.diff().max() and max_k >= cu_k.diff().max()
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    out, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[1], len(q)), torch.nan)
+    for at_q, at_k in _segments(cu_q, cu_k):
+        if at_q.stop > at_q.start:
+            assert at_k.stop > at_k.start, "the kernels' lse of no key differs"
+            scores = _scores(q[at_q], k[at_k], causal, scale)
+            lse[:, at_q] = scores.logsumexp(-1)
+            out[at_q] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[at_k])
+    return out, lse
+
+
+def flash_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, rate, causal, seed, unused, *, scale):
+    groups, heads = k.shape[1], q.shape[1]
+    k, v = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
+    dq, dk, dv = torch.full_like(q, torch.nan), torch.zeros_like(k), torch.zeros_like(v)
+    for at_q, at_k in _segments(cu_q, cu_k):
+        weights = (_scores(q[at_q], k[at_k], causal, scale) - lse[:, at_q, None]).exp()
+        delta = (dout[at_q] * out[at_q]).sum(-1).T[..., None]
+        dscores = weights * (torch.einsum("qhd,khd->hqk", dout[at_q], v[at_k]) - delta) * scale
+        dq[at_q] = torch.einsum("hqk,khd->qhd", dscores, k[at_k])
+        dk[at_k] = torch.einsum("hqk,qhd->khd", dscores, q[at_q])
+        dv[at_k] = torch.einsum("hqk,qhd->khd", weights, dout[at_q])
+    return dq, *(x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
+
+
+def cuda_errors(rank: int, choice: AttentionChoice, name: str, groups: int, most: float) -> list[float]:
+    """Errors of real tokens, and what padding gives: 0 whatever arrives in it."""
+    documents = documents_for(choice, name)
+    tensors, real = inputs(int(documents[1].sum()), groups, torch.float64), real_rows(documents)[:, None, None]
+    with (
+        mock.patch.object(cp.blocks, "takes_cu_seqlens", lambda device: True),
+        mock.patch.object(cp.native_all_gather, "takes_cu_seqlens", lambda device: True),
+        mock.patch.object(cp.blocks, "MAX_PADDING", most),
+        mock.patch.object(torch.ops.aten, "_flash_attention_forward", flash_forward),
+        mock.patch.object(torch.ops.aten, "_flash_attention_backward", flash_backward),
+        mock.patch(f"{__name__}.real_rows", lambda documents: torch.ones(len(real), dtype=torch.bool)),
+    ):
+        got = run_attention(choice, documents, tensors)
+    wants = wanted(documents, [*tensors[:3], tensors[3] * real])
+    assert all((x * ~real == 0).all() for x in got)
+    return [relative_error(x, want) for x, want in zip(got, wants, strict=True)]
+
+
+@pytest.mark.parametrize("most", [1.0, math.inf], ids=["real tokens", "with padding"])
+@pytest.mark.parametrize(
+    "choice",
+    [c.values[0] for c in ALL_CELLS if (c.values[0].backend, c.values[0].qkv_format, c.values[1]) == CUDA_CELLS],
+    ids=str,
+)
+def test_the_branches_of_cuda_equal_one_rank(world: World, choice: AttentionChoice, most: float) -> None:
+    for number, name in enumerate(THD_CASES):
+        for stride in {1, 2 if choice.method == "all_gather" else 1}:
+            for errors in world.run(
+                cuda_errors, replace(choice, heads_k_stride=stride), name, 2 + number % 2 * 2, most
+            ):
+                assert max(errors) <= LIMITS["fp64"], (name, errors)
 
 
 # ---------------------------------------------------------------------------------------------------
