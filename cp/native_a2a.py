@@ -18,10 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cp.blocks import Block
 from cp.dropout_attention import AttentionOptions
 from cp.layout import invert, shard_indices
-from cp.native_p2p import build_ring_blocks, ring_attention
+from cp.native_p2p import RingBlocks, build_ring_blocks, ring_attention
 from cp.packed_seq import PackedSeq, to_device
 from parallel.collectives import all_to_all
 
@@ -32,7 +31,7 @@ class Exchange:
 
     order: Tensor | None
     inverse: Tensor | None
-    blocks: list[Block | None]
+    blocks: RingBlocks
 
 
 class _Permute(torch.autograd.Function):

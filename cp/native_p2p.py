@@ -198,6 +198,8 @@ class _Forward(_Pass):
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, ring: Ring, options: AttentionOptions) -> None:
         super().__init__(k, v, ring, options)
         self.q = take_tokens(q[ring.tokens], ring.blocks.queries)
+        self.out = self.q  # both are kept where the rank has no query
+        self.lse = torch.empty(self.q.shape[:2], dtype=accumulator_dtype(q.dtype), device=q.device)
         self.early: tuple[Tensor, Tensor] | None = None
 
     def compute(self, step: int) -> None:
@@ -216,8 +218,6 @@ class _Forward(_Pass):
     def finish(self) -> None:
         """Padding's out is 0; its lse is infinite, so that its probabilities and gradients are 0 backward."""
         queries, padding = self.blocks.queries, self.blocks.padding
-        if self.blocks.steps[0] is None:  # no query on this rank
-            self.out, self.lse = self.q, self.q.new_zeros(self.q.shape[:2], dtype=accumulator_dtype(self.q.dtype))
         if self.early is not None:
             for total, rows in zip(self.early, (self.out, self.lse), strict=True):
                 put_tokens_(total, self.blocks.late, rows)
@@ -236,7 +236,7 @@ class _Backward(_Pass):
         q, k, v, out, lse = saved
         super().__init__(k, v, ring, options)
         self._take_rows([x[ring.tokens] for x in (q, dout, out, lse)], ring.blocks.queries)
-        self.dq: Tensor | None = None
+        self.dq: Any = None
         self.early_dq: Tensor | None = None
         self.pending: list[Tensor] = []
         self.block_dkv: Sequence[Tensor] = ()
