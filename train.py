@@ -19,7 +19,7 @@ import torch.distributed as dist
 from checkpoint.files import lock_dir
 from checkpoint.resume import TrainState, find_start, load_start, run_metadata
 from checkpoint.saver import Saver
-from config.cli import parse_arguments
+from config.cli import parse_run
 from config.schema import RunConfig
 from config.validate import resolve
 from data.batch import Batch
@@ -67,13 +67,13 @@ def main(argv: list[str], status: RunStatus) -> None:
     # Flags: refused before any process group exists
 
     launch = read_launch()
-    config = parse_arguments(argv)
+    config, chosen = parse_run(argv)
     asked = config.flags()
     start = find_start(config.checkpoint, config.logging)
     if config.training.eval_only and start is None and (config.checkpoint.load or config.checkpoint.resume):
         where = config.checkpoint.save or f"{config.checkpoint.run_dir}/checkpoints"
         raise UserError(f"--eval-only: no checkpoint under {where}: nothing trained to validate")
-    chosen = resolve(
+    chosen += resolve(
         config,
         world_size=launch.world_size,
         local_world_size=launch.local_world_size,
@@ -184,7 +184,7 @@ class Trainer:
     shared: Run
     data: RunData
     model: GPT | Stages
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     metadata: dict[str, Any]
     metrics: MetricsLog
     timers: Timers

@@ -31,6 +31,7 @@ from utils.errors import UserError
 
 IMPORTED = "imported from"  # metadata of a checkpoint that has weights only (tools/convert_hf.py)
 DOCUMENTS, SOURCES = "training documents", "data sources"  # metadata: one hash; name, hash and share of each source
+OPTIMIZER = "--optimizer"  # metadata: which moments a checkpoint holds
 KEPT: tuple[OnResume, ...] = ("fixed", "printed")  # flags that a checkpoint stores
 # Metadata that may differ when a run is resumed; the banner prints each difference.
 FREE_ON_RESUME = tuple(option(name) for name in RunConfig().flags("printed"))
@@ -151,7 +152,7 @@ def run_metadata(
     metadata |= {
         f"model {name}": value for name, value in asdict(architecture).items() if not name.endswith("_dropout")
     }
-    metadata["weights' dtype"] = config.training.parameter_dtype
+    metadata |= {"weights' dtype": config.training.parameter_dtype, OPTIMIZER: config.training.optimizer}
     metadata |= {"tokenizer": tokenizer.fingerprint, DOCUMENTS: samples.fingerprint()}
     if isinstance(samples, BlendedDataset):
         sources, weights = samples.sources, samples.blend.weights
@@ -203,6 +204,7 @@ def check_same_run(
         UserError: names the first other difference, with both values.
     """
     changed = []
+    saved = {OPTIMIZER: "adamw"} | saved  # of checkpoints from before the flag
     for name, value in wanted.items():
         if name == SOURCES or (name in saved and saved[name] == value):
             continue
@@ -230,7 +232,7 @@ def load_start(
     plan: LoadPlan,
     wanted: dict[str, Any],
     model: nn.Module,
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     grid: Grid,
     *,
     save: Path,

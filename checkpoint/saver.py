@@ -44,20 +44,9 @@ from model.names import tp_dim
 from parallel.collectives import sum_over
 from parallel.fsdp import local_tensor, sharded_parameters
 from parallel.grid import Grid, device_mesh
+from training.optimizer import allocate_state
 from utils.errors import CollectiveError, UserError
 from utils.files import sync
-
-
-def _ensure_optimizer_state(optimizer: torch.optim.AdamW) -> None:
-    """Allocate the state that AdamW allocates at its first step, to load into."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not optimizer.state[parameter]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
 
 
 def whole_tensor(name: str, x: Tensor, shape: Sequence[int], grid: Grid, mesh: DeviceMesh) -> DTensor:
@@ -124,12 +113,12 @@ class _Part:
     shape: tuple[int, ...]
 
 
-def _parts(model: nn.Module, optimizer: torch.optim.AdamW | None) -> dict[str, dict[str, _Part]]:
+def _parts(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, _Part]]:
     """Return this rank's shards: {"weight", "fp8" or a key of the optimizer: {canonical name: part}}."""
     parameters = sharded_parameters(model)
     parts = {"weight": {name: _Part(name, local_tensor(p.detach()), tuple(p.shape)) for name, p in parameters.items()}}
     if optimizer is not None:
-        _ensure_optimizer_state(optimizer)
+        allocate_state(optimizer)
         for name, parameter in parameters.items():
             for key, x in optimizer.state[parameter].items():
                 parts.setdefault(key, {})[name] = _Part(name, local_tensor(x.detach()), tuple(x.shape))
@@ -151,11 +140,13 @@ def _state(parts: Mapping[str, Mapping[str, _Part]], grid: Grid, mesh: DeviceMes
     if "fp8" in whole:
         state["fp8"] = whole.pop("fp8")
     if whole:
-        state["optimizer"] = {name: {key: whole[key][name] for key in whole} for name in state["model"]}
+        state["optimizer"] = {
+            name: {key: named[name] for key, named in whole.items() if name in named} for name in state["model"]
+        }
     return state
 
 
-def trained_state(model: nn.Module, optimizer: torch.optim.AdamW | None, grid: Grid) -> dict[str, Any]:
+def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer | None, grid: Grid) -> dict[str, Any]:
     """Return the state dict for torch.distributed.checkpoint; shares storage with model and optimizer.
 
     Args:
@@ -199,7 +190,7 @@ class Saver:
         self,
         save: Path,
         model: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         grid: Grid,
         *,
         group: dist.ProcessGroup | None = None,
@@ -341,7 +332,7 @@ def _all_gather(item: Any, group: dist.ProcessGroup | None) -> list[Any]:
 def load_checkpoint(
     checkpoint: Path,
     model: nn.Module,
-    optimizer: torch.optim.AdamW | None,
+    optimizer: torch.optim.Optimizer | None,
     grid: Grid,
     *,
     group: dist.ProcessGroup | None = None,

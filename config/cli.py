@@ -16,6 +16,9 @@ from config.schema import Flag, RunConfig, fields_of_flags, option
 from utils.errors import OneLineParser, UserError
 from utils.plain_yaml import read_mapping
 
+# Model and training that learn the standard library in minutes on two CPU cores.
+DEMO_PRESET = Path(__file__).resolve().parents[1] / "configs" / "standard_library.yaml"
+
 
 def build_parser() -> OneLineParser:
     """All flags of train.py, in the groups of `RunConfig`."""
@@ -29,7 +32,7 @@ def build_parser() -> OneLineParser:
         "--config",
         metavar="FILE.yaml",
         help="flags from a YAML file (keys are the flags without leading dashes), or several, of which the last wins; "
-        "the command line wins over files",
+        "the command line wins over files; default: configs/standard_library.yaml without --data-path",
     )
     defaults, groups, hints = RunConfig(), {}, {}
     for group in dataclasses.fields(RunConfig):
@@ -119,6 +122,18 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     names = [name.lstrip("-").replace("-", "_") for name in known]
     close = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), names, n=1)
     return f"; did you mean {option(close[0])}?" if close else ""
+
+
+def parse_run(argv: Sequence[str]) -> tuple[RunConfig, list[str]]:
+    """The flags of train.py, and a note on defaults: without --data-path and --config those of `DEMO_PRESET`.
+
+    Raises:
+        UserError: as `parse_arguments`.
+    """
+    config = parse_arguments(argv)
+    if config.data.data_path or any(word.split("=")[0] == "--config" for word in argv):
+        return config, []
+    return parse_arguments(["--config", str(DEMO_PRESET), *argv]), [f"--config configs/{DEMO_PRESET.name}"]
 
 
 def parse_arguments(

@@ -26,6 +26,7 @@ from utils.errors import UserError
 
 TRANSFORMER_IMPLS = ("auto", "torch", "te")
 BATCH_FLAGS = frozenset({"global_batch_size", "rampup_batch_size"})
+OPTIMIZERS = ("adamw", "muon")
 LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
 
 # What a resumed run may change. model: part of the weights' shape, compared as GPTConfig; fixed: the order of the data
@@ -427,6 +428,12 @@ class TrainingConfig:
         None, "tokens whose logits exist at a time; default: 2048 on cuda, 512 on cpu", AT_LEAST_ONE
     )
     z_loss: float = printed(0.0, "weight of log(Z)^2 in the loss; 0: off", NOT_NEGATIVE)
+    optimizer: str = flag(
+        "adamw",
+        "muon: orthogonalized updates for the layers' matrices, scaled to AdamW's size; AdamW for the other weights; a "
+        "resumed run must keep it",
+        choices=OPTIMIZERS,
+    )
     lr: float = printed(1e-3, "maximum learning rate", NOT_NEGATIVE)
     min_lr: float = printed(
         1e-4, "learning rate at the end of the decay; 0: reached one step later, the last step trains", NOT_NEGATIVE

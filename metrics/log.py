@@ -207,6 +207,7 @@ class MetricsLog:
         self.pending: list[StepResult] = []
         self.unlabelled_steps = 0
         self.last_time = time.perf_counter()
+        self.step_seconds = 0.0  # mean of the last line's steps
         self.show_bar = self.is_writer and sys.stdout.isatty()
         self.file: FileIO | None = None
         self.unwritten = b""  # of the metrics file
@@ -325,7 +326,7 @@ class MetricsLog:
         tflops = sum(r["tflops_per_rank"] * r["step_time_s"] for r in records) / seconds
         mfu = f"{tflops / self.peak_tflops:6.1%}" if self.peak_tflops else "n/a"
         waits = [r.cp_wait for r in pending if r.cp_wait is not None]
-        left = int((self.train_iters - last["step"]) * seconds / len(records))
+        self.step_seconds = seconds / len(records)
         fallbacks = sum(r["cp_fallback_rows"] for r in records)
         parts = [
             f"step {last['step']:{len(str(self.train_iters))}d}/{self.train_iters}",
@@ -343,7 +344,7 @@ class MetricsLog:
             *([f"skipped {last['skipped_steps']}"] if last["skipped_steps"] else []),
             f"data {sum(r.data_time for r in pending) / seconds:5.1%}",
             f"mem {last['max_memory_bytes'] / 2**30:6.2f} GiB",
-            f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d} left",
+            self._describe_left(last["step"]),
         ]
         log(self._over_bar(" | ".join(parts)))
         if unlabelled := [r["step"] for r in records if r["loss"] is None]:
@@ -353,9 +354,13 @@ class MetricsLog:
         """A line that replaces the progress bar on a terminal."""
         return f"\r\033[K{text}" if self.show_bar else text
 
+    def _describe_left(self, step: int) -> str:
+        left = int((self.train_iters - step) * self.step_seconds)
+        return f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d} left"
+
     def _show_bar(self, step: int) -> None:
         done = 30 * step // self.train_iters
-        bar = f"[{'#' * done}{'.' * (30 - done)}] step {step}/{self.train_iters}"
+        bar = f"[{'#' * done}{'.' * (30 - done)}] step {step}/{self.train_iters}, {self._describe_left(step)}"
         print(self._over_bar(bar), end="", flush=True)
 
     def _write_timers(self, step: int, num_steps: int) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
+import sys
 import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,6 +109,30 @@ def print_end(run: Run, data: RunData, done: int, stop: str, seconds: float) -> 
     log(f"checkpoint:  {found[-1] if found else 'none (--save-interval 0, --no-save-final)'}")
     log(f"TensorBoard: {paths.tensorboard or 'off'}")
     log(f"metrics:     {paths.metrics or 'off'}")
+    if commands := next_commands(run, has_checkpoint=bool(found), is_done=is_done):
+        log("\n".join(["next:", *(f"  {command}" for command in commands)]))
+
+
+def next_commands(run: Run, *, has_checkpoint: bool, is_done: bool) -> list[str]:
+    """Commands to resume, to generate text and to see the curves; a finished run trains as long again."""
+    config, paths, launch = run.config, run.paths, run.ranks.launch
+    programs, commands = Path(os.path.relpath(Path(sys.executable).parent)), []
+    folder = "" if programs.parts[0] == ".." else f"{programs}/"  # an environment in this folder may not be active
+    python = f"{folder}python"
+    if has_checkpoint:
+        torchrun = f"{folder}torchrun --nproc-per-node {launch.local_world_size} train.py"
+        start = torchrun if launch.under_torchrun else f"{python} train.py"
+        words = [word for word in run.argv if word != "--resume"] + ["--resume"]
+        words += [] if config.checkpoint.run_dir else ["--run-dir", str(paths.run_dir)]
+        words += ["--train-iters", str(2 * config.training.train_iters)] if is_done else []
+        if launch.world_size == launch.local_world_size:  # one node: other launchers have more flags
+            commands.append(f"{start} {redact(shlex.join(words))}")
+        where = paths.checkpoints if config.checkpoint.save else paths.run_dir
+        prompt = shlex.quote(config.logging.sample_prompt)
+        commands.append(f"{python} tools/generate.py --load {shlex.quote(str(where))} --prompt {prompt}")
+    if paths.metrics == paths.run_dir / "metrics.jsonl":
+        commands.append(f"{python} tools/report.py {shlex.quote(str(paths.run_dir))}")
+    return commands
 
 
 def configuration(

@@ -228,7 +228,15 @@ def run_steps(
     return result
 
 
-def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[PackedSample], steps: int) -> list[float]:
+def steps_of(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    grid: Grid,
+    rows: list[PackedSample],
+    steps: int,
+    *,
+    keeps_gradients: bool = False,
+) -> list[float]:
     """Losses of `steps` steps without clipping, a row a microbatch."""
     mine = rows[grid.rank("batch") :: grid.size("batch")]
     place = dict(cp_size=grid.size("cp"), cp_rank=grid.rank("cp"), layout="zigzag")
@@ -247,7 +255,8 @@ def steps_of(model: GPT, optimizer: torch.optim.AdamW, grid: Grid, rows: list[Pa
         total = forward_backward(model, batches, **options)
         losses.append((sum_over(sum_over(total, grid.group("loss")), grid.group("pp")) / tokens).item())
         optimizer.step()
-        optimizer.zero_grad()
+        if not keeps_gradients:
+            optimizer.zero_grad()
     return losses
 
 
