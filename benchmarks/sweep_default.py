@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from benchmarks.harness import ROOT, build_config, describe_machine
+from data.dataset import PackedDataset
 from training.build import build_data
 from training.flops import training_flops
 
@@ -38,7 +39,8 @@ def count_steps(flags: str, tflop: float) -> tuple[int, dict[str, float]]:
     config = build_config(flags)
     data = build_data(config)
     architecture = config.model.architecture(data.tokenizer.vocab_size)
-    lengths, size = data.train.lengths, config.data.seq_length  # type: ignore[attr-defined]
+    assert isinstance(data.train, PackedDataset)
+    lengths, size = data.train.lengths, config.data.seq_length
     whole, rest = np.divmod(lengths, size)
     squares = float((whole * size**2 + rest**2).sum()) / lengths.sum()  # a token: documents are cut at `size`
     flops = training_flops(architecture, tokens=1, squared_lengths=squares)
