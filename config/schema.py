@@ -529,7 +529,7 @@ class LoggingConfig:
     tensorboard_dir: str | None = flag(None, "TensorBoard folder; default: <run-dir>/tensorboard; none: off")
     metrics_file: str | None = flag(None, "JSON lines, one a step; default: <run-dir>/metrics.jsonl; none: off")
     peak_tflops: float | None = flag(None, "dense peak of a device, for MFU; default: known GPUs", ABOVE_ZERO)
-    sample_tokens: int = flag(48, "tokens of a generated sample before and after training; 0: off", NOT_NEGATIVE)
+    sample_tokens: int = flag(48, "tokens of a sample of text, before and after training; 0: no samples", NOT_NEGATIVE)
     sample_interval: int = flag(0, "steps between samples during training; 0: off", NOT_NEGATIVE)
     sample_prompt: str = flag("def ", "prompt of the samples")
     wandb_project: str | None = flag(

@@ -709,10 +709,6 @@ def _check_outputs(training: TrainingConfig, checkpoint: CheckpointConfig, loggi
         raise UserError("--eval-only needs --load or --resume: there is nothing trained to validate")
     if training.eval_only and not training.eval_interval:
         raise UserError("--eval-only with --eval-interval 0: nothing would be validated")
-    if logging.sample_interval and not logging.sample_tokens:
-        raise UserError(
-            f"--sample-interval {logging.sample_interval} with --sample-tokens 0: there would be nothing to see"
-        )
     if logging.profile and logging.profile_steps.start > training.train_iters:
         first = logging.profile_steps.start
         raise UserError(f"--profile-steps {first}: begins after the last step, --train-iters {training.train_iters}")

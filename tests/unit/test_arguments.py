@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from checkpoint.resume import check_same_run
-from config.cli import build_parser, parse_arguments
+from config.cli import build_parser, parse_arguments, parse_run
 from config.validate import resolve
 from model.config import GPTConfig
 from runtime.distributed import Launch, read_launch
@@ -234,6 +234,23 @@ def test_a_list_that_is_given_twice_is_refused(tmp_path: Path, second: list[str]
     preset = tmp_path / "p.yaml"
     preset.write_text("data-path: [a, b]\n")
     assert parse_arguments(["--config", str(preset), *second]).data.data_path == ["c"]  # the command line wins
+
+
+@pytest.mark.parametrize("flags", ["", "--cp-size 4 --hidden-size 64", "--sample-tokens 0", "--dp-shard-size 4"])
+def test_the_default_run_has_a_preset(flags: str) -> None:
+    config, notes = parse_run(flags.split())
+    assert notes == ["--config configs/standard_library.yaml"] and config.training.optimizer == "muon"
+    assert config.model.hidden_size == (64 if "64" in flags else config.model.hidden_size)
+    resolve(config, world_size=4, local_world_size=4, cuda_devices=lambda: 0)
+
+
+@pytest.mark.parametrize("flags", ["--data-path a", "--config {preset}", "--config={preset}"])
+def test_other_runs_keep_the_flags_defaults(tmp_path: Path, flags: str) -> None:
+    preset = tmp_path / "p.yaml"
+    preset.write_text("hidden-size: 128\n")
+    argv = flags.format(preset=preset).split()
+    assert parse_run(argv) == (parse_arguments(argv), [])
+    assert parse_run(argv)[0].training.optimizer == "adamw"
 
 
 def test_presets(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from dataclasses import replace
 from io import FileIO
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from config.cli import parse_arguments
 from config.schema import LoggingConfig, TrainingConfig
 from data.batch import BatchPlan, build_batch
 from data.batch_schedule import BatchSchedule
@@ -27,9 +29,12 @@ from metrics import banner
 from metrics import log as metrics_module
 from metrics.banner import describe_sequences, gzip_bits_per_byte, warn_of_missing_ends
 from metrics.log import APPEND_ONLY, LEGEND, ROW_COUNTS, HeldOut, MetricsLog, StepResult, count_rows, open_metrics_file
+from metrics.reports import next_commands
 from metrics.tensorboard import TensorBoardWriter
 from metrics.timers import Timers
 from model.config import GPTConfig
+from runtime.distributed import Launch
+from runtime.run import RunPaths
 from tests.unit.test_packed_rows import dataset
 from training.flops import PEAK_TFLOPS, known_peak_tflops, training_flops
 
@@ -211,6 +216,15 @@ def test_a_line_says_what_the_interval_was(clock: Clock, capsys) -> None:
         assert words in line, (words, line)
 
 
+def test_the_bar_tells_the_time_left(clock: Clock, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    out = log(None, train_iters=100)
+    for number in (1, 2):
+        clock.now += 40.0
+        step(out, number)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("] step 2/100, 1:05:20 left")
+
+
 def test_waits_of_attention_are_shared_out(tmp_path: Path, clock: Clock, capsys) -> None:
     waits = iter((0.0, 0.5, 1.0, 0.25))
     out = log(tmp_path / "m.jsonl", cp_clock=SimpleNamespace(read=lambda: next(waits)), log_interval=2)
@@ -231,6 +245,36 @@ def test_the_legend_names_each_part_of_a_line(clock: Clock, capsys) -> None:
     assert len(parts) == len(names)
     for part, name in zip(parts, names, strict=True):
         assert name in part, (name, part)
+
+
+@pytest.mark.parametrize(
+    ("argv", "is_done", "wanted"),
+    [
+        (
+            "--cp-size 4",
+            True,
+            "train.py --cp-size 4 --resume --run-dir runs/x --train-iters 200|generate.py --load runs/x --prompt 'def '"
+            "|report.py runs/x",
+        ),
+        ("--run-dir runs/x --resume", False, "train.py --run-dir runs/x --resume|generate.py|report.py runs/x"),
+        ("--metrics-file none --save elsewhere", False, "--save elsewhere --resume --run-dir|--load elsewhere"),
+        ("--data-path s3://me:secret@there/a", False, "://***@there/a --resume|generate.py|report.py"),
+    ],
+)
+def test_the_next_commands(argv: str, is_done: bool, wanted: str) -> None:
+    config = parse_arguments([*argv.split(), "--train-iters", "100"])
+    launch = Launch(world_size=4, local_world_size=4, under_torchrun=True)
+    paths = RunPaths.of(config, "runs/x")
+    run = SimpleNamespace(config=config, argv=argv.split(), paths=paths, ranks=SimpleNamespace(launch=launch))
+    commands = next_commands(run, has_checkpoint=True, is_done=is_done)  # type: ignore[arg-type]
+    assert len(commands) == len(wanted.split("|"))
+    assert all(words in command for words, command in zip(wanted.split("|"), commands, strict=True)), commands
+    assert "torchrun --nproc-per-node 4 train.py" in commands[0]
+    for program, words in (command.split(".py ", 1) for command in commands):
+        if program.endswith("train"):
+            parse_arguments(shlex.split(words))
+    without = next_commands(run, has_checkpoint=False, is_done=is_done)  # type: ignore[arg-type]
+    assert without == commands[2:]
 
 
 def test_only_the_writer_writes(tmp_path: Path, clock: Clock, capsys) -> None:
