@@ -152,7 +152,7 @@ def run_metadata(
     metadata |= {
         f"model {name}": value for name, value in asdict(architecture).items() if not name.endswith("_dropout")
     }
-    metadata |= {"weights' dtype": config.training.parameter_dtype, OPTIMIZER: config.training.optimizer}
+    metadata["weights' dtype"] = config.training.parameter_dtype
     metadata |= {"tokenizer": tokenizer.fingerprint, DOCUMENTS: samples.fingerprint()}
     if isinstance(samples, BlendedDataset):
         sources, weights = samples.sources, samples.blend.weights
@@ -256,7 +256,7 @@ def load_start(
     """
     free: Collection[str] = {*FREE_ON_RESUME, *map(option, changeable)}
     if not keeps_data_order:
-        free = {*FREE_ON_RESUME, *(option(name) for name in RunConfig().flags("fixed")), DOCUMENTS}
+        free = {*FREE_ON_RESUME, *(option(name) for name in RunConfig().flags("fixed")), DOCUMENTS} - {OPTIMIZER}
     if plan.weights_only:
         of_model = {name for name in wanted if name.startswith("model ") or name == "tokenizer"}
         free = (wanted.keys() - of_model).union(FREE_FOR_WEIGHTS)

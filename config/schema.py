@@ -30,7 +30,7 @@ OPTIMIZERS = ("adamw", "muon")
 LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
 
 # What a resumed run may change. model: part of the weights' shape, compared as GPTConfig; fixed: the order of the data
-# depends on it; printed: stored in the checkpoint, a change is printed; free: not stored.
+# or the moments depend on it; printed: stored in the checkpoint, a change is printed; free: not stored.
 OnResume = Literal["model", "fixed", "printed", "free"]
 
 
@@ -85,7 +85,7 @@ def printed(default: Any, help: str, bound: Bound | None = None, **options: Any)
 
 
 def fixed(default: Any, help: str, bound: Bound | None = None, **options: Any) -> Any:
-    """A flag that a resumed run must keep: the order of the data depends on the value."""
+    """A flag that a resumed run must keep: the order of the data, or the moments, depend on the value."""
     return flag(default, help, bound, on_resume="fixed", **options)
 
 
@@ -428,10 +428,9 @@ class TrainingConfig:
         None, "tokens whose logits exist at a time; default: 2048 on cuda, 512 on cpu", AT_LEAST_ONE
     )
     z_loss: float = printed(0.0, "weight of log(Z)^2 in the loss; 0: off", NOT_NEGATIVE)
-    optimizer: str = flag(
+    optimizer: str = fixed(
         "adamw",
-        "muon: orthogonalized updates for the layers' matrices, scaled to AdamW's size; AdamW for the other weights; a "
-        "resumed run must keep it",
+        "muon: orthogonalized updates for the layers' matrices, scaled to AdamW's size; AdamW for the other weights",
         choices=OPTIMIZERS,
     )
     lr: float = printed(1e-3, "maximum learning rate", NOT_NEGATIVE)
