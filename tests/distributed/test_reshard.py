@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from checkpoint.files import read_run_metadata
-from checkpoint.resume import check_same_run
+from checkpoint.resume import OPTIMIZER, check_same_run
 from checkpoint.saver import Saver, load_checkpoint, whole_tensors
 from config.schema import TrainingConfig
 from model.gpt import GPT, Stages
@@ -142,7 +142,9 @@ def test_facts_say_what_may_change() -> None:
     facts = {"lr": 1.0, "seed": 3, "step": 2}
     assert check_same_run(facts, {"lr": 1.0, "seed": 3}, ("lr",), Path("c")) == []
     assert check_same_run(facts, {"lr": 2.0, "seed": 3}, ("lr",), Path("c")) == ["lr 2.0 (the checkpoint: 1.0)"]
+    assert check_same_run(facts, {OPTIMIZER: "adamw"}, (), Path("c")) == []  # a checkpoint from before the flag
     for wanted, words in (
+        ({OPTIMIZER: "muon"}, "--optimizer muon: the checkpoint c was made with adamw"),
         ({"seed": 4}, "seed 4: the checkpoint c was made with 3"),
         ({"new": 1}, "does not say with what"),
     ):
