@@ -12,7 +12,7 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any
 
-from config.schema import Flag, RunConfig, fields_of_flags, option
+from config.schema import Flag, RunConfig, TrainingConfig, fields_of_flags, option
 from utils.errors import OneLineParser, UserError
 from utils.plain_yaml import read_mapping
 
@@ -133,7 +133,9 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, list[str]]:
     config = parse_arguments(argv)
     if config.data.data_path or any(word.split("=")[0] == "--config" for word in argv):
         return config, []
-    return parse_arguments(["--config", str(DEMO_PRESET), *argv]), [f"--config configs/{DEMO_PRESET.name}"]
+    steps = ["--train-iters", str(TrainingConfig.train_iters)]  # --train-tokens would contradict the preset's
+    own = [] if config.training.train_tokens is None else steps
+    return parse_arguments(["--config", str(DEMO_PRESET), *own, *argv]), [f"--config configs/{DEMO_PRESET.name}"]
 
 
 def parse_arguments(

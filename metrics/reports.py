@@ -114,7 +114,7 @@ def print_end(run: Run, data: RunData, done: int, stop: str, seconds: float) -> 
 
 
 def next_commands(run: Run, *, has_checkpoint: bool, is_done: bool) -> list[str]:
-    """Commands to resume, to generate text and to see the curves; a finished run trains as long again."""
+    """Commands to resume, to generate text and to see the curves."""
     config, paths, launch = run.config, run.paths, run.ranks.launch
     programs, commands = Path(os.path.relpath(Path(sys.executable).parent)), []
     folder = "" if programs.parts[0] == ".." else f"{programs}/"  # an environment in this folder may not be active
@@ -124,7 +124,9 @@ def next_commands(run: Run, *, has_checkpoint: bool, is_done: bool) -> list[str]
         start = torchrun if launch.under_torchrun else f"{python} train.py"
         words = [word for word in run.argv if word != "--resume"] + ["--resume"]
         words += [] if config.checkpoint.run_dir else ["--run-dir", str(paths.run_dir)]
-        words += ["--train-iters", str(2 * config.training.train_iters)] if is_done else []
+        if is_done:  # as long again
+            unit = "iters" if config.training.train_tokens is None else "tokens"
+            words += [f"--train-{unit}", str(2 * getattr(config.training, f"train_{unit}"))]
         if launch.world_size == launch.local_world_size:  # one node: other launchers have more flags
             commands.append(f"{start} {redact(shlex.join(words))}")
         where = paths.checkpoints if config.checkpoint.save else paths.run_dir

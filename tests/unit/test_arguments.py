@@ -236,7 +236,9 @@ def test_a_list_that_is_given_twice_is_refused(tmp_path: Path, second: list[str]
     assert parse_arguments(["--config", str(preset), *second]).data.data_path == ["c"]  # the command line wins
 
 
-@pytest.mark.parametrize("flags", ["", "--cp-size 4 --hidden-size 64", "--sample-tokens 0", "--dp-shard-size 4"])
+@pytest.mark.parametrize(
+    "flags", ["", "--cp-size 4 --hidden-size 64", "--sample-tokens 0", "--dp-shard-size 4", "--train-tokens 99999"]
+)
 def test_the_default_run_has_a_preset(flags: str) -> None:
     config, notes = parse_run(flags.split())
     assert notes == ["--config configs/standard_library.yaml"] and config.training.optimizer == "muon"
