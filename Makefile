@@ -35,7 +35,7 @@ $(STAMP): requirements.txt requirements-gpu.txt
 
 train: $(STAMP)
 	@echo "$(NPROC) ranks (NPROC=N takes another number)"
-	$(BIN)/torchrun --nproc-per-node $(NPROC) train.py --cp-size $(NPROC) $(ARGS)
+	$(BIN)/python -m launch.torchrun --nproc-per-node $(NPROC) train.py --cp-size $(NPROC) $(ARGS)
 
 # WORKERS: processes that run test files side by side. A test starts up to eight ranks of its own, mostly two to four.
 test: $(STAMP)

@@ -36,6 +36,7 @@ from parallel.fsdp import clip_grad_norm_
 from planner.estimate import format_plan, make_plan, pack_rows, read_vocab_and_lengths
 from runtime.consistency import verify_rows, verify_weights
 from runtime.distributed import (
+    Launch,
     broadcast_object,
     check_ranks_agree,
     cuda_device_count,
@@ -68,6 +69,9 @@ def main(argv: list[str], status: RunStatus) -> None:
 
     launch = read_launch()
     config, chosen = parse_run(argv)
+    device_count = cuda_device_count
+    if planned := config.training.dry_run_ranks:
+        launch, device_count = Launch(world_size=planned, local_world_size=min(planned, 8)), lambda: 8
     asked = config.flags()
     start = find_start(config.checkpoint, config.logging)
     if config.training.eval_only and start is None and (config.checkpoint.load or config.checkpoint.resume):
@@ -77,10 +81,10 @@ def main(argv: list[str], status: RunStatus) -> None:
         config,
         world_size=launch.world_size,
         local_world_size=launch.local_world_size,
-        cuda_devices=cuda_device_count,
+        cuda_devices=device_count,
         resumed=start.metadata if start and not start.weights_only else None,
     )
-    if config.training.dry_run:
+    if config.training.dry_run or config.training.dry_run_ranks:
         if launch.rank == 0:
             vocab_size, lengths = read_vocab_and_lengths(config.data)
             architecture = config.model.architecture(vocab_size)

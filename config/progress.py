@@ -24,7 +24,9 @@ def resolve_batches(
     if training.global_batch_size is None:
         # The fewest that every schedule takes.
         training.global_batch_size = training.micro_batch_size * parallel.dp_size * parallel.pp_size
-        chosen.append(f"--global-batch-size {training.global_batch_size}")
+        chosen.append(
+            f"--global-batch-size {training.global_batch_size} (the fewest; few samples make noisy gradients)"
+        )
     rampup = parse_rampup(training.rampup_batch_size, training.global_batch_size)
     done = saved.get("step", 0)
     before = BatchSchedule.constant(saved.get("--global-batch-size", 1))

@@ -466,6 +466,9 @@ class TrainingConfig:
     eval_interval: int = flag(100, "steps between validations; 0: off", NOT_NEGATIVE)
     eval_iters: int = flag(20, "global batches of a validation; at most one pass over its data", AT_LEAST_ONE)
     dry_run: bool = flag(False, "print memory, FLOPs and bytes of the run (tools/plan.py) and exit")
+    dry_run_ranks: int | None = flag(
+        None, "as --dry-run, for this number of GPUs, eight a node, on any machine; default: off", AT_LEAST_ONE
+    )
     eval_only: bool = flag(False, "validate the loaded weights and exit; needs --load or --resume")
     exit_interval: int | None = flag(
         None, "save and exit after each multiple of these steps; default: off", AT_LEAST_ONE

@@ -272,7 +272,7 @@ def _resolve_shards(parallel: ParallelConfig, world_size: int, local_world_size:
     if parallel.dp_shard_size == -1:
         if world_size % others:
             raise SizeError(
-                f"{world_size} ranks do not divide by pp * dp_replicate * cp * tp = {others}",
+                f"{world_size} ranks are not a multiple of pp * dp_replicate * cp * tp = {others}",
                 nproc_per_node=nearest(range(1, local_world_size + others + 1), local_world_size),
             )
         parallel.dp_shard_size = world_size // others
@@ -336,14 +336,14 @@ def resolve_model(model: ModelConfig, tp_size: int, saved_vocab_size: int | None
     heads, groups = model.num_attention_heads, model.num_query_groups
     if heads % groups:
         raise SizeError(
-            f"--num-attention-heads {heads} does not divide by --num-query-groups {groups}",
+            f"--num-attention-heads {heads} is not a multiple of --num-query-groups {groups}",
             num_query_groups=nearest(divisors(heads), groups),
         )
     even = multiples(model.hidden_size, 2 * heads)  # heads have an even number of channels
     if model.kv_channels is None:
         if model.hidden_size % heads:
             raise SizeError(
-                f"--hidden-size {model.hidden_size} does not divide by --num-attention-heads {heads}",
+                f"--hidden-size {model.hidden_size} is not a multiple of --num-attention-heads {heads}",
                 hidden_size=even,
                 kv_channels=multiples(model.hidden_size // heads, 2),
             )
@@ -363,7 +363,7 @@ def resolve_model(model: ModelConfig, tp_size: int, saved_vocab_size: int | None
         if value % tp_size:
             saved = [saved_vocab_size] if saved_vocab_size and name == "make_vocab_size_divisible_by" else []
             raise SizeError(
-                f"{option(name)} {value} does not divide by --tp-size {tp_size}",
+                f"{option(name)} {value} is not a multiple of --tp-size {tp_size}",
                 **{name: [*multiples(value, tp_size), *saved]},
             )
 

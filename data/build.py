@@ -132,7 +132,9 @@ def build_dataset(
         documents = cached_split(len(tokens), split, cache_path=cache_path)[which]
         if not len(documents):
             raise UserError(
-                f"{flag} {source.name}: its {len(tokens)} documents leave no {name} document (--data-split)"
+                f"{flag} {source.name}: its {len(tokens)} documents leave no {name} document: "
+                "give more, as lines of a .jsonl file or as files of a folder"
+                + (", or other text by --valid-data-path, or --data-split 1,0 --eval-interval 0" if which else "")
             )
         dataset = PackedDataset(
             tokens,

@@ -7,6 +7,7 @@ and a copy of its model. Corpora of Megatron-LM have neither: flags give their t
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import reprlib
@@ -115,6 +116,7 @@ def no_document_error(source: TextSource) -> UserError:
     return UserError(f"{source.flag} {source.name}: no document in it")
 
 
+@functools.cache
 def open_stdlib() -> TextSource:
     """The interpreter's standard library, a document a file: real text with a long tail of lengths.
 

@@ -8,6 +8,7 @@
 # PENTAGRID_BIN: folder of python and torchrun, .venv/bin if unset.
 # PENTAGRID_LOG_DIR: folder that also gets every rank's output.
 #
+# The last line and the exit code are the run's (launch/torchrun.py): 0 done or stopped, 2 refused, 1 failed, 128 + N after signal N.
 # The rendezvous is torchrun's static one, on a free port. That of --standalone unpickles what any local user writes into its store.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,12 +23,11 @@ shift
 restarts=${PENTAGRID_TORCHRUN_RESTARTS:-0}
 [[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || usage "PENTAGRID_TORCHRUN_RESTARTS is $restarts, not a number"
 bin=${PENTAGRID_BIN:-.venv/bin}
-port=$("$bin/python" -c 'import socket; one = socket.socket(); one.bind(("", 0)); print(one.getsockname()[1])')
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-${PENTAGRID_INTERFACE:-lo}}"
 . launch/env.sh
 logs=()
 if [ -n "${PENTAGRID_LOG_DIR:-}" ]; then
     logs=(--log-dir "$PENTAGRID_LOG_DIR" --redirects 3 --tee 3 --local-ranks-filter 0)
 fi
-exec "$bin/torchrun" --nnodes 1 --node-rank 0 --nproc-per-node "$ranks" --max-restarts "$restarts" \
-    --rdzv-backend static --master-addr 127.0.0.1 --master-port "$port" ${logs[@]+"${logs[@]}"} train.py "$@"
+exec "$bin/python" -m launch.torchrun --nnodes 1 --node-rank 0 --nproc-per-node "$ranks" --max-restarts "$restarts" \
+    --rdzv-backend static --master-addr 127.0.0.1 ${logs[@]+"${logs[@]}"} train.py "$@"

@@ -18,6 +18,11 @@ from parallel.fusion import fused
 from parallel.tensor import TensorParallel
 
 
+def chunk_starts(num_tokens: int, chunk_size: int) -> range:
+    """First token of each chunk. A plan of memory takes the first few (planner/memory.py)."""
+    return range(0, num_tokens, chunk_size)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -39,7 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         penalty = hidden.new_zeros((), dtype=torch.float64)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_grad else None
-        for start in range(0, len(hidden), chunk_size):
+        for start in chunk_starts(len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             counted = labels[chunk, None] != IGNORE_LABEL  # [c, 1]
             target = labels[chunk, None] - first  # [c, 1]

@@ -63,7 +63,7 @@ class TensorParallel:
             UserError: tp does not divide the size.
         """
         if size % self.size:
-            raise UserError(f"{what} {size} does not divide by the {self.size} tensor-parallel ranks")
+            raise UserError(f"{what} {size} is not a multiple of the {self.size} tensor-parallel ranks")
         return size // self.size
 
     def enter_parallel_region(self, x: Tensor) -> Tensor:

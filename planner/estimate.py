@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from config.cli import parse_arguments
 from config.schema import DataConfig, RunConfig
+from config.validate import resolve
 from cp.layout import attention_pairs, balance, held_documents
 from cp.native_a2a import kv_copies
 from cp.needed_keys import NeededKeys
@@ -28,6 +30,7 @@ from utils.files import read_text
 ROWS_READ = 50  # rows of a packing that its balance is averaged over
 STEPS_READ = 2  # steps whose work over all ranks is balanced
 GIB = 2**30
+STATE_BYTES = 3 * 4  # of a parameter: weight and two moments
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,25 @@ class Plan:
     rows: Rows
     bubble: float
     parameters: int
+
+
+def resolve_without_devices(words: list[str], world: int, node: int) -> RunConfig:
+    """Resolved flags for a GPU cluster, unless --device cpu.
+
+    Raises:
+        UserError: train.py would refuse them.
+    """
+    config = parse_arguments(words)
+    parallel, model = config.parallel, config.model
+    parallel.device = "cuda" if parallel.device == "auto" else parallel.device
+    planned = "te" if model.transformer_impl == "te" else "torch"
+    if planned == "te":  # Transformer Engine need not be installed; fp8 is planned as bf16
+        model.fp8, model.fp8_first_last_bf16 = "none", False
+        parallel.cp_backend = "native" if parallel.cp_backend == "te" else parallel.cp_backend
+    model.transformer_impl = "torch"
+    resolve(config, world_size=world, local_world_size=min(node, world), cuda_devices=lambda: node)
+    model.transformer_impl = planned
+    return config
 
 
 def parse_lengths(text: str, rng: np.random.Generator) -> np.ndarray:
@@ -258,6 +280,28 @@ def stage_parameters(config: RunConfig, architecture: GPTConfig, stage: int) -> 
     tables = 1 if architecture.tie_embeddings and config.parallel.pp_size == 1 else is_first + is_last
     table = architecture.padded_vocab_size * h // tp
     return len(layers) * (h * matrices // tp + norms) + tables * table + is_last * h
+
+
+def least_memory(config: RunConfig, architecture: GPTConfig) -> float:
+    """Least bytes of a rank of the first stage, from sizes alone: states, whole gradients, saved activations."""
+    parallel, training = config.parallel, config.training
+    parameters = stage_parameters(config, architecture, 0)
+    sharded = 1 - 1 / (parallel.dp_shard_size * parallel.cp_size)
+    accumulates = config.num_microbatches > 1 and parallel.reduce_every_microbatch != "on"
+    states = parameters * (STATE_BYTES * (1 - sharded) + (4 if accumulates else 0))
+    h, tp = architecture.hidden_size, parallel.tp_size
+    stream = h / (tp if parallel.sequence_parallel else 1)
+    # The residual stream, the norm of all tokens of a tp group, what attention and SwiGLU save.
+    attention = stream + h + (architecture.qkv_size + architecture.query_size) / tp
+    channels = {
+        "none": attention + stream + h + 3 * architecture.ffn_hidden_size / tp,
+        "selective": attention + stream,
+        "full": 0 if training.offload_activations else stream,
+    }[training.recompute]
+    tokens = training.micro_batch_size * config.data.seq_length / parallel.cp_size
+    layers = sum(map(len, rank_layers(config, architecture, 0))) // parallel.virtual_stages
+    in_flight = min(parallel.pp_size, config.num_microbatches)
+    return states + in_flight * layers * tokens * channels * COMPUTE_DTYPES[training.dtype].itemsize
 
 
 def make_plan(

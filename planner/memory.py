@@ -23,6 +23,7 @@ from cp import support
 from cp.support import AttentionChoice
 from data.batch import build_batch
 from data.dataset import PackedSample
+from model import loss
 from model.config import GPTConfig
 from model.gpt import GPT, Stages, get_chunks
 from parallel.fsdp import clip_grad_norm_
@@ -35,6 +36,7 @@ from training.build import COMPUTE_DTYPES, build_accumulation, build_meta_model,
 from training.optimizer import build_optimizer
 from training.step import forward_backward, get_norm_owned_names
 
+FEW_CHUNKS = 3  # of the loss that are run: each frees what it made
 FEW_LAYERS = 3  # layers of a stage that are run; its difference to one layer less is extrapolated
 Peaks = dict[str, dict[str, int]]  # moment of a step -> bytes by label at the moment's peak
 
@@ -159,8 +161,9 @@ def measure_step(config: RunConfig, architecture: GPTConfig, stage: int, num_mic
         model = build_meta_model(fake, architecture, grid, device)
         fusion = kernels(plan_kernels(ledger)) if config.model.fused_kernels else nullcontext()
         host = mock.patch.object(torch.autograd.graph, "save_on_cpu", HostMemory)
+        chunks = mock.patch.object(loss, "chunk_starts", lambda n, size: range(0, min(n, FEW_CHUNKS * size), size))
         gloo = held_messages() if parallel.device == "cpu" else nullcontext()
-        with fake_step(ledger), fusion, host, gloo:
+        with fake_step(ledger), fusion, host, gloo, chunks:
             model.to_empty(device=device)
             if is_te:
                 use_te_mlp(model, ledger)

@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ import numpy as np
 from benchmarks.calibration import cases_table, summary_table
 from config.cli import parse_arguments
 from config.schema import RunConfig
-from config.validate import resolve
 from cp.cost import length_quantiles
 from model.config import RECOMPUTE, GPTConfig
 from planner.estimate import (
@@ -36,12 +35,13 @@ from planner.estimate import (
     Plan,
     Rows,
     format_plan,
+    least_memory,
     make_plan,
     max_rank_memory,
     pack_rows,
     parse_lengths,
     read_vocab_and_lengths,
-    stage_parameters,
+    resolve_without_devices,
 )
 from planner.matrix import matrix_tables
 from planner.memory import Memory
@@ -49,7 +49,6 @@ from planner.step_time import Job, build_machines, estimate_step
 from utils.errors import UserError, run_tool
 
 AXES = ("pp", "dp_replicate", "cp", "tp")  # dp_shard takes the ranks that are left
-STATE_BYTES = 3 * 4  # of a parameter: weight and two moments
 USABLE = 0.9  # share of a device's memory that a plan may fill; the rest is the allocator's, NCCL's and the context's
 
 
@@ -80,25 +79,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--matrix", action="store_true", help="print predicted step times and their errors; takes no other flag")
     add("--json", action="store_true", help="print the plan, or the list of --rank-layouts, as JSON")
     return parser
-
-
-def resolve_without_devices(words: list[str], world: int, node: int) -> RunConfig:
-    """Resolved flags for a GPU cluster, unless --device cpu.
-
-    Raises:
-        UserError: train.py would refuse them.
-    """
-    config = parse_arguments(words)
-    parallel, model = config.parallel, config.model
-    parallel.device = "cuda" if parallel.device == "auto" else parallel.device
-    planned = "te" if model.transformer_impl == "te" else "torch"
-    if planned == "te":  # Transformer Engine need not be installed; fp8 is planned as bf16
-        model.fp8, model.fp8_first_last_bf16 = "none", False
-        parallel.cp_backend = "native" if parallel.cp_backend == "te" else parallel.cp_backend
-    model.transformer_impl = "torch"
-    resolve(config, world_size=world, local_world_size=min(node, world), cuda_devices=lambda: node)
-    model.transformer_impl = planned
-    return config
 
 
 def find_legal_sizes(words: list[str], world: int, node: int) -> dict[str, list[int]]:
@@ -135,6 +115,12 @@ def legal_layouts(words: list[str], world: int, node: int) -> Iterator[RunConfig
                         yield resolve_without_devices(flags, world, node)
 
 
+def read_quantiles(flags: RunConfig, lengths: np.ndarray | None) -> tuple[float, ...]:
+    """Document lengths, each of which stands for an equal share of the tokens."""
+    is_whole = lengths is None or flags.data.packing == "concat"
+    return (float(flags.data.seq_length),) if is_whole else length_quantiles(lengths, flags.data.seq_length)
+
+
 def estimate_seconds(
     config: RunConfig, architecture: GPTConfig, rows: Rows, lengths: tuple[float, ...], node: int
 ) -> float:
@@ -162,6 +148,39 @@ def estimate_seconds(
     return estimate_step(job, machine).total * rows.work_balance
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Layouts in the order of their estimated time, and those that fit.
+
+    Attributes:
+        layouts: every legal one, without memory.
+        limit: bytes that a rank's plan may fill.
+    """
+
+    layouts: list[Layout]
+    vocab: int
+    limit: float
+
+    def find_fitting(self, most: int, report: Callable[[str], object] = lambda text: None) -> Iterator[Layout]:
+        """The first `most` layouts that fit, as they are found. Memory is measured only where a bound from sizes fits.
+
+        Args:
+            report: is told how many layouts are done.
+        """
+        found = 0
+        for number, layout in enumerate(self.layouts, start=1):
+            report(f"{number} of {len(self.layouts)}")
+            config, architecture = layout.config, layout.config.model.architecture(self.vocab)
+            if least_memory(config, architecture) > self.limit:
+                continue
+            memory = max_rank_memory(config, architecture)
+            if memory.peak <= self.limit:
+                yield replace(layout, plan=replace(layout.plan, memory=memory))
+                found += 1
+                if found == most:
+                    return
+
+
 def rank_layouts(
     words: list[str],
     world_size: int,
@@ -170,16 +189,10 @@ def rank_layouts(
     lengths: np.ndarray | None,
     *,
     gpu_memory: float,
-    most: int,
-) -> tuple[list[Layout], int]:
-    """The first --most layouts in the order of estimated time whose memory fits, and the number of legal layouts.
-
-    Memory is measured in that order, and no longer than needed.
-    """
-    limit, rows, found = USABLE * gpu_memory * GIB, {}, []  # type: ignore[var-annotated]
-    data = parse_arguments(words).data
-    is_whole = lengths is None or data.packing == "concat"
-    quantiles = (float(data.seq_length),) if is_whole else length_quantiles(lengths, data.seq_length)
+) -> Ranking:
+    """All legal layouts in the order of estimated time."""
+    rows, found = {}, []  # type: ignore[var-annotated]
+    quantiles = read_quantiles(parse_arguments(words), lengths)
     for config in legal_layouts(words, world_size, node):
         parallel, architecture = config.parallel, config.model.architecture(vocab)
         sizes = parallel.cp_size, parallel.dp_size, config.training.micro_batch_size
@@ -188,16 +201,8 @@ def rank_layouts(
             rows[key] = pack_rows(config, architecture, lengths)
         plan = make_plan(config, architecture, rows[key], Memory(0, {}, 0))  # memory is not measured yet
         found.append(Layout(estimate_seconds(config, architecture, rows[key], quantiles, node), config, plan))
-    best: list[Layout] = []
-    for layout in sorted(found, key=lambda layout: layout.seconds):
-        config, architecture = layout.config, layout.config.model.architecture(vocab)
-        shards = config.parallel.dp_shard_size * config.parallel.cp_size
-        if len(best) == most or STATE_BYTES * stage_parameters(config, architecture, 0) // shards > limit:
-            continue
-        memory = max_rank_memory(config, architecture)
-        if memory.peak <= limit:
-            best.append(replace(layout, plan=replace(layout.plan, memory=memory)))
-    return best, len(found)
+    ordered = sorted(found, key=lambda layout: layout.seconds)
+    return Ranking(ordered, vocab, USABLE * gpu_memory * GIB)
 
 
 def check_numbers(counts: Mapping[str, int | None], gpu_memory: float | None) -> None:
@@ -218,28 +223,71 @@ def layout_as_json(layout: Layout) -> dict[str, Any]:
     return {**shape, "recompute": recompute, "estimated_seconds": layout.seconds, "plan": asdict(layout.plan)}
 
 
-def print_layouts(best: list[Layout], legal: int, memory: float) -> None:
-    print(
-        f"{len(best)} layouts of {legal} legal ones that fit into {USABLE:.0%} of {memory:g} GiB, best first by an "
-        "estimate of planner/step_time.py, not a measurement"
+def layout_row(layout: Layout) -> str:
+    parallel, plan = layout.config.parallel, layout.plan
+    return (
+        f"{parallel.pp_size:>3} {parallel.tp_size:>3} {parallel.cp_size:>3} {parallel.dp_shard_size:>8} "
+        f"{layout.config.training.micro_batch_size:>5} {parallel.cp_layout:<10} "
+        f"{layout.config.training.recompute:<10} {plan.memory.peak / GIB:>7.1f} {plan.bubble:>6.1%} "
+        f"{plan.rows.work_balance:>8.3f} {sum(plan.sent.values()) / GIB:>9.2f} {layout.seconds:>7.2f} s"
     )
-    print(" pp  tp  cp dp_shard micro layout     recompute      GiB   idle  balance  sent GiB  estimate")
-    for layout in best:
-        parallel, plan = layout.config.parallel, layout.plan
-        print(
-            f"{parallel.pp_size:>3} {parallel.tp_size:>3} {parallel.cp_size:>3} {parallel.dp_shard_size:>8} "
-            f"{layout.config.training.micro_batch_size:>5} {parallel.cp_layout:<10} "
-            f"{layout.config.training.recompute:<10} {plan.memory.peak / GIB:>7.1f} {plan.bubble:>6.1%} "
-            f"{plan.rows.work_balance:>8.3f} {sum(plan.sent.values()) / GIB:>9.2f} {layout.seconds:>7.2f} s"
-        )
 
 
-def print_plan(config: RunConfig, plan: Plan, gpu_memory: float | None, legal: dict[str, list[int]]) -> None:
+def print_layouts(ranking: Ranking, most: int, memory: float) -> int:
+    """Print each layout as it is found, and on a terminal how many are done. Returns the number printed."""
+    is_terminal, found = sys.stderr.isatty(), []
+
+    def report(text: str) -> None:
+        if is_terminal:
+            print(f"\r{text}\x1b[K\r", end="", file=sys.stderr, flush=True)
+
+    print(
+        f"of {len(ranking.layouts)} legal layouts the first {most} that fit into {USABLE:.0%} of {memory:g} GiB, best "
+        "first by an estimate of planner/step_time.py, not a measurement"
+    )
+    print(" pp  tp  cp dp_shard micro layout     recompute      GiB   idle  balance  sent GiB  estimate", flush=True)
+    for layout in ranking.find_fitting(most, report):
+        print(layout_row(layout), flush=True)
+        found.append(layout)
+    report("")
+    return len(found)
+
+
+def advise(config: RunConfig, memory: Memory) -> str:
+    """Flags that make the largest part of a rank's memory smaller."""
+    parallel, training = config.parallel, config.training
+    part = max(memory.parts, key=lambda name: memory.parts[name])
+    activations = {
+        "--recompute full": training.recompute != "full",
+        "--offload-activations": training.recompute == "full" and not training.offload_activations,
+        "--micro-batch-size 1": training.micro_batch_size > 1,
+        "a larger --cp-size": True,
+    }
+    weights = {
+        "--reshard-after-forward on": parallel.reshard_after_forward != "on" and parallel.pp_size == 1,
+        "a larger --tp-size": True,
+        "more ranks (--world-size)": True,
+    }
+    reduced = {"--reduce-every-microbatch on": parallel.reduce_every_microbatch != "on" and parallel.pp_size == 1}
+    logits = {"a smaller --loss-chunk-size": True}
+    by_part = {"gradients": reduced | weights, "gathered weights": weights, "logits and loss": logits | activations}
+    by_part |= {"weights": weights, "optimiser states": weights, "fused weights": weights}
+    helping = [flag for flag, helps in by_part.get(part, activations).items() if helps]
+    return f"most of it is {part}: {' or '.join(helping[:3])}"
+
+
+def print_plan(
+    config: RunConfig, plan: Plan, seconds: float, gpu_memory: float | None, legal: dict[str, list[int]]
+) -> None:
     print(format_plan(config, plan))
+    device = "CPU ranks" if config.parallel.device == "cpu" else "H100"
+    print(f"{'estimate':<14} {seconds:.2f} s a step on {device} (planner/step_time.py), not a measurement")
     if gpu_memory:
         share = plan.memory.peak / GIB / gpu_memory
         verdict = "yes" if share <= USABLE else "NO"
         print(f"{'fits':<14} {verdict}: {share:.0%} of {gpu_memory:g} GiB, of which {USABLE:.0%} may be planned")
+        if share > USABLE:
+            print(f"{'':<14} {advise(config, plan.memory)}")
     sizes = (f"{axis} {', '.join(map(str, sizes)) or 'none'}" for axis, sizes in legal.items())
     print(f"{'legal sizes':<14} {'; '.join(sizes)}")
 
@@ -262,26 +310,25 @@ def main(argv: list[str]) -> int:
     vocab = own.vocab_size or vocab
     lengths = parse_lengths(own.lengths, np.random.default_rng(flags.training.seed)) if own.lengths else lengths
     if own.rank_layouts:
-        best, legal = rank_layouts(
-            words, own.world_size, node, vocab, lengths, gpu_memory=own.gpu_memory, most=own.most
-        )
-        if not best:
+        ranking = rank_layouts(words, own.world_size, node, vocab, lengths, gpu_memory=own.gpu_memory)
+        if own.json:
+            best = list(ranking.find_fitting(own.most))
+            print(json.dumps({"legal": len(ranking.layouts), "layouts": list(map(layout_as_json, best))}, indent=1))
+        elif not print_layouts(ranking, own.most, own.gpu_memory):
             fit = f"fits into {USABLE:.0%} of {own.gpu_memory:g} GiB"
             raise UserError(f"no layout of {own.world_size} ranks {fit}: more ranks, or smaller rows")
-        if own.json:
-            print(json.dumps({"legal": legal, "layouts": [layout_as_json(layout) for layout in best]}, indent=1))
-        else:
-            print_layouts(best, legal, own.gpu_memory)
         return 0
     config = resolve_without_devices(words, own.world_size, node)
     architecture = config.model.architecture(vocab)
-    plan = make_plan(config, architecture, pack_rows(config, architecture, lengths))
+    rows = pack_rows(config, architecture, lengths)
+    plan = make_plan(config, architecture, rows)
+    seconds = estimate_seconds(config, architecture, rows, read_quantiles(config, lengths), node)
     if own.json:
-        print(json.dumps(asdict(plan), indent=1))
+        print(json.dumps(asdict(plan) | {"estimated_seconds": seconds}, indent=1))
         return 0
     with contextlib.redirect_stderr(io.StringIO()):
         legal_sizes = find_legal_sizes(words, own.world_size, node)
-    print_plan(config, plan, own.gpu_memory, legal_sizes)
+    print_plan(config, plan, seconds, own.gpu_memory, legal_sizes)
     return 0
 
 

@@ -36,8 +36,8 @@ from utils.logger import one_line
 
 # Flags that a replay does not take from the run: what the run loaded, wrote or skipped.
 LEFT_OUT = {
-    "check_data", "dry_run", "eval_only", "load", "load_fallback", "load_weights_only", "metrics_file", "profile",
-    "resume", "run_dir", "save", "skip_steps", "tensorboard_dir", "wandb_project",
+    "check_data", "dry_run", "dry_run_ranks", "eval_only", "load", "load_fallback", "load_weights_only",
+    "metrics_file", "profile", "resume", "run_dir", "save", "skip_steps", "tensorboard_dir", "wandb_project",
 }  # fmt: skip
 
 

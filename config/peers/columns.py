@@ -254,7 +254,7 @@ def data_parallel_size(known: Known) -> int | None:
         return None
     world, others = known["world_size"], known.get("pp_size", 1) * known.get("cp_size", 1) * known.get("tp_size", 1)
     if world % others:
-        raise UserError(f"{world} ranks do not divide by pp * cp * tp = {others}: give another --world-size")
+        raise UserError(f"{world} ranks are not a multiple of pp * cp * tp = {others}: give another --world-size")
     return world // others
 
 

@@ -516,7 +516,7 @@ def _write_axolotl_global(value: int, known: Known) -> Any:
     if dp is None:
         raise NoCounterpart(f"gradient_accumulation_steps = {value} samples / (micro {micro} * dp): give --world-size")
     if value % (micro * dp):
-        raise NoCounterpart(f"{value} samples do not divide by micro {micro} * dp {dp}")
+        raise NoCounterpart(f"{value} samples are not a multiple of micro {micro} * dp {dp}")
     steps = value // (micro * dp)
     return Changed(
         {"gradient_accumulation_steps": steps}, f"{value} samples / (micro {micro} * dp {dp}) = {steps} a rank"

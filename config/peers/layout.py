@@ -41,7 +41,7 @@ def _read_dp_shard(values: Values, known: Known) -> int:
         return -1
     replicas = known.get("dp_replicate_size", 1)
     if whole(word) % replicas:
-        raise NoCounterpart(f"dp_size {word} does not divide by dp_replicate_size {replicas}")
+        raise NoCounterpart(f"dp_size {word} is not a multiple of dp_replicate_size {replicas}")
     return whole(word) // replicas
 
 

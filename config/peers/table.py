@@ -115,7 +115,8 @@ NOT_NEEDED: dict[str, dict[str, str]] = {
         "speed, checks and logs of Pentagrid": (
             "verify_steps check_* loss_chunk_size metrics_file peak_tflops sample_* profile profile_steps device "
             "fused_kernels flash_attention offload_activations balance_work distributed_startup_* max_skipped_* "
-            "on_nonfinite save_final load_fallback dry_run cp_layout document_alignment tokenizer_type transformer_impl"
+            "on_nonfinite save_final load_fallback dry_run* cp_layout document_alignment tokenizer_type "
+            "transformer_impl"
         ),
     },
 }

@@ -12,6 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from launch import torchrun as launcher
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
@@ -323,7 +327,10 @@ def test_gpus_are_the_ranks(play: Path) -> None:
 
 
 def start(script: str, play: Path, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    (play / "bin" / "torchrun").write_text('#!/bin/sh\necho "$PWD: $*"; env\n')
+    program = "torchrun" if script == "multi_node.sh" else "python"
+    (play / "bin" / program).unlink()
+    (play / "bin" / program).write_text('#!/bin/sh\necho "$PWD: $*"; env\n')
+    (play / "bin" / program).chmod(0o755)
     environment = (
         {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
         | {"PENTAGRID_BIN": str(play / "bin")}
@@ -357,8 +364,8 @@ def test_multi_node_calls_torchrun(play: Path) -> None:
 
 def test_local_calls_torchrun(play: Path) -> None:
     result = start("local.sh", play, "2", "--cp-size", "2", OMP_NUM_THREADS="3")
-    static = r"--rdzv-backend static --master-addr 127\.0\.0\.1 --master-port \d+"
-    start_of_line = f"{ROOT}: --nnodes 1 --node-rank 0 --nproc-per-node 2 --max-restarts"
+    static = r"--rdzv-backend static --master-addr 127\.0\.0\.1"
+    start_of_line = f"{ROOT}: -m launch\\.torchrun --nnodes 1 --node-rank 0 --nproc-per-node 2 --max-restarts"
     first, *environment = result.stdout.splitlines()
     assert re.fullmatch(f"{start_of_line} 0 {static} train.py --cp-size 2", first), first
     assert {"OMP_NUM_THREADS=3", "GLOO_SOCKET_IFNAME=lo"} <= set(environment)
@@ -396,3 +403,53 @@ def test_multi_node_refuses(play: Path, args: tuple[str, ...], words: str) -> No
 def test_an_interface_that_is_not_there_is_named(play: Path) -> None:
     result = start("multi_node.sh", play, "0", "1", "h:1", "1", PENTAGRID_INTERFACE="nosuch0")
     assert result.returncode == 2 and "PENTAGRID_INTERFACE is nosuch0, but this node has" in result.stderr
+
+
+def test_slurms_script_outside_slurm_names_sbatch(play: Path) -> None:
+    code, out = run(play, "", "--run-dir", "r", SLURM_JOB_ID="")
+    assert code == 2 and "sbatch [sbatch flags] launch/slurm.sbatch" in out
+
+
+def test_a_misspelt_flag_is_answered_before_pytorch_is_imported() -> None:
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "launch.torchrun",
+        "--nproc-per-node",
+        "2",
+        "train.py",
+        "--lrr",
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2 and result.stderr.endswith("train.py: unknown flag --lrr; did you mean --lr?\n")
+    assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "line"),
+    [
+        (None, 0, ""),
+        (2, 2, ""),
+        (-9, 137, "torchrun: rank 1, process 77: SIGKILL\n"),
+        (signal.SIGTERM, 143, ""),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_torchrun_ends_as_the_run_does(ends: object, code: int, line: str, monkeypatch, capsys) -> None:
+    """`ends`: exit code of the first rank that failed, or what stops torchrun."""
+
+    def played(argv: list[str]) -> None:
+        assert argv[0] == "--master-port" and argv[2:] == ["--nproc-per-node", "2", "other.py"]
+        if isinstance(ends, signal.Signals):
+            raise SignalException("stopped", ends)
+        if isinstance(ends, KeyboardInterrupt):
+            raise ends
+        if isinstance(ends, int):
+            raise ChildFailedError("other.py", {1: ProcessFailure(1, 77, ends, "none")})
+
+    monkeypatch.setattr("torch.distributed.run.main", played)
+    monkeypatch.setattr(launcher.logging, "disable", lambda level: None)
+    assert launcher.main(["--nproc-per-node", "2", "other.py"]) == code
+    assert capsys.readouterr().err == line

@@ -175,7 +175,7 @@ def test_a_global_batch_that_depends_on_open_sizes_is_not_guessed(tmp_path: Path
     flags, report = run(tmp_path, text, "axolotl")
     assert "global_batch_size" not in flags
     assert has(report.lost, "gradient_accumulation_steps 4", "micro 2 * accumulation 4 * dp", "--world-size")
-    with pytest.raises(UserError, match=r"8 ranks do not divide by pp \* cp \* tp = 3"):
+    with pytest.raises(UserError, match=r"8 ranks are not a multiple of pp \* cp \* tp = 3"):
         run(tmp_path, f"{text}context_parallel_size: 3\n", "axolotl", world_size=8)
 
 

@@ -14,12 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import train as train_py
 from config.schema import RunConfig
 from cp.support import AttentionChoice
 from model.config import GPTConfig
-from planner.estimate import cp_bytes, pack_rows, parse_lengths, stage_parameters, step_bytes
+from planner.estimate import cp_bytes, least_memory, pack_rows, parse_lengths, stage_parameters, step_bytes
 from planner.fake import MemoryLedger, fake_step, fake_world
-from planner.memory import rank_memory
+from planner.memory import Memory, rank_memory
+from runtime.status import RunStatus
 from tests.launch import SMALL, run_train, write_corpus
 from tools import plan as plan_tool
 from utils.errors import UserError, run_tool
@@ -125,6 +127,32 @@ def test_extrapolation_equals_all_layers_and_microbatches(words: list[str], tole
     ):
         whole = rank_memory(*run)
     assert quick.peak == pytest.approx(whole.peak, rel=tolerance, abs=1024)
+
+
+def test_a_few_chunks_of_the_loss_take_the_memory_of_all() -> None:
+    run = planned("--loss-chunk-size", "32", "--make-vocab-size-divisible-by", "4096")
+    few = rank_memory(*run)
+    with mock.patch("planner.memory.FEW_CHUNKS", 16):
+        assert rank_memory(*run) == few
+
+
+@pytest.mark.parametrize(
+    ("world", "words"),
+    [
+        (2, ["--dp-shard-size", "2", "--global-batch-size", "2"]),
+        (2, ["--dp-shard-size", "2", "--global-batch-size", "8"]),
+        (2, ["--cp-size", "2", "--recompute", "selective"]),
+        (2, ["--tp-size", "2", "--recompute", "full", "--global-batch-size", "4"]),
+        (2, ["--recompute", "full", "--offload-activations"]),
+        (2, ["--pp-size", "2", "--global-batch-size", "8"]),
+        (2, ["--pp-size", "2", "--pp-schedule", "interleaved", "--virtual-stages", "2", "--global-batch-size", "4"]),
+    ],
+)
+def test_the_bound_from_sizes_is_below_the_measured_memory(world: int, words: list[str]) -> None:
+    shape = ["--num-layers", "4", "--dtype", "bf16", "--device", "cuda", "--seq-length", "4096"]
+    config, architecture = planned(*shape, *words, world=world)
+    bound, measured = least_memory(config, architecture), rank_memory(config, architecture).peak
+    assert (0.08 if config.training.offload_activations else 0.25) * measured < bound <= measured
 
 
 @pytest.mark.parametrize(
@@ -283,7 +311,8 @@ def test_legal_sizes_are_those_that_train_takes() -> None:
 
 def ranked(gib: float, most: int) -> tuple[list[plan_tool.Layout], int]:
     words = [*WORDS, "--num-layers", "2", "--global-batch-size", "8"]
-    return plan_tool.rank_layouts(words, 2, 2, 257, None, gpu_memory=gib, most=most)
+    ranking = plan_tool.rank_layouts(words, 2, 2, 257, None, gpu_memory=gib)
+    return list(ranking.find_fitting(most)), len(ranking.layouts)
 
 
 def test_layouts_that_fit_come_in_the_order_of_the_estimate() -> None:
@@ -315,10 +344,38 @@ def test_the_list_measures_no_more_than_needed() -> None:
     assert len(best) == measured.call_count == 2
 
 
+def test_the_list_measures_nothing_that_cannot_fit() -> None:
+    with mock.patch("tools.plan.max_rank_memory", wraps=plan_tool.max_rank_memory) as measured:
+        best, legal = ranked(0.003, 100)
+    assert len(best) <= measured.call_count < legal
+
+
+@pytest.mark.parametrize(
+    ("part", "words", "flag"),
+    [
+        ("activations", [], "--recompute full"),
+        ("activations", ["--recompute", "full"], "--offload-activations"),
+        ("gradients", ["--dp-shard-size", "2"], "--reduce-every-microbatch on"),
+        ("logits and loss", [], "a smaller --loss-chunk-size"),
+        ("weights", ["--pp-size", "2"], "a larger --tp-size"),
+    ],
+)
+def test_advice_for_the_largest_part(part: str, words: list[str], flag: str) -> None:
+    config, _ = planned("--global-batch-size", "4", *words, world=2)
+    said = plan_tool.advise(config, Memory(3, {part: 2, "others": 1}, 0))
+    assert said.startswith(f"most of it is {part}: {flag}")
+
+
+def test_a_dry_run_of_any_number_of_ranks(capsys) -> None:
+    with mock.patch("train.cuda_device_count", return_value=0):
+        train_py.main([*SMALL, "--dry-run-ranks", "64", "--dtype", "bf16", "--global-batch-size", "64"], RunStatus())
+    assert "dp_shard 64 x cp 1 x tp 1 = 64 ranks" in capsys.readouterr().out
+
+
 def test_the_command(capsys) -> None:
     assert plan_tool.main(["--world-size", "4", "--gpu-memory", "1", *WORDS, "--cp-size", "2"]) == 0
     said = capsys.readouterr().out
-    assert "dp_shard 2 x cp 2" in said and "fits" in said and "legal sizes" in said
+    assert "dp_shard 2 x cp 2" in said and "fits" in said and "legal sizes" in said and "s a step on CPU" in said
     assert plan_tool.main(["--world-size", "4", "--json", *WORDS]) == 0
     assert json.loads(capsys.readouterr().out)["memory"]["peak"] > 0
     with pytest.raises(UserError, match="no layout of 4 ranks fits"):
@@ -370,7 +427,7 @@ def test_ranked_layouts_as_json(capsys) -> None:
         == 4
     )
     assert plan_tool.main(flags) == 0
-    assert f"2 layouts of {told['legal']} legal ones" in capsys.readouterr().out
+    assert f"of {told['legal']} legal layouts the first 2 that fit" in capsys.readouterr().out
 
 
 def test_a_dry_run_says_the_same_and_trains_nothing(tmp_path: Path) -> None:
