@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from heapq import heappop, heappush
 from pathlib import Path
 
 import numpy as np
@@ -161,27 +162,36 @@ class Blend:
             self._compute_block(*self._after)
 
     def _compute_block(self, first: int, counts: Sequence[int]) -> None:
+        """Earliest deadline first. Source i's sample j is eligible from r = ceil(goal / step) on, where goal = total +
+        unit * total * j and step = unit * w; its deadline is (goal + unit * total - 2 * total) / step.
+        """
         k, given = len(self.weights), list(counts)
         sources, positions = np.zeros(BLOCK, np.int32), np.arange(first, first + BLOCK)
         if k == 1:
             given = [first + BLOCK]
         else:
             unit = 2 * k - 2  # everything below is multiplied by unit * total
-            step = [unit * w for w in self.weights]
+            steps = [unit * w for w in self.weights]
             per_turn = unit * self.total
-            due = [s * first - per_turn * g for s, g in zip(step, given, strict=True)]
+            goals = [self.total + per_turn * g for g in given]
+            bits = 2 * max(steps).bit_length()  # different deadlines differ by at least 1 / (step * other step)
+            eligible: list[int] = []  # a heap of deadline * 2^bits, rounded down, and source, in one integer
+            waiting: dict[int, list[int]] = {}  # sources by the turn from which their next sample is eligible
+
+            def await_turn(source: int, turn: int) -> None:
+                waiting.setdefault(max(turn, -(-goals[source] // steps[source])), []).append(source)
+
+            for source in range(k):
+                await_turn(source, first + 1)
             for at in range(BLOCK):
-                best, best_late = -1, 0
-                for source in range(k):
-                    due[source] += step[source]
-                    # Eligible: in arrears by at least 1 / unit. Chosen: whose arrears reach 1 - 1 / unit first.
-                    if due[source] >= self.total:
-                        late = per_turn - self.total - due[source]
-                        if best < 0 or late * step[best] < best_late * step[source]:
-                            best, best_late = source, late
+                for source in waiting.pop(first + at + 1, ()):
+                    deadline = (goals[source] + per_turn - 2 * self.total << bits) // steps[source]
+                    heappush(eligible, deadline * k + source)
+                best = heappop(eligible) % k
                 sources[at], positions[at] = best, given[best]
                 given[best] += 1
-                due[best] -= per_turn
+                goals[best] += per_turn
+                await_turn(best, first + at + 2)
         self._first, self._counts, self._after = first, list(counts), (first + BLOCK, given)
         self._sources, self._positions = sources, positions
 

@@ -105,6 +105,7 @@ class PackedDataset:
         self._lengths_hash = digest.hexdigest()
         self._epochs: dict[int, Epoch] = {}
         self.samples_per_epoch = len(self.epoch(0))
+        tokens.expect_random_reads()
 
     @property
     def lengths(self) -> np.ndarray:
@@ -227,6 +228,8 @@ class PackedDataset:
         return padding_sample(self.seq_length, self.pad_token)
 
     def _cut_stream(self, pieces: list[tuple[int, int, int]]) -> PackedSample:
+        for document, start, length in pieces:
+            self.tokens.prefetch(self.tokens.locate(document, start, length), length)
         stream = np.concatenate([self.tokens.read(*piece) for piece in pieces]).astype(np.int64)
         self._check_vocabulary(stream, [], pieces)
         whole = np.array([self.seq_length])
@@ -252,10 +255,14 @@ class PackedDataset:
         tokens, labels = np.empty(self.seq_length, np.int64), np.empty(self.seq_length, np.int64)
         stored, whole_lengths, alignment = self.tokens.tokens, self.tokens.lengths, self.packing.alignment
         lengths, padded_lengths, ends, ahead, at = [], [], [], [], 0
+        spans = []
         for document, start, length in pieces:
             # The label of a piece's last token is one token ahead; a document's last token has none.
             continues = whole_lengths.item(document) - start > length
             begin = self.tokens.locate(document, start, length + continues)
+            self.tokens.prefetch(begin, length + continues)
+            spans.append((begin, length, continues))
+        for begin, length, continues in spans:
             end = at + length
             tokens[at:end] = stored[begin : begin + length]
             label = IGNORE_LABEL

@@ -8,6 +8,7 @@ Megatron-LM's may have several, end to end. Both files are memory-mapped.
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterable
 from functools import cached_property
@@ -76,6 +77,13 @@ def write_indexed_dataset(prefix: Path, documents: Iterable[np.ndarray], *, voca
         write_index(out, np.array(lengths, np.int32), dtype)
 
 
+def _map(path: Path) -> mmap.mmap | None:
+    """A file's memory map; None: the file is empty."""
+    with path.open("rb") as file:
+        is_empty = not file.seek(0, 2)
+        return None if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 class IndexedDataset:
     """Documents of a `.bin/.idx` pair, read through memory maps.
 
@@ -84,13 +92,15 @@ class IndexedDataset:
     Attributes:
         tokens: all tokens of the `.bin` file, a view of the map.
         dtype: of the tokens.
+        is_checked: `lengths` found every sequence valid, and one sequence a document; then it checks no more, also in
+            a worker process.
 
     Raises:
         UserError: a file is missing or contradicts its header.
     """
 
     def __init__(self, prefix: Path) -> None:
-        self.prefix = prefix
+        self.prefix, self.is_checked, self._is_random = prefix, False, False
         self._open()
 
     def _open(self) -> None:
@@ -101,8 +111,9 @@ class IndexedDataset:
         size = file.stat().st_size
         if size < HEADER.size:
             raise UserError(f"{file}: {size} bytes is less than a header")
-        index = np.memmap(file, np.uint8, "r").view(np.ndarray)
-        magic, version, code, sequences, entries = HEADER.unpack(index[: HEADER.size].tobytes())
+        index = self._index_map = _map(file)
+        assert index is not None
+        magic, version, code, sequences, entries = HEADER.unpack(index[: HEADER.size])
         if magic != MAGIC or version != 1:
             raise UserError(
                 f"{file}: not a Megatron-LM index of version 1 (its first bytes are {magic!r}, its version {version})"
@@ -134,8 +145,10 @@ class IndexedDataset:
             end = int(self._offsets[-1]) + int(self._sequence_lengths[-1]) * self.dtype.itemsize
             if end > size:
                 raise UserError(f"{self._token_file}: {size} bytes, but its index points past the end, to byte {end}")
-        mapped = np.memmap(self._token_file, self.dtype, "r") if size else np.empty(0, self.dtype)
-        self.tokens = mapped.view(np.ndarray)
+        self._token_map = _map(self._token_file)
+        self.tokens = np.empty(0, self.dtype) if self._token_map is None else np.frombuffer(self._token_map, self.dtype)
+        if self._is_random:
+            self.expect_random_reads()
         self._firsts: np.ndarray | None = firsts
         self._documents = entries - 1
 
@@ -149,12 +162,15 @@ class IndexedDataset:
         """
         firsts = self._firsts
         assert firsts is not None
+        if self.is_checked:
+            self._firsts = None
+            return self._sequence_lengths
         self._check_sequences()
         pieces = range(0, len(firsts), CHUNK)
         if len(firsts) == len(self._sequence_lengths) + 1 and all(
             (firsts[at : at + CHUNK] == np.arange(at, min(at + CHUNK, len(firsts)))).all() for at in pieces
         ):
-            self._firsts = None  # one sequence a document
+            self._firsts, self.is_checked = None, True  # one sequence a document
             return self._sequence_lengths
         if (np.diff(firsts) < 0).any():
             raise UserError(f"{index_file(self.prefix)}: its document entries run backwards")
@@ -201,12 +217,29 @@ class IndexedDataset:
             if (starts[order[1:]] < ends[order[:-1]]).any():
                 raise UserError(f"{index_file(self.prefix)}: sequences overlap in {self._token_file.name}")
 
-    # Pickled as its prefix: a worker process opens its own maps.
+    def expect_random_reads(self) -> None:
+        """Read no more of the files than is asked for: the system's readahead reads 128 KiB for a short document.
+
+        From now on `prefetch` what is read: without readahead a long document comes page by page.
+        """
+        self._is_random = True
+        for mapped in (self._index_map, self._token_map):
+            if mapped is not None:
+                mapped.madvise(mmap.MADV_RANDOM)
+
+    def prefetch(self, begin: int, count: int) -> None:
+        """Start to read `count` items of `tokens` from the disk; returns at once."""
+        if self._is_random and count and self._token_map is not None:
+            first = begin * self.dtype.itemsize
+            page = first - first % mmap.PAGESIZE
+            self._token_map.madvise(mmap.MADV_WILLNEED, page, first + count * self.dtype.itemsize - page)
+
+    # Pickled without its maps: a worker process opens its own.
     def __getstate__(self) -> dict:
-        return {"prefix": self.prefix}
+        return {name: getattr(self, name) for name in ("prefix", "is_checked", "_is_random")}
 
     def __setstate__(self, state: dict) -> None:
-        self.prefix = state["prefix"]
+        self.__dict__.update(state)
         self._open()
 
     def __len__(self) -> int:

@@ -24,6 +24,7 @@ from utils.errors import UserError
 # Packings of each attention format; `auto` takes the first.
 PACKINGS: dict[str, tuple[str, ...]] = {"thd": ("best-fit", "greedy", "concat"), "bshd": ("concat", "greedy")}
 PAD_ROWS = ("full", "dynamic")
+BIN_DTYPES: tuple[type, ...] = (np.int32, np.int64)
 
 
 def resolve_packing(name: str, qkv_format: str) -> str:
@@ -87,13 +88,13 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
         sizes: [n] each from 1 to `capacity`.
 
     Returns:
-        [n] int32 bin numbers from 0 without holes.
+        [n] bin numbers from 0 without holes, of the first of `BIN_DTYPES` that holds n - 1.
     """
     order = np.argsort(-np.asarray(sizes, np.int32), kind="stable")
     distinct, counts = np.unique(sizes, return_counts=True)
     bins_with_gap: list[list[int]] = [[] for _ in range(capacity + 1)]
     open_gaps = 0
-    bin_of = np.empty(len(sizes), np.int32)
+    bin_of = np.empty(len(sizes), next(dtype for dtype in BIN_DTYPES if len(sizes) - 1 <= np.iinfo(dtype).max))
     bins = done = 0
     for size, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while count:

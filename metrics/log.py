@@ -9,14 +9,16 @@ import errno
 import itertools
 import json
 import math
+import mmap
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -37,6 +39,7 @@ from utils.names import distinct_suffixes
 
 APPEND_ONLY = sys.maxsize  # keep_before of a metrics file that another run may be writing
 NEWLINE = b"\n"
+COPIED_BYTES = 1 << 20  # of the metrics file at a time
 
 # Counts of a row, summed over a step's rows, in this order, in one float64 tensor.
 ROW_COUNTS = (
@@ -448,25 +451,32 @@ def _ends_in_half_a_line(file: FileIO) -> bool:
 
 
 def _keep_records(path: Path, keep_before: int | None) -> None:
-    """Keep the records of `open_metrics_file`."""
+    """Keep the records of `open_metrics_file`: the file up to the last of them, for steps ascend."""
     with open_regular(path) as file:
-        before, found = file.read().decode("utf-8", errors="replace"), os.fstat(file.fileno())
-    if keep_before is None:
-        if before:
+        found = os.fstat(file.fileno())
+        if keep_before is not None:
+            end = _end_of_records(file, keep_before) if found.st_size else 0
+            # Another may have made the file, or linked a copy.
+            is_ours_alone = found.st_nlink == 1 and found.st_uid == os.geteuid()
+            if end != found.st_size or not is_ours_alone:
+                replace_synced(path, (file.read(min(COPIED_BYTES, end - at)) for at in range(0, end, COPIED_BYTES)))
+        elif found.st_size:
             backup = _free_name(path)
             path.rename(backup)
             log(f"no checkpoint to resume: the records of an earlier start are now in {backup}")
-        return
-    kept: list[str] = []
-    for line in before.splitlines():
-        try:
-            if parse_json(line)["step"] <= keep_before:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # the line that was being written when the run died
-    is_ours_alone = found.st_nlink == 1 and found.st_uid == os.geteuid()  # another may have made it, or linked a copy
-    if "".join(kept) != before or not is_ours_alone:
-        replace_synced(path, "".join(kept))
+
+
+def _end_of_records(file: IO[bytes], keep_before: int) -> int:
+    """Bytes up to the end of the last whole record of a step up to `keep_before`; reads backwards."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as records:
+        end = records.rfind(NEWLINE) + 1  # the line behind was being written when the run died
+        while end:
+            begin = records.rfind(NEWLINE, 0, end - 1) + 1
+            with suppress(ValueError, KeyError, TypeError):  # half a record of an earlier death
+                if parse_json(records[begin:end])["step"] <= keep_before:
+                    break
+            end = begin
+        return end
 
 
 def _free_name(path: Path) -> Path:

@@ -12,7 +12,7 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -173,15 +173,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_synced(path: Path, content: str | bytes) -> None:
+def write_synced(path: Path, content: str | bytes | Iterable[bytes]) -> None:
     """Write a new file, text as UTF-8, and flush it to the disk; opened as `open_new`."""
+    if isinstance(content, str | bytes):
+        content = [content.encode() if isinstance(content, str) else content]
     with name_file(path), open_new(path) as out:
-        out.write(content.encode() if isinstance(content, str) else content)
+        out.writelines(content)
         out.flush()
         os.fsync(out.fileno())
 
 
-def replace_synced(path: Path, content: str | bytes) -> None:
+def replace_synced(path: Path, content: str | bytes | Iterable[bytes]) -> None:
     """Replace a file by one rename: a reader sees the old content or the new."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # ranks on several hosts may have the same pid
     try:

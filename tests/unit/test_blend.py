@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -43,6 +44,41 @@ def test_any_sample_can_be_read_first_or_resumed_from(weights: list[int], places
     assert {n: jumping.at(n) for n in places} == wanted
     resumed = Blend(weights, (stop, forwards.counts(stop)))
     assert {n: pickle.loads(pickle.dumps(resumed)).at(n) for n in places} == wanted
+
+
+def recount(weights: list[int], first: int, counts: list[int], number: int) -> list[int]:
+    """The sources of `number` samples from `first` on, by Tijdeman's rule as he states it: every source each time."""
+    k, total, given = len(weights), sum(weights), list(counts)
+    unit, found = 2 * k - 2, []
+    for n in range(first + 1, first + number + 1):
+        due = [unit * w * n - unit * total * g for w, g in zip(weights, given, strict=True)]
+        late = [Fraction(unit * total - total - d, unit * w) for d, w in zip(due, weights, strict=True)]
+        best = min((i for i in range(k) if due[i] >= total), key=lambda i: late[i])
+        given[best] += 1
+        found.append(best)
+    return found
+
+
+@given(
+    st.lists(st.one_of(st.integers(1, 12), st.integers(1, 10**30)), min_size=2, max_size=7),
+    st.lists(st.integers(0, 40), min_size=7, max_size=7),
+)
+@settings(max_examples=100, deadline=None)
+def test_samples_come_as_by_a_recount(weights: list[int], start: list[int]) -> None:
+    """Also from any start: a resumed run may change the weights."""
+    for counts in ([0] * len(weights), start[: len(weights)]):
+        blend = Blend(weights)
+        blend._compute_block(sum(counts), counts)
+        assert blend._sources[:60].tolist() == recount(weights, sum(counts), counts, 60)
+
+
+def test_many_sources_cost_no_more_than_two() -> None:
+    seconds = []
+    for k in (2, 200):
+        blend, start = Blend(np.random.default_rng(k).integers(10**5, 10**7, k).tolist()), time.process_time()
+        blend.counts(10 * BLOCK)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 10 * seconds[0]  # 35 times as much where every source is looked at for each sample
 
 
 def test_a_far_place_takes_no_long_way() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
+import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -212,6 +216,51 @@ def documents_by_the_format(index: bytes, tokens: bytes) -> list[list[int]]:
             ]
         )
     return found
+
+
+def test_random_reads_bring_no_more_into_memory_than_they_ask_for(tmp_path: Path) -> None:
+    """Without readahead; a prefetch brings a long document in by itself."""
+    write_indexed_dataset(tmp_path / "a", [np.arange(2000)] * 4000, vocab_size=100)  # 16 MB
+    held = {}
+    for is_random in (False, True):
+        with token_file(tmp_path / "a").open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        data = IndexedDataset(tmp_path / "a")
+        assert len(data.lengths) == 4000
+        if is_random:
+            data.expect_random_reads()
+            data = pickle.loads(pickle.dumps(data))  # as in a worker process
+        for document in range(0, 4000, 100):
+            assert data.read(document, 3, 5).tolist() == [3, 4, 5, 6, 7]
+        held[is_random] = count_resident(token_file(tmp_path / "a"))
+        data.prefetch(data.locate(50, 0, 2000), 2000)
+        assert data.read(50, 0, 2000).tolist() == list(range(2000))
+        del data
+    if held[False] < 1 << 20:
+        pytest.skip("this file system reads nothing ahead, or keeps no pages")
+    assert held[True] <= 40 * 2 * 4096
+
+
+def count_resident(path: Path) -> int:
+    """Bytes of a file in the page cache, by mincore(2)."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // 4096))()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), pages) == 0
+        return 4096 * sum(page & 1 for page in pages)
+
+
+def test_a_checked_index_is_not_checked_again(tmp_path: Path, monkeypatch) -> None:
+    """A worker process, and a rank that finds the check in the cache, read no more of the index than they use."""
+    write_indexed_dataset(tmp_path / "a", [np.arange(5)] * 3, vocab_size=100)
+    data = IndexedDataset(tmp_path / "a")
+    assert not data.is_checked and data.lengths.tolist() == [5, 5, 5] and data.is_checked
+    monkeypatch.setattr(IndexedDataset, "_check_sequences", lambda self: pytest.fail("checked again"))
+    again = pickle.loads(pickle.dumps(data))
+    assert again.lengths.tolist() == [5, 5, 5] and again.read(2, 1, 3).tolist() == [1, 2, 3]
+    with pytest.raises(pytest.fail.Exception):
+        _ = IndexedDataset(tmp_path / "a").lengths
 
 
 def test_writing_an_index_takes_pieces(tmp_path: Path, monkeypatch) -> None:

@@ -26,6 +26,12 @@ class Tokens:
         self.tokens = np.arange(int(self.lengths.sum()))
         self.prefix = Path("in memory")
 
+    def expect_random_reads(self) -> None:
+        pass
+
+    def prefetch(self, begin: int, count: int) -> None:
+        assert begin >= 0 and begin + count <= len(self.tokens)
+
     def __len__(self) -> int:
         return len(self.lengths)
 

@@ -143,6 +143,18 @@ def test_items_of_one_size_at_once_are_placed_as_one_by_one(sizes: list[int], ca
     assert best_fit_decreasing(np.array(sizes, int), capacity).tolist() == one_by_one(np.array(sizes, int), capacity)
 
 
+@pytest.mark.parametrize("count", [128, 129, 300])
+def test_bins_are_counted_beyond_the_narrow_dtype(monkeypatch, count: int) -> None:
+    """At 2^31 bins int32 ends; here int8 ends at 2^7."""
+    monkeypatch.setattr("data.packing.BIN_DTYPES", (np.int8, np.int64))
+    bin_of = best_fit_decreasing(np.full(count, 10), 10)
+    assert sorted(bin_of.tolist()) == list(range(count)) and bin_of.dtype == (np.int8 if count == 128 else np.int64)
+    lengths = np.full(count, 10)
+    wanted = pack_epoch(lengths, seed=1, epoch=0, seq_length=10, alignment=1).pieces
+    monkeypatch.undo()
+    assert (pack_epoch(lengths, seed=1, epoch=0, seq_length=10, alignment=1).pieces == wanted).all()
+
+
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20),
     packing=st.sampled_from(["best-fit", "greedy", "windowed"]),

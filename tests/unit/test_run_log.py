@@ -403,6 +403,20 @@ def test_a_run_that_goes_on_without_a_file_starts_one(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "m.jsonl").read_text() == ""
 
 
+def test_a_long_file_is_read_from_its_end(tmp_path: Path, monkeypatch) -> None:
+    """The records behind the checkpoint are read, not the 2000 before."""
+    path, read_lines = tmp_path / "m.jsonl", []
+    records = [f'{{"step": {n}, "loss": 1.5}}\n' for n in range(1, 2006)]
+    path.write_text("".join(records))
+    monkeypatch.setattr("metrics.log.parse_json", lambda line: read_lines.append(line) or json.loads(line))
+    monkeypatch.setattr("metrics.log.COPIED_BYTES", 1000)
+    open_metrics_file(path, 2000).close()
+    assert path.read_text() == "".join(records[:2000]) and len(read_lines) == 6
+    before = path.stat().st_ino
+    open_metrics_file(path, 2000).close()
+    assert path.stat().st_ino == before  # nothing to drop: nothing is copied
+
+
 def test_a_full_disk_leaves_the_records(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
