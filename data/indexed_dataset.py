@@ -26,6 +26,7 @@ DTYPES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5:
 FLOATS = {6: "float64", 7: "float32"}
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # the index holds a document's length as i32
 CHUNK = 1 << 20  # entries that are checked or written at a time
+PREFETCHED_BYTES = 1 << 14  # below, the call costs more of a cached read than it spares of a read from the disk
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -228,11 +229,12 @@ class IndexedDataset:
                 mapped.madvise(mmap.MADV_RANDOM)
 
     def prefetch(self, begin: int, count: int) -> None:
-        """Start to read `count` items of `tokens` from the disk; returns at once."""
-        if self._is_random and count and self._token_map is not None:
+        """Start to read `count` items of `tokens` from the disk, where they are many; returns at once."""
+        size = count * self.dtype.itemsize
+        if size > PREFETCHED_BYTES and self._is_random and self._token_map is not None:
             first = begin * self.dtype.itemsize
             page = first - first % mmap.PAGESIZE
-            self._token_map.madvise(mmap.MADV_WILLNEED, page, first + count * self.dtype.itemsize - page)
+            self._token_map.madvise(mmap.MADV_WILLNEED, page, first + size - page)
 
     # Pickled without its maps: a worker process opens its own.
     def __getstate__(self) -> dict:
