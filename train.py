@@ -111,7 +111,7 @@ def main(argv: list[str], status: RunStatus) -> None:
     # Data
 
     waiting = ranks.watchdog.suspend_timeout("data preparation")
-    data = run_on_rank_zero_first(lambda: build_data(config), waiting=waiting)
+    data = run_on_rank_zero_first(lambda: build_data(config, builds_ahead=launch.local_rank == 0), waiting=waiting)
     check_ranks_agree(data.fingerprints(), "data")
 
     # ------------------------------------------------------------------------------------------------
@@ -211,6 +211,7 @@ class Trainer:
             asynchronous=config.checkpoint.async_save,
             on_saved=lambda place: log(f"saved {place}"),
         )
+        self.position: dict[str, Any] = {}  # in the data, of rank 0, which writes it into checkpoints
         whole = BatchSchedule.constant(config.training.global_batch_size)
         in_order = replace(self.batch_plan, balance_work=False, batches=whole)
         sizes = self.data.tokenizer.token_bytes() if self.data.valid else None
@@ -356,6 +357,8 @@ class Trainer:
                 timers=self.timers,
             )
         self.stops.start_sync()
+        if self.ranks.is_writer:  # each step, as a blend counts all samples since it was asked last
+            self.position = self.data.train.state_dict(self.config.training.batches.first_sample(step + 1))
 
         # Clip by the global norm; update unless something is not finite.
         with self.timers("gradient norm"):
@@ -394,10 +397,9 @@ class Trainer:
     def save(self, step: int, *, validation_due: bool = False) -> None:
         """Write a checkpoint after `step` steps. Args: validation_due: the resumed run validates first."""
         self.ranks.watchdog.heartbeat("a checkpoint", step)
-        batches = self.config.training.batches
-        position = self.data.train.state_dict(batches.first_sample(step)) | {"batches": batches.to_json(step)}
         with self.timers("save"):
             due = {"validation_due": True} if validation_due else {}
+            position = self.position | {"batches": self.config.training.batches.to_json(step)}
             self.saver.save(step, self.metadata | {"data": position} | due)
 
 

@@ -222,6 +222,8 @@ class BatchPlan:
         balance_work: deal a step's samples to ranks and microbatches by their work (data/balance.py); False: in the
             order of their numbers.
         hash_before_step: rows of steps below it carry their hash.
+        reads_tokens: False on a pipeline stage between the first and the last, which uses a row's documents only: its
+            tokens and labels are -1, but for steps below `hash_before_step`.
     """
 
     batches: BatchSchedule
@@ -239,6 +241,7 @@ class BatchPlan:
     hash_before_step: int = 0
     pp_size: int = 1
     pp_schedule: str = "1f1b"
+    reads_tokens: bool = True
 
     def num_microbatches(self, step: int) -> int:
         """Microbatches of a step on each data rank."""

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import numpy as np
 
+from data.ahead import start_child
 from data.blend import whole_weights
-from data.dataset import BlendedDataset, PackedDataset, PackingOptions, SampleDataset
-from data.indexed_dataset import IndexedDataset, write_indexed_dataset
+from data.dataset import (
+    BlendedDataset,
+    CorpusFacts,
+    PackedDataset,
+    PackingOptions,
+    SampleDataset,
+    measure_corpus,
+)
+from data.files import file_version
+from data.indexed_dataset import IndexedDataset, index_file, token_file, write_indexed_dataset
 from data.sources import DataSource, PreparedCorpus, TextSource, no_document_error, train_model
+from data.split import MAX_TABLE_DOCUMENTS, Documents, cached_split, count_documents
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, UnencodableText, load_sentencepiece
 from utils.errors import UserError
-from utils.files import build_once, cache_entry, cache_key
+from utils.files import CacheNotWritable, build_once, cache_entry, cache_key, parse_json, read_text
 
 # Part of the cache keys: raise it when the training of tokenizers or the written tokens change.
 CACHE_VERSION = 3
+# Documents of a window where an epoch's index over all documents, about 95 bytes each, would not fit in memory.
+FORCED_WINDOW = 100_000
 
 
 def train_tokenizer(source: TextSource | PreparedCorpus, *, vocab_size: int, cache_path: Path) -> Tokenizer:
@@ -65,41 +81,66 @@ def build_tokens(source: TextSource, tokenizer: Tokenizer, *, cache_path: Path) 
     return tokens
 
 
-def split_documents(num_documents: int, weights: tuple[float, ...]) -> list[np.ndarray]:
-    """Train, validation and test documents, drawn with a fixed seed.
+def cached_facts(
+    tokens: IndexedDataset,
+    documents: Documents,
+    packing: PackingOptions,
+    *,
+    split: tuple[float, ...],
+    which: int,
+    cache_path: Path,
+) -> CorpusFacts:
+    """`measure_corpus` from the cache, where a file's path, size and times (mtime, ctime) name it.
 
-    Each split with a weight gets at least one document where there are enough; the first split gets the rest.
-
-    Returns:
-        An ascending array of document numbers for each weight.
+    So one process reads the whole index, and the documents of the fingerprint. A rank that sees another file measures
+    its own.
     """
-    if not any(weights[1:]):
-        return [np.arange(num_documents), *(np.arange(0) for _ in weights[1:])]
-    order = np.random.default_rng(0).permutation(num_documents)
-    counts = [max(1, round(num_documents * w / sum(weights))) if w else 0 for w in weights]
-    if num_documents < sum(w > 0 for w in weights):
-        counts = [0] * len(weights)
-    # Rounding up must leave a document to the first split.
-    while weights[0] and sum(counts[1:]) >= num_documents > 0 and max(counts[1:]) > 1:
-        counts[1 + int(np.argmax(counts[1:]))] -= 1
-    counts[0] = num_documents - sum(counts[1:])
-    ends = np.cumsum(counts)
-    return [np.sort(order[end - count : end]) for count, end in zip(counts, ends, strict=True)]
-
-
-def cached_split(num_documents: int, weights: tuple[float, ...], *, cache_path: Path) -> list[np.ndarray]:
-    """`split_documents` from the cache, memory-mapped: ranks and workers of a node share one copy."""
+    files = [file_version(str(file(tokens.prefix))) for file in (index_file, token_file)]
+    key = cache_key(version=1, files=files, split=split, which=which, method=packing.method, length=packing.seq_length)
 
     def build(folder: Path) -> None:
-        for number, documents in enumerate(split_documents(num_documents, weights)):
-            np.save(folder / f"{number}.npy", documents)
+        (folder / "facts.json").write_text(json.dumps(vars(measure_corpus(tokens, documents, packing))))
 
-    folder = build_once(cache_path / "split" / cache_key(version=1, documents=num_documents, weights=weights), build)
+    try:
+        folder = build_once(cache_path / "facts" / key, build)
+    except (CacheNotWritable, OSError):  # a read-only cache
+        return measure_corpus(tokens, documents, packing)
     with cache_entry(folder):
-        parts = [np.load(folder / f"{number}.npy", mmap_mode="r").view(np.ndarray) for number in range(len(weights))]
-        if any(p.ndim != 1 or p.dtype != np.int64 for p in parts) or sum(len(p) for p in parts) != num_documents:
-            raise UserError(f"parts of {[list(p.shape) for p in parts]} for {num_documents} documents")
-        return parts
+        found = parse_json(read_text(folder / "facts.json"))
+        if not isinstance(found, dict) or {n: type(v) for n, v in found.items()} != get_type_hints(CorpusFacts):
+            raise UserError("facts.json does not hold the facts of a corpus")
+    tokens.is_checked = tokens.is_checked or found["is_checked"]
+    return CorpusFacts(**found)
+
+
+def open_dataset(
+    tokens: IndexedDataset,
+    packing: PackingOptions,
+    *,
+    split: tuple[float, ...],
+    which: int,
+    cache_path: Path,
+    builds_ahead: bool = False,
+    **more: Any,
+) -> PackedDataset:
+    """One split of a corpus; above `MAX_TABLE_DOCUMENTS` documents best-fit takes windows.
+
+    Args:
+        builds_ahead: start a process that builds the next epoch's index before an epoch ends.
+        more: of `PackedDataset`.
+    """
+    documents = cached_split(len(tokens), split, cache_path=cache_path)[which]
+    facts = cached_facts(tokens, documents, packing, split=split, which=which, cache_path=cache_path)
+    if packing.method == "best-fit" and packing.window is None and len(tokens) > MAX_TABLE_DOCUMENTS:
+        packing = replace(packing, window=FORCED_WINDOW)
+        facts = replace(facts, fingerprint=cache_key(of=facts.fingerprint, window=FORCED_WINDOW))
+
+    def start_building(epoch: int) -> subprocess.Popen:
+        index = dict(prefix=tokens.prefix.resolve(), cache_path=cache_path.resolve(), split=split, which=which)
+        return start_child(**index, packing=vars(packing), epoch=epoch)
+
+    ahead = start_building if builds_ahead else None
+    return PackedDataset(tokens, documents, packing, cache_path=cache_path, facts=facts, build_ahead=ahead, **more)
 
 
 def build_dataset(
@@ -111,6 +152,7 @@ def build_dataset(
     which: int,
     flag: str,
     cache_path: Path,
+    builds_ahead: bool = False,
 ) -> SampleDataset:
     """The samples of one split of some sources, blended if there are several sources.
 
@@ -118,6 +160,7 @@ def build_dataset(
         split: weights of train, validation and test documents.
         which: index into `split`; 0 is train.
         flag: names the sources in errors.
+        builds_ahead: as `open_dataset`'s.
 
     Raises:
         UserError: a source has no document, no whole sample or no label in this split.
@@ -129,19 +172,21 @@ def build_dataset(
             tokens = source.content.tokens
         else:
             tokens = build_tokens(source.content, tokenizer, cache_path=cache_path)
-        documents = cached_split(len(tokens), split, cache_path=cache_path)[which]
-        if not len(documents):
+        num_documents = count_documents(len(tokens), split)[which]
+        if not num_documents:
             raise UserError(
                 f"{flag} {source.name}: its {len(tokens)} documents leave no {name} document: "
                 "give more, as lines of a .jsonl file or as files of a folder"
                 + (", or other text by --valid-data-path, or --data-split 1,0 --eval-interval 0" if which else "")
             )
-        dataset = PackedDataset(
+        dataset = open_dataset(
             tokens,
-            documents,
             packing,
-            pad_token=tokenizer.eod,
+            split=split,
+            which=which,
             cache_path=cache_path,
+            builds_ahead=builds_ahead,
+            pad_token=tokenizer.eod,
             vocab_size=tokenizer.vocab_size,
             name=source.name,
         )
@@ -151,9 +196,9 @@ def build_dataset(
                 "tokens, "
                 f"not one sequence"
             )
-        if dataset.longest < 2 and packing.method != "concat":
+        if dataset.facts.longest < 2 and packing.method != "concat":
             raise UserError(
-                f"{flag} {source.name}: each of its {len(documents)} {name} documents is one token: no label to learn"
+                f"{flag} {source.name}: each of its {num_documents} {name} documents is one token: no label to learn"
             )
         datasets.append(dataset)
     if len(datasets) == 1:

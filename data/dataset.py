@@ -7,7 +7,8 @@ Samples run on through the epochs without end. A blend of several datasets takes
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from data.packing import (
     save_epoch,
     windowed_epoch,
 )
+from data.split import Documents
 from utils.errors import UserError
 from utils.files import CacheNotWritable, build_once, cache_entry, cache_key
 
@@ -34,6 +36,8 @@ from utils.files import CacheNotWritable, build_once, cache_entry, cache_key
 INDEX_VERSION = 2
 # Epochs of fewer pieces are packed in memory: a small source, read for thousands of epochs, fills no folder per epoch.
 MIN_STORED_PIECES = 10_000
+AHEAD = 0.9  # share of an epoch after which the next epoch's index is built
+NOT_READ = -1  # token and label of a sample of which only the index is read; neither padding nor IGNORE_LABEL
 
 
 @dataclass
@@ -63,6 +67,56 @@ def padding_sample(length: int, pad_token: int) -> PackedSample:
     return PackedSample(tokens, labels, np.zeros_like(padded), padded, loss_tokens=0)
 
 
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What a pass over a split's documents tells.
+
+    Attributes:
+        lengths_hash: of all lengths: the packing depends on them only, not on the documents' places in the file.
+        fingerprint: hash of all lengths and of the first 64 tokens of up to 1000 documents.
+        num_tokens, longest: tokens of all documents, and of the longest.
+        num_pieces: pieces that the packing makes of them.
+        num_cut: documents longer than a sample.
+        is_checked: as `IndexedDataset`'s.
+    """
+
+    lengths_hash: str
+    fingerprint: str
+    num_tokens: int
+    longest: int
+    num_pieces: int
+    num_cut: int
+    is_checked: bool
+
+
+def measure_corpus(tokens: IndexedDataset, documents: Documents, packing: PackingOptions) -> CorpusFacts:
+    """Reads the whole index once, in constant memory. Raises UserError: as `IndexedDataset.lengths`."""
+    digest, seq_length = hashlib.sha256(), packing.seq_length
+    num_tokens = longest = num_pieces = num_cut = 0
+    for at in range(0, len(documents), CHUNK):
+        lengths = tokens.lengths[documents[at : at + CHUNK]].astype(np.int64)
+        digest.update(lengths.tobytes())
+        num_pieces += int((-(-lengths // seq_length)).sum()) if packing.method == "best-fit" else len(lengths)
+        num_tokens += int(lengths.sum())
+        longest = max(longest, int(lengths.max()))
+        num_cut += int((lengths > seq_length).sum())
+    content = hashlib.sha256(digest.hexdigest().encode())
+    for document in _some_documents(documents):
+        ids = tokens.read(document, 0, min(64, tokens.lengths.item(document)))
+        content.update(ids.astype(np.int64).tobytes())
+    fingerprint = content.hexdigest()[:16]
+    return CorpusFacts(
+        digest.hexdigest(), fingerprint, num_tokens, longest, num_pieces, num_cut, bool(tokens.is_checked)
+    )
+
+
+def _some_documents(documents: Documents) -> Iterator[int]:
+    """Up to 1000 documents, spread evenly."""
+    count = len(documents)
+    for at in np.unique(np.linspace(0, count - 1, num=min(1000, count), dtype=np.int64)):
+        yield int(documents[at])
+
+
 class PackedDataset:
     """Samples of endless epochs over some documents of a token file.
 
@@ -72,6 +126,9 @@ class PackedDataset:
         cache_path: folder for epoch indices of at least `MIN_STORED_PIECES` pieces; None: indices stay in memory.
         vocab_size: token ids must be in [0, vocab_size); None: not checked.
         name: for messages.
+        facts: of these documents; None: measured.
+        build_ahead: starts a process that stores the index of an epoch; None: a stored index is built when its epoch
+            begins.
 
     Raises:
         UserError: as `IndexedDataset.lengths`.
@@ -81,29 +138,23 @@ class PackedDataset:
     def __init__(
         self,
         tokens: IndexedDataset,
-        documents: np.ndarray,
+        documents: Documents,
         packing: PackingOptions,
         *,
         pad_token: int,
         cache_path: Path | None = None,
         vocab_size: int | None = None,
         name: str = "",
+        facts: CorpusFacts | None = None,
+        build_ahead: Callable[[int], subprocess.Popen] | None = None,
     ) -> None:
         self.tokens, self.documents, self.packing, self.name = tokens, documents, packing, name or str(tokens.prefix)
         self.pad_token, self.vocab_size, self.cache_path = pad_token, vocab_size, cache_path
         self.seq_length = packing.seq_length
-        # The packing depends on the lengths of documents only, not on their places in the file.
-        digest = hashlib.sha256()
-        self.num_tokens = self.longest = self.num_pieces = 0
-        for at in range(0, len(documents), CHUNK):
-            lengths = tokens.lengths[documents[at : at + CHUNK]].astype(np.int64)
-            digest.update(lengths.tobytes())
-            cuts = -(-lengths // self.seq_length)
-            self.num_pieces += int(cuts.sum()) if packing.method == "best-fit" else len(lengths)
-            self.num_tokens += int(lengths.sum())
-            self.longest = max(self.longest, int(lengths.max()))
-        self._lengths_hash = digest.hexdigest()
+        self.facts = facts or measure_corpus(tokens, documents, packing)
+        self.num_tokens = self.facts.num_tokens
         self._epochs: dict[int, Epoch] = {}
+        self._build_ahead, self._ahead = build_ahead, (0, None)
         self.samples_per_epoch = len(self.epoch(0))
         tokens.expect_random_reads()
 
@@ -119,12 +170,16 @@ class PackedDataset:
             self._epochs = dict([*self._epochs.items(), (number, index)][-2:])
         return self._epochs[number]
 
+    def fingerprint(self) -> str:
+        """As `CorpusFacts.fingerprint`."""
+        return self.facts.fingerprint
+
     def _cache_folder(self, **more: int) -> Path:
         assert self.cache_path is not None
         packing = self.packing
         key = cache_key(
             version=INDEX_VERSION,
-            lengths=self._lengths_hash,
+            lengths=self.facts.lengths_hash,
             packing=packing.method,
             seq_length=packing.seq_length,
             seed=packing.seed,
@@ -133,8 +188,14 @@ class PackedDataset:
         )
         return self.cache_path / "packing" / key
 
+    @property
+    def _is_stored(self) -> bool:
+        """Whether each epoch has an index of its own on the disk."""
+        is_large = self.facts.num_pieces >= MIN_STORED_PIECES
+        return self.cache_path is not None and self.packing.window is None and is_large
+
     def _load_epoch(self, number: int) -> StoredEpoch:
-        if self.cache_path is None or self.num_pieces < MIN_STORED_PIECES:
+        if not self._is_stored:
             return build_epoch(self.lengths, self.packing, number)
         folder = self._cache_folder(epoch=number)
         try:
@@ -161,23 +222,9 @@ class PackedDataset:
                 raise UserError(f"counts.npy is {counts.dtype} {list(counts.shape)} for {len(windows)} windows")
         return windowed_epoch(windows, counts, number)
 
-    def fingerprint(self) -> str:
-        """Hash of all document lengths and of the first 64 tokens of up to 1000 documents: its cost does not grow."""
-        digest = hashlib.sha256(self._lengths_hash.encode())
-        for document in self._some_documents():
-            ids = self.tokens.read(document, 0, min(64, self.tokens.lengths.item(document)))
-            digest.update(ids.astype(np.int64).tobytes())
-        return digest.hexdigest()[:16]
-
-    def _some_documents(self) -> Iterator[int]:
-        """Up to 1000 documents, spread evenly."""
-        count = len(self.documents)
-        for at in np.unique(np.linspace(0, count - 1, num=min(1000, count), dtype=np.int64)):
-            yield int(self.documents[at])
-
     def share_ending_with(self, token: int) -> float:
         """Share of documents, of up to 1000 that are not empty, whose last token this is."""
-        lengths = ((document, self.tokens.lengths.item(document)) for document in self._some_documents())
+        lengths = ((document, self.tokens.lengths.item(document)) for document in _some_documents(self.documents))
         last = [self.tokens.read(document, length - 1, 1).item() for document, length in lengths if length]
         return last.count(token) / max(1, len(last))
 
@@ -189,20 +236,26 @@ class PackedDataset:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Does nothing: epoch and position follow from the number of a sample."""
 
-    def sample(self, n: int) -> PackedSample:
+    def sample(self, n: int, *, reads_tokens: bool = True) -> PackedSample:
         """Sample n of the run; every epoch has `samples_per_epoch` of them.
+
+        Args:
+            reads_tokens: False: only the index is read; tokens and labels are `NOT_READ`.
 
         Raises:
             UserError: the token file contradicts its index, or holds tokens outside the vocabulary.
         """
         epoch, at = divmod(n, self.samples_per_epoch)
         index = self.epoch(epoch)
+        if self._build_ahead is not None and at > AHEAD * self.samples_per_epoch and self._ahead[0] <= epoch:
+            self._ahead = (epoch + 1, self._build_ahead(epoch + 1) if self._is_stored else None)
         assert len(index) == self.samples_per_epoch
         pieces = index.sample_pieces(at)
         # A sample has few pieces: Python's numbers are faster than arrays from here on.
         columns = (self.documents[pieces[:, 0]], pieces[:, 1], pieces[:, 2])
         triples = list(zip(*(column.tolist() for column in columns), strict=True))
-        sample = self._cut_stream(triples) if self.packing.method == "concat" else self._join_documents(triples)
+        build = self._cut_stream if self.packing.method == "concat" else self._join_documents
+        sample = build(triples, reads_tokens)
         sample.first_id = n * self.seq_length
         return sample
 
@@ -227,12 +280,15 @@ class PackedDataset:
         """Only padding: fills the last batch of an evaluation and counts nothing."""
         return padding_sample(self.seq_length, self.pad_token)
 
-    def _cut_stream(self, pieces: list[tuple[int, int, int]]) -> PackedSample:
+    def _cut_stream(self, pieces: list[tuple[int, int, int]], reads_tokens: bool) -> PackedSample:
+        whole = np.array([self.seq_length])
+        if not reads_tokens:
+            unread = np.full(self.seq_length, NOT_READ, np.int64)
+            return PackedSample(unread, unread, whole, whole, loss_tokens=self.seq_length)
         for document, start, length in pieces:
             self.tokens.prefetch(self.tokens.locate(document, start, length), length)
         stream = np.concatenate([self.tokens.read(*piece) for piece in pieces]).astype(np.int64)
         self._check_vocabulary(stream, [], pieces)
-        whole = np.array([self.seq_length])
         return PackedSample(stream[:-1], stream[1:], whole, whole, loss_tokens=self.seq_length)
 
     def _check_vocabulary(self, tokens: np.ndarray, ahead: list[int], pieces: list[tuple[int, int, int]]) -> None:
@@ -251,30 +307,45 @@ class PackedDataset:
                 )
         raise AssertionError(f"padding with token {self.pad_token} of {size}")
 
-    def _join_documents(self, pieces: list[tuple[int, int, int]]) -> PackedSample:
+    def _join_documents(self, pieces: list[tuple[int, int, int]], reads_tokens: bool) -> PackedSample:
+        whole_lengths, alignment = self.tokens.lengths, self.packing.alignment
+        # The label of a piece's last token is one token ahead; a document's last token has none.
+        continued = [whole_lengths.item(document) - start > length for document, start, length in pieces]
+        lengths = [length for _, _, length in pieces]
+        padded_lengths = [-(-length // alignment) * alignment for length in lengths]
+        loss_tokens = sum(lengths) - len(pieces) + sum(continued)
+        if reads_tokens:
+            tokens, labels = self._read_pieces(pieces, continued, padded_lengths)
+        else:
+            tokens = labels = np.full(self.seq_length, NOT_READ, np.int64)
+        at = sum(padded_lengths)
+        if self.packing.one_document:
+            lengths, padded_lengths = [at], [self.seq_length]
+        elif at < self.seq_length:  # the tail is a document of length 0
+            lengths.append(0)
+            padded_lengths.append(self.seq_length - at)
+        return PackedSample(tokens, labels, np.array(lengths), np.array(padded_lengths), loss_tokens=loss_tokens)
+
+    def _read_pieces(
+        self, pieces: list[tuple[int, int, int]], continued: list[bool], padded_lengths: list[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels [seq_length] of a sample."""
         tokens, labels = np.empty(self.seq_length, np.int64), np.empty(self.seq_length, np.int64)
-        stored, whole_lengths, alignment = self.tokens.tokens, self.tokens.lengths, self.packing.alignment
-        lengths, padded_lengths, ends, ahead, at = [], [], [], [], 0
-        spans = []
-        for document, start, length in pieces:
-            # The label of a piece's last token is one token ahead; a document's last token has none.
-            continues = whole_lengths.item(document) - start > length
-            begin = self.tokens.locate(document, start, length + continues)
-            self.tokens.prefetch(begin, length + continues)
-            spans.append((begin, length, continues))
-        for begin, length, continues in spans:
+        stored, ends, ahead, begins, at = self.tokens.tokens, [], [], [], 0
+        for (document, start, length), continues in zip(pieces, continued, strict=True):
+            begins.append(self.tokens.locate(document, start, length + continues))
+            self.tokens.prefetch(begins[-1], length + continues)
+        for begin, (_, _, length), padded, continues in zip(begins, pieces, padded_lengths, continued, strict=True):
             end = at + length
             tokens[at:end] = stored[begin : begin + length]
             label = IGNORE_LABEL
             if continues:
                 label = stored.item(begin + length)
                 ahead.append(label)
-            at += -(-length // alignment) * alignment
+            at += padded
             if at > end:
                 tokens[end:at] = self.pad_token
             ends.append((end, at, label))
-            lengths.append(length)
-            padded_lengths.append(at - end + length)
         tokens[at:] = self.pad_token
         # Shifting all labels at once, then correcting document ends, is faster than shifting each document.
         labels[:-1] = tokens[1:]
@@ -284,16 +355,10 @@ class PackedDataset:
                 labels[end:padded_end] = IGNORE_LABEL
         labels[at:] = IGNORE_LABEL
         self._check_vocabulary(tokens, ahead, pieces)
-        loss_tokens = sum(lengths) - len(pieces) + len(ahead)
-        if self.packing.one_document:
-            lengths, padded_lengths = [at], [self.seq_length]
-        elif at < self.seq_length:  # the tail is a document of length 0
-            lengths.append(0)
-            padded_lengths.append(self.seq_length - at)
-        return PackedSample(tokens, labels, np.array(lengths), np.array(padded_lengths), loss_tokens=loss_tokens)
+        return tokens, labels
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_epochs": {}}
+        return self.__dict__ | {"_epochs": {}, "_build_ahead": None}
 
 
 class BlendedDataset:
@@ -310,9 +375,9 @@ class BlendedDataset:
         pairs = zip(self.sources, self.blend.weights, strict=True)
         self.samples_per_epoch = min(source.samples_per_epoch * self.blend.total // w for source, w in pairs)
 
-    def sample(self, n: int) -> PackedSample:
+    def sample(self, n: int, *, reads_tokens: bool = True) -> PackedSample:
         source, position = self.blend.at(n)
-        sample = self.sources[source].sample(position)
+        sample = self.sources[source].sample(position, reads_tokens=reads_tokens)
         sample.first_id = n * self.seq_length  # of the run: repeated tokens get other dropout masks
         return sample
 

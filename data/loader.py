@@ -32,10 +32,11 @@ class MicrobatchDataset(Dataset):
                 squares[:count] = self.dataset.squared_lengths(first, count)
             work = self.dataset.seq_length + self.plan.attention_cost * squares
             self._assigned = (step, self.plan.assign_samples(step, work))
+        reads_tokens = self.plan.reads_tokens or step < self.plan.hash_before_step
         samples = [
             self.dataset.empty_sample()
             if n == EMPTY or (self.limit is not None and n >= self.limit)
-            else self.dataset.sample(n)
+            else self.dataset.sample(n, reads_tokens=reads_tokens)
             for n in self._assigned[1][microbatch]
         ]
         return self.plan.build_batch(samples, step=step)

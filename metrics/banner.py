@@ -79,8 +79,10 @@ def _describe_source(source: PackedDataset) -> str:
     share = source.num_tokens / (len(index) * source.seq_length)
     if source.packing.method == "greedy":
         return f"{text}, {share:.2%} full; documents cut at a sample's end, none dropped"
-    cut = int((source.lengths > source.seq_length).sum()) if source.longest > source.seq_length else 0
-    return f"{text}, {share:.2%} full; {cut:,} documents longer than a sample cut into pieces, none dropped"
+    if source.packing.window is not None:
+        text += f", packed in windows of {source.packing.window:,} documents"
+    cut = f"{source.facts.num_cut:,} documents longer than a sample cut into pieces"
+    return f"{text}, {share:.2%} full; {cut}, none dropped"
 
 
 def describe_epochs(sequences: SampleDataset, n: int) -> str:

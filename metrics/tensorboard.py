@@ -197,7 +197,7 @@ def describe_data(writers: Sequence[TensorBoardWriter], dataset: SampleDataset, 
         for name, source in zip(names, packed, strict=True):
             stride = max(1, len(source.documents) // MAX_LENGTHS)
             lengths = source.tokens.lengths[source.documents[::stride]].astype(np.int64)
-            writer.histogram(f"data/document_lengths_{name}", lengths, length_bins(source.longest))
+            writer.histogram(f"data/document_lengths_{name}", lengths, length_bins(source.facts.longest))
         if cp_size > 1 and layout != "hybrid":
             row = dataset.sample(0)
             pairs = attention_pairs(row.lengths, row.padded_lengths, cp_size=cp_size, layout=layout)

@@ -79,8 +79,12 @@ def build_tokenizer(data: DataConfig) -> tuple[Tokenizer, bool, list[DataSource]
     return trained, True, parts, valid
 
 
-def build_data(config: RunConfig) -> RunData:
-    """Tokenizer, training and validation samples. Rank 0 goes first: it fills the cache."""
+def build_data(config: RunConfig, *, builds_ahead: bool = False) -> RunData:
+    """Tokenizer, training and validation samples. Rank 0 goes first: it fills the cache.
+
+    Args:
+        builds_ahead: of the training samples, as `open_dataset`'s.
+    """
     data = config.data
     tokenizer, is_trained, parts, valid_parts = build_tokenizer(data)
     if data.check_data and dist.get_rank() == 0:
@@ -96,7 +100,14 @@ def build_data(config: RunConfig) -> RunData:
     )
     cache_path = Path(data.data_cache_path)
     train = build_dataset(
-        parts, tokenizer, packing, split=data.data_split, which=0, flag="--data-path", cache_path=cache_path
+        parts,
+        tokenizer,
+        packing,
+        split=data.data_split,
+        which=0,
+        flag="--data-path",
+        cache_path=cache_path,
+        builds_ahead=builds_ahead,
     )
     valid = None
     if config.training.eval_interval:
@@ -132,6 +143,7 @@ def build_batch_plan(config: RunConfig, architecture: GPTConfig, grid: Grid) -> 
         balance_work=config.data.balance_work,
         pp_size=config.parallel.pp_size,
         pp_schedule=config.parallel.pp_schedule,
+        reads_tokens=grid.rank("pp") in (0, grid.size("pp") - 1),
     )
 
 

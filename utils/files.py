@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from utils.errors import UserError
 
-WAIT_SECONDS = 900.0  # for another process that builds the same entry; after that this process builds a second copy
+LEASE_SECONDS = 180.0  # without a sign of life from its holder; above the 60 s for which NFS caches times
 ABANDONED_SECONDS = 86400.0  # an unfinished folder without a write for so long belongs to a dead builder
 HASHED_BYTES = 1 << 26  # bytes of a file that are mapped at a time
 
@@ -232,7 +233,7 @@ def acquire_lock(path: Path, timeout: float) -> FileLock | None:
     The file is this user's alone; in a folder that a group may write to, the group's.
 
     Args:
-        timeout: seconds to wait for another holder.
+        timeout: seconds to wait for another holder; -1: without limit.
 
     Returns:
         None where the file cannot be opened or the file system has no locks: the lock has no effect there.
@@ -279,18 +280,53 @@ def cache_entry(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _builder_lock(path: Path) -> Iterator[None]:
-    """Let one process at a time build `path`; without effect after `WAIT_SECONDS` or where there are no locks."""
+    """Let one process at a time build `path`; others wait without limit for as long as the builder lives."""
     file = path.with_name(f".{path.name}.lock")
-    lock = None
-    with suppress(TimeoutError):
-        lock = acquire_lock(file, WAIT_SECONDS)
+    lock = acquire_lock(file, -1)
+    if lock is None:
+        with _lease(path.with_name(f".{path.name}.lease")):
+            yield
+        return
     try:
         yield
     finally:
         with suppress(OSError):
             file.unlink()  # while locked: a waiter that has the removed file open opens the next one
-        if lock is not None:
-            lock.release()
+        lock.release()
+
+
+@contextmanager
+def _lease(folder: Path) -> Iterator[None]:
+    """A lock where the file system has none: an empty folder whose time its holder renews, else it is taken over."""
+    seen, since = 0, time.monotonic()
+    while True:
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            with suppress(FileNotFoundError):  # released since
+                renewed = folder.stat().st_mtime_ns
+                if renewed != seen:
+                    seen, since = renewed, time.monotonic()
+                elif time.monotonic() - since > LEASE_SECONDS:  # by this clock: those of hosts differ
+                    folder.rmdir()
+            time.sleep(min(1.0, LEASE_SECONDS / 10))
+    released = threading.Event()
+
+    def renew() -> None:
+        while not released.wait(LEASE_SECONDS / 10):
+            with suppress(OSError):
+                os.utime(folder)
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        released.set()
+        thread.join()
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.build import build_tokens, cached_split, split_documents, train_tokenizer
+from data.build import build_tokens, train_tokenizer
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.sources import TextSource, open_stdlib, open_text
+from data.split import cached_split, split_documents
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from utils.files import build_once
 

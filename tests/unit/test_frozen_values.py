@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from cp.packed_seq import IGNORE_LABEL
-from data.build import split_documents
 from data.indexed_dataset import DTYPES, token_dtype
 from data.packing import concat_epoch, pack_epoch, resolve_packing
+from data.split import split_documents
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from model.config import GPTConfig, padded_vocab_size
 from model.init import initial_rows

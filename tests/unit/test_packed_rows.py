@@ -24,7 +24,7 @@ class Tokens:
         self.lengths = np.array(lengths, np.int32)
         self.first = np.cumsum(self.lengths) - self.lengths
         self.tokens = np.arange(int(self.lengths.sum()))
-        self.prefix = Path("in memory")
+        self.prefix, self.is_checked = Path("in memory"), True
 
     def expect_random_reads(self) -> None:
         pass

@@ -19,11 +19,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data.sources as sources_module
-from data.build import build_tokens, split_documents, train_tokenizer
+from data.build import build_tokens, train_tokenizer
 from data.dataset import PackedDataset
 from data.indexed_dataset import HEADER, IndexedDataset, write_indexed_dataset
 from data.packing import PackingOptions
 from data.sources import TextSource, open_text
+from data.split import split_documents
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from tests.launch import ROOT
 from utils.files import build_once, cache_key
