@@ -154,14 +154,15 @@ class PackedDataset:
         self.facts = facts or measure_corpus(tokens, documents, packing)
         self.num_tokens = self.facts.num_tokens
         self._epochs: dict[int, Epoch] = {}
-        self._build_ahead, self._ahead = build_ahead, (0, None)
+        self._build_ahead = build_ahead
+        self._ahead: tuple[int, subprocess.Popen | None] = (0, None)  # the latest epoch that is built ahead
         self.samples_per_epoch = len(self.epoch(0))
         tokens.expect_random_reads()
 
     @property
     def lengths(self) -> np.ndarray:
         """[documents] int64 tokens of each, gathered at every call."""
-        return self.tokens.lengths[self.documents].astype(np.int64)
+        return self.tokens.lengths[self.documents[:]].astype(np.int64)
 
     def epoch(self, number: int) -> Epoch:
         """The index of an epoch; the latest two stay in memory, for a step may need both in turns."""

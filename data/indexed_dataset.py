@@ -147,7 +147,7 @@ class IndexedDataset:
             if end > size:
                 raise UserError(f"{self._token_file}: {size} bytes, but its index points past the end, to byte {end}")
         self._token_map = _map(self._token_file)
-        self.tokens = np.empty(0, self.dtype) if self._token_map is None else np.frombuffer(self._token_map, self.dtype)
+        self.tokens: np.ndarray = np.frombuffer(b"" if self._token_map is None else self._token_map, self.dtype)
         if self._is_random:
             self.expect_random_reads()
         self._firsts: np.ndarray | None = firsts
@@ -183,6 +183,12 @@ class IndexedDataset:
             raise UserError(f"{index_file(self.prefix)}: the sequences of document {document} do not lie end to end")
         sums = np.concatenate(([0], np.cumsum(self._sequence_lengths, dtype=np.int64)))
         return np.diff(sums[firsts])
+
+    def first_lengths(self, count: int) -> np.ndarray:
+        """[count] tokens of the first documents, without a check of all sequences where each document has one."""
+        if self._firsts is not None and len(self._firsts) != len(self._sequence_lengths) + 1:
+            return self.lengths[:count]
+        return np.maximum(self._sequence_lengths[:count], 0)
 
     def _check_sequences(self) -> None:
         """Checks that all sequences lie inside the token file, and apart: then no length asks for more than it holds.

@@ -94,7 +94,9 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     distinct, counts = np.unique(sizes, return_counts=True)
     bins_with_gap: list[list[int]] = [[] for _ in range(capacity + 1)]
     open_gaps = 0
-    bin_of = np.empty(len(sizes), next(dtype for dtype in BIN_DTYPES if len(sizes) - 1 <= np.iinfo(dtype).max))
+    bin_of: np.ndarray = np.empty(
+        len(sizes), next(dtype for dtype in BIN_DTYPES if len(sizes) - 1 <= np.iinfo(dtype).max)
+    )
     bins = done = 0
     for size, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while count:

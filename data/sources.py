@@ -381,5 +381,5 @@ def train_model(
 def document_lengths(sources: Sequence[DataSource]) -> np.ndarray | None:
     """[documents] int64 tokens of the prepared sources' documents (the first million of each); None without any."""
     prepared = [source.content for source in sources if isinstance(source.content, PreparedCorpus)]
-    lengths = [np.asarray(content.tokens.lengths[:1_000_000], np.int64) for content in prepared]
+    lengths = [content.tokens.first_lengths(1_000_000).astype(np.int64) for content in prepared]
     return np.concatenate(lengths) if lengths else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -31,7 +32,10 @@ class DocumentRange:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, at: int | slice | np.ndarray) -> np.ndarray | np.int64:
+    def __iter__(self) -> Iterator[int]:
+        return (int(self[at]) for at in range(self.count))
+
+    def __getitem__(self, at: int | slice | np.ndarray) -> np.ndarray:
         places = np.arange(*at.indices(self.count)) if isinstance(at, slice) else np.asarray(at, np.int64)
         if places.size and not 0 <= places.min() <= places.max() < self.count:
             raise IndexError(f"{at} of {self.count} documents")

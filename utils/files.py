@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -283,16 +283,14 @@ def _builder_lock(path: Path) -> Iterator[None]:
     """Let one process at a time build `path`; others wait without limit for as long as the builder lives."""
     file = path.with_name(f".{path.name}.lock")
     lock = acquire_lock(file, -1)
-    if lock is None:
-        with _lease(path.with_name(f".{path.name}.lease")):
+    with nullcontext() if lock else _lease(path.with_name(f".{path.name}.lease")):
+        try:
             yield
-        return
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            file.unlink()  # while locked: a waiter that has the removed file open opens the next one
-        lock.release()
+        finally:
+            with suppress(OSError):
+                file.unlink()  # while locked: a waiter that has the removed file open opens the next one
+            if lock is not None:
+                lock.release()
 
 
 @contextmanager

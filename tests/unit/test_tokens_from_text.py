@@ -200,21 +200,36 @@ def test_of_builders_at_the_same_time_one_builds(tmp_path: Path) -> None:
     assert place.stat().st_mode & 0o777 == 0o755  # others may read a shared cache
 
 
-def test_where_locks_are_missing_builders_leave_one_whole_folder(tmp_path: Path, monkeypatch) -> None:
+def without_locks(monkeypatch, lease_seconds: float) -> None:
     def refuse(file, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    place, together, builds = tmp_path / "thing", threading.Barrier(4), []
+    monkeypatch.setattr("utils.files.LEASE_SECONDS", lease_seconds)
+
+
+def test_where_locks_are_missing_one_builds_and_others_wait(tmp_path: Path, monkeypatch) -> None:
+    """For longer than a lease lasts without a sign of life."""
+    without_locks(monkeypatch, 0.5)
+    place, builds = tmp_path / "thing", []
 
     def build(folder: Path) -> None:
-        together.wait(timeout=10)  # all four are half done at once
-        (folder / "part").write_text("x" * 1000)
         builds.append(folder)
+        time.sleep(1.5)
+        (folder / "part").write_text("x" * 1000)
 
     in_turn(4, place, build)
-    assert len(builds) == 4 and (place / "part").read_text() == "x" * 1000
+    assert len(builds) == 1 and (place / "part").read_text() == "x" * 1000
     assert [p.name for p in place.parent.iterdir()] == ["thing"]
+
+
+def test_a_dead_builders_lease_is_taken_over(tmp_path: Path, monkeypatch) -> None:
+    without_locks(monkeypatch, 0.5)
+    (tmp_path / ".thing.lease").mkdir()
+    start = time.monotonic()
+    build_once(tmp_path / "thing", lambda folder: (folder / "part").write_text("whole"))
+    assert time.monotonic() - start > 0.5
+    assert [p.name for p in tmp_path.iterdir()] == ["thing"]
 
 
 def test_a_builder_that_is_killed_is_followed_by_the_next(tmp_path: Path) -> None:
