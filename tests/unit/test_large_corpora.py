@@ -15,6 +15,7 @@ import pytest
 
 import data.build as build_module
 from data.batch import BatchPlan
+from data.batch_schedule import BatchSchedule
 from data.build import FORCED_WINDOW, build_dataset, open_dataset
 from data.dataset import NOT_READ, BlendedDataset, PackedDataset, PackingOptions
 from data.indexed_dataset import IndexedDataset, token_file, write_indexed_dataset
@@ -196,7 +197,7 @@ class Unreadable(Tokens):
 
 def stage_plan(**changes) -> BatchPlan:
     options = dict(batch_size=1, batch_rank=0, cp_size=2, cp_rank=1, qkv_format="thd", layout="zigzag")
-    return BatchPlan(**(dict(global_batch_size=4, micro_batch_size=2) | options | changes))
+    return BatchPlan(**(dict(batches=BatchSchedule.constant(4), micro_batch_size=2) | options | changes))
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "greedy", "concat"])
@@ -230,9 +231,9 @@ def test_rows_that_are_compared_are_read_on_every_stage() -> None:
 def test_the_first_and_the_last_stage_read_tokens(monkeypatch) -> None:
     monkeypatch.setattr("training.build.attention_cost", lambda _: 0.0)
     config = SimpleNamespace(
-        training=SimpleNamespace(global_batch_size=1, micro_batch_size=1),
+        training=SimpleNamespace(batches=BatchSchedule.constant(1), micro_batch_size=1),
         data=SimpleNamespace(qkv_format="thd", pad_rows="full", balance_work=True),
-        parallel=SimpleNamespace(cp_layout="zigzag"),
+        parallel=SimpleNamespace(cp_layout="zigzag", pp_size=1, pp_schedule="1f1b"),
     )
 
     def reads(rank: int, size: int) -> bool:
