@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,19 @@ class PipelineInputs:
     packed_seqs: Sequence[PackedSeq]
     loss_tokens: Tensor
     cross_entropy: Tensor
+
+
+class OutputLayer(nn.Module):
+    """The head of untied embeddings: [padded vocabulary / tp, h]. FSDP gathers the weight around `forward`."""
+
+    def __init__(self, padded_vocab_size: int, hidden_size: int, *, dtype: torch.dtype, tp: TensorParallel) -> None:
+        super().__init__()
+        rows = tp.divide(padded_vocab_size, "padded vocabulary")
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=dtype))
+
+    def forward(self, x: Tensor, use: Callable[[Tensor, Tensor], Any]) -> Any:
+        """use(x, weight): the loss, or logits."""
+        return use(x, self.weight)
 
 
 class GPT(nn.Module):
@@ -78,15 +91,13 @@ class GPT(nn.Module):
         if self.is_last:
             self.final_norm = impl.RMSNorm(hidden_size, eps=config.norm_epsilon, dtype=dtype)
             if not config.tie_embeddings:
-                # Its weight alone is used: the loss multiplies by it.
-                self.lm_head = impl.VocabParallelEmbedding(config.padded_vocab_size, hidden_size, dtype=dtype, tp=tp)
+                self.lm_head = OutputLayer(config.padded_vocab_size, hidden_size, dtype=dtype, tp=tp)
 
-    @property
-    def output_weight(self) -> Tensor:
-        """[padded vocabulary / tp, h]: the embedding if tied, else the head."""
-        head = self.embedding if self.lm_head is None else self.lm_head
-        assert head is not None
-        return head.weight
+    def edge_units(self) -> dict[str, Any]:
+        """What `shard_model` is to gather apart from the layers. Tied tables stay with the root: both ends need them."""
+        if self.config.tie_embeddings:
+            return {}
+        return {"lookup": self.embedding, "head": (self.final_norm, self.lm_head) if self.is_last else ()}
 
     def compile_layers(self) -> None:
         """torch.compile each layer except its attention."""
@@ -105,8 +116,6 @@ class GPT(nn.Module):
         logits_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """The loss of this rank's tokens, logits, or the hidden state for the next stage.
-
-        The output layer runs inside this forward because FSDP gathers the root's weights only here.
 
         Args:
             x: [t] int64 tokens on the first stage, else the previous stage's hidden state.
@@ -127,7 +136,8 @@ class GPT(nn.Module):
             return x
         assert (labels is None) != (logits_rows is None), "labels or logits_rows, not both"
         if logits_rows is not None:
-            return self.tp.gather_columns(x[logits_rows] @ self.output_weight.T)[:, : self.config.vocab_size]
+            logits = self._output(x, lambda x, weight: self.tp.gather_columns(x[logits_rows] @ weight.T))
+            return logits[:, : self.config.vocab_size]
         assert labels is not None
         return self._loss(x, labels)
 
@@ -167,7 +177,18 @@ class GPT(nn.Module):
 
     def _loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = dict(chunk_size=self.options.loss_chunk_size, z_loss=self.options.z_loss, tp=self.tp)
-        return chunked_cross_entropy(x, self.output_weight, labels, vocab_size=self.config.vocab_size, **options)
+
+        def loss(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return chunked_cross_entropy(x, weight, labels, vocab_size=self.config.vocab_size, **options)
+
+        return self._output(x, loss)
+
+    def _output(self, x: Tensor, use: Callable[[Tensor, Tensor], Any]) -> Any:
+        """use(x, weight [padded vocabulary / tp, h] of the output layer), where FSDP has gathered the weight."""
+        if self.lm_head is not None:
+            return self.lm_head(x, use)
+        assert self.embedding is not None
+        return use(x, self.embedding.weight)
 
 
 class Stages(nn.Module):

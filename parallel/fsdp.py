@@ -6,8 +6,9 @@ So FSDP2's averaging is off (divide factor 1, plain sums on the wire).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,8 +29,15 @@ def shard_model(
     device_type: str,
     compute_dtype: torch.dtype,
     reshard_after_forward: bool,
+    lookup: nn.Module | None = None,
+    head: Sequence[nn.Module] = (),
 ) -> None:
-    """Shard `model` in place: each of `layers` is an FSDP unit, the root is the unit of all other parameters.
+    """Shard `model` in place: each of `layers`, `lookup` and `head` is an FSDP unit, the root that of all the rest.
+
+    Args:
+        lookup: a table of which the backward pass needs no weights; gathered for forward passes only.
+        head: modules whose forwards end the model's forward; gathered once for forward and backward, whose gradients
+            are reduced while the layers' backward passes run.
 
     Parameters keep their dtype; forward and backward see `compute_dtype`; gradients are reduced and accumulated in the
     parameters' dtype. With one data-parallel rank and no cast this does nothing, because FSDP2 would still copy every
@@ -46,9 +54,14 @@ def shard_model(
         reduce_dtype=parameter_dtype if mixed else None,
         cast_forward_inputs=False,  # the rotary tables stay in fp32
     )
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    options: dict[str, Any] = dict(mesh=mesh, mp_policy=policy)
+    for unit in (*layers, *([] if lookup is None else [lookup])):
+        fully_shard(unit, **options, reshard_after_forward=reshard_after_forward)
+    if isinstance(lookup, FSDPModule):
+        lookup.set_unshard_in_backward(False)
+    if head:
+        fully_shard(list(head), **options, reshard_after_forward=False)
+    fully_shard(model, **options, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

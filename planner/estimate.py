@@ -275,11 +275,17 @@ def stage_parameters(config: RunConfig, architecture: GPTConfig, stage: int) -> 
     layers = [number for part in rank_layers(config, architecture, stage) for number in part]
     is_first, is_last = 0 in layers, architecture.num_layers - 1 in layers
     h, tp = architecture.hidden_size, config.parallel.tp_size
-    matrices = architecture.qkv_size + architecture.query_size + 3 * architecture.ffn_hidden_size
-    norms = 2 * h + (2 * architecture.kv_channels if architecture.qk_norm else 0)
     tables = 1 if architecture.tie_embeddings and config.parallel.pp_size == 1 else is_first + is_last
     table = architecture.padded_vocab_size * h // tp
-    return len(layers) * (h * matrices // tp + norms) + tables * table + is_last * h
+    return len(layers) * layer_parameters(config, architecture) + tables * table + is_last * h
+
+
+def layer_parameters(config: RunConfig, architecture: GPTConfig) -> int:
+    """Parameters of a layer and tp part, before FSDP shards them."""
+    h = architecture.hidden_size
+    matrices = architecture.qkv_size + architecture.query_size + 3 * architecture.ffn_hidden_size
+    norms = 2 * h + (2 * architecture.kv_channels if architecture.qk_norm else 0)
+    return h * matrices // config.parallel.tp_size + norms
 
 
 def least_memory(config: RunConfig, architecture: GPTConfig) -> float:
@@ -442,9 +448,11 @@ def step_bytes(config: RunConfig, architecture: GPTConfig, rows: Rows | None = N
         parallel.dp_shard_size * cp,
         parallel.dp_replicate_size,
     )
-    gathers = 2 * microbatches if parallel.reshard_after_forward == "on" else 1
+    gathered = parameters
+    if parallel.reshard_after_forward == "on":  # layers for both passes, the tables of the vocabulary for one
+        gathered = microbatches * (parameters + layers * layer_parameters(config, architecture))
     reductions = microbatches if parallel.reduce_every_microbatch == "on" else 1
-    sent["fsdp"] = (fsdp - 1) * parameters // fsdp * (gathers * item + reductions * stored)
+    sent["fsdp"] = (fsdp - 1) * (gathered * item + parameters * reductions * stored) // fsdp
     sent["dp_replicate"] = 2 * (replicas - 1) * (parameters // fsdp) * stored // replicas
 
     # A layer enters and exits parallel regions twice: an all-gather or a reduce-scatter each (or two all-reduces).

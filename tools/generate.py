@@ -111,7 +111,7 @@ def continue_text(
     for layer in model.layers.values():
         layer.attention.attention = CachedAttention()  # type: ignore[union-attr, assignment]
     generator = torch.Generator().manual_seed(seed)
-    device = model.output_weight.device
+    device = next(model.parameters()).device
     start, new = 0, prompt
     for _ in range(tokens):
         packed_seq, _ = build_packed_seq(np.array([len(new)]), np.array([len(new)]), layout="contiguous")

@@ -239,6 +239,7 @@ def build_meta_model(
             device_type=device.type,
             compute_dtype=compute_dtype,
             reshard_after_forward=parallel.reshard_after_forward == "on",
+            **chunk.edge_units(),
         )
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else Stages(chunks)

@@ -150,7 +150,13 @@ def built(
         if compiled:
             chunk.compile_layers()
         shard_model(
-            chunk, chunk.layers.values(), grid, device_type=device, compute_dtype=compute, reshard_after_forward=reshard
+            chunk,
+            chunk.layers.values(),
+            grid,
+            device_type=device,
+            compute_dtype=compute,
+            reshard_after_forward=reshard,
+            **chunk.edge_units(),
         )
         chunks.append(chunk)
     model = chunks[0] if len(chunks) == 1 else Stages(chunks)
@@ -552,8 +558,8 @@ def collectives(rank: int, layout: str, schedule: str, times: int) -> tuple[int,
     [("dp_shard 2 x cp 2", "1f1b"), ("pp 2 x dp_shard 2", "1f1b"), ("pp 2 x dp_shard 2", "interleaved")],
 )
 def test_weights_are_gathered_and_gradients_reduced_once_a_step(world: World, layout: str, schedule: str) -> None:
-    """For any number of microbatches. FSDP units are each layer of the stage, and the root."""
-    units = 4 + 1 if schedule == "1f1b" and "pp" not in layout else 2 + 1
+    """For any number of microbatches. FSDP units are each layer of the stage, embedding, and norm with head."""
+    units = 4 + 2 if schedule == "1f1b" and "pp" not in layout else 2 + 1
     for times in (1, 4):
         microbatches, gathers, reductions = world.run(collectives, layout, schedule, times)[0]
         assert (microbatches, gathers, reductions) == (2 * times, units, units)

@@ -20,7 +20,7 @@ from cp.support import AttentionChoice
 from model.config import GPTConfig
 from planner.estimate import cp_bytes, least_memory, pack_rows, parse_lengths, stage_parameters, step_bytes
 from planner.fake import MemoryLedger, fake_step, fake_world
-from planner.memory import Memory, rank_memory
+from planner.memory import Memory, measure_step, rank_memory
 from runtime.status import RunStatus
 from tests.launch import SMALL, run_train, write_corpus
 from tools import plan as plan_tool
@@ -177,6 +177,22 @@ def test_whole_gradients_do_not_live_between_microbatches() -> None:
     assert rank_memory(*kept).peak - rank_memory(*reduced).peak > whole * 0.6
 
 
+def test_tables_of_the_vocabulary_are_gathered_apart() -> None:
+    """The embedding for the forward pass, the head from the last layer to its own backward pass."""
+    flags = "--seq-length 64 --num-layers 3 --dp-shard-size 4 --reshard-after-forward on --dtype bf16".split()
+    peaks = {}
+    for tied in ([], ["--tie-embeddings"]):
+        config, _ = planned(*flags, *tied, world=4)
+        architecture = config.model.architecture(2**16)  # a table of 8 MiB in bf16, a layer of 0.1 MiB
+        assert architecture.tie_embeddings == bool(tied)
+        peaks[bool(tied)] = measure_step(config, architecture, 0, 1)
+    table = 2**16 * 64 * 2
+    middle, first = ("backward pass of a middle layer", "backward pass of the first layer")
+    assert peaks[True][first]["gathered weights"] >= table and "gathered weights" not in peaks[False][first]
+    # In fp32 this rank's shard of the head's gradient, beside those of layers; tied, nothing is reduced yet.
+    assert peaks[False][middle]["gradients"] >= table * 2 / 4 > 10 * peaks[True][middle]["gradients"]
+
+
 @pytest.mark.parametrize(
     ("device", "layers", "batch", "more", "reduces"),
     [
@@ -244,7 +260,8 @@ def test_bytes_of_a_step_by_hand() -> None:
     p = stage_parameters(*run, 0)
     assert step_bytes(*run) == {"fsdp": p // 2 * (4 + 4)}  # one gather, one reduction, half to the other rank
     run = planned("--dp-shard-size", "2", "--global-batch-size", "4", "--reshard-after-forward", "on", world=2)
-    assert step_bytes(*run) == {"fsdp": p // 2 * (2 * 2 * 4 + 4)}
+    tables = 2 * run[1].padded_vocab_size * 64 + 64  # embedding; norm and head: once a microbatch
+    assert step_bytes(*run) == {"fsdp": (2 * (2 * p - tables) * 4 + p * 4) // 2}
     flags = ["--dp-shard-size", "2", "--global-batch-size", "4", "--reduce-every-microbatch", "on"]
     assert step_bytes(*planned(*flags, world=2)) == {"fsdp": p // 2 * (4 + 2 * 4)}
     run = planned("--tp-size", "2", world=2)
