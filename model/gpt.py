@@ -94,7 +94,7 @@ class GPT(nn.Module):
                 self.lm_head = OutputLayer(config.padded_vocab_size, hidden_size, dtype=dtype, tp=tp)
 
     def edge_units(self) -> dict[str, Any]:
-        """What `shard_model` is to gather apart from the layers. Tied tables stay with the root: both ends need them."""
+        """What `shard_model` gathers apart from the layers. A tied table stays with the root: both ends need it."""
         if self.config.tie_embeddings:
             return {}
         return {"lookup": self.embedding, "head": (self.final_norm, self.lm_head) if self.is_last else ()}

@@ -448,11 +448,11 @@ def step_bytes(config: RunConfig, architecture: GPTConfig, rows: Rows | None = N
         parallel.dp_shard_size * cp,
         parallel.dp_replicate_size,
     )
-    gathered = parameters
+    weights = parameters  # gathered in a step
     if parallel.reshard_after_forward == "on":  # layers for both passes, the tables of the vocabulary for one
-        gathered = microbatches * (parameters + layers * layer_parameters(config, architecture))
+        weights = microbatches * (parameters + layers * layer_parameters(config, architecture))
     reductions = microbatches if parallel.reduce_every_microbatch == "on" else 1
-    sent["fsdp"] = (fsdp - 1) * (gathered * item + parameters * reductions * stored) // fsdp
+    sent["fsdp"] = (fsdp - 1) * (weights * item + parameters * reductions * stored) // fsdp
     sent["dp_replicate"] = 2 * (replicas - 1) * (parameters // fsdp) * stored // replicas
 
     # A layer enters and exits parallel regions twice: an all-gather or a reduce-scatter each (or two all-reduces).

@@ -179,7 +179,7 @@ def test_whole_gradients_do_not_live_between_microbatches() -> None:
 
 def test_tables_of_the_vocabulary_are_gathered_apart() -> None:
     """The embedding for the forward pass, the head from the last layer to its own backward pass."""
-    flags = "--seq-length 64 --num-layers 3 --dp-shard-size 4 --reshard-after-forward on --dtype bf16".split()
+    flags = ["--num-layers", "3", "--dp-shard-size", "4", "--reshard-after-forward", "on", "--dtype", "bf16"]
     peaks = {}
     for tied in ([], ["--tie-embeddings"]):
         config, _ = planned(*flags, *tied, world=4)
