@@ -135,12 +135,13 @@ class LayerNormMLP(torch_layers.LayerNormMLP, FusedWeights):
         # A tuple hides the module from nn.Module: its own parameters stay on the meta device and ours replace them.
         self.hidden = (module,)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + delta
         fc1_weight = _Fuse.apply(self.gate_weight, self.up_weight, self.fused)  # [2 * ffn / tp, h]
         if self.is_cached and self.fused is None:
             self.fused = fc1_weight.detach()
         weights = {"layer_norm_weight": self.layer_norm_weight, "fc1_weight": fc1_weight, "fc2_weight": self.fc2_weight}
-        return functional_call(self.hidden[0], weights, (x,))
+        return x, functional_call(self.hidden[0], weights, (x,))
 
 
 # Value of --fp8 -> its recipe, and the function that checks whether this GPU supports the recipe.

@@ -65,6 +65,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+@fused
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta, [t, h], and its RMSNorm."""
+    x = x + delta
+    return x, F.rms_norm(x, weight.shape, weight, eps)
+
+
 class LayerNormMLP(nn.Module):
     """RMSNorm, then SwiGLU: fc2(silu(gate(x)) * up(x)) (arXiv:2002.05202). Gate and up are two tensors."""
 
@@ -79,10 +86,12 @@ class LayerNormMLP(nn.Module):
         self.up_weight = nn.Parameter(torch.empty(ffn, hidden_size, dtype=dtype))
         self.fc2_weight = nn.Parameter(torch.empty(hidden_size, ffn, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.tp.enter_parallel_region(F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps))
-        x = swiglu(F.linear(x, self.gate_weight), F.linear(x, self.up_weight))
-        return self.tp.exit_parallel_region(F.linear(x, self.fc2_weight))
+    def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and its MLP. Args: delta: what attention adds to the residual stream x."""
+        x, norm = add_norm(x, delta, self.layer_norm_weight, self.eps)
+        norm = self.tp.enter_parallel_region(norm)
+        hidden = swiglu(F.linear(norm, self.gate_weight), F.linear(norm, self.up_weight))
+        return x, self.tp.exit_parallel_region(F.linear(hidden, self.fc2_weight))
 
 
 class _Embedding(torch.autograd.Function):

@@ -147,16 +147,17 @@ class TransformerLayer(nn.Module):
 
     def _block(self, x: Tensor, row: RowContext) -> Tensor:
         with self._precision_context():
-            x = x + self.after_attention(self.attention(x, row), row.token_ids)
+            added = self.after_attention(self.attention(x, row), row.token_ids)
             recompute = self.recompute == "selective" and torch.is_grad_enabled()
-            return x + self.after_mlp(checkpointed(self._mlp, x) if recompute else self.mlp(x), row.token_ids)
+            x, out = checkpointed(self._mlp, x, added) if recompute else self.mlp(x, added)
+            return x + self.after_mlp(out, row.token_ids)
 
-    def _mlp(self, x: Tensor) -> Tensor:
+    def _mlp(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The MLP in its precision context, which recomputation in the backward pass enters again."""
         with self._precision_context():
-            return self.mlp(x)
+            return self.mlp(x, delta)
 
 
-def checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args), recomputed in the backward pass. Dropout masks are functions of ids: no RNG state is kept."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

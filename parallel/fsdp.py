@@ -59,6 +59,8 @@ def shard_model(
         fully_shard(unit, **options, reshard_after_forward=reshard_after_forward)
     if isinstance(lookup, FSDPModule):
         lookup.set_unshard_in_backward(False)
+        # Else its backward pass, the last one, would gather the head of the microbatch before.
+        lookup.set_modules_to_backward_prefetch([lookup])
     if head:
         fully_shard(list(head), **options, reshard_after_forward=False)
     fully_shard(model, **options, reshard_after_forward=False)

@@ -23,31 +23,50 @@ from planner.fake import MemoryLedger
 
 
 class _Kernel(torch.autograd.Function):
-    """Saves `saved` and returns an empty tensor of this shape; the gradients are empty too."""
+    """Saves its inputs and returns an empty tensor of this shape; the gradients are empty too."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, name: str, shape: torch.Size, saved: tuple[Tensor, ...], *inputs: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(*inputs, *saved)
-        ctx.name, ctx.number = name, len(inputs)
+    def forward(ctx: Any, name: str, shape: torch.Size, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(*inputs)
+        ctx.name = name
         with counted_kernel(name, *inputs) as outputs:
-            outputs += inputs[0].new_empty(shape), *saved
+            outputs.append(inputs[0].new_empty(shape))
         return outputs[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        # A weight's gradient is summed over the tokens in two more kernels, of which the first reads everything again.
-        saved, has_weight = ctx.saved_tensors, ctx.name == "rms_norm"  # read once: recomputation allows no second time
-        times = dict(kernels=1 + 2 * has_weight, passes=1 + has_weight)
-        with counted_kernel(f"{ctx.name} backward", grad, *saved, **times) as outputs:
-            outputs += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in saved[: ctx.number]]
-        return None, None, None, *outputs
+        saved = ctx.saved_tensors  # read once: recomputation allows no second time
+        with counted_kernel(f"{ctx.name} backward", grad, *saved) as outputs:
+            outputs += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in saved]
+        return None, None, *outputs
+
+
+class _Norm(torch.autograd.Function):
+    """RMSNorm in one kernel, of x or x + delta, which is a result too. Saves what is normed, and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, delta: Tensor | None) -> Any:  # type: ignore[override]
+        norm, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        added = () if delta is None else (torch.empty_like(x),)
+        with counted_kernel("rms_norm", x, weight, *(() if delta is None else (delta,))) as outputs:
+            outputs += norm, scale, *added
+        ctx.save_for_backward(*added or (x,), weight, scale)
+        return (*added, norm) if added else norm
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        with counted_kernel("rms_norm backward", *grads, x, weight, scale) as outputs:
+            outputs.append(torch.empty_like(x, memory_format=torch.contiguous_format))
+        # The weight's gradient is summed over the tokens in two more kernels, of which the first reads again.
+        with counted_kernel("rms_norm weight", grads[-1], x, scale, kernels=2) as of_weight:
+            of_weight.append(torch.empty_like(weight))
+        return outputs[0], of_weight[0], outputs[0] if len(grads) > 1 else None
 
 
 def fused_rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm in one kernel: saves its input and one number a row. The CPU's operations save more."""
-    return _Kernel.apply("rms_norm", x.shape, (x.new_empty(x.shape[:-1], dtype=torch.float32),), x, weight)
+    """PyTorch's kernel. The CPU's operations save more."""
+    return _Norm.apply(x, weight, None)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -85,7 +104,10 @@ def plan_kernels(ledger: MemoryLedger) -> Callable[[Function], Function]:
         def call(*args: Any) -> Any:
             if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)):
                 return compute(*args)
-            return _Kernel.apply(function.__name__, torch.broadcast_shapes(*(x.shape for x in args)), (), *args)
+            if function.__name__ == "add_norm":
+                x, delta, weight, _ = args
+                return _Norm.apply(x, weight, delta)
+            return _Kernel.apply(function.__name__, torch.broadcast_shapes(*(x.shape for x in args)), *args)
 
         return call
 
@@ -110,15 +132,16 @@ class TEMLP(LayerNormMLP):
     ledger: MemoryLedger
     fused: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + delta
         gate, up = self.gate_weight, self.up_weight
         if self.fused is None:
             self.fused = gate.new_empty(len(gate) + len(up), gate.shape[1])
             self.ledger.relabel(self.fused, "fused weights")
         norm = fused_rms_norm(x, None, self.layer_norm_weight, self.eps)
         hidden = functional.linear(self.tp.enter_parallel_region(norm), _Fuse.apply(gate, up, self.fused))
-        activation = _Kernel.apply("swiglu", (len(hidden), len(gate)), (), hidden)
-        return self.tp.exit_parallel_region(functional.linear(activation, self.fc2_weight))
+        activation = _Kernel.apply("swiglu", (len(hidden), len(gate)), hidden)
+        return x, self.tp.exit_parallel_region(functional.linear(activation, self.fc2_weight))
 
 
 def te_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 from cp.native_p2p import _add_, _add_up, merge_
 from model import loss
 from model.rope import _rotate
-from model.torch_layers import swiglu
+from model.torch_layers import add_norm, swiglu
 from parallel.fusion import compile_kernel, fused, kernels
 from tests.reference import BF16_ROUNDING, relative_error
 
@@ -71,6 +71,7 @@ def log_probs(tokens: int) -> tuple[Any, ...]:
 CASES: dict[str, tuple[Callable, Callable[[int], list[Any]]]] = {
     "rotary positions": (_rotate, rotary),
     "SwiGLU": (swiglu, lambda t: [random(t, 24), random(t, 24, seed=1)]),
+    "addition and norm": (add_norm, lambda t: [random(t, 24), random(t, 24, seed=1), random(24, seed=2), 1e-5]),
     "merge": (merged, parts),
     "gradients of blocks": (added, lambda t: [random(t, 8).float(), random(t, 8, seed=1), random(t, 8, seed=2)]),
     "first gradients": (_add_up, lambda t: [torch.float32, random(t, 8), random(t, 8, seed=1)]),
@@ -91,13 +92,15 @@ CASES: dict[str, tuple[Callable, Callable[[int], list[Any]]]] = {
 def run(function: Callable, args: list[Any]) -> list[Tensor]:
     """Results and gradients of the floating-point arguments, where the function has a gradient."""
     args = [x.clone() if isinstance(x, Tensor) and not x.is_leaf else x for x in args]
-    if function is not swiglu:
+    if function not in (swiglu, add_norm):
         with torch.no_grad():
             out = function(*(x.clone() if isinstance(x, Tensor) and x.is_contiguous() else x for x in args))
         return list(out) if isinstance(out, tuple) else [out]
-    inputs = [x.detach().requires_grad_() for x in args]
-    out = function(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out) * 0.3)]
+    args = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in args]
+    out, inputs = function(*args), [x for x in args if isinstance(x, Tensor)]
+    out = out if isinstance(out, tuple) else (out,)
+    grads = [random(*x.shape, dtype=x.dtype, seed=9 + number) for number, x in enumerate(out)]
+    return [*(x.detach() for x in out), *torch.autograd.grad(out, inputs, grads)]
 
 
 def widened(args: list[Any]) -> list[Any]:

@@ -86,7 +86,7 @@ def test_greedy_is_the_argmax_of_the_training_forward(
 def test_a_token_costs_one_tokens_forward(grid: Grid) -> None:
     _, kept = pair(grid, "fp32")
     computed: list[int] = []
-    kept.layers["0"].mlp.register_forward_hook(lambda module, inputs, out: computed.append(len(out)))  # type: ignore[union-attr]
+    kept.layers["0"].mlp.register_forward_hook(lambda module, inputs, out: computed.append(len(out[1])))  # type: ignore[union-attr]
     list(continue_text(kept, [1, 2, 3, 4, 5], tokens=6, eod=None))
     assert computed == [5, 1, 1, 1, 1, 1]
 
