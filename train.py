@@ -25,6 +25,7 @@ from config.validate import resolve
 from data.batch import Batch
 from data.batch_schedule import BatchSchedule
 from data.loader import build_loader, read_batches, translate_worker_death
+from data.mixture import resume_samples
 from metrics.banner import RunSummary
 from metrics.log import MetricsLog, StepResult, count_rows
 from metrics.profiler import StepProfiler
@@ -140,13 +141,12 @@ def main(argv: list[str], status: RunStatus) -> None:
             optimizer,
             ranks.grid,
             save=paths.checkpoints,
-            keeps_data_order=config.keeps_data_order,
-            changeable=config.changeable,
+            config=config,
             is_tokenizer_trained=data.is_tokenizer_trained,
             group=ranks.checkpoint_group,
         )
     if state.is_resumed and not config.training.eval_only:
-        data.train.load_state_dict(state.data)
+        data = replace(data, train=resume_samples(data.train, state.data, state.source_places))
     status.step = state.first_step
 
     # ------------------------------------------------------------------------------------------------
@@ -163,8 +163,8 @@ def main(argv: list[str], status: RunStatus) -> None:
     # ------------------------------------------------------------------------------------------------
     # Train, or validate once
 
-    trainer = Trainer(run, data, model, optimizer, metadata, metrics, timers, stops)
-    done, stop = trainer.validate_only(state.first_step) if config.training.eval_only else trainer.run(state)
+    trainer = Trainer(run, data, model, optimizer, state, metadata, metrics, timers, stops)
+    done, stop = trainer.validate_only() if config.training.eval_only else trainer.run()
 
     # ------------------------------------------------------------------------------------------------
     # End
@@ -182,6 +182,7 @@ class Trainer:
     """The loop, and what happens between steps. Every method is collective.
 
     Args:
+        state: before the first step.
         metadata: of the run, for its checkpoints.
     """
 
@@ -189,6 +190,7 @@ class Trainer:
     data: RunData
     model: GPT | Stages
     optimizer: torch.optim.Optimizer
+    state: TrainState
     metadata: dict[str, Any]
     metrics: MetricsLog
     timers: Timers
@@ -234,6 +236,8 @@ class Trainer:
             rank=ranks.launch.rank,
             device=self.device,
         )
+        batches = config.training.batches
+        start = self.data.train.state_dict(batches.first_sample(self.state.first_step))
         self.guard = NonFiniteGuard(
             training=config.training,
             checks_each_step=self.device.type == "cpu" or config.training.on_nonfinite == "skip",
@@ -243,24 +247,26 @@ class Trainer:
             metadata={
                 "flags": self.shared.asked,
                 "fingerprints": self.data.fingerprints(),
+                "data": start | {"batches": batches.to_json(config.training.train_iters)},
                 "checkpoints": str(paths.checkpoints.resolve()),
                 "world_size": ranks.launch.world_size,
             },
             control_group=ranks.control_group,
         )
 
-    def validate_only(self, first_step: int) -> tuple[int, str]:
+    def validate_only(self) -> tuple[int, str]:
         """Validate the loaded weights. Returns as `run`."""
         self.stops.restore_handlers()
-        self.validator.run(first_step)
-        return first_step, ""
+        self.validator.run(self.state.first_step)
+        return self.state.first_step, ""
 
-    def run(self, state: TrainState) -> tuple[int, str]:
-        """Train from `state` to the last step or a request to stop.
+    def run(self) -> tuple[int, str]:
+        """Train to the last step or a request to stop.
 
         Returns:
             (number of finished steps, why the run stopped; empty at its end)
         """
+        state = self.state
         self.stops.watch_interrupts()
         self.sampler.run("before training")
         if state.validation_due and (stop := self.validator.run(state.first_step)):

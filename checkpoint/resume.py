@@ -24,6 +24,7 @@ from checkpoint.files import (
 from checkpoint.saver import load_checkpoint
 from config.schema import CheckpointConfig, LoggingConfig, OnResume, RunConfig, option
 from data.dataset import BlendedDataset, SampleDataset
+from data.mixture import match_sources
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig
 from parallel.grid import Grid
@@ -71,6 +72,7 @@ class TrainState:
         first_step: number of steps that are done.
         notes: lines for the banner.
         data: state of the data sources, from run.json.
+        source_places: of `match_sources`, where the mixture of sources changes; None: it does not.
         validation_due: a request to stop ended the validation after `first_step`.
     """
 
@@ -78,6 +80,7 @@ class TrainState:
     first_step: int = 0
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    source_places: list[int | None] | None = None
     validation_due: bool = False
 
     @property
@@ -212,8 +215,8 @@ def check_same_run(
             why = f"--data-path: {describe_data_change(saved.get(SOURCES), wanted[SOURCES])}"
             if name not in free:
                 raise UserError(
-                    f"{why}; a resumed run reads the data of its checkpoint {checkpoint}: give those, or start a new "
-                    "run from its weights with --load-weights-only"
+                    f"{why}; a resumed run reads the data of its checkpoint {checkpoint}: give those, allow the change "
+                    "with --new-data, or start a new run from its weights with --load-weights-only"
                 )
             changed.append(why)
         elif name in free:
@@ -236,8 +239,7 @@ def load_start(
     grid: Grid,
     *,
     save: Path,
-    keeps_data_order: bool = True,
-    changeable: Collection[str] = (),
+    config: RunConfig,
     is_tokenizer_trained: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> TrainState:
@@ -246,16 +248,17 @@ def load_start(
     Args:
         wanted: metadata of this run, from `run_metadata`.
         save: folder where the run saves; a corrupted checkpoint there is quarantined.
-        keeps_data_order: refuse other data than the checkpoint's.
-        changeable: as `RunConfig.changeable`.
+        config: says what may change.
         is_tokenizer_trained: as `check_same_run`'s.
         group: as `load_checkpoint`'s.
 
     Raises:
         UserError: another model or other data; or a corrupted checkpoint, without `--load-fallback` or an older one.
     """
-    free: Collection[str] = {*FREE_ON_RESUME, *map(option, changeable)}
-    if not keeps_data_order:
+    free: Collection[str] = {*FREE_ON_RESUME, *map(option, config.changeable)}
+    if config.data.new_data:
+        free = {*free, DOCUMENTS}
+    if not config.keeps_data_order:
         free = {*FREE_ON_RESUME, *(option(name) for name in RunConfig().flags("fixed")), DOCUMENTS} - {OPTIMIZER}
     if plan.weights_only:
         of_model = {name for name in wanted if name.startswith("model ") or name == "tokenizer"}
@@ -279,4 +282,10 @@ def load_start(
         notes += [f"quarantined as {quarantine(path).name}" for path in ours]
     notes += [f"changed: {line}" for line in changed]
     first_step, due = (0, False) if plan.weights_only else (step, saved.get("validation_due") is True)
-    return TrainState(checkpoint, first_step, notes, saved.get("data", {}), due)
+    places = None
+    trains_on = not plan.weights_only and not config.training.eval_only
+    if trains_on and saved[DOCUMENTS] != wanted[DOCUMENTS]:
+        if SOURCES not in saved:
+            raise UserError(f"--new-data: the checkpoint {checkpoint} is too old to say where its sources stood")
+        places = match_sources(saved[SOURCES], wanted[SOURCES])
+    return TrainState(checkpoint, first_step, notes, saved.get("data", {}), places, due)

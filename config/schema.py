@@ -302,6 +302,10 @@ class DataConfig:
         "Python's standard library",
         metavar="PATH",
     )
+    new_data: bool = flag(
+        False,
+        "a resumed run may change --data-path: its sources and weights; each source goes on where it stood",
+    )
     valid_data_path: list[str] | None = flag(
         None, "validation data, as --data-path; default: a part of it", metavar="PATH"
     )

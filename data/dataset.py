@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -234,9 +234,6 @@ class PackedDataset:
         epoch, position = divmod(n, self.samples_per_epoch)
         return {"sequences": n, "sources": [{"name": self.name, "epoch": epoch, "position": position}]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Does nothing: epoch and position follow from the number of a sample."""
-
     def sample(self, n: int, *, reads_tokens: bool = True) -> PackedSample:
         """Sample n of the run; every epoch has `samples_per_epoch` of them.
 
@@ -362,29 +359,59 @@ class PackedDataset:
         return self.__dict__ | {"_epochs": {}, "_build_ahead": None}
 
 
+class Mixture(NamedTuple):
+    """Where a mixture of sources begins. Attributes: samples of the run before it, samples of each source before it."""
+
+    sequences: int
+    counts: list[int]
+
+
 class BlendedDataset:
     """Samples of several datasets in turn (data/blend.py).
 
     Args:
         weights: [sources] positive integers, in proportion to the samples that each source gives.
+        mixture: where these sources and weights begin in the run; None: at sample 0.
+        reached: (n, samples of each source before sample n), so that counting begins there; None: at the mixture.
     """
 
-    def __init__(self, sources: Sequence[PackedDataset], weights: Sequence[int]) -> None:
-        self.sources, self.blend = list(sources), Blend(weights)
+    def __init__(
+        self,
+        sources: Sequence[PackedDataset],
+        weights: Sequence[int],
+        *,
+        mixture: Mixture | None = None,
+        reached: tuple[int, Sequence[int]] | None = None,
+    ) -> None:
+        self.sources, self.mixture = list(sources), mixture or Mixture(0, [0] * len(weights))
+        before = self.mixture
+        n, counts = reached or before
+        since = [count - begun for count, begun in zip(counts, before.counts, strict=True)]
+        self.blend = Blend(weights, (n - before.sequences, since) if reached else None)
         self.seq_length = self.sources[0].seq_length
         # Samples before any source begins its second epoch.
         pairs = zip(self.sources, self.blend.weights, strict=True)
         self.samples_per_epoch = min(source.samples_per_epoch * self.blend.total // w for source, w in pairs)
 
     def sample(self, n: int, *, reads_tokens: bool = True) -> PackedSample:
-        source, position = self.blend.at(n)
+        source, position = self.at(n)
         sample = self.sources[source].sample(position, reads_tokens=reads_tokens)
         sample.first_id = n * self.seq_length  # of the run: repeated tokens get other dropout masks
         return sample
 
+    def at(self, n: int) -> tuple[int, int]:
+        """(source, number of the sample in that source) of sample n, which the mixture has."""
+        source, position = self.blend.at(n - self.mixture.sequences)
+        return source, position + self.mixture.counts[source]
+
+    def counts(self, n: int) -> list[int]:
+        """[sources] samples of each before sample n."""
+        since = self.blend.counts(n - self.mixture.sequences)
+        return [count + begun for count, begun in zip(since, self.mixture.counts, strict=True)]
+
     def squared_lengths(self, first: int, count: int) -> np.ndarray:
         """As `PackedDataset.squared_lengths`."""
-        found = np.array([self.blend.at(n) for n in range(first, first + count)], np.int64)
+        found = np.array([self.at(n) for n in range(first, first + count)], np.int64)
         squares = np.zeros(count, np.int64)
         for number, source in enumerate(self.sources):
             own = found[:, 0] == number
@@ -396,29 +423,15 @@ class BlendedDataset:
         return self.sources[0].empty_sample()
 
     def fingerprint(self) -> str:
-        """Hash of the sources in order, and their weights."""
+        """Hash of the sources in order, and their weights; of one source its own."""
+        if len(self.sources) == 1:
+            return self.sources[0].fingerprint()
         return cache_key(blend=[(s.fingerprint(), w) for s, w in zip(self.sources, self.blend.weights, strict=True)])
 
     def state_dict(self, n: int) -> dict[str, Any]:
-        counts = zip(self.sources, self.blend.counts(n), strict=True)
-        return {"sequences": n, "sources": [source.state_dict(count)["sources"][0] for source, count in counts]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if not state:  # an old checkpoint without data positions: they are computed from sample 0, which is slower
-            return
-        try:
-            positions, n = [(p["epoch"], p["position"]) for p in state["sources"]], state["sequences"]
-            if not all(type(count) is int and count >= 0 for count in (n, *sum(positions, ()))):
-                raise TypeError("a count is no number")
-        except (KeyError, TypeError) as error:
-            raise UserError(f"the checkpoint's position in the data is corrupted ({error})") from error
-        if len(positions) != len(self.sources):
-            raise UserError(
-                f"--data-path: {len(self.sources)} sources, but the checkpoint's data came from {len(positions)}"
-            )
-        pairs = zip(self.sources, positions, strict=True)
-        counts = [source.samples_per_epoch * epoch + position for source, (epoch, position) in pairs]
-        self.blend = Blend(self.blend.weights, (n, counts))
+        counts = zip(self.sources, self.counts(n), strict=True)
+        state = {"sequences": n, "sources": [source.state_dict(count)["sources"][0] for source, count in counts]}
+        return state | ({"mixture": self.mixture._asdict()} if self.mixture.sequences else {})
 
 
 SampleDataset = PackedDataset | BlendedDataset

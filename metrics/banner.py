@@ -88,7 +88,7 @@ def _describe_source(source: PackedDataset) -> str:
 def describe_epochs(sequences: SampleDataset, n: int) -> str:
     """How many epochs of each source the first `n` samples of a run are."""
     sources = list_sources(sequences)
-    counts = sequences.blend.counts(n) if isinstance(sequences, BlendedDataset) else [n]
+    counts = sequences.counts(n) if isinstance(sequences, BlendedDataset) else [n]
     epochs = [f"{count / s.samples_per_epoch:.4g} epochs" for s, count in zip(sources, counts, strict=True)]
     if len(epochs) == 1:
         return epochs[0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ import torch.distributed as dist
 from checkpoint.files import find_checkpoint, list_checkpoints, read_run_metadata
 from checkpoint.saver import load_checkpoint
 from config.cli import parse_arguments
+from data.batch_schedule import BatchSchedule
 from data.loader import build_loader
+from data.mixture import resume_samples
 from model.gpt import GPT, Stages, get_chunks
 from runtime.distributed import read_launch, read_ranks, run_on_rank_zero_first
 from runtime.nonfinite import find_nonfinite_gradients
@@ -52,7 +55,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record = parse_json(read_text(path.resolve()))
         if wrong := [name for name, kind in kinds.items() if not isinstance(record[name], kind)]:
             raise TypeError(f"another type of {wrong[0]}")
-        return {name: record[name] for name in kinds}
+        return {name: record[name] for name in kinds} | {"data": record.get("data", {})}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -135,8 +138,11 @@ def main(argv: list[str]) -> int:
     model = build_model(config, architecture, grid, device)
     loaded_step = load_checkpoint(checkpoint, model, None, grid) if checkpoint else 0
     layers = watch_layers(model)
-    plan = build_batch_plan(config, architecture, grid)
-    batches = list(build_loader(data.train, plan, steps=[step - 1], num_workers=0, pin_memory=False))
+    plan, samples = build_batch_plan(config, architecture, grid), data.train
+    if record["data"]:  # not in an old record
+        plan = replace(plan, batches=BatchSchedule.parse(record["data"].get("batches")))
+        samples = resume_samples(samples, record["data"])
+    batches = list(build_loader(samples, plan, steps=[step - 1], num_workers=0, pin_memory=False))
     loss, grad_norm = compute_gradients(config, model, batches, grid, device)
     reports: list[Any] = [None] * launch.world_size
     dist.all_gather_object(reports, (layers, find_nonfinite_gradients(model)))

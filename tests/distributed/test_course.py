@@ -1,12 +1,14 @@
-"""Runs that change course: growing and changed batches, data ranks that do not divide the batch."""
+"""Runs that change course: growing and changed batches, data ranks that do not divide the batch, other mixtures."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from data.prepare import main as prepare
 from tests.launch import SMALL, read_metrics, run_train, train, write_corpus
 
 RAMP = ["--rampup-batch-size", "1", "1", "12"]
@@ -82,3 +84,52 @@ def test_a_changed_batch_goes_on_where_the_samples_stood(base, tmp_path: Path) -
         [[r[key] for key in keys] for r in read_metrics(run / "metrics.jsonl")] for run in (stopped, tmp_path / "one")
     ]
     assert bits[0] == bits[1]
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> list[Path]:
+    """Three corpora of one byte tokenizer."""
+    folder, corpora = tmp_path_factory.mktemp("corpora"), []
+    for number in range(3):
+        file = folder / f"{number}.jsonl"
+        texts = (f"{number} {n} " * (5 + (17 * n + 31 * number) % 90) for n in range(30))
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        prefix = file.with_suffix("")
+        assert prepare(["--input", str(file), "--output-prefix", str(prefix), "--tokenizer-type", "byte"]) == 0
+        corpora.append(prefix)
+    return corpora
+
+
+def test_another_mixture_from_here_on(base, corpora, tmp_path: Path) -> None:
+    """0.7 of A and 0.3 of B; after five steps 0.2 of B and 0.8 of C: B goes on where it stood. On one rank and on two,
+    and with stops before, at and after the change.
+    """
+    at = base.index("--data-path")
+    flags = [*base[:at], *base[at + 2 :], "--save-interval", "1"]
+    flags = [flag for flag in flags if flag not in ("--tokenizer-type", "byte")]
+    a, b, c = map(str, corpora)
+    before, after = ["--data-path", "0.7", a, "0.3", b], ["--resume", "--new-data", "--data-path", "0.2", b, "0.8", c]
+    until = ["--lr-decay-iters", "10", "--train-iters"]
+
+    train(0, tmp_path / "one", *flags, *before, *until, "5")
+    for name in ("two", "stops"):
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+    refused = run_train(0, "--run-dir", str(tmp_path / "one"), *flags, "--resume", *after[2:])
+    assert refused.returncode == 2 and "--new-data" in refused.stderr and f"{c} is new" in refused.stderr
+    whole = train(0, tmp_path / "one", *flags, *after)
+    assert_same(train(2, tmp_path / "two", *flags, *after, "--cp-size", "2"), whole)
+
+    result = run_train(0, "--run-dir", str(tmp_path / "stops"), *flags, *after, *until, "6")
+    assert result.returncode == 0 and "changed: --data-path" in result.stdout, result.stdout
+    train(0, tmp_path / "stops", *flags, *after, *until, "8")  # as a job that is requeued with the same command
+    keys = ("loss", "grad_norm", "tokens")
+    bits = [[[r[key] for key in keys] for r in train(0, tmp_path / "stops", *flags, "--resume", *after[2:])]]
+    assert bits[0] == [[r[key] for key in keys] for r in whole]
+
+    states = [
+        json.loads((tmp_path / "one" / "checkpoints" / f"step_{n:07d}" / "run.json").read_text())["data"]
+        for n in (5, 10)
+    ]
+    stood = [{s["name"]: s["position"] for s in state["sources"]} for state in states]
+    assert stood[1][b] - stood[0][b] == 4 and stood[1][c] == 16  # of the twenty samples since
+    assert states[1]["mixture"] == {"sequences": 20, "counts": [stood[0][b], 0]}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from data.blend import BLOCK, Blend, parse_blend, whole_weights
 from data.dataset import BlendedDataset
+from data.mixture import match_sources, resume_samples
 from tests.unit.test_packed_rows import dataset
 from utils.errors import UserError
 
@@ -179,11 +180,61 @@ def test_a_state_is_small_and_resumes_exactly(stop: int) -> None:
     state = whole.state_dict(stop)
     assert state["sequences"] == stop and len(state["sources"]) == 3
     assert all(p["position"] < s.samples_per_epoch for p, s in zip(state["sources"], whole.sources, strict=True))
-    resumed.load_state_dict(state)
+    resumed = resume_samples(resumed, state)
     for n in range(stop, stop + 20):
         assert (resumed.sample(n).tokens == whole.sample(n).tokens).all()
     with pytest.raises(ValueError, match="sources"):
-        blended([5, 3]).load_state_dict(state)
+        resume_samples(blended([5, 3]), state)
+
+
+MIXTURES = st.lists(
+    st.tuples(st.integers(0, 60), st.dictionaries(st.integers(0, 3), st.integers(1, 9), min_size=1)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(MIXTURES, st.integers(0, 40))
+@settings(max_examples=60, deadline=None)
+def test_every_source_goes_on_through_changes_of_the_mixture(changes: list[tuple[int, dict]], stop: int) -> None:
+    """Sources come, go, come back and change their weights: each is read in its order from where it stood when its
+    last mixture ended; a stop after the last change alters nothing. A source that left begins anew.
+    """
+    rng, n, samples, rows = np.random.default_rng(0), 0, None, []
+    every = [dataset(rng.integers(1, 40, 20).tolist(), seq_length=32, alignment=4) for _ in range(4)]
+    read: dict[int, int] = {}
+    for length, weights in changes:
+        sources = list(weights)
+        packed = [every[s] for s in sources]
+        new = BlendedDataset(packed, list(weights.values())) if len(packed) > 1 else packed[0]
+        now = [(f"{s}", every[s].fingerprint(), 0) for s in sources]
+        if samples is not None:
+            places = None if (now, new.fingerprint()) == (rows, samples.fingerprint()) else match_sources(rows, now)
+            new = resume_samples(new, samples.state_dict(n), places)
+        samples, rows = new, now
+        read = {s: read.get(s, 0) for s in sources}
+        for at in range(n, n + length):
+            source, position = samples.at(at) if isinstance(samples, BlendedDataset) else (0, at)
+            assert position == read[sources[source]]
+            read[sources[source]] += 1
+        n += length
+    built = BlendedDataset(packed, list(weights.values())) if len(packed) > 1 else packed[0]
+    resumed = resume_samples(built, samples.state_dict(n + stop))
+    for at in range(n + stop, n + stop + 10):
+        a, b = resumed.sample(at), samples.sample(at)
+        assert (a.tokens == b.tokens).all() and a.first_id == b.first_id == at * 32
+    assert resumed.state_dict(n + stop + 10) == samples.state_dict(n + stop + 10)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mixture": 3}, {"mixture": {"sequences": 0}}, {"mixture": {"sequences": -1, "counts": [0, 0, 0]}},
+     {"mixture": {"sequences": 0, "counts": [0]}}, {"sources": 5}, {"sequences": "9"}],
+)  # fmt: skip
+def test_a_corrupted_state_is_a_refusal(wrong: dict) -> None:
+    data = blended([5, 3, 1])
+    with pytest.raises(UserError):
+        resume_samples(data, data.state_dict(9) | wrong)
 
 
 def test_an_epoch_of_a_blend_repeats_no_source() -> None:
