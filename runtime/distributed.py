@@ -13,8 +13,8 @@ import stat
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -98,6 +98,32 @@ def keep_freed_memory() -> None:
             print(f"glibc refused mallopt({option}): steps on this CPU will be slower", file=sys.stderr)
 
 
+def raise_file_limit() -> None:
+    """Let this process open as many files as the system allows: a gather on rank 0 has a connection to each rank."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextmanager
+def connect_on_demand() -> Iterator[None]:
+    """gloo groups made inside connect to a rank at the first message, not to all ranks at once.
+
+    A group over N ranks then costs each rank a few requests to the store and a few files instead of 2N and N. For
+    collectives only: the first message waits until the other rank sends or receives too, so that other patterns of
+    sends, such as those of pipeline stages, may wait for each other in a circle.
+    """
+    name = "TORCH_GLOO_LAZY_INIT"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
 def initialise_distributed(launch: Launch, device_type: str, *, timeout: timedelta) -> tuple[torch.device, dist.Store]:
     """Make the default process group: gloo on the CPU; on CUDA NCCL, and gloo for CPU tensors.
 
@@ -117,13 +143,15 @@ def initialise_distributed(launch: Launch, device_type: str, *, timeout: timedel
         device = torch.device("cpu")
         backend = "gloo"
         keep_freed_memory()
+    raise_file_limit()
     store: dist.Store = dist.HashStore()
     if launch.under_torchrun:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         # After a restart torchrun's store still holds the addresses of dead ranks; PyTorch 2.13 does not separate
         # attempts.
         store = dist.PrefixStore(f"attempt {launch.restarts}", store)
-    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    with connect_on_demand():
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     return device, store.clone()  # type: ignore[attr-defined]
 
 
@@ -190,7 +218,8 @@ class Ranks:
     """The ranks of a run, as this rank sees them.
 
     Attributes:
-        checkpoint_group, control_group: gloo groups over all ranks, for checkpoints and for agreement between steps.
+        checkpoint_group: gloo, over all ranks, for checkpoints alone: a thread may save while the main thread trains.
+        control_group: that of all ranks, for agreement between steps. For CPU tensors: gloo.
     """
 
     launch: Launch
@@ -231,9 +260,10 @@ def start_ranks(parallel: ParallelConfig, launch: Launch, flags: dict[str, Any],
     packages = {"torch": torch.__version__, "FlashAttention": installed_versions()}
     check_ranks_agree(shared | packages, "flags")
     grid = build_run_grid(parallel, device)
-    checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
-    control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
-    return Ranks(launch, device, grid, watchdog, checkpoint_group, control_group)
+    with connect_on_demand():
+        checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
+    assert dist.group.WORLD is not None
+    return Ranks(launch, device, grid, watchdog, checkpoint_group, control_group=dist.group.WORLD)
 
 
 def run_on_rank_zero_first(build: Callable[[], T], *, waiting: AbstractContextManager[None] | None = None) -> T:
@@ -247,15 +277,25 @@ def run_on_rank_zero_first(build: Callable[[], T], *, waiting: AbstractContextMa
     Raises:
         UserError: on every rank, with rank 0's message, if rank 0 raised it or an OSError.
     """
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))  # tokenizing a corpus takes its time
+    broadcast_object(None)  # connects the ranks, which has a time limit
     with waiting or nullcontext():
-        result = run_on_rank_zero(build, group=group)
-    dist.destroy_process_group(group)
+        result = run_on_rank_zero(build, has_time_limit=False)
     return result if result is not None else build()
 
 
-def run_on_rank_zero(action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T | None:
-    """`action()` on rank 0; None on the others. Collective.
+def _wait_for_rank_zero() -> None:
+    """Wait until rank 0 calls this too, however long it takes to tokenize a corpus. Collective."""
+    options = dist.BroadcastOptions()
+    options.timeout = timedelta(days=365)
+    assert dist.group.WORLD is not None
+    dist.group.WORLD.broadcast([torch.zeros(1)], options).wait()
+
+
+def run_on_rank_zero(action: Callable[[], T], *, has_time_limit: bool = True) -> T | None:
+    """`action()` on rank 0; None on the others, which wait for it. Collective.
+
+    Args:
+        has_time_limit: they wait as long as for any collective, else without limit.
 
     Raises:
         UserError: on every rank, with rank 0's message, if rank 0 raised it or an OSError.
@@ -267,7 +307,9 @@ def run_on_rank_zero(action: Callable[[], T], *, group: dist.ProcessGroup | None
             result = action()
         except (UserError, OSError) as error:
             failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0, group=group)
+    if not has_time_limit:
+        _wait_for_rank_zero()
+    dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise UserError(failure[0])
     return result
@@ -284,14 +326,14 @@ def check_ranks_agree(values: dict[str, Any], what: str) -> None:
         UserError: on every rank, naming the values that differ and the ranks that differ from rank 0.
     """
     own = {name: repr(value) for name, value in values.items()}
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    ranks = [rank for rank, other in enumerate(digests) if other != digests[0]]
-    if not ranks:
+    digest = int.from_bytes(hashlib.sha256(json.dumps(own, sort_keys=True).encode()).digest()[:7], "big")
+    extremes = torch.tensor([digest, -digest])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    if extremes[0] == -extremes[1]:
         return
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, own)
+    ranks = [rank for rank, other in enumerate(everyones) if other != everyones[0]]
     first, other = everyones[0], everyones[ranks[0]]
     differing = [name for name in {**first, **other} if first.get(name) != other.get(name)]
     name = differing[0]

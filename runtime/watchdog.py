@@ -29,7 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTED = str(Path(dist.__file__).parent)
 # The host waits for the GPU, which waits in a collective, or for a step that other ranks did not finish.
 CUDA = str(Path(torch.cuda.__file__).parent)
-WAITS = {(ROOT / "runtime" / "signals.py", "request"), (ROOT / "metrics" / "log.py", "_record")}
+WAITS = {
+    (ROOT / "runtime" / "signals.py", "request"),
+    (ROOT / "runtime" / "distributed.py", "_wait_for_rank_zero"),
+    (ROOT / "metrics" / "log.py", "_record"),
+}
 COLLECTIVES = ROOT / "parallel" / "collectives.py"
 ANSWER_SECONDS = 20.0  # for the store; TCP notices a cut cable after a quarter of an hour
 
