@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from data.loader import DataError
-from runtime.watchdog import Watchdog
+from runtime.watchdog import LostStore, Watchdog
 from utils.errors import CollectiveError, UserError
 from utils.files import parse_json, read_text, replace_synced
 from utils.logger import log_error, one_line
@@ -143,6 +143,8 @@ class RunStatus:
                 self.watchdog.stop()
             return
         kill_data_workers()
+        if self.watchdog is not None:
+            self.watchdog.end()
         if isinstance(error, SystemExit):
             return
         if isinstance(error, UserError):
@@ -155,13 +157,17 @@ class RunStatus:
             self._exit(one_line(error), 1, is_shared=False)
         if is_peer_failure(error):
             self._exit_after_peer_failure(error)
-        self._write_failure(f"{type(error).__name__}: {one_line(error)}")  # Python prints the traceback
+        text = f"{type(error).__name__}: {one_line(error)}"
+        self._write_failure(text)  # Python prints the traceback
+        self._announce_at_exit(text)
 
     def on_hang(self, reason: str) -> None:
         """End this process from the watchdog's thread, wherever the main thread is."""
         try:
             log_error(reason, rank=self.rank)
             self._write_failure(reason, lost=True)
+            if self.watchdog is not None:
+                self.watchdog.announce(self._failure(reason))
         finally:
             _exit_now()
 
@@ -175,25 +181,43 @@ class RunStatus:
             is_shared = False  # else this process would have been ended
         if not is_shared or self.local_rank == 0:
             log_error(text, rank=None if is_shared else self.rank)
+        if not is_shared:
+            self._announce_at_exit(text)
         raise SystemExit(code) from None
+
+    def _failure(self, reason: str) -> str:
+        return f"rank {self.rank} on {platform.node()} failed: {reason}"
+
+    def _announce_at_exit(self, reason: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.announce_at_exit(self._failure(reason))
 
     def _exit_after_peer_failure(self, error: BaseException) -> None:
         try:
             time.sleep(1.0)  # a rank that failed by itself writes its reason first
-            found = ""
-            if not (self.file is not None and self.file.failure()) and self.watchdog is not None:
-                found = self.watchdog.find_lost_ranks()
-            failure = self.file.failure() if self.file is not None else None
-            if failure:
-                first = f"rank {failure['rank']} on {failure['host']} failed: {failure['reason']}"
-                log_error(f"stopped, because {first}", rank=self.rank)
+            written = self.file.failure() if self.file is not None else None
+            if written:
+                failure = f"rank {written['rank']} on {written['host']} failed: {written['reason']}"
+                log_error(f"stopped, because {failure}", rank=self.rank)
             else:
-                lost = found or "lost another rank, which died or was cut off"
-                text = f"{lost} ({one_line(error)[:200]})"
+                text = self._explain_loss(one_line(error)[:200])
+                failure = self._failure(text)
                 log_error(text, rank=self.rank)
                 self._write_failure(text, lost=True)
+            if self.watchdog is not None:
+                self.watchdog.announce(failure)
         finally:
             _exit_now()
+
+    def _explain_loss(self, error: str) -> str:
+        """Who is lost. Args: error: what a collective raised."""
+        unknown, watchdog = "lost another rank, which died or was cut off", self.watchdog
+        if watchdog is None:
+            return f"{unknown} ({error})"
+        try:
+            return watchdog.find_cause(lambda: f"{watchdog.find_lost_ranks() or unknown} ({error})")
+        except LostStore as lost:
+            return f"{lost} ({error})"
 
     def _write_failure(self, reason: str, *, lost: bool = False) -> None:
         if self.file is None or self.file.is_ended():

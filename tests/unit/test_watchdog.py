@@ -6,13 +6,15 @@ import json
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch.distributed as dist
 
 from runtime import distributed, watchdog
-from runtime.watchdog import Watchdog, describe_frame
+from runtime.watchdog import LostStore, Watchdog, describe_frame
 
 
 class Peer:
@@ -175,7 +177,9 @@ def test_a_store_that_goes_during_the_diagnosis_is_told(peers: list[Peer], monke
     real = Watchdog._read_heartbeats
 
     def everyone(self, ranks=None):
-        answers.append(real(self, ranks) if len(answers) < 2 else "lost the store of the run, on the first node (gone)")
+        if len(answers) == 2:
+            raise LostStore("lost the store of the run, on the first node (gone)")
+        answers.append(real(self, ranks))
         return answers[-1]
 
     monkeypatch.setattr(Watchdog, "_read_heartbeats", everyone)
@@ -186,6 +190,86 @@ def test_a_store_that_goes_during_the_diagnosis_is_told(peers: list[Peer], monke
     assert text.startswith("no progress for 0.003 minutes") and text.endswith(
         "lost the store of the run, on the first node (gone)"
     )
+
+
+class Counting:
+    """A store that counts requests."""
+
+    def __init__(self) -> None:
+        self.store, self.calls = dist.HashStore(), Counter[str]()
+
+    def __getattr__(self, name: str):
+        def call(*args):
+            self.calls[name] += 1
+            return getattr(self.store, name)(*args)
+
+        return call
+
+
+def test_one_rank_explains_and_all_end_with_its_reason(peers: list[Peer]) -> None:
+    """Rank 2 is silent; ranks 0 and 1 wait for it, rank 3 does not and is ended too."""
+    store = Counting()
+    peers.append(Peer(store, 2, host="node9"))  # type: ignore[arg-type]
+    peers[0].silence()
+    call, said = Collective(), {rank: [] for rank in (0, 1, 3)}  # type: dict[int, list[str]]
+    dogs = []
+
+    def on_hang(rank: int, reason: str) -> None:
+        said[rank].append(reason)
+        dogs[rank].announce(f"rank {rank} failed: {reason}")
+
+    with call:
+        for rank in (0, 1):
+            limit = dict(startup_minutes=0.003, minutes=0.003)
+            dogs.append(Watchdog(store, rank=rank, world_size=4, on_hang=partial(on_hang, rank), **limit))  # type: ignore[arg-type]
+            in_a_collective(dogs[-1], call)
+        busy = Watchdog(store, rank=3, world_size=4, startup_minutes=0.05, minutes=0.05, on_hang=said[3].append)  # type: ignore[arg-type]
+            for rank in said:
+            wait_for(said[rank])
+    busy.stop()
+    first, second = sorted((said[0][0], said[1][0]), key=len)
+    assert first.startswith("no progress for 0.003 minutes") and "lost rank 2 on node9" in first
+    assert second == said[3][0] and second.startswith("stopped, because rank") and second.endswith(first)
+    assert store.calls["multi_get"] == 2  # heartbeats of all ranks are read twice, by one rank
+
+
+def test_a_rank_that_dies_while_it_explains_is_replaced(peers: list[Peer], monkeypatch) -> None:
+    monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 0.2)
+    store = dist.HashStore()
+    store.add("explained 0", 1)
+    peers.append(Peer(store, 1))
+    dog, _ = watch(store, 2, minutes=0.01)
+    assert dog.find_cause(lambda: "found") == "found"
+    dog.stop()
+
+
+def test_a_failure_is_announced_after_the_save_in_the_background(monkeypatch) -> None:
+    """Python waits for that thread before it calls what `atexit` has. The first failure stays."""
+    at_exit: list = []
+    monkeypatch.setattr(watchdog.atexit, "register", lambda call, *args: at_exit.append(partial(call, *args)))
+    store = dist.HashStore()
+    dog, said = watch(store, 1, minutes=9)
+    dog.announce_at_exit("rank 0 on node1 failed: no space left")
+    time.sleep(0.1)
+    assert not store.check([watchdog.FAILURE])
+    for call in reversed(at_exit):
+        call()
+    dog.announce("rank 7 on node2 failed: lost another rank")
+    assert store.get(watchdog.FAILURE) == b"rank 0 on node1 failed: no space left"
+    dog.interval = 0.01
+    dog.stop()
+    assert said == []
+
+
+def test_an_interval_grows_with_the_world() -> None:
+    def interval(world_size: int, minutes: float = 10) -> float:
+        dog = Watchdog(
+            dist.HashStore(), rank=0, world_size=world_size, startup_minutes=30, minutes=minutes, on_hang=print
+        )
+        dog.stop()
+        return dog.interval
+
+    assert [interval(n) for n in (1, 512, 4096, 16384)] == [2, 2, 5.12, 10] and interval(4096, 0.1) == 1
 
 
 def test_a_diagnosis_that_fails_ends_the_run_all_the_same(monkeypatch) -> None:
