@@ -224,7 +224,7 @@ def test_one_rank_explains_and_all_end_with_its_reason(peers: list[Peer]) -> Non
             dogs.append(Watchdog(store, rank=rank, world_size=4, on_hang=partial(on_hang, rank), **limit))  # type: ignore[arg-type]
             in_a_collective(dogs[-1], call)
         busy = Watchdog(store, rank=3, world_size=4, startup_minutes=0.05, minutes=0.05, on_hang=said[3].append)  # type: ignore[arg-type]
-            for rank in said:
+        for rank in said:
             wait_for(said[rank])
     busy.stop()
     first, second = sorted((said[0][0], said[1][0]), key=len)
