@@ -96,6 +96,7 @@ def main(argv: list[str], status: RunStatus) -> None:
         interval=config.training.exit_interval,
         duration_minutes=config.training.exit_duration_in_mins,
         started=start_time,
+        check_interval=config.training.stop_check_interval,
     )
 
     # ------------------------------------------------------------------------------------------------
@@ -251,7 +252,6 @@ class Trainer:
                 "checkpoints": str(paths.checkpoints.resolve()),
                 "world_size": ranks.launch.world_size,
             },
-            control_group=ranks.control_group,
         )
 
     def validate_only(self) -> tuple[int, str]:

@@ -483,6 +483,12 @@ class TrainingConfig:
         "off",
         ABOVE_ZERO,
     )
+    stop_check_interval: int | None = flag(
+        None,
+        "steps between agreements of all ranks on a request to stop, which come at least once a minute; default: one for "
+        "each 256 ranks, at least 1",
+        AT_LEAST_ONE,
+    )
     on_nonfinite: str = flag(
         "stop",
         "a loss or gradient norm that is not finite: stop the run, or skip the update (on CUDA the host then waits in "

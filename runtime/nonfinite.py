@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from checkpoint.files import step_folder
 from checkpoint.saver import Saver
 from config.schema import TrainingConfig
+from parallel.collectives import sum_over
 from parallel.fsdp import local_tensor
 from parallel.grid import Grid, coordinates_of
 from runtime.distributed import broadcast_object
@@ -88,7 +89,6 @@ class NonFiniteGuard:
             a step later, after its update, and no step waits for the device.
         folder: gets a file for each such step.
         metadata: of the run, for these files: what a replay needs.
-        control_group: gloo group over all ranks: what one replica sees must stop all.
     """
 
     training: TrainingConfig
@@ -97,7 +97,6 @@ class NonFiniteGuard:
     grid: Grid
     folder: Path
     metadata: dict[str, Any]
-    control_group: dist.ProcessGroup
     skipped: int = field(default=0, init=False)
     skipped_in_a_row: int = field(default=0, init=False)
 
@@ -128,10 +127,10 @@ class NonFiniteGuard:
         raise NonFiniteError(step, float(loss), float(grad_norm), details, is_updated=False)
 
     def _is_nonfinite_somewhere(self, *values: Tensor) -> bool:
-        """Waits for the device."""
-        found = torch.tensor([not all(math.isfinite(float(v)) for v in values)], dtype=torch.int32)
-        if self.control_group.size() > 1:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control_group)
+        """What one replica sees must stop all. Waits for the device. Collective."""
+        found = torch.stack([~v.isfinite() for v in values]).any().to(torch.int32)
+        for axis in ("loss", "pp", "tp"):  # all ranks
+            sum_over(found, self.grid.group(axis))
         return bool(found)
 
     def record(self, step: int, loss: float, grad_norm: float, reports: list[dict[str, Any]]) -> str:

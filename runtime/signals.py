@@ -30,6 +30,8 @@ _REASON_OF_SIGNAL = {
     signal.SIGINT: "Ctrl-C",
 }
 REPEAT_SECONDS = 2.0  # torchrun repeats a Ctrl-C of the terminal at once
+AGREEMENT_SECONDS = 60.0  # longest time between two agreements of the ranks; SLURM gives five minutes
+RANKS_PER_STEP = 256  # an all-reduce over 4096 ranks takes half a second of their gloo threads
 WORKER_SECONDS = 25.0  # a data worker's life after SIGTERM; torchrun kills its ranks after 30
 
 
@@ -46,15 +48,25 @@ class StopRequests:
     Args:
         interval: stop after each multiple of this number of steps; None: off.
         duration_minutes: stop after the step during which the run reaches this age; None: off.
+        check_interval: steps from one agreement to the next, fewer if they take a minute; None: by the number of ranks.
         started: start of the run in seconds of `time.monotonic`.
     """
 
-    def __init__(self, *, interval: int | None, duration_minutes: float | None, started: float) -> None:
+    def __init__(
+        self,
+        *,
+        interval: int | None,
+        duration_minutes: float | None,
+        started: float,
+        check_interval: int | None = None,
+    ) -> None:
         self.interval, self.duration_minutes, self.started = interval, duration_minutes, started
         self.stop_file: Path | None = None
         self.requested = 0  # index into REASONS
         self._interrupted: float | None = None
-        self._buffer = torch.zeros(1, dtype=torch.int32)
+        self.check_interval = check_interval
+        self._steps, self._steps_between, self._agreed = 0, 1, started
+        self._buffer = torch.zeros(2, dtype=torch.int32)  # the request; minus the steps until the next agreement
         self._group: dist.ProcessGroup | None = None
         self._work: dist.Work | None = None
         for number in STOP_SIGNALS:
@@ -93,17 +105,25 @@ class StopRequests:
             stop_file.unlink(missing_ok=True)
 
     def start_sync(self) -> None:
-        """Begin the exchange of requests while training continues. Collective."""
-        self._buffer[0] = self._requested_here()
+        """Begin the exchange of requests while training continues, if one is due. Collective."""
         assert self._group is not None
+        self._steps += 1
+        if self._steps < self._steps_between:
+            return
+        now = time.monotonic()
+        steps_in_time = int(AGREEMENT_SECONDS * self._steps / max(now - self._agreed, 1e-3))
+        between = min(self.check_interval or max(1, self._group.size() // RANKS_PER_STEP), max(1, steps_in_time))
+        self._steps, self._agreed = 0, now
+        self._buffer[:] = torch.tensor([self._requested_here(), -between])
         if self._group.size() > 1:
             self._work = dist.all_reduce(self._buffer, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def request(self) -> str:
-        """The request to stop on which all ranks agree; empty: none. Collective, after `start_sync`."""
+        """The request to stop on which all ranks agreed last; empty: none. Collective, after `start_sync`."""
         if self._work is not None:
             self._work.wait()
             self._work = None
+        self._steps_between = -int(self._buffer[1])
         return REASONS[int(self._buffer[0])]
 
     def stop_reason(self, done: int) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 from config.cli import parse_arguments
 from config.schema import TrainingConfig
-from parallel.grid import Grid, GridSizes, build_grid
+from parallel.grid import AXES, DERIVED_AXES, Grid, GridSizes, build_grid
 from runtime import nonfinite
 from runtime.nonfinite import NonFiniteError, NonFiniteGuard, find_nonfinite_gradients
 from tools.replay import LEFT_OUT, check_same_data, newest_before, read_record
@@ -49,7 +49,6 @@ def build_guard(grid: Grid, folder: Path, on_nonfinite: str = "stop") -> NonFini
         grid=grid,
         folder=folder,
         metadata=METADATA,
-        control_group=grid.group("batch"),
     )
 
 
@@ -59,6 +58,15 @@ def scalars(*values: float) -> list[torch.Tensor]:
 
 def test_a_finite_step_is_updated(grid: Grid, tmp_path: Path) -> None:
     assert build_guard(grid, tmp_path).should_update(3, *scalars(1.0, 2.0, 3.0)) and not list(tmp_path.iterdir())
+
+
+def test_what_one_rank_sees_reaches_all(grid: Grid, tmp_path: Path, monkeypatch) -> None:
+    """The sums go over each axis once."""
+    summed: list[str] = []
+    monkeypatch.setattr(nonfinite, "sum_over", lambda x, axis: summed.extend(DERIVED_AXES.get(axis, (axis,))))
+    guard = build_guard(grid, tmp_path)
+    guard.grid = SimpleNamespace(group=lambda axis: axis)  # type: ignore[assignment]
+    assert guard.should_update(3, *scalars(1.0, 2.0, 3.0)) and sorted(summed) == sorted(AXES)
 
 
 @pytest.mark.parametrize("values", [(math.nan, 1.0, 1.0), (1.0, math.inf, 1.0)])

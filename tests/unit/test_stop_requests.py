@@ -132,6 +132,50 @@ def test_a_signal_comes_before_the_rest(group, tmp_path: Path) -> None:
     assert asked(stops) == "SIGTERM"
 
 
+class Ranks:
+    """A group of so many ranks. The slowest of them agrees to another exchange after `slowest` steps."""
+
+    def __init__(self, size: int, monkeypatch, slowest: int = 99) -> None:
+        self.size, self.seconds, self.agreed = lambda: size, 0.0, 0
+        monkeypatch.setattr(signals.time, "monotonic", lambda: self.seconds)
+        monkeypatch.setattr(dist, "all_reduce", self.all_reduce)
+        self.slowest = slowest
+
+    def all_reduce(self, buffer: torch.Tensor, **options) -> SimpleNamespace:
+        assert options["op"] == dist.ReduceOp.MAX and options["group"] is self
+        self.agreed += 1
+        buffer[1] = max(int(buffer[1]), -self.slowest)
+        return SimpleNamespace(wait=lambda: None)
+
+    def steps(self, stops: StopRequests, seconds: float, most: int = 400) -> int:
+        """Steps of so many seconds until the ranks stop."""
+        for done in range(1, most):
+            self.seconds += seconds
+            if asked(stops, done):
+                return done
+        return most
+
+
+@pytest.mark.parametrize(
+    ("size", "flag", "step_seconds", "agreements"),
+    [(8, None, 0.1, 400), (4096, None, 0.1, 25), (4096, 50, 0.1, 8), (16384, None, 20.0, 134), (64, 100, 90.0, 400)],
+)
+def test_ranks_agree_every_few_steps_and_within_a_minute(
+    monkeypatch, size: int, flag: int | None, step_seconds: float, agreements: int
+) -> None:
+    ranks = Ranks(size, monkeypatch)
+    stops = requests(ranks, check_interval=flag, started=0.0)  # type: ignore[arg-type]
+    assert ranks.steps(stops, step_seconds, most=401) == 401 and ranks.agreed == agreements
+    stops.requested = signals.REASONS.index("SIGTERM")
+    assert ranks.steps(stops, step_seconds) * step_seconds <= max(60, step_seconds)
+
+
+def test_the_slowest_rank_says_when_all_agree_again(monkeypatch) -> None:
+    ranks = Ranks(4096, monkeypatch, slowest=4)
+    stops = requests(ranks, started=0.0)  # type: ignore[arg-type]
+    assert ranks.steps(stops, 0.1, most=41) == 41 and ranks.agreed == 10
+
+
 def test_where_there_is_nothing_to_save_signals_end_the_process(group) -> None:
     stops = requests(group)
     stops.restore_handlers()
