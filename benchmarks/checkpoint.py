@@ -36,7 +36,8 @@ from benchmarks.harness import (
     time_call,
     write_figures,
 )
-from checkpoint.saver import Saver, load_checkpoint, trained_state
+from checkpoint.saver import Saver, load_checkpoint
+from checkpoint.state import trained_state
 from parallel.fsdp import local_tensor
 from runtime.distributed import broadcast_object, initialise_distributed, read_launch
 

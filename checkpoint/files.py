@@ -12,14 +12,15 @@ refused.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +39,7 @@ from utils.files import (
 )
 
 RUN_FILE = "run.json"
+INDEX_FILE = ".metadata"
 CONFIG_FILE = "config.json"  # of a run: in its folder, and in --save where that is elsewhere
 SUMS_FILE = "checksums.json"
 LATEST_FILE = "latest"
@@ -250,18 +252,24 @@ def find_corrupted(
     errors = []
     for name in names:
         path = checkpoint / name
-        size, wanted = sums[name]
         try:
             with open_file(path, opened) as file:
-                found_size, found = checksum_file(file, like=wanted)
+                difference = describe_difference(*checksum_file(file, like=sums[name][1]), sums[name])
         except OSError as error:
-            errors.append(f"{path}: {error.strerror or error}")
-            continue
-        if found_size != size:
-            errors.append(f"{path}: {found_size} bytes, written were {size}")
-        elif found != wanted:
-            errors.append(f"{path}: corrupted, its checksum differs from the one in {SUMS_FILE}")
+            difference = error.strerror or str(error)
+        errors += [f"{path}: {difference}"] if difference else []
     return errors
+
+
+def describe_difference(size: int, found: str, wanted: Sequence[Any]) -> str:
+    """Return how a file differs from its entry in `checksums.json`, or "".
+
+    Args:
+        size, found: bytes and checksum of the file.
+    """
+    if size != wanted[0]:
+        return f"{size} bytes, written were {wanted[0]}"
+    return "" if found == wanted[1] else f"corrupted, its checksum differs from the one in {SUMS_FILE}"
 
 
 def find_unlisted(checkpoint: Path, sums: Checksums) -> list[str]:
@@ -303,6 +311,28 @@ def lock_dir(save: Path) -> FileLock | None:
             f"--save {save}: its lock {path} is another user's, or a link; if no run writes there, remove that file"
         )
     return lock
+
+
+@contextmanager
+def keep_during(checkpoint: Path) -> Iterator[None]:
+    """Keep `prune`, of any process, from removing a checkpoint meanwhile, where the file system has locks."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # whoever reads the checkpoint tells
+            file = stack.enter_context(open_regular(checkpoint / RUN_FILE))
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _is_kept(checkpoint: Path) -> bool:
+    """Whether a process is inside `keep_during`."""
+    try:
+        with (checkpoint / RUN_FILE).open("rb+") as file:  # NFS locks only what may be written
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def remove_partial(save: Path) -> None:
@@ -354,24 +384,30 @@ def publish(scratch: Path, checkpoint: Path, *, run_metadata: dict[str, Any], su
     replace_synced(checkpoint.with_name(LATEST_FILE), checkpoint.name + "\n")
 
 
-def prune(save: Path, keep: int, newest: Path, log_error: Callable[[str], object] = print) -> list[str]:
-    """Remove all but the `keep` newest checkpoints; 0 keeps all. Return the names of the removed ones.
+def prune(save: Path, keep: int, newest: Path, log_error: Callable[[str], object] = print) -> list[Path]:
+    """Rename all but the `keep` newest checkpoints for `purge`; 0 keeps all. Return the new paths.
 
     Args:
-        newest: just written, never removed.
+        newest: just written, never removed. A checkpoint that a process loads stays until the next call.
         log_error: called with a line for each checkpoint that cannot be removed, which is no reason to stop.
     """
-    removed = []
+    doomed = []
     for path in list_checkpoints(save)[:-keep] if keep else []:
-        if path != newest:
-            doomed = path.with_name(f".{path.name.strip('.').removesuffix('.old')}.gone")
-            try:
-                path.rename(doomed)  # a partly removed checkpoint must not look complete
-                _remove(doomed)
-                removed.append(path.name)
+        if path != newest and not _is_kept(path):
+            try:  # a partly removed checkpoint must not look complete
+                doomed.append(path.rename(path.with_name(f".{path.name.strip('.').removesuffix('.old')}.gone")))
             except OSError as error:
                 log_error(f"could not remove the old checkpoint {path}: {error.strerror or error}")
-    return removed
+    return doomed
+
+
+def purge(doomed: Iterable[Path], log_error: Callable[[str], object] = print) -> None:
+    """Remove what `prune` renamed; `log_error` as there. The next `remove_partial` removes what is left."""
+    for path in doomed:
+        try:
+            _remove(path)
+        except OSError as error:
+            log_error(f"could not remove the old checkpoint {path}: {error.strerror or error}")
 
 
 def quarantine(checkpoint: Path) -> Path:

@@ -16,14 +16,15 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from reprlib import repr as short_repr
 from types import NoneType
 from typing import IO, Any, ClassVar, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
+import xxhash
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -31,15 +32,15 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.futures import Future
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.tensor import DTensor
 
-from checkpoint.files import OpenedFile, open_file
+from checkpoint.files import CorruptedCheckpoint, OpenedFile, describe_difference, open_file
 from utils.errors import UserError
+from utils.files import HASHED_BYTES, checksum_file
 from utils.logger import one_line
 
 # Type of each field of a record that loading uses: a type, types, [type of items] or {type of keys: type of values}.
@@ -197,7 +198,7 @@ def _fill(chunks: Sequence[ChunkStorageMetadata], size: torch.Size, dim: int = 0
     return end == size[dim]
 
 
-def _check_chunks(name: str, tensor: TensorStorageMetadata, storage: dict[MetadataIndex, _StorageInfo]) -> None:
+def check_chunks(name: str, tensor: TensorStorageMetadata, storage: dict[MetadataIndex, _StorageInfo]) -> None:
     """Check that every element of a tensor is in exactly one chunk, and every chunk in a data file.
 
     Raises:
@@ -209,7 +210,7 @@ def _check_chunks(name: str, tensor: TensorStorageMetadata, storage: dict[Metada
             raise UnsafeCheckpoint(f"{short_repr(name)} has a chunk of other dimensions")
         info = storage.get(MetadataIndex(name, chunk.offsets))
         size = math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
-        if info is None or info.offset < 0 or info.length < size:
+        if info is None or info.offset < 0 or info.length < size or info.offset + info.length >= 2**63:
             raise UnsafeCheckpoint(f"{short_repr(name)} has a chunk at {list(chunk.offsets)} that no file holds")
         filled += [chunk] if size else []
     if not (_fill(filled, tensor.size) if filled else 0 in tensor.size):
@@ -232,7 +233,7 @@ def read_index(path: Path, opened: set[OpenedFile]) -> Metadata:
             if not DATA_FILE.fullmatch(name):
                 raise UnsafeCheckpoint(f"a tensor is in {short_repr(name)}, which is no data file of this folder")
         for name, tensor in index.state_dict_metadata.items():
-            _check_chunks(name, tensor, index.storage_data)
+            check_chunks(name, tensor, index.storage_data)
         return index
     except UnsafeCheckpoint as error:
         raise UnsafeCheckpoint(f"{path}: not the index of a checkpoint to load: {error}") from error
@@ -240,11 +241,11 @@ def read_index(path: Path, opened: set[OpenedFile]) -> Metadata:
         raise UnsafeCheckpoint(f"{path}: not the index of a checkpoint ({type(error).__name__})") from error
 
 
-class _Slice(io.RawIOBase):
-    """The `length` bytes of a file from `start` on, as a file."""
+class _Bytes(io.RawIOBase):
+    """A tensor of bytes as a file, without a copy."""
 
-    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
-        self.file, self.start, self.length, self.at = file, start, length, 0
+    def __init__(self, content: Tensor) -> None:
+        self.content, self.at = memoryview(cast(Any, content.numpy())), 0
 
     def seekable(self) -> bool:
         return True
@@ -253,25 +254,28 @@ class _Slice(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = max(0, offset + (0, self.at, self.length)[whence])
+        self.at = max(0, offset + (0, self.at, len(self.content))[whence])
         return self.at
 
     def readinto(self, buffer: Any) -> int:
-        self.file.seek(self.start + self.at)
-        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.at)])  # type: ignore[attr-defined]
-        self.at += count
-        return count
+        part = self.content[self.at : self.at + len(buffer)]
+        buffer[: len(part)] = part
+        self.at += len(part)
+        return len(part)
 
 
-def read_chunk(file: io.RawIOBase, sizes: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Read a chunk that torch.save wrote: a zip file, not compressed, of its bytes and of the call that rebuilds it.
+def parse_chunk(content: Tensor, sizes: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return the tensor that torch.save wrote: a zip file, not compressed, of its bytes and the call that rebuilds it.
 
     The zip file's own checksums are not computed: that would take longer than all the rest.
 
+    Args:
+        content: uint8 [bytes of the zip file]; the tensor shares them.
+
     Raises:
-        UnsafeCheckpoint, one of `BROKEN`: the file is something else.
+        UnsafeCheckpoint, one of `BROKEN`: the content is something else.
     """
-    with zipfile.ZipFile(cast(IO[bytes], file)) as archive:
+    with zipfile.ZipFile(cast(IO[bytes], _Bytes(content))) as archive:
         members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
         if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
             raise UnsafeCheckpoint("it is compressed")
@@ -282,60 +286,118 @@ def read_chunk(file: io.RawIOBase, sizes: torch.Size, dtype: torch.dtype) -> Ten
         if stored_dtype is not dtype or size != sizes or type(key) is not str:
             raise UnsafeCheckpoint(f"it holds {short_repr(size)} of {short_repr(stored_dtype)}")
         member = members[f"data/{key}"]
-    content = torch.empty(sizes.numel() * dtype.itemsize, dtype=torch.uint8)
-    file.seek(member.header_offset)
-    name_length, extra_length = struct.unpack("<26xHH", file.read(30) or b"")
-    file.seek(member.header_offset + 30 + name_length + extra_length)
-    if member.file_size != len(content) or file.readinto(cast(Any, content.numpy())) != len(content):
-        raise UnsafeCheckpoint(f"it holds {member.file_size} bytes, not {len(content)}")
-    return content.view(dtype).as_strided(size, stride, offset)
+    at = member.header_offset
+    name_length, extra_length = struct.unpack("<26xHH", bytes(content[at : at + 30].numpy()))
+    start, nbytes = at + 30 + name_length + extra_length, sizes.numel() * dtype.itemsize
+    if member.file_size != nbytes or start + nbytes > len(content):
+        raise UnsafeCheckpoint(f"it holds {member.file_size} bytes, not {nbytes}")
+    data = content[start : start + nbytes]
+    if start % dtype.itemsize:  # torch.save aligns
+        data = data.clone()
+    values = data.view(dtype)
+    return values.as_strided(size, stride, values.storage_offset() + offset)
 
 
-class SafeReader(dcp.FileSystemReader):
-    """`FileSystemReader` whose index comes from `read_index`, once, and each chunk from `read_chunk`.
+def _read_bytes(file: IO[bytes], start: int, length: int) -> Tensor:
+    """Return the file's bytes from `start` on, uint8 [`length`, or fewer at the file's end]."""
+    length = max(0, min(length, os.fstat(file.fileno()).st_size - start))
+    content = torch.empty(length, dtype=torch.uint8)
+    file.seek(start)
+    count = file.readinto(cast(Any, content.numpy())) if length else 0  # type: ignore[attr-defined]
+    return content[:count]
 
-    Call `read_metadata` before `dcp.load`, which would print a traceback of its errors.
+
+class _Digest:
+    """The checksum of a file, computed while its chunks are read in ascending order."""
+
+    def __init__(self, file: IO[bytes], wanted: Sequence[Any]) -> None:
+        self.file, self.wanted, self.at, self.digest = file, wanted, 0, xxhash.xxh3_128()
+
+    def _add_until(self, end: int) -> None:
+        while self.at < end and len(part := _read_bytes(self.file, self.at, min(end - self.at, HASHED_BYTES))):
+            self._add(part)
+
+    def _add(self, content: Tensor) -> None:
+        self.digest.update(cast(Any, content.numpy()))
+        self.at += len(content)
+
+    def read(self, start: int, length: int) -> Tensor:
+        """As `_read_bytes`."""
+        self._add_until(start)
+        content = _read_bytes(self.file, start, length)
+        if start == self.at:  # else an index from elsewhere, whose chunks overlap
+            self._add(content)
+        return content
+
+    def error(self) -> str:
+        """Return how the file differs from what was written, or ""."""
+        size = os.fstat(self.file.fileno()).st_size
+        self._add_until(size)
+        return describe_difference(size, f"xxh3_128:{self.digest.hexdigest()}", self.wanted)
+
+
+class SafeReader:
+    """Reads tensors of a checkpoint: its index comes from `read_index`, each chunk from `parse_chunk`.
+
+    Args:
+        index: of the tensors to read; None: the checkpoint's, read when it is needed.
 
     Attributes:
         opened: which files were read, as `find_replaced` compares them.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(checkpoint)
+    def __init__(self, checkpoint: Path, index: Metadata | None = None) -> None:
+        self.path, self.index = checkpoint, index
         self.opened: set[OpenedFile] = set()
-        self.index: Metadata | None = None
-        self.chunks: dict[MetadataIndex, tuple[torch.Size, torch.dtype]] = {}
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self) -> Metadata:
         """Raises OSError or UnsafeCheckpoint."""
         if self.index is None:
-            index = read_index(Path(self.path) / ".metadata", self.opened)
-            tensors = cast(dict[str, TensorStorageMetadata], index.state_dict_metadata)
-            self.chunks = {
-                MetadataIndex(name, chunk.offsets): (chunk.sizes, tensor.properties.dtype)
-                for name, tensor in tensors.items()
-                for chunk in tensor.chunks
-            }
-            self.index = index
-        self.index.storage_meta = StorageMeta(load_id=self.load_id)
+            self.index = read_index(self.path / ".metadata", self.opened)
         return self.index
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy the chunks of a plan into the tensors to load. Raises OSError or UnsafeCheckpoint."""
-        by_file: dict[str, list[ReadItem]] = {}
-        for item in plan.items:
-            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
-        for name, items in by_file.items():
-            path = Path(self.path) / name
-            with open_file(path, self.opened) as file:
-                for item in items:
-                    chunk = self._read_chunk(file, item.storage_index)
-                    target = planner.resolve_tensor(item).detach()
-                    target.copy_(narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths))
-                    planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+    def find(self, key: MetadataIndex) -> _StorageInfo:
+        """Return where a chunk lies."""
+        return self.read_metadata().storage_data[key]
+
+    def load_file(
+        self, name: str, items: Sequence[ReadItem], targets: Mapping[str, Tensor], wanted: Sequence[Any] | None = None
+    ) -> None:
+        """Copy a file's chunks into the tensors to load, and verify the file's checksum in the same pass.
+
+        Args:
+            items: of a load plan, those of this file.
+            targets: plain tensors or DTensors by name.
+            wanted: size and checksum of the file; None: another rank verifies the file.
+
+        Raises:
+            OSError: the file cannot be read.
+            CorruptedCheckpoint: the file differs from its checksum.
+            UnsafeCheckpoint: the file does not hold what the index says.
+        """
+        path, refused = self.path / name, None
+        with open_file(path, self.opened) as file:
+            digest = None
+            if wanted is not None and ":" in wanted[1]:
+                digest = _Digest(file, wanted)
+            elif wanted is not None and (line := describe_difference(*checksum_file(file, like=wanted[1]), wanted)):
+                raise CorruptedCheckpoint(f"{path}: {line}")
+            for item in sorted(items, key=lambda item: self.find(item.storage_index).offset):
+                info = self.find(item.storage_index)
+                content = (digest.read if digest else partial(_read_bytes, file))(info.offset, info.length)
+                try:
+                    chunk = self._parse_chunk(path, content, item.storage_index)
+                except UnsafeCheckpoint as error:  # the checksum may say why
+                    refused = refused or error
+                    continue
+                target = targets[item.dest_index.fqn].detach()
+                local = target.to_local() if isinstance(target, DTensor) else target
+                part = narrow_tensor_by_index(local, item.dest_offsets, item.lengths)
+                part.copy_(narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths))
+            if digest and (line := digest.error()):
+                raise CorruptedCheckpoint(f"{path}: {line}")
+        if refused:
+            raise refused
 
     def read_tensor(self, name: str) -> Tensor:
         """Read one tensor, assembled from its chunks. Memory: the tensor, and one chunk if there are several.
@@ -343,22 +405,24 @@ class SafeReader(dcp.FileSystemReader):
         Raises:
             OSError, UnsafeCheckpoint: a file is missing, or does not hold what the index says.
         """
-        index = self.read_metadata()
-        about = cast(TensorStorageMetadata, index.state_dict_metadata[name])
+        about = cast(TensorStorageMetadata, self.read_metadata().state_dict_metadata[name])
         whole = torch.empty(about.size if len(about.chunks) != 1 else (), dtype=about.properties.dtype)
-        for chunk in about.chunks:
-            key = MetadataIndex(name, chunk.offsets)
-            with open_file(Path(self.path) / index.storage_data[key].relative_path, self.opened) as file:
-                part = self._read_chunk(file, key)
+        for number, chunk in enumerate(about.chunks):
+            key = MetadataIndex(name, chunk.offsets, number)
+            info = self.find(key)
+            path = self.path / info.relative_path
+            with open_file(path, self.opened) as file:
+                part = self._parse_chunk(path, _read_bytes(file, info.offset, info.length), key)
             if len(about.chunks) == 1:
                 return part
             whole[tuple(slice(at, at + n) for at, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
         return whole
 
-    def _read_chunk(self, file: IO[bytes], key: MetadataIndex) -> Tensor:
-        info = self.read_metadata().storage_data[key]
+    def _parse_chunk(self, path: Path, content: Tensor, key: MetadataIndex) -> Tensor:
+        about = cast(TensorStorageMetadata, self.read_metadata().state_dict_metadata[key.fqn])
+        assert key.index is not None
         try:
-            return read_chunk(_Slice(file, info.offset, info.length), *self.chunks[key])
+            return parse_chunk(content, about.chunks[key.index].sizes, about.properties.dtype)
         except (UnsafeCheckpoint, *BROKEN) as error:
-            where = f"{file.name}: no chunk of {key.fqn} at byte {info.offset}"
+            where = f"{path}: no chunk of {key.fqn} at byte {self.find(key).offset}"
             raise UnsafeCheckpoint(f"{where}: {one_line(error)[:200]}") from error

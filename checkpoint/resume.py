@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from checkpoint.files import (
     read_run_metadata,
     recorded_save,
 )
-from checkpoint.saver import load_checkpoint
+from checkpoint.saver import from_rank_zero, load_checkpoint
 from config.schema import CheckpointConfig, LoggingConfig, OnResume, RunConfig, option
 from data.dataset import BlendedDataset, SampleDataset
 from data.mixture import match_sources
@@ -267,7 +268,7 @@ def load_start(
     for checkpoint in (plan.checkpoint, *plan.older):
         try:
             opened: set[OpenedFile] = set()
-            saved = read_run_metadata(checkpoint, opened)
+            saved = from_rank_zero(partial(read_run_metadata, checkpoint, opened), group)
             changed = check_same_run(saved, wanted, free, checkpoint, is_tokenizer_trained=is_tokenizer_trained)
             state = None if plan.weights_only else optimizer
             step = load_checkpoint(checkpoint, model, state, grid, group=group, opened=opened)

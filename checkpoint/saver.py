@@ -8,20 +8,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import xxhash
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
+from torch.distributed.checkpoint.planner import ReadItem
 
 from checkpoint.files import (
+    INDEX_FILE,
     Checksums,
     CorruptedCheckpoint,
     OpenedFile,
@@ -29,144 +31,68 @@ from checkpoint.files import (
     find_corrupted,
     find_replaced,
     find_unlisted,
+    keep_during,
     prune,
     publish,
+    purge,
     read_checksums,
     read_run_metadata,
     remove_partial,
     scratch_folder,
     step_folder,
 )
-from checkpoint.reader import SafeReader, UnsafeCheckpoint
-from model.gpt import GPT
-from model.init import local_rows
-from model.names import tp_dim
-from parallel.collectives import sum_over
-from parallel.fsdp import local_tensor, sharded_parameters
-from parallel.grid import Grid, device_mesh
-from training.optimizer import allocate_state
+from checkpoint.index import PackedIndex, build_index, data_file, describe_chunks
+from checkpoint.reader import DATA_FILE, SafeReader, UnsafeCheckpoint, read_index
+from checkpoint.state import Part, checkpoint_mesh, get_parts, named_tensors, select_own, trained_state
+from parallel.fsdp import local_tensor
+from parallel.grid import Grid
 from utils.errors import CollectiveError, UserError
-from utils.files import sync
+from utils.files import sync, write_synced
+
+T = TypeVar("T")
 
 
-def whole_tensor(name: str, x: Tensor, shape: Sequence[int], grid: Grid, mesh: DeviceMesh) -> DTensor:
-    """Return a DTensor of the canonical tensor in which `x` is this rank's shard; shares storage.
-
-    A plain tensor of one name on two tp ranks would load wrong silently. The mesh is ordered (dp_replicate, tp, fsdp):
-    rows sharded by tp and then by fsdp are contiguous.
-
-    Args:
-        x: this rank's shard of a parameter, or of optimizer state with its shape.
-        shape: of the parameter on this tp rank, before fsdp shards it.
-        mesh: from `checkpoint_mesh`.
-    """
-    dim = tp_dim(name)
-    whole = list(shape)
-    if dim is not None:
-        whole[dim] *= grid.size("tp")
-    placements: list[Placement] = [Replicate(), Replicate() if dim is None else Shard(dim), Shard(0)]
-    stride = torch.empty(whole, device="meta").stride()
-    return DTensor.from_local(x, mesh, placements, run_check=False, shape=torch.Size(whole), stride=stride)
-
-
-def checkpoint_mesh(grid: Grid, device_type: str) -> DeviceMesh:
-    """Return the mesh over which checkpoints shard tensors."""
-    return device_mesh(grid, ("dp_replicate", "tp", "fsdp"), device_type)
-
-
-def whole_tensors(parts: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
-    """Gather every tensor of the model in host memory on every rank, for tests and small models. Collective.
-
-    Args:
-        parts: this rank's tensors by canonical name, each with its parameter's shape.
-    """
-    mine = {}
-    for name, x in parts.items():
-        local, dim = local_tensor(x.detach()), tp_dim(name)
-        shape = list(x.shape)
-        place = [slice(*local_rows(x)), *(slice(None) for _ in shape[1:])]
-        if dim is not None:
-            shape[dim] *= grid.size("tp")
-            offset = grid.rank("tp") * x.shape[dim]
-            place[dim] = slice(
-                (place[dim].start or 0) + offset,
-                (x.shape[dim] if place[dim].stop is None else place[dim].stop) + offset,
-            )
-        full = local.new_zeros(shape)
-        full[tuple(place)] = local
-        if isinstance(x, DTensor):
-            sum_over(full, grid.group("fsdp"))
-        if dim is not None:
-            sum_over(full, grid.group("tp"))
-        mine[name] = full.cpu()
-    stages: list[Any] = [None] * grid.size("pp")
-    dist.all_gather_object(stages, mine, group=grid.group("pp"))
-    return {name: x for stage in stages for name, x in stage.items()}
-
-
-@dataclass(frozen=True)
-class _Part:
-    """This rank's shard of a tensor, and the shape of the tp rank's parameter; `()` for a scale of 8-bit layers."""
-
-    name: str
-    local: Tensor
-    shape: tuple[int, ...]
-
-
-def _parts(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, _Part]]:
-    """Return this rank's shards: {"weight", "fp8" or a key of the optimizer: {canonical name: part}}."""
-    parameters = sharded_parameters(model)
-    parts = {"weight": {name: _Part(name, local_tensor(p.detach()), tuple(p.shape)) for name, p in parameters.items()}}
-    if optimizer is not None:
-        allocate_state(optimizer)
-        for name, parameter in parameters.items():
-            for key, x in optimizer.state[parameter].items():
-                parts.setdefault(key, {})[name] = _Part(name, local_tensor(x.detach()), tuple(x.shape))
-        scales = {n: x for m in model.modules() if isinstance(m, GPT) for n, x in m.precision.state(m).items()}
-        if scales:  # equal on every rank that has them
-            parts["fp8"] = {name: _Part(name, x, ()) for name, x in scales.items()}
-    return parts
-
-
-def _state(parts: Mapping[str, Mapping[str, _Part]], grid: Grid, mesh: DeviceMesh) -> dict[str, Any]:
-    """Return the state dict to save, or to load in place. Copies of a tied weight are equal: either is written."""
-    whole = {
-        key: {
-            name: whole_tensor(name, p.local, p.shape, grid, mesh) if p.shape else p.local for name, p in named.items()
-        }
-        for key, named in parts.items()
-    }
-    state: dict[str, Any] = {"model": whole.pop("weight")}
-    if "fp8" in whole:
-        state["fp8"] = whole.pop("fp8")
-    if whole:
-        state["optimizer"] = {
-            name: {key: named[name] for key, named in whole.items() if name in named} for name in state["model"]
-        }
-    return state
-
-
-def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer | None, grid: Grid) -> dict[str, Any]:
-    """Return the state dict for torch.distributed.checkpoint; shares storage with model and optimizer.
-
-    Args:
-        optimizer: None leaves out its state.
-    """
-    parts = _parts(model, optimizer)
-    device = next(iter(parts["weight"].values())).local.device
-    return _state(parts, grid, checkpoint_mesh(grid, device.type))
-
-
-def first_cause(error: CheckpointException) -> tuple[int, BaseException]:
+def first_cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
     """Return the rank that failed and its error: the lowest rank with an OSError, else the lowest rank.
 
     On a full disk a rank gets an OSError, or an error of PyTorch's archive writer without the system's reason.
     """
-    rank = min(error.failures, key=lambda r: (not isinstance(error.failures[r][0], OSError), r))
-    cause = error.failures[rank][0]
+    rank = min(failures, key=lambda r: (not isinstance(failures[r], OSError), r))
+    cause = failures[rank]
     if isinstance(cause, RuntimeError) and "PytorchStreamWriter" in str(cause):
         cause = OSError(f"{' '.join(str(cause).split())[:200]} (no space left on device?)")
     return rank, cause
+
+
+def from_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Return rank 0's `action()` on every rank, or raise its error there; an OSError as CollectiveError. Collective."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except OSError as error:
+            box[1] = CollectiveError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, group=group)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def _gather(work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
+    """Return every rank's `work()`, or its exception, on rank 0; [] on the others. Collective."""
+    try:
+        own = work()
+    except Exception as error:
+        own = error
+    gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(own, gathered or None, dst=0, group=group)
+    return gathered
+
+
+def _find_failures(outcomes: Sequence[Any]) -> dict[int, BaseException]:
+    return {rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, BaseException)}
 
 
 def _background_thread(device: torch.device) -> ThreadPoolExecutor:
@@ -205,6 +131,10 @@ class Saver:
         # Python waits for the thread at its exit: a run that ends with an error still finishes the save in progress.
         self._background = _background_thread(next(model.parameters()).device)
         self._pending: Future[None] | None = None
+        self._doomed: list[Path] = []  # on rank 0: checkpoints to remove
+        self._chunks = ""  # of this rank, from `describe_chunks`
+        # On rank 0: the digest of each rank's chunks, and their index. Equal chunks have an equal index.
+        self._index: tuple[list[str], bytes] = [], b""
 
     def into(self, folder: Path) -> Saver:
         """A saver of the same state into another folder, of which one checkpoint stays."""
@@ -220,17 +150,18 @@ class Saver:
             OSError: on every rank, of this save or of the asynchronous one before.
         """
         self.wait()
-        parts = _parts(self.model, self.optimizer)
+        parts = select_own(get_parts(self.model, self.optimizer), self.model, self.grid)
         if not self.asynchronous:
             self._write(parts, step, run_metadata)
+            self._pending = self._background.submit(purge, self._doomed)
             return
         parts = {key: {name: self._copy(key, part) for name, part in named.items()} for key, named in parts.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies must be complete before the next step writes
-        self._pending = self._background.submit(self._write, parts, step, run_metadata)
+        self._pending = self._background.submit(self._write_and_purge, parts, step, run_metadata)
 
     def wait(self) -> None:
-        """Wait for the save in the background, if there is one.
+        """Wait for the save in the background, if there is one, and for the removal of old checkpoints.
 
         Raises:
             OSError: the save failed.
@@ -239,94 +170,167 @@ class Saver:
         if pending is not None:
             pending.result()
 
-    def _copy(self, key: str, part: _Part) -> _Part:
+    def _copy(self, key: str, part: Part) -> Part:
         place = (key, part.name)
         if place not in self._copies:
             self._copies[place] = torch.empty_like(part.local, device="cpu", pin_memory=part.local.is_cuda)
         return replace(part, local=self._copies[place].copy_(part.local, non_blocking=True))
 
-    def _write(self, parts: dict[str, dict[str, _Part]], step: int, run_metadata: dict[str, Any]) -> None:
-        device = next(iter(parts["weight"].values())).local.device
-        state = _state(parts, self.grid, checkpoint_mesh(self.grid, device.type))
+    def _write_and_purge(self, parts: dict[str, dict[str, Part]], step: int, run_metadata: dict[str, Any]) -> None:
+        self._write(parts, step, run_metadata)
+        purge(self._doomed)  # the other ranks' saves have ended
+
+    def _write(self, parts: dict[str, dict[str, Part]], step: int, run_metadata: dict[str, Any]) -> None:
+        """No rank plans for others. Rank 0 makes the index from what each rank wrote, where that is new."""
+        mesh = checkpoint_mesh(self.grid, "cpu" if self.asynchronous else next(self.model.parameters()).device.type)
+        state = named_tensors(parts, self.grid, mesh)
         place, scratch = step_folder(self.save_dir, step), scratch_folder(self.save_dir, step)
-        self._on_rank_zero(lambda: self._make_empty(scratch))
         try:
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(scratch), process_group=self.group)
-            sums = self._checksum_files(scratch)
-            self._on_rank_zero(lambda: self._publish(scratch, place, run_metadata | {"step": step}, sums))
-        except (CheckpointException, OSError) as error:
+            from_rank_zero(lambda: self._make_empty(scratch), self.group)
+            written, chunks = _gather(lambda: self._write_file(state, scratch), self.group), []
+            if from_rank_zero(lambda: self._is_index_stale(written), self.group):
+                chunks = _gather(lambda: self._chunks, self.group)
+            metadata = run_metadata | {"step": step}
+            from_rank_zero(lambda: self._publish(scratch, place, metadata, written, chunks), self.group)
+        except CollectiveError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(scratch, ignore_errors=True)  # frees space on a full disk
-            if isinstance(error, CheckpointException):
-                rank, cause = first_cause(error)
-                if isinstance(cause, OSError):
-                    where = cause.filename or scratch / f"__{rank}_*.distcp"
-                    raise CollectiveError(f"cannot write {where}: rank {rank}: {cause.strerror or cause}") from error
-            raise
+            raise CollectiveError(f"cannot write {error}") from error
 
     def _make_empty(self, scratch: Path) -> None:
         self.save_dir.mkdir(parents=True, exist_ok=True)
         remove_partial(self.save_dir)
         scratch.mkdir()
 
-    def _checksum_files(self, scratch: Path) -> Checksums:
-        """Sync this rank's files and read them once. Return the checksums of every rank's files."""
+    def _write_file(self, state: dict[str, Tensor], scratch: Path) -> tuple[str, Checksums]:
+        """Write this rank's file, sync it and read it once. Return the digest of its chunks, and its checksum."""
         rank = dist.get_rank()
-        mine = [p for p in scratch.iterdir() if p.name.startswith(f"__{rank}_")]
-        mine += [scratch / ".metadata"] if rank == 0 else []
-        failure, own = None, {}
-        try:
-            for path in mine:
-                sync(path)  # the library syncs before it flushes its last bytes
-            own = compute_checksums(mine)
-        except OSError as error:
-            failure = str(error)
-        gathered = _all_gather((failure, own), self.group)
-        for number, (failure, _) in enumerate(gathered):
-            if failure:
-                raise CollectiveError(f"cannot write {scratch}: rank {number}: {failure}")
-        return {name: value for _, sums in gathered for name, value in sums.items()}
+        writer, planner = dcp.FileSystemWriter(scratch), dcp.DefaultSavePlanner()
+        writer.set_up_storage_writer(False, rank=rank, use_collectives=False)
+        planner.set_up_planner(state)
+        plan = writer.prepare_local_plan(planner.create_local_plan())
+        self._chunks = describe_chunks(plan, writer.write_data(plan, planner).value())
+        path = scratch / data_file(rank)
+        sync(path)  # the library syncs before it flushes its last bytes
+        return xxhash.xxh3_128_hexdigest(self._chunks.encode()), compute_checksums([path])
 
-    def _publish(self, scratch: Path, place: Path, run_metadata: dict[str, Any], sums: Checksums) -> None:
-        publish(scratch, place, run_metadata=run_metadata, sums=sums)
+    def _is_index_stale(self, written: list[Any]) -> bool:
+        """Whether a rank wrote other chunks than the index has.
+
+        Raises:
+            CollectiveError: a rank could not write.
+        """
+        if failures := _find_failures(written):
+            rank, cause = first_cause(failures)
+            if isinstance(cause, OSError):
+                where = cause.filename or self.save_dir / data_file(rank)
+                raise CollectiveError(f"{where}: rank {rank}: {cause.strerror or cause}") from cause
+            raise cause
+        return self._index[0] != [digest for digest, _ in written]
+
+    def _publish(
+        self, scratch: Path, place: Path, run_metadata: dict[str, Any], written: list[Any], chunks: list[str]
+    ) -> None:
+        if chunks:
+            self._index = [digest for digest, _ in written], build_index(chunks)
+        write_synced(scratch / INDEX_FILE, self._index[1])
+        sums = {name: value for _, own in written for name, value in own.items()}
+        publish(scratch, place, run_metadata=run_metadata, sums=sums | compute_checksums([scratch / INDEX_FILE]))
         if self.on_saved is not None:
             self.on_saved(place)
-        prune(self.save_dir, self.keep, place)
-
-    def _on_rank_zero(self, work: Callable[[], None]) -> None:
-        """Call `work()` on rank 0; raise its OSError on every rank."""
-        failure: list[Any] = [None]
-        if dist.get_rank() == 0:
-            try:
-                work()
-            except OSError as error:
-                failure = [f"{error.filename or self.save_dir}: {error.strerror or error}"]
-        dist.broadcast_object_list(failure, src=0, group=self.group)
-        if failure[0] is not None:
-            raise CollectiveError(f"cannot write {failure[0]}")
+        self._doomed = prune(self.save_dir, self.keep, place)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Loading
 
 
-def _verify_share(checkpoint: Path, opened: set[OpenedFile]) -> list[str]:
-    """Verify this rank's share of the files. Return an error line for each corrupted file."""
-    rank = dist.get_rank()
+def _raise_corrupted(lines: Sequence[str]) -> None:
+    if lines:
+        raise CorruptedCheckpoint(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""))
+
+
+def _read_head(checkpoint: Path, opened: set[OpenedFile]) -> tuple[PackedIndex, Checksums, int]:
+    """Return the index, the data files' checksums and the step. Verify the other files."""
     try:
         sums = read_checksums(checkpoint, opened)
-        errors = find_corrupted(checkpoint, sorted(sums)[rank :: dist.get_world_size()], sums, opened)
-        return errors + find_unlisted(checkpoint, sums) if rank == 0 else errors
-    except CorruptedCheckpoint as error:
-        return [str(error)]
+        data = {name: value for name, value in sums.items() if DATA_FILE.fullmatch(name)}
+        errors = find_corrupted(checkpoint, sorted(sums.keys() - data.keys()), sums, opened)
+        _raise_corrupted(errors + find_unlisted(checkpoint, sums))
+        step = read_run_metadata(checkpoint, opened)["step"]
+        return PackedIndex.pack(read_index(checkpoint / INDEX_FILE, opened)), data, step
+    except UnsafeCheckpoint as error:
+        raise UserError(f"cannot load {checkpoint}: {error}") from error
     except OSError as error:  # another process removed the folder
-        return [f"{checkpoint}: {error.strerror or error}"]
+        raise CorruptedCheckpoint(f"{error.filename or checkpoint}: {error.strerror or error}") from error
 
 
-def _all_gather(item: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, item, group=group)
-    return gathered
+def _assign_files(checkpoint: Path, names: Collection[str], wanted: list[Any]) -> dict[str, int]:
+    """Return the rank that verifies each file: the one that loads most of the file, for which that is no second read.
+
+    Args:
+        wanted: bytes to load by file, of each rank; or its exception.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor, or has it in another shape.
+    """
+    if failures := _find_failures(wanted):
+        rank, cause = first_cause(failures)
+        raise UserError(f"cannot load {checkpoint}: rank {rank}: {cause}") from cause
+    ranks = {name: number % len(wanted) for number, name in enumerate(sorted(names))}  # for files that no rank loads
+    most = dict.fromkeys(names, 0)
+    for rank, sizes in enumerate(wanted):
+        for name, size in sizes.items():
+            if size > most.get(name, size):
+                ranks[name], most[name] = rank, size
+    return ranks
+
+
+def _read_files(
+    reader: SafeReader, items: Mapping[str, Sequence[ReadItem]], state: Mapping[str, Tensor], verified: Checksums
+) -> tuple[list[str], Exception | None, set[OpenedFile]]:
+    """Load and verify files. Return a line for each corrupted one, the first other error, and what was opened."""
+    errors, failure = [], None
+    for name in dict.fromkeys((*items, *verified)):
+        try:
+            reader.load_file(name, items.get(name, ()), state, verified.get(name))
+        except CorruptedCheckpoint as error:
+            errors.append(str(error))
+        except OSError as error:
+            line = f"{reader.path / name}: {error.strerror or error}"
+            errors += [line] if name in verified else []
+            failure = failure or UserError(line)
+        except UnsafeCheckpoint as error:
+            failure = failure or error
+    return errors, failure, reader.opened
+
+
+def _check_loaded(checkpoint: Path, outcomes: list[Any], opened: Collection[OpenedFile]) -> None:
+    """Raise what `load_checkpoint` raises, from each rank's `_read_files`."""
+    failures = _find_failures(outcomes)
+    done = {rank: outcome for rank, outcome in enumerate(outcomes) if rank not in failures}
+    _raise_corrupted([line for lines, _, _ in done.values() for line in lines])
+    replaced = find_replaced([*opened, *(file for _, _, files in done.values() for file in files)])
+    if replaced:  # not corrupted: never quarantined
+        raise UserError(
+            f"cannot load {checkpoint}: another process replaced {replaced[0]} while it was loaded; start again"
+        )
+    failures |= {rank: failure for rank, (_, failure, _) in done.items() if failure is not None}
+    if failures:
+        rank, cause = first_cause(failures)
+        raise UserError(f"cannot load {checkpoint}: rank {rank}: {cause}") from cause
+
+
+def _share_with_replicas(state: Mapping[str, Tensor], grid: Grid, device: torch.device) -> None:
+    """Copy what dp_replicate 0 loaded to the other replicas. Groups carry tensors of `device` only."""
+    if grid.size("dp_replicate") == 1:
+        return
+    for x in state.values():
+        local = local_tensor(x)
+        if local.numel():
+            sent = local.to(device)
+            dist.broadcast(sent, group=grid.group("dp_replicate"), group_src=0)
+            local.copy_(sent)
 
 
 def load_checkpoint(
@@ -340,59 +344,37 @@ def load_checkpoint(
 ) -> int:
     """Load weights and optimizer state in place, each rank its shard, from any layout. Collective. Return the step.
 
-    Meanwhile every file's checksum is verified, each by one rank.
+    Rank 0 reads the index for all. The ranks of dp_replicate 0 read the tensors, and send them to the other replicas.
+    Every file's checksum is verified by one rank, which reads the file once.
 
     Args:
         optimizer: None loads only weights.
         group: as `Saver`'s.
-        opened: files of the checkpoint that this rank read before, as of `open_file`.
+        opened: files of the checkpoint that rank 0 read before, as of `open_file`.
 
     Raises:
-        CorruptedCheckpoint: a file is missing, corrupted, or replaced meanwhile. Weights may be overwritten then.
-        UserError: the checkpoint lacks a tensor of this model, or has it in another shape.
+        CorruptedCheckpoint: a file is missing or corrupted. Weights may be overwritten then.
+        UserError: the checkpoint lacks a tensor of this model, or has it in another shape; or a file was replaced
+            meanwhile.
     """
-    state = trained_state(model, optimizer, grid)
-    scales = state.pop("fp8", {})
-    reader, refused = SafeReader(checkpoint), ""
-    try:
-        stored = reader.read_metadata().state_dict_metadata
+    state, rank, seen = trained_state(model, optimizer, grid), dist.get_rank(), set(opened)
+    with keep_during(checkpoint) if rank == 0 else nullcontext():
+        index, sums, step = from_rank_zero(lambda: _read_head(checkpoint, seen), group)
         # Layers that the checkpoint has in bf16 start with fresh scales; the banner prints the changed flag.
-        known = {name: scale for name, scale in scales.items() if f"fp8.{name}" in stored}
-        state |= {"fp8": known} if known else {}
-    except OSError as error:
-        refused = f"{error.filename}: {error.strerror or error}"
-    except UnsafeCheckpoint as error:
-        refused = str(error)
-    refusals = [line for line in _all_gather(refused, group) if line]
-    failure: CheckpointException | None = None
-    checked: set[OpenedFile] = set()
-    with ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(_verify_share, checkpoint, checked)
-        try:
-            if not refusals:
-                dcp.load(state, storage_reader=reader, process_group=group)
-        except CheckpointException as error:  # corruption, where it is the cause, is raised first
-            failure = error
-        errors = verified.result()
-    everyone_checked = [file for part in _all_gather(checked, group) for file in part]
-    try:
-        step = read_run_metadata(checkpoint, reader.opened)["step"]
-    except CorruptedCheckpoint as error:
-        errors.append(str(error))
-    replaced = find_replaced([*opened, *reader.opened, *everyone_checked])
-    gathered = _all_gather((errors, replaced), group)
-    for name in sorted({name for _, names in gathered for name in names}):  # not corrupted: never quarantined
-        refusals.append(f"another process replaced {name} while it was loaded; start again")
-    lines = list(dict.fromkeys(line for found, _ in gathered for line in found))
-    if lines:
-        raise CorruptedCheckpoint(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from failure
-    if refusals:
-        raise UserError(f"cannot load {checkpoint}: {refusals[0]}")
-    if failure is not None:
-        rank, cause = first_cause(failure)
-        raise UserError(f"cannot load {checkpoint}: rank {rank}: {cause}") from failure
-    if optimizer is not None:
-        # Tensors of a parameter's shape are loaded in place; scalars are new objects.
-        for name, parameter in sharded_parameters(model).items():
-            optimizer.state[parameter].update({k: v for k, v in state["optimizer"][name].items() if not v.dim()})
+        state = {name: x for name, x in state.items() if name in index.tensors or not name.startswith("fp8.")}
+        reader = SafeReader(checkpoint, index.select(state))
+        items: dict[str, list[ReadItem]] = {}
+
+        def plan_reads() -> dict[str, int]:
+            if grid.rank("dp_replicate") == 0:
+                for item in create_default_local_load_plan(state, reader.read_metadata()).items:
+                    items.setdefault(reader.find(item.storage_index).relative_path, []).append(item)
+            return {name: sum(reader.find(i.storage_index).length for i in own) for name, own in items.items()}
+
+        wanted = _gather(plan_reads, group)
+        verifiers = from_rank_zero(lambda: _assign_files(checkpoint, sums, wanted), group)
+        verified = {name: sums[name] for name, verifier in verifiers.items() if verifier == rank}
+        outcomes = _gather(lambda: _read_files(reader, items, state, verified), group)
+        from_rank_zero(lambda: _check_loaded(checkpoint, outcomes, seen), group)
+    _share_with_replicas(state, grid, next(model.parameters()).device)
     return step

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from checkpoint.saver import whole_tensors
+from checkpoint.state import whole_tensors
 from config.cli import parse_arguments
 from config.schema import ParallelConfig, RunConfig
 from cp.dropout_attention import AttentionDropout

@@ -17,8 +17,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
+from checkpoint import files
+from checkpoint import reader as reader_module
+from checkpoint import saver as saver_module
 from checkpoint.files import CorruptedCheckpoint, list_checkpoints, read_checksums
 from checkpoint.reader import SafeReader
 from checkpoint.saver import Saver, load_checkpoint
@@ -49,7 +51,7 @@ def trained(layout: str = LAYOUT, dtype: str = "fp64", steps: int = 1):
 def saved_beside_training(rank: int, folder: str) -> dict:
     """Save in the background, held up before it writes, and train on: the save holds the state from before."""
     grid, model, optimizer = trained()
-    held, go_on = dcp.save, threading.Event()
+    held, go_on = Saver._write_file, threading.Event()
     told: list[str] = []
     group = dist.new_group(backend="gloo")
     saver = Saver(
@@ -67,7 +69,7 @@ def saved_beside_training(rank: int, folder: str) -> dict:
         assert threading.current_thread().name.startswith("checkpoint") and go_on.wait(60)
         return held(*args, **kwargs)
 
-    dcp.save = late
+    Saver._write_file = late
     try:
         saver.save(1, {})
         steps_of(model, optimizer, grid, rows_of("thd"), 2)
@@ -79,7 +81,7 @@ def saved_beside_training(rank: int, folder: str) -> dict:
         at_three = full(model, grid)
         saver.wait()
     finally:
-        dcp.save = held
+        Saver._write_file = held
     names = [p.name for p in list_checkpoints(Path(folder))]
     after = {}
     for step in (1, 3):
@@ -108,7 +110,106 @@ def kept(rank: int, folder: str) -> list[str]:
     saver = Saver(Path(folder), model, optimizer, grid, keep=2)
     for step in range(1, 5):
         saver.save(step, {})
+    saver.wait()
+    dist.barrier()
     return [p.name for p in Path(folder).iterdir()]
+
+
+def removes_slowly(rank: int, folder: str) -> tuple[bool, list[str], list[str]]:
+    """Three saves, of which one stays; the first removal waits until the third save has begun."""
+    grid, model, optimizer = trained(steps=0)
+    saver, may_go = Saver(Path(folder), model, optimizer, grid, keep=1), threading.Event()
+    remove = files._remove
+
+    def slow(path: Path) -> None:
+        assert threading.current_thread().name.startswith("checkpoint") and may_go.wait(60)
+        remove(path)
+
+    with mock.patch.object(files, "_remove", slow):
+        saver.save(1, {})
+        saver.save(2, {})
+        dist.barrier()
+        between = sorted(p.name for p in Path(folder).iterdir())
+        dist.barrier()
+        may_go.set()
+        saver.save(3, {})
+        saver.wait()
+    dist.barrier()
+    return not saver._doomed or rank == 0, between, sorted(p.name for p in Path(folder).iterdir())
+
+
+def test_old_checkpoints_are_removed_while_the_run_goes_on(world: World, tmp_path: Path) -> None:
+    for is_rank_zero_only, between, left in world.run(removes_slowly, str(tmp_path)):
+        assert between == [".step_0000001.gone", "latest", "step_0000002"] and is_rank_zero_only
+        assert left == ["latest", "step_0000003"]
+
+
+def saves_often(rank: int, folder: str) -> tuple[list[int], bool]:
+    """Number of built indices after saves of the same tensors twice, of fewer, and of the first again."""
+    grid, model, optimizer = trained()
+    saver, counts = Saver(Path(folder), model, optimizer, grid, keep=0), []
+    with mock.patch.object(saver_module, "build_index", wraps=saver_module.build_index) as build:
+        for step, state in enumerate((optimizer, optimizer, None, optimizer), 1):
+            saver.optimizer = state  # type: ignore[assignment]
+            saver.save(step, {})
+            counts.append(build.call_count)
+    saver.wait()
+    saved = full(model, grid) | moments(model, optimizer, grid)
+    is_equal = True
+    for step in (1, 2, 4):
+        grid, other, other_optimizer = trained(steps=2)
+        assert load_checkpoint(Path(folder) / f"step_000000{step}", other, other_optimizer, grid) == step
+        loaded = full(other, grid) | moments(other, other_optimizer, grid)
+        is_equal = is_equal and all(torch.equal(loaded[name], saved[name]) for name in saved)
+    return counts, is_equal
+
+
+def test_the_index_is_built_where_the_tensors_change(world: World, tmp_path: Path) -> None:
+    for rank, (counts, is_equal) in enumerate(world.run(saves_often, str(tmp_path))):
+        assert counts == ([1, 1, 2, 3] if rank == 0 else [0, 0, 0, 0]) and is_equal
+    first, second, weights, again = (SafeReader(p).read_metadata() for p in list_checkpoints(tmp_path))
+    assert first == second == again and len(weights.state_dict_metadata) * 4 == len(first.state_dict_metadata)
+    assert tool.main(["verify", str(tmp_path)]) == 0
+
+
+def reads(rank: int, folder: str, layout: str) -> tuple[int, dict]:
+    """Bytes that this rank reads of data files, and what it holds then."""
+    grid, model, optimizer = trained(layout, steps=2)
+    count, read = 0, reader_module._read_bytes
+
+    def counted(*args):
+        nonlocal count
+        content = read(*args)
+        count += len(content)
+        return content
+
+    with mock.patch.object(reader_module, "_read_bytes", counted):
+        load_checkpoint(Path(folder) / "step_0000001", model, optimizer, grid)
+    return count, full(model, grid) | moments(model, optimizer, grid)
+
+
+def saved_as(rank: int, folder: str, layout: str) -> dict:
+    grid, model, optimizer = trained(layout)
+    Saver(Path(folder), model, optimizer, grid).save(1, {})
+    return full(model, grid) | moments(model, optimizer, grid)
+
+
+@pytest.mark.parametrize("layout", ["dp_replicate 2 x dp_shard 2", "tp 2 x dp_replicate 2"])
+def test_replicas_write_and_read_each_byte_once(world: World, tmp_path: Path, layout: str) -> None:
+    """Beside the optimizer's step counts and norms, of a kilobyte each, which one file holds for a stage."""
+    wanted = world.run(saved_as, str(tmp_path), layout)[0]
+    place = tmp_path / "step_0000001"
+    index = SafeReader(place).read_metadata()
+    data = {name: size for name, (size, _) in read_checksums(place).items() if name.startswith("__")}
+    assert sum(info.length for info in index.storage_data.values()) == sum(data.values())
+    assert max(data.values()) < 1.5 * min(data.values()), "the replicas share the writing"
+    small = sum(info.length for key, info in index.storage_data.items() if ".step" in key.fqn or "norm" in key.fqn)
+    results = world.run(reads, str(tmp_path), layout)
+    counts = [count for count, _ in results]
+    assert counts[2:] == [0, 0], "ranks of the second replica"
+    assert sum(data.values()) <= sum(counts) <= sum(data.values()) + small
+    for _, loaded in results:
+        assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
 
 
 def written_uneven(rank: int, layout: str, folder: str) -> dict[str, torch.Tensor]:
@@ -225,7 +326,8 @@ def saved(rank: int, folder: str, dtype: str = "fp64") -> None:
 
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    # A changed checksum is another file's corruption.
+    content[0 if path.name == "checksums.json" else len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
@@ -364,15 +466,12 @@ def test_killed_at_any_moment_a_checkpoint_loads(tmp_path: Path, trials: int) ->
 
 def test_the_systems_own_words_come_first() -> None:
     """On a full disk one rank gets the system's error, another only that of PyTorch's writer."""
-    from torch.distributed.checkpoint import CheckpointException
-
     from checkpoint.saver import first_cause
 
     full, writer = (
         OSError(28, "No space left on device"),
         RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"),
     )
-    told: dict = {0: (writer, None), 1: (full, None)}
-    assert first_cause(CheckpointException("save", told)) == (1, full)
-    rank, cause = first_cause(CheckpointException("save", {0: (writer, None)}))  # type: ignore[dict-item]
+    assert first_cause({0: writer, 1: full}) == (1, full)
+    rank, cause = first_cause({0: writer})
     assert rank == 0 and isinstance(cause, OSError) and "PytorchStreamWriter" in str(cause)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint.saver import whole_tensors
+from checkpoint.state import whole_tensors
 from config.schema import RunConfig, TrainingConfig
 from cp.attention import Attention, build_attention
 from cp.packed_seq import build_packed_seq

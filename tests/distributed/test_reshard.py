@@ -9,7 +9,8 @@ import torch
 
 from checkpoint.files import read_run_metadata
 from checkpoint.resume import OPTIMIZER, check_same_run
-from checkpoint.saver import Saver, load_checkpoint, whole_tensors
+from checkpoint.saver import Saver, load_checkpoint
+from checkpoint.state import whole_tensors
 from config.schema import TrainingConfig
 from model.gpt import GPT, Stages
 from parallel.fsdp import sharded_parameters

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from checkpoint.files import (
     list_checkpoints,
     prune,
     publish,
+    purge,
 )
 from tests.launch import ROOT
 from tools import checkpoint as checkpoint_tool
@@ -184,10 +186,22 @@ def test_keep(tmp_path: Path) -> None:
         made(tmp_path, step)
     newest = tmp_path / "step_0000010"
     assert prune(tmp_path, 0, newest) == [] and len(list_checkpoints(tmp_path)) == 4
-    assert prune(tmp_path, 2, newest) == ["step_0000001", "step_0000002"]
+    doomed = prune(tmp_path, 2, newest)
+    assert [p.name for p in doomed] == [".step_0000001.gone", ".step_0000002.gone"] and doomed[0].is_dir()
+    purge(doomed)
+    assert not any(p.exists() for p in doomed)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000003", "step_0000010"]
     assert prune(tmp_path, 9, newest) == []
     assert prune(tmp_path, 1, tmp_path / "step_0000003") == []  # what was just written stays, whatever stands above it
+
+
+def test_a_checkpoint_that_a_process_loads_is_not_removed(tmp_path: Path, monkeypatch) -> None:
+    old, newest = made(tmp_path, 1), made(tmp_path, 2)
+    with files.keep_during(old), files.keep_during(old):  # a lock belongs to an open file, not to a process
+        assert prune(tmp_path, 1, newest) == [] and old.is_dir()
+    with files.keep_during(tmp_path / "nothing"):
+        monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
+        assert [p.name for p in prune(tmp_path, 1, newest)] == [".step_0000001.gone"]
 
 
 def test_a_quarantined_checkpoint_is_not_found(tmp_path: Path) -> None:
@@ -387,7 +401,9 @@ def test_an_old_one_that_cannot_go_is_told_and_no_more(tmp_path: Path, monkeypat
     elsewhere = made(tmp_path / "other disk", 1)
     (tmp_path / "step_0000001").symlink_to(elsewhere)
     newest = [made(tmp_path, step) for step in (2, 3, 4)][-1]
-    assert prune(tmp_path, 3, newest) == ["step_0000001"] and elsewhere.is_dir()  # the link goes, what it names stays
+    (link,) = prune(tmp_path, 3, newest)
+    purge([link])
+    assert not link.is_symlink() and elsewhere.is_dir()  # the link goes, what it names stays
     remove, said = files.shutil.rmtree, []
 
     def busy(path: Path, **_: object) -> None:
@@ -396,7 +412,8 @@ def test_an_old_one_that_cannot_go_is_told_and_no_more(tmp_path: Path, monkeypat
         remove(path)
 
     monkeypatch.setattr(files.shutil, "rmtree", busy)
-    assert prune(tmp_path, 1, newest, said.append) == ["step_0000003"]
-    assert said == [f"could not remove the old checkpoint {tmp_path}/step_0000002: Directory not empty"]
+    purge(prune(tmp_path, 1, newest), said.append)
+    assert said == [f"could not remove the old checkpoint {tmp_path}/.step_0000002.gone: Directory not empty"]
+    assert not (tmp_path / ".step_0000003.gone").exists()
     files.remove_partial(tmp_path)
     assert list_checkpoints(tmp_path) == [newest]

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import pickle
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -382,33 +381,25 @@ def test_chunks_that_train_py_does_not_write(saved: tuple, kind: str) -> None:
 
 
 def test_a_file_that_is_replaced_to_and_fro(saved: tuple, tmp_path: Path, monkeypatch) -> None:
-    """What is verified must be what is loaded."""
+    """What is verified must be what is loaded: the index is verified, then parsed."""
     place, load = saved
-    bad = tmp_path / "bad"
-    bad.write_bytes((place / "__0_0.distcp").read_bytes())
-    read_chunks, verify = SafeReader.read_data, saver._verify_share
-    loaded = threading.Event()
+    bad, parse = tmp_path / "bad", saver.read_index
+    bad.write_bytes((place / ".metadata").read_bytes())
 
     def swap() -> None:
-        for one, other in ((place / "__0_0.distcp", tmp_path / "aside"), (bad, place / "__0_0.distcp")):
+        for one, other in ((place / ".metadata", tmp_path / "aside"), (bad, place / ".metadata")):
             one.rename(other)
         (tmp_path / "aside").rename(bad)
 
-    def read_the_bad_one(*args):
+    def parse_the_bad_one(*args):
         swap()
         try:
-            return read_chunks(*args)
+            return parse(*args)
         finally:
             swap()
-            loaded.set()
 
-    def verify_the_good_one(*args):
-        assert loaded.wait(60)
-        return verify(*args)
-
-    monkeypatch.setattr(SafeReader, "read_data", read_the_bad_one)
-    monkeypatch.setattr(saver, "_verify_share", verify_the_good_one)
-    with pytest.raises(UserError, match=r"another process replaced __0_0\.distcp while it was loaded"):
+    monkeypatch.setattr(saver, "read_index", parse_the_bad_one)
+    with pytest.raises(UserError, match=r"another process replaced \.metadata while it was loaded"):
         load(place)
     assert find_replaced([("a", "x", (1, 2), (3, 4)), ("a", "y", (9, 9), (3, 4))]) == []
 
@@ -416,11 +407,11 @@ def test_a_file_that_is_replaced_to_and_fro(saved: tuple, tmp_path: Path, monkey
 def test_a_file_that_was_replaced_for_another_rank(saved: tuple, monkeypatch) -> None:
     """All ranks refuse alike, and no checkpoint is called corrupted."""
     place, load = saved
-    others = {tuple: ([], ["__1_0.distcp"])}
+    gather, other = saver._gather, ([], None, {("__0_0.distcp", "another host", (1, 2), (3, 4))})
     monkeypatch.setattr(
-        saver, "_all_gather", lambda item, group: [item, *([others[type(item)]] if type(item) in others else [])]
+        saver, "_gather", lambda work, group: gather(work, group) + [other] * ("_read_files" in work.__code__.co_names)
     )
-    with pytest.raises(UserError, match=r"another process replaced __1_0\.distcp while it was loaded"):
+    with pytest.raises(UserError, match=r"another process replaced __0_0\.distcp while it was loaded"):
         load(place)
 
 

@@ -272,7 +272,7 @@ def write_checkpoint_files(
         try:
             dcp.save(state, storage_writer=writer, planner=_ReadWhenWritten(read), no_dist=True)
         except CheckpointException as error:
-            raise first_cause(error)[1] from error
+            raise first_cause({rank: failure[0] for rank, failure in error.failures.items()})[1] from error
 
 
 # ---------------------------------------------------------------------------------------------------
