@@ -24,7 +24,6 @@ from types import NoneType
 from typing import IO, Any, ClassVar, cast
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -40,7 +39,7 @@ from torch.distributed.tensor import DTensor
 
 from checkpoint.files import CorruptedCheckpoint, OpenedFile, describe_difference, open_file
 from utils.errors import UserError
-from utils.files import HASHED_BYTES, checksum_file
+from utils.files import HASHED_BYTES, Checksum, checksum_file
 from utils.logger import one_line
 
 # Type of each field of a record that loading uses: a type, types, [type of items] or {type of keys: type of values}.
@@ -311,14 +310,14 @@ class _Digest:
     """The checksum of a file, computed while its chunks are read in ascending order."""
 
     def __init__(self, file: IO[bytes], wanted: Sequence[Any]) -> None:
-        self.file, self.wanted, self.at, self.digest = file, wanted, 0, xxhash.xxh3_128()
+        self.file, self.wanted, self.at, self.digest = file, wanted, 0, Checksum()
 
     def _add_until(self, end: int) -> None:
         while self.at < end and len(part := _read_bytes(self.file, self.at, min(end - self.at, HASHED_BYTES))):
             self._add(part)
 
     def _add(self, content: Tensor) -> None:
-        self.digest.update(cast(Any, content.numpy()))
+        self.digest.update(content.numpy())
         self.at += len(content)
 
     def read(self, start: int, length: int) -> Tensor:
@@ -333,7 +332,7 @@ class _Digest:
         """Return how the file differs from what was written, or ""."""
         size = os.fstat(self.file.fileno()).st_size
         self._add_until(size)
-        return describe_difference(size, f"xxh3_128:{self.digest.hexdigest()}", self.wanted)
+        return describe_difference(size, self.digest.value(), self.wanted)
 
 
 class SafeReader:

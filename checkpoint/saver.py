@@ -5,6 +5,7 @@ A checkpoint of any parallel layout loads into any other. `checkpoint/files.py` 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
 from torch.distributed.checkpoint.planner import ReadItem
@@ -212,7 +212,7 @@ class Saver:
         self._chunks = describe_chunks(plan, writer.write_data(plan, planner).value())
         path = scratch / data_file(rank)
         sync(path)  # the library syncs before it flushes its last bytes
-        return xxhash.xxh3_128_hexdigest(self._chunks.encode()), compute_checksums([path])
+        return hashlib.sha256(self._chunks.encode()).hexdigest(), compute_checksums([path])
 
     def _is_index_stale(self, written: list[Any]) -> bool:
         """Whether a rank wrote other chunks than the index has.

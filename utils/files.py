@@ -38,6 +38,21 @@ def cache_key(**made_from: Any) -> str:
 # Checksums
 
 
+class Checksum:
+    """The checksum of bytes that come in parts."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+
+    def update(self, content: Any) -> None:
+        """Add the content of a buffer."""
+        self._digest.update(content)
+
+    def value(self) -> str:
+        """Return `<algorithm>:<hex>`."""
+        return f"xxh3_128:{self._digest.hexdigest()}"
+
+
 def checksum(path: Path, *, like: str = "xxh3_128:") -> tuple[int, str]:
     """Return a file's size in bytes and its checksum, `<algorithm>:<hex>`.
 
@@ -56,13 +71,13 @@ def checksum_file(file: IO[bytes], *, like: str) -> tuple[int, str]:
     size = os.fstat(file.fileno()).st_size
     if ":" not in like:
         return size, legacy_page_sum(file)
-    digest = xxhash.xxh3_128()
+    digest = Checksum()
     if size:  # an empty file cannot be mapped; reading instead of mapping takes 1.7 times as long
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for start in range(0, size, HASHED_BYTES):
                 digest.update(memoryview(content)[start : start + HASHED_BYTES])
                 content.madvise(mmap.MADV_DONTNEED, start, min(HASHED_BYTES, size - start))  # else counted as memory
-    return size, f"xxh3_128:{digest.hexdigest()}"
+    return size, digest.value()
 
 
 def legacy_page_sum(file: IO[bytes]) -> str:
