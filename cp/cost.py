@@ -81,13 +81,13 @@ DEVICES = {
     ),
     "cuda": Device(
         flops=6.1e14,
-        tile=191,
+        tile=196,
         call=2e-5,
         calls_by_document=False,
         memory=2.5e12,
-        merge=66.7,
+        merge=66.3,
         ring=1.5e11,
-        exchange=2.04e11,
+        exchange=1.96e11,
         network=3.99e10,
         collective=1e11,
         latency=2e-5,
@@ -165,6 +165,7 @@ class _Segment:
 COLLECTIVE = (("te", "all_gather"), ("pytorch", "allgather"), ("ring", "llama3"))
 GATHERS = ("all_gather", "allgather", "llama3")
 MERGES_GATHERED = ("allgather",)
+BY_HEADS = (("native", "all_gather"), ("ring", "llama3"))  # a kernel call for each --heads-k-stride key/value heads
 
 
 def _segments(choice: AttentionChoice, length: float, degree: float, tokens: float) -> list[_Segment]:
@@ -206,7 +207,8 @@ def estimate_cost(
     heads, width = situation.heads / a2a_size, situation.head_dim
     tokens = situation.row_length / ring  # of a rank, after the exchange
     is_gather = choice.method in GATHERS
-    rounds = situation.groups / choice.heads_k_stride if is_gather else 1
+    is_merged_once = is_gather and choice.method not in MERGES_GATHERED
+    rounds = situation.groups / choice.heads_k_stride if (choice.backend, choice.method) in BY_HEADS else 1
     pairs = calls = merged = 0.0
     moved: dict[float, float] = {}  # degree -> tokens of a rank whose K and V travel to the other ranks of a document
     for length in situation.lengths:
@@ -219,10 +221,9 @@ def estimate_cost(
             calls += documents * (segments[0].number + rounds * sum(segment.number for segment in segments[1:]))
         if degree > 1:
             moved[degree] = moved.get(degree, 0.0) + own
-            is_merged_once = is_gather and choice.method not in MERGES_GATHERED
             merged += own if is_merged_once else 0.75 * own * (degree - 1)
     if not device.calls_by_document:
-        calls = 1 + (rounds if is_gather else ring - 1) * bool(moved)
+        calls = 1 + (rounds if is_merged_once else ring - 1) * bool(moved)
     kernels = pairs * 4 * heads * width / device.flops * (1 + BACKWARD) * imbalance + 2 * calls * device.call
     if choice.layout == "hybrid":
         kernels *= HYBRID_IMBALANCE

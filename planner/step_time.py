@@ -19,7 +19,8 @@ from training.flops import training_flops
 
 GIB = 2**30
 STATE_BYTES = 28  # of a parameter that an optimizer step reads and writes: weight, gradient, two moments
-LOGIT_BYTES = 16  # of a logit: product, softmax and its gradient, each written and read in bf16 or half of it in fp32
+# Of a logit, beside the products, as planner/counts.py counts: by kernels on a GPU, by single operations in fp32.
+LOGIT_BYTES = {"bf16": 6, "fp8": 6, "fp32": 20}
 REDUCED_BYTES = 4  # of a gradient that FSDP reduces
 # Forward passes of a layer that a step computes beyond one, and passes of its attention.
 RECOMPUTED = {"none": 0.0, "selective": 0.4, "full": 1.0}
@@ -52,8 +53,8 @@ class Speeds:
 
 # Found by `benchmarks/calibration.py --fit`.
 SPEEDS = {
-    "cpu": Speeds(fp32=0.759, element=342, threads=2.48),
-    "cuda": Speeds(bf16=0.658, fp8=0.475, flash2=0.576, sdpa=0.376, element=177, tp=0.381),
+    "cpu": Speeds(fp32=0.674, element=291, threads=2.47),
+    "cuda": Speeds(bf16=0.65, fp8=0.475, flash2=0.576, sdpa=0.376, element=179, tp=0.373),
 }
 
 
@@ -182,9 +183,9 @@ def estimate_step(job: Job, machine: Machine) -> StepTime:
     output_seconds = output_flops / (machine.peak[wide] * getattr(speeds, wide))
     products = tokens / job.tp / job.pp * (layer_seconds * (1 + again / LAYER_PASSES) + output_seconds) / threads
 
-    elements = layers * architecture.hidden_size * speeds.element * (1 + again / LAYER_PASSES)
-    logits = architecture.padded_vocab_size * LOGIT_BYTES / job.pp
-    passes = tokens / job.tp * (elements + logits) * item / 2 / device.memory / threads
+    elements = layers * architecture.hidden_size * speeds.element * (1 + again / LAYER_PASSES) * item / 2
+    logits = architecture.padded_vocab_size * LOGIT_BYTES[job.dtype] / job.pp
+    passes = tokens / job.tp * (elements + logits) / device.memory / threads
 
     cost = estimate_cost(_situation(job, machine, item), job.choice, device, imbalance=job.imbalance)
     again_attention = 1 + RECOMPUTED_ATTENTION[job.recompute] / ATTENTION_PASSES

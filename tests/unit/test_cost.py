@@ -152,6 +152,21 @@ def test_a_gather_of_the_row_shares_what_arrives_at_a_node() -> None:
     assert estimate_cost(over, choice).transfers > 1.9 * estimate_cost(inside, choice).transfers
 
 
+def test_only_methods_that_gather_some_heads_at_a_time_call_a_kernel_for_each() -> None:
+    shape = dict(device="cuda", row_length=65536, lengths=(65536.0,), heads=64, head_dim=128, item=2)
+
+    def kernels(backend: str, method: str, groups: int, stride: int = 1) -> float:
+        kind = dict(qkv_format="thd", layout="zigzag", cp_size=8, heads_k_stride=stride)
+        choice = AttentionChoice(backend=backend, method=method, **kind)
+        return estimate_cost(Situation(groups=groups, **shape), choice).kernels
+
+    for backend, method in (("native", "all_gather"), ("ring", "llama3")):
+        assert kernels(backend, method, 8) > kernels(backend, method, 8, stride=8) == kernels(backend, method, 1)
+    for backend, method in (("te", "all_gather"), ("pytorch", "allgather")):
+        assert kernels(backend, method, 8) == kernels(backend, method, 1)
+    assert kernels("te", "all_gather", 8) == kernels("native", "all_gather", 8, stride=8)
+
+
 def test_an_uneven_layout_waits_for_its_busiest_rank() -> None:
     situation = Situation(device="cuda", row_length=65536, lengths=(65536,), heads=64, groups=8, head_dim=128, item=2)
     ring = AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=8)

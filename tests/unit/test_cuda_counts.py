@@ -16,16 +16,30 @@ import torch
 from torch import Tensor
 
 from cp.packed_seq import build_packed_seq
+from model.loss import chunked_cross_entropy
 from parallel import fusion
 from parallel.fusion import kernels
 from parallel.grid import GridSizes, build_grid
 from planner.counter import KernelCounter, Launch, counted_kernel
-from planner.counts import CASES, EIGHT_B, LONG_ROW, Case, count_layer, count_loss, count_update, floor_bytes, run_step
+from planner.counts import (
+    CASES,
+    EIGHT_B,
+    LONG_ROW,
+    Case,
+    Moved,
+    count_layer,
+    count_loss,
+    count_update,
+    floor_bytes,
+    run_step,
+    without_data,
+)
 from planner.fake import MemoryLedger, fake_world
 from planner.fused import fused_rms_norm, plan_kernels
 from planner.memory import measure_step
+from planner.step_time import LOGIT_BYTES
 from tests.flags import resolve_config
-from training.build import build_meta_model
+from training.build import COMPUTE_DTYPES, build_meta_model
 
 LONG = Case(EIGHT_B, LONG_ROW, 131072)
 METHODS = {
@@ -82,6 +96,17 @@ def test_the_loss_and_the_update_stay_below_their_ceilings() -> None:
     for moved, launched, gigabytes in ((loss, 73, 12.10), (update, 231, 40.16)):
         assert moved.kernels <= launched <= moved.kernels * TIGHT
         assert moved.bytes / 1e9 <= gigabytes <= moved.bytes / 1e9 * TIGHT
+
+
+@pytest.mark.parametrize(("dtype", "build"), [("bf16", plan_kernels(MemoryLedger())), ("fp32", None)])
+def test_the_step_time_counts_the_same_bytes_a_logit(dtype: str, build: Callable | None) -> None:
+    moved = []
+    for rows in (16384, 32768):  # what more columns add
+        hidden, weight = (meta(size, 64, dtype=COMPUTE_DTYPES[dtype]).requires_grad_() for size in (2048, rows))
+        with without_data(), kernels(build), KernelCounter() as counter:
+            chunked_cross_entropy(hidden, weight, meta(2048).long(), vocab_size=rows, chunk_size=2048)[0].backward()
+        moved.append(Moved.of(counter.launches).bytes)
+    assert (moved[1] - moved[0]) / (16384 * 2048) == pytest.approx(LOGIT_BYTES[dtype], rel=0.1)
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
