@@ -32,7 +32,7 @@ from runtime.run import Run
 from runtime.status import StatusFile
 from training.build import RunData
 from training.flops import attention_cost, known_peak_tflops
-from utils.files import replace_synced
+from utils.files import open_regular, parse_json, replace_synced
 from utils.logger import log
 from utils.names import redact
 
@@ -52,6 +52,11 @@ def open_reports(
     run.status.file = None if eval_only else status_file
     settings = configuration(config, run.argv, architecture, world_size=ranks.launch.world_size)
     settings["checkpoints"] = str(paths.checkpoints.resolve())
+    if ranks.is_writer:
+        settings["starts"] = [
+            *(read_starts(paths.run_dir / CONFIG_FILE, state.first_step) if state.is_resumed else []),
+            {"step": state.first_step, "layout": settings["layout"]},
+        ]
     keep_before = APPEND_ONLY if eval_only else state.first_step if state.is_resumed else None
     writers: list[TensorBoardWriter] = []
     if ranks.is_writer:
@@ -89,6 +94,17 @@ def open_reports(
         keep_before=keep_before,
         writers=writers,
     )
+
+
+def read_starts(config_file: Path, before: int) -> list[dict[str, Any]]:
+    """Steps and layouts with which a run started before step `before`, from the config.json of its last start."""
+    try:
+        with open_regular(config_file) as file:
+            settings = parse_json(file.read().decode())
+        starts = settings.get("starts", [{"step": 0, "layout": settings["layout"]}])
+        return [start for start in starts if start["step"] < before]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []  # no file, or none of ours: only the report misses it
 
 
 def print_end(run: Run, data: RunData, done: int, stop: str, seconds: float) -> None:

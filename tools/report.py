@@ -58,19 +58,19 @@ class Measure:
 MEASURES = (
     Measure("loss", "Loss", "points: validation", dots="validation_loss"),
     Measure("bits_per_byte", "Bits a byte", "of held-out text"),
-    Measure("grad_norm", "Gradient norm"),
+    Measure("grad_norm", "Gradient norm", "before clipping"),
     Measure("lr", "Learning rate"),
     Measure("skipped_steps", "Skipped steps", "so far"),
-    Measure("tokens_per_s", "Throughput", "tokens/s"),
-    Measure("tflops_per_rank", "TFLOP/s", "per rank"),
-    Measure("mfu", "MFU", "% of peak", 100),
+    Measure("tokens_per_s", "Throughput", "tok/s of all ranks, without padding"),
+    Measure("tflops_per_rank", "TFLOP/s", "a rank"),
+    Measure("mfu", "MFU", "% of the device's peak", 100),
     Measure("step_time_s", "Step time", "s"),
-    Measure("data_share", "Data wait", "% of step time", 100),
-    Measure("cp_wait_share", "CP wait", "% of step time", 100),
-    Measure("max_memory_bytes", "Peak memory", "GiB", 2**-30),
-    Measure("packing_efficiency", "Packing efficiency", "% of row", 100),
-    Measure("cp_balance", "CP balance", "attention work, max / mean of cp ranks"),
-    Measure("work_balance", "Work balance", "work of a step, max / mean of all ranks"),
+    Measure("data_share", "Data", "% of the time rank 0 waits for batches", 100),
+    Measure("cp_wait_share", "CP wait", "% of the time rank 0 waits for cp ranks", 100),
+    Measure("max_memory_bytes", "Mem", "GiB of rank 0, largest so far", 2**-30),
+    Measure("packing_efficiency", "Packing", "% of rows that is text", 100),
+    Measure("cp_balance", "CP balance", "attention of the busiest cp rank / mean"),
+    Measure("work_balance", "Work balance", "work of the busiest rank / mean of all"),
 )
 
 
@@ -233,7 +233,9 @@ def draw_charts(runs: list[Run]) -> go.Figure:
         figure.add_traces(traces, rows=row, cols=col)
         if needs_log_axis([y for trace in traces for y in trace.y]):
             figure.update_yaxes(type="log", row=row, col=col)
-    figure.update_xaxes(title_text="step", matches="x")  # zoom all charts together
+    last = max((trace.x[-1] for _, traces in charts for trace in traces), default=0)
+    # Zooms all charts together. Of few steps plotly would label fractions.
+    figure.update_xaxes(title_text="step", matches="x", dtick=1 if last < 10 else None)
     figure.update_yaxes(tickformat="~g")
     figure.update_layout(
         template="plotly_white",
@@ -245,11 +247,32 @@ def draw_charts(runs: list[Run]) -> go.Figure:
     return figure
 
 
-# Title; value of a run, none on a ValueError, LookupError or ArithmeticError; format. The first step warms up.
+def describe_layouts(run: Run) -> str:
+    """Layouts of the run's starts in their order, each with its first step; sizes of 1 are left out."""
+    layouts: dict[str, int] = {}
+    for start in json.loads(run.config["starts"]):
+        sizes = (f"{axis} {size}" for axis, size in start["layout"].items() if size != 1)
+        layouts.setdefault(" x ".join(sizes) or "one rank", start["step"])
+    return "; ".join(f"{layout} from step {step}" if step else layout for layout, step in layouts.items())
+
+
+# Flags that say which text the validation loss is of.
+TEXT_FLAGS = ("--data-path", "--valid-data-path", "--data-split", "--json-key")
+
+
+def compare_texts(runs: Sequence[Run]) -> list[str]:
+    """A note where the losses of the runs are not of one text."""
+    configs = [run.config for run in runs if run.config]
+    differing = [flag for flag in TEXT_FLAGS if len({config.get(flag) for config in configs}) > 1]
+    return [f"losses and bits a byte are of different text: {', '.join(differing)} differ"] if differing else []
+
+
+# Title; value of a run, none where it cannot be read; format. The first step warms up.
 SUMMARY: tuple[tuple[str, Callable[[Run], Any], str], ...] = (
     ("Status", lambda run: "; ".join(f"{key}: {value}" for key, value in run.status.items() if value) or "–", "{}"),
     ("Steps", lambda run: max({**run.series.get("loss", {}), **run.series.get("validation_loss", {})}), "{:,}"),
     ("Steps wanted", lambda run: run.config["--train-iters"], "{}"),
+    ("Layout", describe_layouts, "{}"),
     ("Final training loss", lambda run: run.points("loss")[-1, 1], "{:.5f}"),
     ("Final training loss, mean of 20 steps", lambda run: fmean(run.finite("loss")[-20:]), "{:.5f}"),
     ("Best validation loss", lambda run: min(run.finite("validation_loss")), "{:.5f}"),
@@ -278,7 +301,7 @@ def table_row(title: str, cells: Sequence[str]) -> str:
 def summary_cell(run: Run, value_of: Callable[[Run], Any], form: str) -> str:
     try:
         return form.format(value_of(run))
-    except (ValueError, LookupError, ArithmeticError):
+    except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError):
         return "–"
 
 
@@ -297,7 +320,8 @@ def build_report(runs: list[Run], *, now: str) -> str:
     charts = to_html(draw_charts(runs), config={"displaylogo": False}, full_html=False, div_id="charts")
     names = ", ".join(as_text(run.name) for run in runs)
     heads = "".join(f"<th>{as_text(run.name)}</th>" for run in runs)
-    notes = "<br>".join(as_text(f"{run.name}: {note}") for run in runs for note in run.notes)
+    noted = [*compare_texts(runs), *(f"{run.name}: {note}" for run in runs for note in run.notes)]
+    notes = "<br>".join(map(as_text, noted))
     rows = "".join(table_row(title, [summary_cell(run, value, form) for run in runs]) for title, value, form in SUMMARY)
     configs = [run.config for run in runs]
     return f"""<!doctype html>

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from metrics.reports import read_starts
 from tools.report import downsample, main, needs_log_axis
 from utils.errors import UserError
 
@@ -158,7 +159,7 @@ def test_curves_hold_what_was_measured(tmp_path: Path) -> None:
     assert validation["mode"] == "markers" and validation["x"] == [3, 6] and validation["y"] == [4.3, 4.6]
     assert training["name"] == "a" and validation["name"] == "a, validation"
     assert charts["perplexity/code"][0]["y"] == pytest.approx([math.exp(2)] * 2, rel=1e-5)
-    assert charts["Peak memory"][0]["y"] == [1, 2, 3, 4, 5, 6]
+    assert charts["Mem"][0]["y"] == [1, 2, 3, 4, 5, 6]
     assert charts["timer/forward-backward, ms per step of the slowest rank"][0]["y"] == [200]
     assert "MFU" not in charts
 
@@ -175,8 +176,8 @@ def test_every_measure_has_a_chart(tmp_path: Path) -> None:
     ]
     folder = write_run(tmp_path / "a", **{name: lambda step: 0.5 for name in more})
     page = page_of(folder, out=tmp_path / "report.html")
-    wanted = "Gradient norm,Learning rate,Skipped steps,Throughput,TFLOP/s,MFU,Step time,Data wait,CP wait,Peak memory"
-    assert {*wanted.split(","), "Packing efficiency", "CP balance"} <= set(page.charts())
+    wanted = "Gradient norm,Learning rate,Skipped steps,Throughput,TFLOP/s,MFU,Step time,Data,CP wait,Mem"
+    assert {*wanted.split(","), "Packing", "CP balance"} <= set(page.charts())
     assert page.charts()["CP wait"][0]["y"] == [50] * 6
 
 
@@ -230,6 +231,40 @@ def test_texts_of_a_run_do_not_run(tmp_path: Path) -> None:
     assert all(
         set(re.findall("<[^ >]*", each["text"])) == {"<b", "</b", "<span", "</span"} for each in layout["annotations"]
     )
+
+
+def test_layouts_of_a_run_in_the_order_of_its_starts(tmp_path: Path) -> None:
+    starts = [(0, {"pp": 1, "cp": 2}), (3, {"pp": 1, "cp": 1}), (4, {"pp": 1, "cp": 1}), (5, {"pp": 2, "cp": 2})]
+    config = {"flags": {}, "starts": [{"step": step, "layout": layout} for step, layout in starts]}
+    folders = write_run(tmp_path / "a", config=config), write_run(tmp_path / "b", config={"flags": {}, "starts": [1]})
+    page = page_of(*folders, out=tmp_path / "report.html")
+    assert page.row("Layout") == ["cp 2; one rank from step 3; pp 2 x cp 2 from step 5", "–"]
+
+
+def test_a_resumed_run_keeps_its_earlier_starts(tmp_path: Path) -> None:
+    file, layout = tmp_path / "config.json", {"cp": 2}
+    assert read_starts(file, 5) == []
+    file.write_text(json.dumps({"layout": layout}))  # of a run before there were starts
+    assert read_starts(file, 5) == [{"step": 0, "layout": layout}]
+    file.write_text(json.dumps({"starts": [{"step": step, "layout": layout} for step in (0, 3, 5)]}))
+    assert [start["step"] for start in read_starts(file, 5)] == [0, 3], "a start at the same step takes its place"
+    for text in ("{", "[]", '{"starts": 1}'):
+        file.write_text(text)
+        assert read_starts(file, 5) == []
+
+
+def test_runs_on_different_text_are_not_compared_silently(tmp_path: Path) -> None:
+    flags = [{"data_path": ["x"], "lr": 1}, {"data_path": ["x"], "lr": 2}, {"data_path": ["y"], "lr": 1}]
+    a, b, c = (write_run(tmp_path / name, config={"flags": own}) for name, own in zip("abc", flags, strict=True))
+    note = "different text: --data-path differ"
+    assert note not in page_of(a, b, out=tmp_path / "report.html").text
+    assert note in page_of(a, b, c, out=tmp_path / "report.html").text
+
+
+def test_few_steps_have_whole_numbers_on_their_axis(tmp_path: Path) -> None:
+    for name, steps, tick in (("a", 6, 1), ("b", 40, None)):
+        _, layout = page_of(write_run(tmp_path / name, steps=steps), out=tmp_path / "report.html").figure()
+        assert layout["xaxis"].get("dtick") == tick
 
 
 def test_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
@@ -427,7 +462,7 @@ def test_a_long_curve_stays_small_and_keeps_its_spike() -> None:
 
 def test_rounding_noise_is_no_curve(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", packing_efficiency=lambda step: 0.97 if step % 2 else math.nextafter(0.97, 1))
-    (curve,) = page_of(folder, out=tmp_path / "report.html").charts()["Packing efficiency"]
+    (curve,) = page_of(folder, out=tmp_path / "report.html").charts()["Packing"]
     assert set(curve["y"]) == {97.0}
 
 
