@@ -101,7 +101,7 @@ def read_starts(config_file: Path, before: int) -> list[dict[str, Any]]:
     try:
         with open_regular(config_file) as file:
             settings = parse_json(file.read().decode())
-        starts = settings.get("starts", [{"step": 0, "layout": settings["layout"]}])
+        starts = settings["starts"] if "starts" in settings else [{"step": 0, "layout": settings["layout"]}]
         return [start for start in starts if start["step"] < before]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []  # no file, or none of ours: only the report misses it
