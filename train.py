@@ -211,6 +211,7 @@ class Trainer:
             self.grid,
             group=ranks.checkpoint_group,
             keep=config.checkpoint.keep_checkpoints,
+            keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.async_save,
             on_saved=lambda place: log(f"saved {place}"),
         )

@@ -384,16 +384,20 @@ def publish(scratch: Path, checkpoint: Path, *, run_metadata: dict[str, Any], su
     replace_synced(checkpoint.with_name(LATEST_FILE), checkpoint.name + "\n")
 
 
-def prune(save: Path, keep: int, newest: Path, log_error: Callable[[str], object] = print) -> list[Path]:
+def prune(
+    save: Path, keep: int, newest: Path, log_error: Callable[[str], object] = print, *, keep_every: int = 0
+) -> list[Path]:
     """Rename all but the `keep` newest checkpoints for `purge`; 0 keeps all. Return the new paths.
 
     Args:
+        keep_every: checkpoints of its multiples, in steps, stay too; 0: none.
         newest: just written, never removed. A checkpoint that a process loads stays until the next call.
         log_error: called with a line for each checkpoint that cannot be removed, which is no reason to stop.
     """
     doomed = []
     for path in list_checkpoints(save)[:-keep] if keep else []:
-        if path != newest and not _is_kept(path):
+        is_multiple = keep_every > 0 and parse_step(path) % keep_every == 0
+        if path != newest and not is_multiple and not _is_kept(path):
             try:  # a partly removed checkpoint must not look complete
                 doomed.append(path.rename(path.with_name(f".{path.name.strip('.').removesuffix('.old')}.gone")))
             except OSError as error:

@@ -108,6 +108,7 @@ class Saver:
         save: folder of the checkpoints, shared by all nodes.
         group: gloo, over all ranks, for nothing else: a save in the background communicates over it.
         keep: number of newest checkpoints that stay; 0: all.
+        keep_every: checkpoints of its multiples, in steps, stay too; 0: none.
         asynchronous: write a copy of the state in a background thread; the next save waits for it.
         on_saved: called on rank 0 with each published checkpoint, in the thread that saves.
     """
@@ -121,11 +122,12 @@ class Saver:
         *,
         group: dist.ProcessGroup | None = None,
         keep: int = 0,
+        keep_every: int = 0,
         asynchronous: bool = False,
         on_saved: Callable[[Path], None] | None = None,
     ) -> None:
         self.save_dir, self.model, self.optimizer, self.grid, self.group = save, model, optimizer, grid, group
-        self.keep, self.asynchronous, self.on_saved = keep, asynchronous, on_saved
+        self.keep, self.keep_every, self.asynchronous, self.on_saved = keep, keep_every, asynchronous, on_saved
         # Kept: allocating (pinned) memory at every save takes longer than the copy.
         self._copies: dict[tuple[str, str], Tensor] = {}
         # Python waits for the thread at its exit: a run that ends with an error still finishes the save in progress.
@@ -238,7 +240,7 @@ class Saver:
         publish(scratch, place, run_metadata=run_metadata, sums=sums | compute_checksums([scratch / INDEX_FILE]))
         if self.on_saved is not None:
             self.on_saved(place)
-        self._doomed = prune(self.save_dir, self.keep, place)
+        self._doomed = prune(self.save_dir, self.keep, place, keep_every=self.keep_every)
 
 
 # ---------------------------------------------------------------------------------------------------

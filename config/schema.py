@@ -516,6 +516,12 @@ class CheckpointConfig:
     save_final: bool = flag(None, "save after the last step; default: on, unless --save-interval is 0")
     async_save: bool = flag(False, "write checkpoints in the background, from a copy in host memory")
     keep_checkpoints: int = flag(0, "newest checkpoints that are kept; 0: all", NOT_NEGATIVE, metavar="N")
+    keep_every: int = flag(
+        0,
+        "with --keep-checkpoints: those of each multiple of N steps are kept too; 0: none",
+        NOT_NEGATIVE,
+        metavar="N",
+    )
     load: str | None = flag(
         None,
         "checkpoint, or folder of checkpoints, to start from; with --resume: only while --save is empty; default: none",

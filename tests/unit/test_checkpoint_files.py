@@ -24,6 +24,7 @@ from checkpoint.files import (
     find_checkpoint,
     find_corrupted,
     list_checkpoints,
+    parse_step,
     prune,
     publish,
     purge,
@@ -193,6 +194,13 @@ def test_keep(tmp_path: Path) -> None:
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000003", "step_0000010"]
     assert prune(tmp_path, 9, newest) == []
     assert prune(tmp_path, 1, tmp_path / "step_0000003") == []  # what was just written stays, whatever stands above it
+
+
+def test_multiples_are_kept_for_ever(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        made(tmp_path, step)
+        purge(prune(tmp_path, 1, tmp_path / f"step_{step:07d}", keep_every=3))
+    assert [parse_step(p) for p in list_checkpoints(tmp_path)] == [3, 6, 7]
 
 
 def test_a_checkpoint_that_a_process_loads_is_not_removed(tmp_path: Path, monkeypatch) -> None:
