@@ -72,6 +72,7 @@ class TrainState:
         checkpoint: loaded; None: a fresh run.
         first_step: number of steps that are done.
         notes: lines for the banner.
+        changed: a line for each flag or source that is another than the checkpoint's.
         data: state of the data sources, from run.json.
         source_places: of `match_sources`, where the mixture of sources changes; None: it does not.
         validation_due: a request to stop ended the validation after `first_step`.
@@ -80,6 +81,7 @@ class TrainState:
     checkpoint: Path | None = None
     first_step: int = 0
     notes: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     source_places: list[int | None] | None = None
     validation_due: bool = False
@@ -281,7 +283,6 @@ def load_start(
     if dist.get_rank() == 0 and not plan.weights_only:
         ours = [path for path, _ in skipped if path.parent.resolve() == save.resolve()]
         notes += [f"quarantined as {quarantine(path).name}" for path in ours]
-    notes += [f"changed: {line}" for line in changed]
     first_step, due = (0, False) if plan.weights_only else (step, saved.get("validation_due") is True)
     places = None
     trains_on = not plan.weights_only and not config.training.eval_only
@@ -289,4 +290,4 @@ def load_start(
         if SOURCES not in saved:
             raise UserError(f"--new-data: the checkpoint {checkpoint} is too old to say where its sources stood")
         places = match_sources(saved[SOURCES], wanted[SOURCES])
-    return TrainState(checkpoint, first_step, notes, saved.get("data", {}), places, due)
+    return TrainState(checkpoint, first_step, notes, changed, saved.get("data", {}), places, due)

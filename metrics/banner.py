@@ -129,7 +129,7 @@ class RunSummary:
             **_number("validation", self._describe_validation()),
             "step": self._describe_step(),
             "start": self._describe_start(),
-            **{f"start, {number}": note for number, note in enumerate(self.state.notes, 1)},
+            **{f"start, {number}": note for number, note in enumerate(self._list_notes(), 1)},
             **({"copies": note} if (note := self._describe_copies()) else {}),
             "epochs": f"at the end {self._describe_last_epoch()}",
             "run": str(self.paths.run_dir),
@@ -197,6 +197,9 @@ class RunSummary:
             + f"; {training.train_iters} steps"
             + (f" without {format_skip_steps(skips)} (--skip-steps)" if skips else "")
         )
+
+    def _list_notes(self) -> list[str]:
+        return self.state.notes + [f"changed: {line}" for line in self.state.changed]
 
     def _describe_start(self) -> str:
         if self.state.checkpoint is None:

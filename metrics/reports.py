@@ -55,7 +55,7 @@ def open_reports(
     if ranks.is_writer:
         settings["starts"] = [
             *(read_starts(paths.run_dir / CONFIG_FILE, state.first_step) if state.is_resumed else []),
-            {"step": state.first_step, "layout": settings["layout"]},
+            {"step": state.first_step, "layout": settings["layout"], "changed": state.changed},
         ]
     keep_before = APPEND_ONLY if eval_only else state.first_step if state.is_resumed else None
     writers: list[TensorBoardWriter] = []
@@ -97,7 +97,7 @@ def open_reports(
 
 
 def read_starts(config_file: Path, before: int) -> list[dict[str, Any]]:
-    """Steps and layouts with which a run started before step `before`, from the config.json of its last start."""
+    """Step, layout and changes of the run's starts before step `before`, from the config.json of its last start."""
     try:
         with open_regular(config_file) as file:
             settings = parse_json(file.read().decode())

@@ -233,6 +233,10 @@ def draw_charts(runs: list[Run]) -> go.Figure:
         figure.add_traces(traces, rows=row, cols=col)
         if needs_log_axis([y for trace in traces for y in trace.y]):
             figure.update_yaxes(type="log", row=row, col=col)
+    for number, run in enumerate(runs):
+        for step in sorted({step for step, _ in list_changes(run)}):
+            colour = COLOURS[number % len(COLOURS)]
+            figure.add_vline(step, row="all", col="all", line={"dash": "dot", "color": colour, "width": 1})
     last = max((trace.x[-1] for _, traces in charts for trace in traces), default=0)
     # Zooms all charts together. Of few steps plotly would label fractions.
     figure.update_xaxes(title_text="step", matches="x", dtick=1 if last < 10 else None)
@@ -256,6 +260,15 @@ def describe_layouts(run: Run) -> str:
     return "; ".join(f"{layout} from step {step}" if step else layout for layout, step in layouts.items())
 
 
+def list_changes(run: Run) -> list[tuple[int, str]]:
+    """(first step, what changed) of each start that changed flags or sources; none where config.json is corrupted."""
+    try:
+        starts = [(start["step"], start.get("changed", [])) for start in json.loads(run.config["starts"])]
+        return [(int(step), str(line)) for step, lines in starts for line in lines]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return []
+
+
 # Flags that say which text the validation loss is of.
 TEXT_FLAGS = ("--data-path", "--valid-data-path", "--data-split", "--json-key")
 
@@ -273,6 +286,7 @@ SUMMARY: tuple[tuple[str, Callable[[Run], Any], str], ...] = (
     ("Steps", lambda run: max({**run.series.get("loss", {}), **run.series.get("validation_loss", {})}), "{:,}"),
     ("Steps wanted", lambda run: run.config["--train-iters"], "{}"),
     ("Layout", describe_layouts, "{}"),
+    ("Changed", lambda run: "; ".join(f"from step {step}: {line}" for step, line in list_changes(run)) or "–", "{}"),
     ("Final training loss", lambda run: run.points("loss")[-1, 1], "{:.5f}"),
     ("Final training loss, mean of 20 steps", lambda run: fmean(run.finite("loss")[-20:]), "{:.5f}"),
     ("Best validation loss", lambda run: min(run.finite("validation_loss")), "{:.5f}"),

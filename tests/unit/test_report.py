@@ -241,6 +241,27 @@ def test_layouts_of_a_run_in_the_order_of_its_starts(tmp_path: Path) -> None:
     assert page.row("Layout") == ["cp 2; one rank from step 3; pp 2 x cp 2 from step 5", "–"]
 
 
+def test_a_run_that_changed_course_is_marked(tmp_path: Path) -> None:
+    """A line across all charts where it changed, and what changed in the table."""
+    layout = {"cp": 2}
+    starts = [
+        {"step": 0, "layout": layout, "changed": []},
+        {
+            "step": 4,
+            "layout": layout,
+            "changed": ["--data-path: b is new", "--global-batch-size 8 (the checkpoint: 4)"],
+        },
+    ]
+    folders = [write_run(tmp_path / "a", config={"flags": {}, "starts": starts})]
+    folders += [
+        write_run(tmp_path / name, config={"flags": {}, "starts": wrong}) for name, wrong in (("b", 3), ("c", [[]]))
+    ]
+    page = page_of(*folders, out=tmp_path / "report.html")
+    assert page.row("Changed")[0] == "; ".join(f"from step 4: {line}" for line in starts[1]["changed"])
+    lines = [shape for shape in page.figure()[1]["shapes"] if shape["type"] == "line"]
+    assert {line["x0"] for line in lines} == {4} and len(lines) == len(page.charts())
+
+
 def test_a_resumed_run_keeps_its_earlier_starts(tmp_path: Path) -> None:
     file, layout = tmp_path / "config.json", {"cp": 2}
     assert read_starts(file, 5) == []
