@@ -156,8 +156,12 @@ class PackedDataset:
         self._epochs: dict[int, Epoch] = {}
         self._build_ahead = build_ahead
         self._ahead: tuple[int, subprocess.Popen | None] = (0, None)  # the latest epoch that is built ahead
-        self.samples_per_epoch = len(self.epoch(0))
-        tokens.expect_random_reads()
+        if packing.window is None:
+            self.samples_per_epoch = len(self.epoch(0))  # reads all lengths in order
+            tokens.expect_random_reads()
+        else:
+            tokens.expect_random_reads()
+            self.samples_per_epoch = len(self.epoch(0))  # reads the lengths of random documents
 
     @property
     def lengths(self) -> np.ndarray:

@@ -20,7 +20,7 @@ from data.build import FORCED_WINDOW, build_dataset, open_dataset
 from data.dataset import NOT_READ, BlendedDataset, PackedDataset, PackingOptions
 from data.indexed_dataset import IndexedDataset, token_file, write_indexed_dataset
 from data.loader import MicrobatchDataset
-from data.packing import build_epoch
+from data.packing import Windows, build_epoch
 from data.sources import open_sources
 from data.split import DocumentRange, cached_split, count_documents
 from data.tokenizer import ByteTokenizer
@@ -242,3 +242,12 @@ def test_the_first_and_the_last_stage_read_tokens(monkeypatch) -> None:
 
     assert [reads(rank, 4) for rank in range(4)] == [True, False, False, True]
     assert reads(0, 1) and reads(0, 2) and reads(1, 2)
+
+
+def test_windows_read_lengths_without_readahead(prefix: Path, monkeypatch) -> None:
+    """Of random documents: with readahead, a window of 100,000 in a large index would read 12 GiB."""
+    seen, count = [], Windows.count_samples
+    monkeypatch.setattr(Windows, "count_samples", lambda self: seen.append(tokens._is_random) or count(self))
+    tokens = IndexedDataset(prefix)
+    PackedDataset(tokens, np.arange(200), replace(PACKING, window=50), pad_token=0)
+    assert seen == [True]
