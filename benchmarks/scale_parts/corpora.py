@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -60,7 +61,7 @@ def random_reads() -> list[Row]:
                 tokens.read(number, 0, 600).sum()
             found.append(count_resident(token_file(prefix)) / 2**20)
             del tokens
-    return [Row("read from disk for 0.57 MiB of documents", 1, *found, unit="MiB")]
+    return [Row("read from disk for 0.57 MiB of documents", 1, found[0], found[1], "MiB")]
 
 
 def blends() -> list[Row]:
@@ -71,7 +72,8 @@ def blends() -> list[Row]:
         start = time.process_time()
         blend.counts(40960)
         step = (time.process_time() - start) / 10
-        rows.append(Row(f"position in a blend of {sources} sources at a save", 4096, before, step, "s", OLD))
+        what = f"longest pause to count a blend of {sources} sources (before: at a save; now: in each step)"
+        rows.append(Row(what, 4096, before, step, "s", OLD))
     return rows
 
 
@@ -81,7 +83,7 @@ def starts() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         prefix, read = Path(folder, "corpus"), IndexedDataset.read
         write_sparse(prefix, 10**7, np.arange(0, 10**7, 100), length=64)
-        options = dict(split=WHOLE, which=0, cache_path=Path(folder, "cache"), pad_token=0)
+        options: dict[str, Any] = dict(split=WHOLE, which=0, cache_path=Path(folder, "cache"), pad_token=0)
         packing = replace(PACKING, window=FORCED_WINDOW)
         for _ in ("the first rank", "a later rank"):
             with patch.object(IndexedDataset, "read", autospec=True, side_effect=read) as counted:
@@ -90,7 +92,7 @@ def starts() -> list[Row]:
                 seconds.append(time.process_time() - start)
                 reads.append(counted.call_count)
     return [
-        Row("documents that a rank reads for a source's fingerprint", 4096, *reads),
+        Row("documents that a rank reads for a source's fingerprint", 4096, reads[0], reads[1]),
         Row("opening a source of 10 million documents on a later rank", 4096, seconds[0], seconds[1], "s"),
     ]
 
@@ -107,7 +109,7 @@ def stages() -> list[Row]:
                 for n in range(100):
                     data.sample(n, reads_tokens=reads_tokens)
                 found.append(located.call_count * 40.96)
-    return [Row("documents that a middle pipeline stage reads in a step", 4096, *found)]
+    return [Row("documents that a middle pipeline stage reads in a step", 4096, found[0], found[1])]
 
 
 def metrics_files() -> list[Row]:
