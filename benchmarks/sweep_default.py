@@ -1,8 +1,9 @@
 """Bits a byte of held-out text that a budget of FLOPs buys: the choice of train.py's defaults and of
 configs/half_hour.yaml.
 
-Each candidate is a list of flags; the number of steps follows from the budget, counted as training/flops.py counts.
-A candidate is one process of train.py, validated at its end on all held-out documents.
+Each candidate is a list of flags; the number of steps follows from the budget, counted as training/flops.py counts:
+forward and backward. What Muon's iterations add is counted apart. A candidate is one process of train.py, validated at
+its end on all held-out documents.
 
     python benchmarks/sweep_default.py --tflop 3 --json FILE "NAME: FLAGS" "NAME: FLAGS" ...
 
@@ -27,8 +28,10 @@ import numpy as np
 
 from benchmarks.harness import ROOT, build_config, describe_machine
 from data.dataset import PackedDataset
+from model.config import GPTConfig
 from training.build import build_data
 from training.flops import training_flops
+from training.optimizer import NEWTON_SCHULZ_STEPS
 
 # All held-out documents at the end only; no checkpoint, no sample.
 MEASURED = "--eval-iters 100000 --save-interval 0 --tensorboard-dir none --log-interval 50 --sample-tokens 0"
@@ -45,10 +48,21 @@ def count_steps(flags: str, tflop: float) -> tuple[int, dict[str, float]]:
     squares = float((whole * size**2 + rest**2).sum()) / lengths.sum()  # a token: documents are cut at `size`
     flops = training_flops(architecture, tokens=1, squared_lengths=squares)
     share = lengths.sum() / (data.train.samples_per_epoch * size)
-    step = flops * config.training.global_batch_size * size * share
-    sizes = data.tokenizer.token_bytes()
-    assert sizes is not None
-    return max(1, round(tflop * 1e12 / step)), {"flops_a_token": flops, "tokens_an_epoch": int(lengths.sum())}
+    steps = max(1, round(tflop * 1e12 / (flops * config.training.global_batch_size * size * share)))
+    by_muon = config.training.optimizer == "muon"
+    return steps, {
+        "flops_a_token": flops,
+        "tokens_an_epoch": int(lengths.sum()),
+        "muon_tflop": steps * newton_schulz_flops(architecture) / 1e12 if by_muon else 0.0,
+    }
+
+
+def newton_schulz_flops(architecture: GPTConfig) -> float:
+    """FLOPs of a step's orthogonalizations: two products with the matrix and one with its Gram matrix, five times."""
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    shapes = [(architecture.qkv_size, hidden), (hidden, architecture.query_size), *[(ffn, hidden)] * 3]
+    short_long = [(min(shape), max(shape)) for shape in shapes]
+    return architecture.num_layers * sum(NEWTON_SCHULZ_STEPS * (4 * s * s * n + 2 * s**3) for s, n in short_long)
 
 
 def measure(flags: str, tflop: float, launcher: list[str], run_dir: str) -> dict[str, Any]:
