@@ -18,7 +18,18 @@ from model.names import tp_dim
 from parallel.collectives import sum_over
 from parallel.fsdp import local_tensor, sharded_parameters
 from parallel.grid import Grid, device_mesh
-from training.optimizer import allocate_state
+
+
+def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Allocate the state that the optimizer allocates at its first step, to load into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if optimizer.state[parameter]:
+                continue
+            is_adamw = "betas" in group
+            moments = ("exp_avg", "exp_avg_sq") if is_adamw else ("momentum",)
+            steps = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)} if is_adamw else {}
+            optimizer.state[parameter] = steps | {key: torch.zeros_like(parameter) for key in moments}
 
 
 def whole_tensor(name: str, x: Tensor, shape: Sequence[int], grid: Grid, mesh: DeviceMesh) -> DTensor:
@@ -90,7 +101,7 @@ def get_parts(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict
     parameters = sharded_parameters(model)
     parts = {"weight": {name: Part(name, local_tensor(p.detach()), tuple(p.shape)) for name, p in parameters.items()}}
     if optimizer is not None:
-        allocate_state(optimizer)
+        _allocate_state(optimizer)
         for name, parameter in parameters.items():
             for key, x in optimizer.state[parameter].items():
                 parts.setdefault(key, {})[name] = Part(name, local_tensor(x.detach()), tuple(x.shape))

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from config.schema import TrainingConfig
 from model.gpt import GPT, Stages, get_chunks
 from model.names import tp_dim
-from parallel.collectives import all_to_all
+from parallel.collectives import all_to_all, start_all_gather
 from parallel.fsdp import local_tensor
 from parallel.tensor import TensorParallel
 
@@ -35,7 +35,7 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.O
     if not by_muon:
         return adamw
     assert isinstance(model, (GPT, Stages))
-    return Muon(by_muon, adamw, tp=get_chunks(model)[0].tp, lr=training.lr, weight_decay=training.weight_decay)
+    return Muon(by_muon, adamw, get_chunks(model)[0].tp)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -65,16 +65,9 @@ class Muon(torch.optim.Optimizer):
         matrices: this rank's shards by canonical name.
     """
 
-    def __init__(
-        self,
-        matrices: dict[str, nn.Parameter],
-        adamw: torch.optim.AdamW,
-        *,
-        tp: TensorParallel,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
-        super().__init__([{"params": list(matrices.values())}], {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, matrices: dict[str, nn.Parameter], adamw: torch.optim.AdamW, tp: TensorParallel) -> None:
+        same = {name: adamw.param_groups[0][name] for name in ("lr", "weight_decay")}
+        super().__init__([{"params": list(matrices.values())}], same)
         self.adamw, self.tp = adamw, tp
         self.param_groups += adamw.param_groups  # the same objects: a learning rate set here is set there
         self.state = adamw.state
@@ -102,10 +95,12 @@ class Muon(torch.optim.Optimizer):
                     grad = grad.where(is_skipped == 0, momentum)
                 momentum.lerp_(grad, 1 - MUON_MOMENTUM)
                 directions.append(grad.lerp(momentum, MUON_MOMENTUM))
-            dim, (rows, columns) = tp_dim(kind), parameters[0].shape
-            whole = [size * (self.tp.size if n == dim else 1) for n, size in enumerate((rows, columns))]
-            scale = lr * MUON_RMS * max(whole) ** 0.5
-            updates = self._orthogonalize_shards(directions, rows, _fsdp_group(parameters[0]), dim)
+            shape, dim, first = list(parameters[0].shape), tp_dim(kind), parameters[0]
+            fsdp = first.device_mesh.get_group("fsdp") if isinstance(first, DTensor) else None
+            updates = self._orthogonalize_shards(directions, shape[0], fsdp, dim)
+            if dim is not None:
+                shape[dim] *= self.tp.size
+            scale = lr * MUON_RMS * max(shape) ** 0.5
             for parameter, update in zip(parameters, updates, strict=True):
                 weight = local_tensor(parameter)
                 weight.mul_(1 - lr * decay * share).sub_(update * (scale * share))
@@ -129,31 +124,14 @@ class Muon(torch.optim.Optimizer):
         parts = parts if fsdp is None else all_to_all(parts, fsdp)  # [shards, count, height, c]
         matrices = parts.transpose(0, 1).flatten(1, 2)[:, :rows]  # [count, rows, c]
         if dim is not None and self.tp.group is not None:
-            whole = [torch.empty_like(matrices, memory_format=torch.contiguous_format) for _ in range(self.tp.size)]
-            dist.all_gather(whole, matrices.contiguous(), group=self.tp.group)
-            found = orthogonalize(torch.cat(whole, dim + 1)).chunk(self.tp.size, dim + 1)[self.tp.rank]
+            gathered = start_all_gather(matrices.contiguous(), self.tp.group).wait().chunk(self.tp.size)
+            found = orthogonalize(torch.cat(gathered, dim + 1)).chunk(self.tp.size, dim + 1)[self.tp.rank]
         else:
             found = orthogonalize(matrices)
         found = nn.functional.pad(found, (0, 0, 0, size * height - rows))
         parts = found.unflatten(1, (size, height)).transpose(0, 1)
         parts = parts if fsdp is None else all_to_all(parts, fsdp)
         return [part[: len(shard)] for part, shard in zip(parts.flatten(0, 1), shards, strict=False)]
-
-
-def _fsdp_group(parameter: Tensor) -> dist.ProcessGroup | None:
-    return parameter.device_mesh.get_group("fsdp") if isinstance(parameter, DTensor) else None
-
-
-def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Allocate the state that the optimizer allocates at its first step, to load into."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if optimizer.state[parameter]:
-                continue
-            is_adamw = "betas" in group
-            moments = ("exp_avg", "exp_avg_sq") if is_adamw else ("momentum",)
-            steps = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)} if is_adamw else {}
-            optimizer.state[parameter] = steps | {key: torch.zeros_like(parameter) for key in moments}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
