@@ -52,6 +52,7 @@ def _write_epochs(value: int, known: Known) -> Any:
 # Optimizer
 
 
+_MUON = "momentum, matrices and the size of an update may differ: --lr needs another search"
 _EXACT_ADAMW = {"adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw", "AdamW", "FusedAdam", "adamw_apex_fused"}
 
 
@@ -60,7 +61,9 @@ def _read_optimizer(values: Values, known: Known) -> str:
 
 
 def _write_optimizer(value: str, known: Known) -> Any:
-    """Pentagrid's only optimizer is AdamW with fp32 moments."""
+    """AdamW with fp32 moments, or Muon."""
+    if value.lower() == "muon":
+        return Changed({"optimizer": "muon"}, _MUON)
     decay = known.get("weight_decay", 0.0)
     if value in _EXACT_ADAMW:
         return {}
@@ -91,7 +94,7 @@ def _read_megatron_optimizer(values: Values, known: Known) -> str:
 def _write_axolotl_optimizer(value: str, known: Known) -> Any:
     if value in _EXACT_ADAMW or value == "Adam":
         return _write_other_optimizer("optimizer", "adamw_torch_fused")(value, known)
-    return {"optimizer": value}
+    return Changed({"optimizer": value}, _MUON) if value == "muon" else {"optimizer": value}
 
 
 def _beta(index: int) -> Column:
@@ -374,7 +377,7 @@ TRAINING = [
     ),
     row(
         "optimizer",
-        pentagrid=Column((), None, _write_optimizer, "AdamW"),
+        pentagrid=Column(("optimizer",), _read_optimizer, _write_optimizer, "AdamW"),
         nemo=Column(
             ("optimizer._target_",),
             _read_optimizer,

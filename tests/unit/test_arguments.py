@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from checkpoint.resume import check_same_run
-from config.cli import build_parser, parse_arguments, parse_run
+from config.cli import DEMO_PRESET, build_parser, parse_arguments, parse_run
 from config.validate import resolve
 from model.config import GPTConfig
 from runtime.distributed import Launch, read_launch
@@ -244,6 +244,14 @@ def test_the_default_run_has_a_preset(flags: str) -> None:
     assert notes == ["--config configs/standard_library.yaml"] and config.training.optimizer == "muon"
     assert config.model.hidden_size == (64 if "64" in flags else config.model.hidden_size)
     resolve(config, world_size=4, local_world_size=4, cuda_devices=lambda: 0)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("preset", ["standard_library", "half_hour"])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_make_train_takes_any_number_of_ranks(ranks: int, preset: str, cuda: bool) -> None:
+    config, _ = parse_run(["--cp-size", str(ranks), "--config", str(DEMO_PRESET.with_stem(preset))])
+    resolve(config, world_size=ranks, local_world_size=ranks, cuda_devices=lambda: ranks if cuda else 0)
 
 
 @pytest.mark.parametrize("flags", ["--data-path a", "--config {preset}", "--config={preset}"])
