@@ -188,7 +188,10 @@ class ParallelConfig:
         "auto", "how tokens are sharded over cp ranks; auto: the method's best layout", choices=("auto", *LAYOUTS)
     )
     heads_k_stride: int | None = flag(
-        None, "K/V heads that all_gather and llama3 gather at a time; default: 1", AT_LEAST_ONE
+        None,
+        "K/V heads that all_gather and llama3 gather at a time; default: 1, for native on cuda half of them or "
+        "1 GiB of K and V",
+        AT_LEAST_ONE,
     )
     cp_a2a_size: int | None = flag(None, "ranks of the all-to-all in a2a+p2p; a divisor of --cp-size", AT_LEAST_ONE)
     reshard_after_forward: str = flag(

@@ -473,6 +473,7 @@ def _resolve_attention(
     if parallel.cp_backend == "auto":
         parallel.cp_backend = support.resolve_backend("auto", has_te=model.transformer_impl == "te")
         chosen.append(f"--cp-backend {parallel.cp_backend}")
+    item = ITEM_BYTES[config.training.dtype]
     request = support.AttentionRequest(
         backend=parallel.cp_backend,
         method=_resolve_method(parallel, chosen),
@@ -483,6 +484,7 @@ def _resolve_attention(
         cp_size=parallel.cp_size,
         a2a_size=parallel.cp_a2a_size,
         heads_k_stride=parallel.heads_k_stride,
+        kv_bytes=2 * config.training.micro_batch_size * config.data.seq_length * model.kv_channels * item,
         head_dim=model.kv_channels,
         heads=model.num_attention_heads // parallel.tp_size,
         groups=model.num_query_groups // parallel.tp_size,
@@ -491,6 +493,10 @@ def _resolve_attention(
     if request.method == "auto":
         request = _choose_method(config, request, local_world_size, read_lengths, chosen)
     parallel.attention = support.choose(request)
+    stride = parallel.attention.heads_k_stride
+    if parallel.heads_k_stride is None and stride > 1 and parallel.cp_size > 1:
+        parallel.heads_k_stride = stride
+        chosen.append(f"--heads-k-stride {stride}")
     if (parallel.device, parallel.cp_backend) != ("cuda", "native"):
         if parallel.flash_attention in ("3", "4"):
             what = f"--flash-attention {parallel.flash_attention} is for --cp-backend native and --device cuda"

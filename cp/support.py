@@ -33,6 +33,7 @@ DROPOUT_DEVICES = {"native": ("cpu",)}
 BALANCED = ("zigzag", "hybrid", "striped")
 # Backend -> fewest cp ranks; 1 if absent.
 MIN_CP = {"ring": 2}
+MAX_GATHERED = 1 << 30  # bytes of keys and values that a rank gathers at a time by default
 # Channels of one head that the CUDA kernels take.
 HEAD_DIM_MULTIPLE, HEAD_DIM_MAX = 8, 256
 
@@ -113,6 +114,7 @@ class AttentionRequest:
     Attributes:
         layout: `auto` or a name.
         a2a_size, heads_k_stride: None: the flag is not given.
+        kv_bytes: of the keys and values of a row, for one key/value head; None: unknown.
         heads, groups: query heads and key/value heads of one tp rank.
         dropout: probability of dropping an attention probability.
     """
@@ -129,6 +131,7 @@ class AttentionRequest:
     groups: int
     a2a_size: int | None = None
     heads_k_stride: int | None = None
+    kv_bytes: int | None = None
     dropout: float = 0.0
 
 
@@ -244,6 +247,10 @@ def _resolve_a2a_size(entry: Support, request: AttentionRequest) -> int:
 
 def _resolve_stride(entry: Support, request: AttentionRequest) -> int:
     stride, groups = request.heads_k_stride, request.groups
+    if stride is None and entry.has_stride and request.backend == "native" and request.device == "cuda":
+        # Few rounds launch few kernels. In two or more, transfers overlap with attention.
+        most = min(groups // 2, MAX_GATHERED // (request.kv_bytes or MAX_GATHERED))
+        return next((size for size in range(most, 1, -1) if groups % size == 0), 1)
     if stride is None:
         return 1
     if not entry.has_stride:

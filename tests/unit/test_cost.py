@@ -200,6 +200,18 @@ def test_beyond_the_heads_the_a2a_size_is_chosen_too() -> None:
     assert (parallel.cp_comm_type, parallel.cp_a2a_size, parallel.attention.a2a_size) == ("a2a+p2p", 8, 8)
 
 
+def test_the_heads_of_a_round_are_chosen_and_said() -> None:
+    from config.cli import parse_arguments
+    from config.validate import resolve
+
+    config = parse_arguments([*GPU, "--cp-size", "8", "--cp-comm-type", "all_gather"])
+    chosen = resolve(config, world_size=8, local_world_size=8, cuda_devices=lambda: 8)
+    assert config.parallel.heads_k_stride == config.parallel.attention.heads_k_stride == 4
+    assert "--heads-k-stride 4" in chosen
+    given = resolved("--cp-size", "8", "--cp-comm-type", "all_gather", "--heads-k-stride", "2")
+    assert given.heads_k_stride == given.attention.heads_k_stride == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "method"),
     [

@@ -29,6 +29,27 @@ def ask(**changes):
     return choose(AttentionRequest(**(asked | changes)))
 
 
+@pytest.mark.parametrize(
+    ("changes", "stride"),
+    [
+        (dict(groups=8, kv_bytes=2**26), 4),  # two rounds, so that transfers overlap
+        (dict(groups=8, kv_bytes=2**29), 2),  # two heads are 1 GiB
+        (dict(groups=8, kv_bytes=2**30 + 1), 1),
+        (dict(groups=6, heads=12, kv_bytes=2**28), 3),
+        (dict(groups=10, heads=10, kv_bytes=2**28), 2),  # 4 heads fit; 2 divides 10
+        (dict(groups=1, kv_bytes=2**20), 1),
+        (dict(groups=8), 1),
+        (dict(groups=8, kv_bytes=2**26, heads_k_stride=8), 8),
+        (dict(groups=8, kv_bytes=2**26, heads_k_stride=1), 1),
+        (dict(groups=8, kv_bytes=2**26, device="cpu"), 1),
+        (dict(groups=8, kv_bytes=2**26, method="p2p"), 1),
+        (dict(groups=8, kv_bytes=2**26, backend="ring", method="llama3", qkv_format="thd"), 1),
+    ],
+)
+def test_heads_of_a_round_fit_the_memory(changes: dict, stride: int) -> None:
+    assert ask(**(dict(device="cuda", method="all_gather") | changes)).heads_k_stride == stride
+
+
 def test_every_backend_has_a_method_flag() -> None:
     assert set(METHOD_FLAGS) == set(BACKENDS)
     assert len({(entry.backend, entry.method) for entry in SUPPORT}) == len(SUPPORT)
