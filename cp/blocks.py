@@ -17,6 +17,7 @@ from cp.layout import ranges
 from cp.packed_seq import to_device
 
 Tokens = slice | Tensor
+StartsAndLengths = tuple[np.ndarray, np.ndarray]  # of segments, [n] each
 MAX_PADDING = 1.05  # (query, key) pairs with padding over pairs of real tokens
 
 
@@ -50,7 +51,7 @@ class Block:
 
     Attributes:
         runs: the segments for the CPU kernel.
-        q_tokens, k_tokens: tokens of all segments, ascending; a slice where they are contiguous.
+        k_tokens: the keys of all segments, ascending. The queries of all segments are all rows of queries.
         cu_q, cu_k: [segments + 1] int32 running sums of the lengths; CUDA only.
         max_q, max_k: longest segments.
         dropout_ids: ids of the query tokens [t], and positions of the keys in their documents [t']; dropout only.
@@ -58,7 +59,6 @@ class Block:
 
     causal: bool
     runs: tuple[Run, ...]
-    q_tokens: Tokens
     k_tokens: Tokens
     cu_q: Tensor | None
     cu_k: Tensor | None
@@ -80,6 +80,40 @@ def find_tokens(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -
     if (starts[1:] == starts[:-1] + lengths[:-1]).all():
         return slice(int(starts[0]), int(starts[-1] + lengths[-1]))
     return to_device(ranges(starts, lengths), device)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The queries of a rank: rows that blocks take as they are, gathered once for several blocks.
+
+    Attributes:
+        queries: this rank's tokens that are rows.
+        later: the rows that blocks after the first ones take.
+        padding: rows that are padding; None: none.
+    """
+
+    queries: Tokens
+    later: Tokens
+    padding: Tensor | None
+
+    @classmethod
+    def build(
+        cls, tokens: StartsAndLengths, later: StartsAndLengths, is_padding: np.ndarray, device: torch.device
+    ) -> Rows:
+        """`is_padding`: of this rank's tokens, [t] bool."""
+        padding = np.flatnonzero(is_padding[ranges(*tokens)])
+        found = find_tokens(*tokens, device), find_tokens(*later, device)
+        return cls(*found, to_device(padding, device) if len(padding) else None)
+
+    def finish(self, out: Tensor, lse: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Results of `size` tokens from those of the rows, which it changes: 0 in padding and in tokens without a row.
+
+        Padding's lse becomes infinite: its probabilities, and so all its gradients, are 0 in the backward pass.
+        """
+        if self.padding is not None:
+            out.index_fill_(0, self.padding, 0.0)
+            lse.index_fill_(0, self.padding, float("inf"))
+        return spread_tokens(out, self.queries, size), spread_tokens(lse, self.queries, size)
 
 
 def takes_cu_seqlens(device: torch.device) -> bool:
@@ -108,8 +142,7 @@ def _group_runs(segments: np.ndarray) -> tuple[Run, ...]:
         if runs:
             last, q, k = runs[-1], runs[-1].q, runs[-1].k
             has_equal_distances = last.count == 1 or (q_distance, k_distance) == (q.distance, k.distance)
-            is_forward = q_distance >= 0 and k_distance >= 0  # a view cannot run backwards
-            if (q_length, k_length) == (q.length, k.length) and has_equal_distances and is_forward:
+            if (q_length, k_length) == (q.length, k.length) and has_equal_distances:
                 q, k = q._replace(distance=q_distance), k._replace(distance=k_distance)
                 runs[-1] = Run(last.count + 1, q, k)
                 continue
@@ -158,7 +191,6 @@ def build_block(
     return Block(
         causal=causal,
         runs=() if on_cuda else _group_runs(table),
-        q_tokens=find_tokens(table[:, 0], table[:, 1], device),
         k_tokens=find_tokens(table[:, 2], table[:, 3], device),
         cu_q=running_sum(table[:, 1]) if on_cuda else None,
         cu_k=running_sum(table[:, 3]) if on_cuda else None,

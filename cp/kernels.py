@@ -70,7 +70,7 @@ def _cuda_lengths(block: Block) -> tuple[Tensor | None, Tensor | None, int, int]
 
 
 def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = take_tokens(q, block.q_tokens), take_tokens(k, block.k_tokens), take_tokens(v, block.k_tokens)
+    k, v = take_tokens(k, block.k_tokens), take_tokens(v, block.k_tokens)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, *_cuda_lengths(block), 0.0, block.causal, False, scale=scale
     )
@@ -80,7 +80,6 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -
 def _cuda_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, out, lse = (take_tokens(x, block.q_tokens) for x in (dout, q, out, lse))
     k, v = take_tokens(k, block.k_tokens), take_tokens(v, block.k_tokens)
     inputs = (dout.contiguous(), q, k, v, out, lse.transpose(0, 1).contiguous())
     # Without dropout the kernel reads neither the random state nor the tensor after it.
@@ -94,10 +93,10 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, options: Attent
     """Attention of the block's queries over its keys; with dropout, by explicit scores instead of the kernel.
 
     Args:
-        q: [t, hq, d]; k, v: [t', hkv, d], hkv divides hq.
+        q: [n, hq, d]; k, v: [t, hkv, d], hkv divides hq.
 
     Returns:
-        out [queries, hq, d] in q's dtype and lse [queries, hq] (natural log) in fp32 or fp64, for `block.q_tokens`.
+        out [n, hq, d] in q's dtype and lse [n, hq] (natural log) in fp32 or fp64.
     """
     if options.dropout is not None:
         return dropout_forward(q, k, v, block, options)
@@ -111,10 +110,10 @@ def block_backward(
     """The block's part of the gradients, given the final out and lse of the whole attention.
 
     Args:
-        dout, q, out: [t, hq, d]; k, v: [t', hkv, d]; lse: [t, hq].
+        dout, q, out: [n, hq, d]; k, v: [t, hkv, d]; lse: [n, hq].
 
     Returns:
-        dq for `block.q_tokens`, dk and dv for `block.k_tokens`.
+        dq [n, hq, d]; dk and dv for `block.k_tokens`.
     """
     if options.dropout is not None:
         return dropout_backward(dout, q, k, v, out, lse, block, options)

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from cp.blocks import (
     Block,
+    Rows,
     Tokens,
     accumulator_dtype,
     add_tokens_,
@@ -33,14 +34,13 @@ from cp.blocks import (
     put_tokens_,
     spread_tokens,
     take_tokens,
-    takes_cu_seqlens,
 )
 from cp.dropout_attention import AttentionOptions
 from cp.kernels import block_backward, block_forward
 from cp.layout import ranges
 from cp.native_p2p import merge_
 from cp.needed_keys import Exchange, NeededKeys
-from cp.packed_seq import PackedSeq, to_device
+from cp.packed_seq import PackedSeq
 from parallel.collectives import Transfer, start_all_to_all
 
 
@@ -51,36 +51,28 @@ class Gather:
     Attributes:
         send: this rank's tokens that are sent, by receiver.
         sent, received: tokens to and from each rank.
-        keys: indices of the received tokens that give the keys of `RowBlocks.before`, segment by segment on CUDA, in
-            the row's order on CPU.
-        segments: those that give them segment by segment; a key of two segments twice.
+        keys: received tokens that are keys, segment by segment of `RowBlocks.before`; one of two segments comes twice.
     """
 
     send: Tokens
     sent: list[int]
     received: list[int]
     keys: Tokens
-    segments: Tokens
 
 
 @dataclass(frozen=True, eq=False)
 class RowBlocks:
-    """Queries are rows of their own.
+    """The blocks of a rank.
 
     Attributes:
-        own: each piece x itself, keys in this rank's tokens.
-        before: each piece x the tokens of its document before it, keys as in `Gather.keys`.
-        queries: this rank's tokens that are queries: the rows of `own`.
-        later: those of the rows that are queries of `before`.
-        padding: rows that are padding; None: none.
+        own: each piece x itself, keys in this rank's tokens; `rows` are the queries.
+        before: each piece x the tokens of its document before it, keys as in `Gather`; `rows.later` are the queries.
         gather: None if no rank needs anything of another.
     """
 
     own: Block | None
     before: Block | None
-    queries: Tokens
-    later: Tokens
-    padding: Tensor | None
+    rows: Rows
     gather: Gather | None
 
 
@@ -88,49 +80,36 @@ def build_row_blocks(
     packed_seq: PackedSeq, *, cp_size: int, cp_rank: int, device: torch.device, with_dropout: bool = False
 ) -> RowBlocks:
     """Build this rank's blocks and its part of the exchange; `with_dropout`: the blocks carry `dropout_ids`."""
-    lengths, padded = packed_seq.lengths, packed_seq.padded_lengths
-    computed = computed_lengths(lengths, padded, device)
+    computed = computed_lengths(packed_seq.lengths, packed_seq.padded_lengths, device)
     row = dict(cp_size=cp_size, layout=packed_seq.layout, placement=packed_seq.placement)
-    keys = NeededKeys(computed, padded, **row)  # type: ignore[arg-type]
+    keys = NeededKeys(computed, packed_seq.padded_lengths, **row)  # type: ignore[arg-type]
     pieces, needed = keys.pieces[cp_rank], keys.needed[cp_rank]
-    length, later = pieces.length, np.where(pieces.before > 0, pieces.length, 0)
-    first_row, first_later = np.cumsum(length) - length, np.cumsum(later) - later
-    first_key = (np.cumsum(needed) - needed)[pieces.document]
-    segments = ranges(first_key, pieces.before)  # keys of `before` in the row's order
-    if takes_cu_seqlens(device):
-        first_key = np.cumsum(pieces.before) - pieces.before
+    length, before_length = pieces.length, pieces.before
+    later_length = np.where(before_length > 0, length, 0)
+    first, later, first_key = (np.cumsum(x) - x for x in (length, later_length, before_length))
     own_ids = before_ids = None
     if with_dropout:
         ids, positions = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=cp_rank)
         ids = ids[ranges(pieces.start, length)]
         own_ids = ids, positions
-        before_ids = ids[ranges(first_row, later)], ranges(np.zeros_like(needed), needed)
-    own, before = (first_row, length, pieces.start, length), (first_later, later, first_key, pieces.before)
-    is_padding = packed_seq.padding(cp_size=cp_size, cp_rank=cp_rank)[ranges(pieces.start, length)]
+        before_ids = ids[ranges(first, later_length)], ranges(np.zeros_like(before_length), before_length)
+    own, before = (first, length, pieces.start, length), (later, later_length, first_key, before_length)
+    is_padding = packed_seq.padding(cp_size=cp_size, cp_rank=cp_rank)
     exchange = keys.build_exchange(cp_rank)
+    key_segments = ranges((np.cumsum(needed) - needed)[pieces.document], before_length)  # in the row's order
     return RowBlocks(
         own=build_block(own, causal=True, device=device, dropout_ids=own_ids),
         before=build_block(before, causal=False, device=device, dropout_ids=before_ids),
-        queries=find_tokens(pieces.start, length, device),
-        later=find_tokens(first_row, later, device),
-        padding=to_device(np.flatnonzero(is_padding), device) if is_padding.any() else None,
-        gather=None if exchange is None else _build_gather(exchange, segments, device),
+        rows=Rows.build((pieces.start, length), (first, later_length), is_padding, device),
+        gather=None if exchange is None else _build_gather(exchange, key_segments, device),
     )
 
 
-def _build_gather(exchange: Exchange, segments: np.ndarray, device: torch.device) -> Gather:
-    order = exchange.order
-    return Gather(
-        send=_as_slice(exchange.send, device),
-        sent=exchange.sent.tolist(),
-        received=exchange.received.tolist(),
-        keys=_as_slice(order[segments] if takes_cu_seqlens(device) else order, device),
-        segments=_as_slice(order[segments], device),
+def _build_gather(exchange: Exchange, key_segments: np.ndarray, device: torch.device) -> Gather:
+    send, keys = (
+        find_tokens(index, np.ones_like(index), device) for index in (exchange.send, exchange.order[key_segments])
     )
-
-
-def _as_slice(index: np.ndarray, device: torch.device) -> Tokens:
-    return find_tokens(index, np.ones_like(index), device)
+    return Gather(send, exchange.sent.tolist(), exchange.received.tolist(), keys)
 
 
 def _start_rounds(
@@ -165,26 +144,22 @@ class _AllGatherAttention(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx, q: Tensor, k: Tensor, v: Tensor, blocks: RowBlocks, group: dist.ProcessGroup, options: AttentionOptions
     ) -> Tensor:
-        accumulate, size, padding = accumulator_dtype(q.dtype), len(q), blocks.padding
+        accumulate = accumulator_dtype(q.dtype)
         rounds = _start_rounds(q, k, v, blocks.gather, group, options)
-        rows = take_tokens(q, blocks.queries)
+        rows = take_tokens(q, blocks.rows.queries)
         if blocks.own is None:  # no real token on this rank
             out, lse = rows, rows.new_zeros(rows.shape[:2], dtype=accumulate)
         else:
             out, lse = (x.to(accumulate) for x in block_forward(rows, k, v, blocks.own, options))
-        later = [take_tokens(x, blocks.later) for x in (rows, out, lse)]
+        later = [take_tokens(x, blocks.rows.later) for x in (rows, out, lse)]
         for _, heads, before_k, before_v in rounds:
             if blocks.before is not None:
                 later_q, later_out, later_lse = (x[:, heads] for x in later)
                 before = block_forward(later_q, before_k, before_v, blocks.before, options.for_heads(heads.start))
                 merge_(later_out, later_lse, *before)
         for total, values in zip((out, lse), later[1:], strict=True):
-            put_tokens_(total, blocks.later, values)
-        out = out.to(q.dtype)
-        if padding is not None:  # probabilities of padding, and so its gradients, become 0
-            out.index_fill_(0, padding, 0.0)
-            lse.index_fill_(0, padding, float("inf"))
-        result, lse = (spread_tokens(x, blocks.queries, size) for x in (out, lse))
+            put_tokens_(total, blocks.rows.later, values)
+        result, lse = blocks.rows.finish(out.to(q.dtype), lse, len(q))
         ctx.save_for_backward(q, k, v, result, lse)
         ctx.blocks, ctx.group, ctx.options = blocks, group, options
         return result
@@ -196,7 +171,7 @@ class _AllGatherAttention(torch.autograd.Function):
         blocks, group, options, accumulate = ctx.blocks, ctx.group, ctx.options, accumulator_dtype(q.dtype)
         dout = dout.contiguous()
         rounds = _start_rounds(q, k, v, blocks.gather, group, options)
-        rows = [take_tokens(x, blocks.queries) for x in (dout, q, out, lse)]
+        rows = [take_tokens(x, blocks.rows.queries) for x in (dout, q, out, lse)]
         if blocks.own is None:
             dq, dk, dv = (torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in (rows[1], k, v))
         else:
@@ -204,7 +179,7 @@ class _AllGatherAttention(torch.autograd.Function):
             tokens = slice(0, len(grads[0])), blocks.own.k_tokens, blocks.own.k_tokens
             sizes = len(grads[0]), len(k), len(k)
             dq, dk, dv = map(spread_tokens, (x.to(accumulate) for x in grads), tokens, sizes)
-        later = [take_tokens(x, blocks.later) for x in (*rows, dq)]
+        later = [take_tokens(x, blocks.rows.later) for x in (*rows, dq)]
         returning = None
         for kv_heads, heads, before_k, before_v in rounds:
             shape = sum(blocks.gather.received), 2, *before_k.shape[1:]
@@ -215,14 +190,14 @@ class _AllGatherAttention(torch.autograd.Function):
                 grads = block_backward(*sides, blocks.before, options.for_heads(heads.start))
                 later_dq.add_(grads[0])
                 for part, grad in enumerate(grads[1:]):
-                    add_tokens_(dkv[:, part], blocks.gather.segments, grad)
+                    add_tokens_(dkv[:, part], blocks.gather.keys, grad)
             if returning is not None:
                 _add_returned_(dk, dv, returning, blocks.gather, options)
             returning = kv_heads, start_all_to_all(dkv, blocks.gather.received, blocks.gather.sent, group)
         if returning is not None:
             _add_returned_(dk, dv, returning, blocks.gather, options)
-        put_tokens_(dq, blocks.later, later[-1])
-        dq = spread_tokens(dq.to(q.dtype), blocks.queries, len(q))
+        put_tokens_(dq, blocks.rows.later, later[-1])
+        dq = spread_tokens(dq.to(q.dtype), blocks.rows.queries, len(q))
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 

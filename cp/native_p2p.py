@@ -28,13 +28,13 @@ from torch.autograd.function import once_differentiable
 
 from cp.blocks import (
     Block,
+    Rows,
     Tokens,
     accumulator_dtype,
     add_tokens_,
     build_block,
     computed_lengths,
     fill_tokens_,
-    find_tokens,
     put_tokens_,
     spread_tokens,
     take_tokens,
@@ -42,7 +42,7 @@ from cp.blocks import (
 from cp.dropout_attention import AttentionOptions
 from cp.kernels import block_backward, block_forward
 from cp.layout import ranges
-from cp.packed_seq import PackedSeq, to_device
+from cp.packed_seq import PackedSeq
 from parallel.collectives import Transfer, start_ring_shift
 from parallel.fusion import fused
 
@@ -52,20 +52,15 @@ MAX_PENDING = 2  # blocks' dq that one pass over the sum adds
 
 @dataclass(frozen=True, eq=False)
 class RingBlocks:
-    """The blocks of a rank, and their queries: rows that are gathered once for several steps.
+    """The blocks of a rank, one a step; None where a step computes nothing.
 
     Attributes:
-        steps: a block a step, whose queries count from the first row; None where a step computes nothing.
-        queries: this rank's tokens that are queries: the rows of the steps before `first_late`.
-        late: those of the rows that are queries from step `first_late` on.
-        padding: rows that are padding; None: none.
+        first_later: the step from which on `rows.later` are the queries.
     """
 
     steps: list[Block | None]
-    queries: Tokens
-    first_late: int
-    late: Tokens
-    padding: Tensor | None
+    rows: Rows
+    first_later: int
 
 
 def build_ring_blocks(
@@ -77,48 +72,38 @@ def build_ring_blocks(
     `dropout_ids`.
     """
     assert packed_seq.layout == "zigzag"
-    lengths, padded = packed_seq.lengths, packed_seq.padded_lengths
-    computed = computed_lengths(lengths, padded, device)
+    padded = packed_seq.padded_lengths
+    computed = computed_lengths(packed_seq.lengths, padded, device)
     chunk = -(-padded // (2 * cp_size))  # one rank takes documents of any length
     start = (np.cumsum(padded) - padded) // cp_size  # of each document in a rank's T / cp tokens
 
-    def count(lengths: np.ndarray, chunk_index: int) -> np.ndarray:
+    def count(chunk_index: int) -> np.ndarray:
         """[documents] tokens in one of each document's chunks; chunks fill in order."""
-        return np.clip(lengths - chunk_index * chunk, 0, chunk)
+        return np.clip(computed - chunk_index * chunk, 0, chunk)
 
-    def first_rows(count: np.ndarray) -> np.ndarray:
-        return np.cumsum(count) - count
-
-    last = 2 * cp_size - 1
-    first, second = count(computed, cp_rank), count(computed, last - cp_rank)
-    own, real = first + second, count(lengths, cp_rank) + count(lengths, last - cp_rank)
-    late = first_rows(own) + first, second
+    first, second = count(cp_rank), count(2 * cp_size - 1 - cp_rank)
+    own = first + second
+    row, later_row = (np.cumsum(x) - x for x in (own, second))
+    later = row + first, second
     steps: list[Block | None] = []
-    ids = np.zeros(0, np.int64)
-    if with_dropout:
-        ids = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=cp_rank)[0][ranges(start, own)]
+    own_ids = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=cp_rank)[0] if with_dropout else None
     for step in range(cp_size):
         peer = (cp_rank - step) % cp_size
-        keys = count(computed, peer) + count(computed, last - peer)
+        keys = count(peer) + count(2 * cp_size - 1 - peer)
         if peer == cp_rank:
-            segments = first_rows(own), own, start, keys
+            segments = (row, own, start, keys)
         elif peer < cp_rank:
-            segments = first_rows(own), own, start, count(computed, peer)
+            segments = (row, own, start, count(peer))
         else:
-            segments = first_rows(second), second, start, keys
+            segments = (later_row, second, start, keys)
         dropout_ids = None
-        if with_dropout:
-            key_positions = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=peer)[1]
-            dropout_ids = ids[ranges(*late)] if peer > cp_rank else ids, key_positions
+        if own_ids is not None:
+            ids = own_ids[ranges(start, own)]
+            positions = packed_seq.token_ids_and_positions(cp_size=cp_size, cp_rank=peer)[1]
+            dropout_ids = ids[ranges(*later)] if peer > cp_rank else ids, positions
         steps.append(build_block(segments, causal=peer == cp_rank, device=device, dropout_ids=dropout_ids))
-    is_padded = (own != real).any()
-    return RingBlocks(
-        steps=steps,
-        queries=find_tokens(start, own, device),
-        first_late=cp_rank + 1,
-        late=find_tokens(*late, device),
-        padding=to_device(ranges(first_rows(own) + real, own - real), device) if is_padded else None,
-    )
+    is_padding = packed_seq.padding(cp_size=cp_size, cp_rank=cp_rank)
+    return RingBlocks(steps, Rows.build((start, own), later, is_padding, device), first_later=cp_rank + 1)
 
 
 @fused
@@ -197,7 +182,7 @@ class _Forward(_Pass):
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, ring: Ring, options: AttentionOptions) -> None:
         super().__init__(k, v, ring, options)
-        self.q = take_tokens(q[ring.tokens], ring.blocks.queries)
+        self.q = take_tokens(q[ring.tokens], ring.blocks.rows.queries)
         self.out = self.q  # both are kept where the rank has no query
         self.lse = torch.empty(self.q.shape[:2], dtype=accumulator_dtype(q.dtype), device=q.device)
         self.early: tuple[Tensor, Tensor] | None = None
@@ -206,9 +191,9 @@ class _Forward(_Pass):
         block = self.blocks.steps[step]
         if block is None:
             return
-        if step == self.blocks.first_late:
+        if step == self.blocks.first_later:
             self.early = self.out, self.lse
-            self.q, self.out, self.lse = (take_tokens(x, self.blocks.late) for x in (self.q, self.out, self.lse))
+            self.q, self.out, self.lse = (take_tokens(x, self.blocks.rows.later) for x in (self.q, self.out, self.lse))
         block_out, block_lse = block_forward(self.q, self.kv[0], self.kv[1], block, self.options)
         if step == 0:
             self.out, self.lse = block_out.to(self.accumulate), block_lse
@@ -216,17 +201,11 @@ class _Forward(_Pass):
             merge_(self.out, self.lse, block_out, block_lse)
 
     def finish(self) -> None:
-        """Padding's out is 0; its lse is infinite, so that its probabilities and gradients are 0 backward."""
-        queries, padding = self.blocks.queries, self.blocks.padding
         if self.early is not None:
             for total, rows in zip(self.early, (self.out, self.lse), strict=True):
-                put_tokens_(total, self.blocks.late, rows)
+                put_tokens_(total, self.blocks.rows.later, rows)
             self.out, self.lse = self.early
-        out, lse = self.out.to(self.q.dtype), self.lse
-        if padding is not None:
-            out.index_fill_(0, padding, 0.0)
-            lse.index_fill_(0, padding, float("inf"))
-        self.out, self.lse = (spread_tokens(x, queries, self.size) for x in (out, lse))
+        self.out, self.lse = self.blocks.rows.finish(self.out.to(self.q.dtype), self.lse, self.size)
 
 
 class _Backward(_Pass):
@@ -235,7 +214,7 @@ class _Backward(_Pass):
     def __init__(self, saved: tuple[Tensor, ...], dout: Tensor, ring: Ring, options: AttentionOptions) -> None:
         q, k, v, out, lse = saved
         super().__init__(k, v, ring, options)
-        self._take_rows([x[ring.tokens] for x in (q, dout, out, lse)], ring.blocks.queries)
+        self._take_rows([x[ring.tokens] for x in (q, dout, out, lse)], ring.blocks.rows.queries)
         self.dq: Any = None
         self.early_dq: Tensor | None = None
         self.pending: list[Tensor] = []
@@ -251,10 +230,10 @@ class _Backward(_Pass):
         block = self.blocks.steps[step]
         if block is None:
             return
-        if step == self.blocks.first_late:
+        if step == self.blocks.first_later:
             self.early_dq = self._sum_dq()
-            self._take_rows((self.q, self.dout, self.out, self.lse), self.blocks.late)
-            self.dq = take_tokens(self.early_dq, self.blocks.late)
+            self._take_rows((self.q, self.dout, self.out, self.lse), self.blocks.rows.later)
+            self.dq = take_tokens(self.early_dq, self.blocks.rows.later)
         block_dq, *self.block_dkv = block_backward(
             self.dout, self.q, self.kv[0], self.kv[1], self.out, self.lse, block, self.options
         )
@@ -265,13 +244,10 @@ class _Backward(_Pass):
     def _sum_dq(self) -> Tensor:
         """The sum of dq until now."""
         pending, self.pending = self.pending, []
-        if self.dq is not None:
-            if pending:
-                _add_(self.dq, *pending)
-        elif self.steps == 1:
-            (self.dq,) = pending
-        else:
-            self.dq = _add_up(self.accumulate, *pending)
+        if self.dq is None:
+            self.dq = _add_up(self.accumulate, *pending) if len(pending) > 1 else pending[0].to(self.accumulate)
+        elif pending:
+            _add_(self.dq, *pending)
         return self.dq
 
     def shift_dkv(self, step: int) -> None:
@@ -300,9 +276,9 @@ class _Backward(_Pass):
             self.dkv = [torch.zeros_like(x) for x in self.kv]
         dq = self.q if block is None else self._sum_dq()
         if self.early_dq is not None:
-            put_tokens_(self.early_dq, self.blocks.late, dq)
+            put_tokens_(self.early_dq, self.blocks.rows.later, dq)
             dq = self.early_dq
-        self.dq = spread_tokens(dq.to(self.q.dtype), self.blocks.queries, self.size)
+        self.dq = spread_tokens(dq.to(self.q.dtype), self.blocks.rows.queries, self.size)
 
 
 def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 import cp.blocks
-import cp.native_all_gather
 from cp.attention import build_attention
 from cp.layout import document_unit, unshard_indices
 from cp.packed_seq import build_packed_seq
@@ -304,7 +303,6 @@ def cuda_errors(rank: int, choice: AttentionChoice, name: str, groups: int, most
     tensors, real = inputs(int(documents[1].sum()), groups, torch.float64), real_rows(documents)[:, None, None]
     with (
         mock.patch.object(cp.blocks, "takes_cu_seqlens", lambda device: True),
-        mock.patch.object(cp.native_all_gather, "takes_cu_seqlens", lambda device: True),
         mock.patch.object(cp.blocks, "MAX_PADDING", most),
         mock.patch.object(torch.ops.aten, "_flash_attention_forward", flash_forward),
         mock.patch.object(torch.ops.aten, "_flash_attention_backward", flash_backward),

@@ -177,7 +177,8 @@ def lost_local_documents():
 
     def build(packed_seq, **place):
         blocks = real(packed_seq, **place)
-        return replace(blocks, steps=[None], queries=slice(0, 0)) if place["cp_size"] == 1 else blocks
+        nothing = replace(blocks.rows, queries=slice(0, 0), padding=None)
+        return replace(blocks, steps=[None], rows=nothing) if place["cp_size"] == 1 else blocks
 
     with mock.patch.object(cp.hybrid, "build_ring_blocks", build):
         yield
