@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import sys
 from dataclasses import replace
 from unittest import mock
@@ -314,7 +313,7 @@ def cuda_errors(rank: int, choice: AttentionChoice, name: str, groups: int, most
     return [relative_error(x, want) for x, want in zip(got, wants, strict=True)]
 
 
-@pytest.mark.parametrize("most", [1.0, math.inf], ids=["real tokens", "with padding"])
+@pytest.mark.parametrize("most", [1.0, 1e9], ids=["real tokens", "with padding"])
 @pytest.mark.parametrize(
     "choice",
     [c.values[0] for c in ALL_CELLS if (c.values[0].backend, c.values[0].qkv_format, c.values[1]) == CUDA_CELLS],
