@@ -15,6 +15,9 @@ export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 # (March 2026) ignores the variable. SLURM kills a job KillWait seconds after its SIGTERM, whatever the variable says.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
 
+# Open files: torchrun on the first node, and rank 0 in a gather, have connections to all ranks; the usual limit is 1024.
+ulimit -Sn "$(ulimit -Hn)"
+
 # Python writes to a log file in blocks: without this the last lines of a killed rank are lost.
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
 
