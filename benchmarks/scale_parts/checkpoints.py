@@ -28,8 +28,8 @@ from checkpoint.index import PackedIndex, build_index, data_file, describe_chunk
 from checkpoint.reader import read_index
 from utils.files import write_synced
 
-LAYOUTS = {64: (8, 2, 4), 512: (8, 4, 20), 4096: (8, 8, 16)}  # ranks: (tp, pp, layers of a stage)
-MEASURED_BEFORE, ASKED = 512, 4096
+LAYOUTS = {64: (8, 2, 4), 128: (8, 4, 20), 4096: (8, 8, 16)}  # ranks: (tp, pp, layers of a stage)
+MEASURED, ASKED = 128, 4096
 HIDDEN, FFN = 8192, 28672
 # Matrices and norms of a layer: name, shape, the dimension that tp cuts.
 TENSORS: list[tuple[str, tuple[int, ...], int | None]] = [
@@ -134,10 +134,11 @@ figures: dict[str, float] = {}
 
 def _report(start: float) -> None:
     figures["seconds"] = time.process_time() - start
-    figures["GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    figures["GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - figures["imports"]
 
 
 def _run(work: Callable[[int, Path], None], ranks: int, folder: Path) -> dict[str, float]:
+    figures["imports"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     work(ranks, folder)
     return figures
 
@@ -150,32 +151,33 @@ def measure(work: Callable[[int, Path], None], ranks: int, folder: Path) -> dict
 
 def plans_and_index() -> list[Row]:
     """Planning and index of the model in `LAYOUTS`, fp32 weights and AdamW state."""
-    rows = []
+    by = ASKED * LAYOUTS[ASKED][2] / (MEASURED * LAYOUTS[MEASURED][2])  # chunks, and so everything but later saves
+    how = f"extrapolated from {MEASURED} ranks: by the number of chunks"
     with tempfile.TemporaryDirectory() as temporary:
-        old, folder = Path(temporary, "old"), Path(temporary, "new")
+        old, new = Path(temporary, "old"), Path(temporary, "new")
         old.mkdir()
-        folder.mkdir()
-        before = {work: measure(work, MEASURED_BEFORE, old) for work in (plan_with_library, parse_index)}
-        size = (old / INDEX_FILE).stat().st_size / 2**20
-        items = {ranks: ranks * LAYOUTS[ranks][2] for ranks in LAYOUTS}
-        for ranks in (MEASURED_BEFORE, ASKED):
-            steps = (build_first, save_again, parse_index, receive_index)
-            first, again, parsed, received = (measure(work, ranks, folder) for work in steps)
-            by = items[ranks] / items[MEASURED_BEFORE]
-            how = (
-                "measured" if by == 1 else f"before: extrapolated from {MEASURED_BEFORE} ranks, by the number of chunks"
-            )
-            plan, parse = before[plan_with_library], before[parse_index]
-            of = [
-                ("first save: work of rank 0", plan["seconds"] * by, first["seconds"], "CPU s"),
-                ("each later save: work of rank 0", plan["seconds"] * by, again["seconds"], "CPU s"),
-                ("memory of rank 0 that plans", plan["GiB"] * by, first["GiB"], "GiB"),
-                ("index file", size * by, (folder / INDEX_FILE).stat().st_size / 2**20, "MiB"),
-                ("load: index on rank 0", parse["seconds"] * by, parsed["seconds"], "CPU s"),
-                ("load: index on another rank", parse["seconds"] * by, received["seconds"], "CPU s"),
-                ("load: memory of the index on another rank", parse["GiB"] * by, received["GiB"], "GiB"),
-            ]
-            rows += [Row(what, ranks, old_figure, new, unit, how) for what, old_figure, new, unit in of]
+        new.mkdir()
+        plan, parse = (measure(work, MEASURED, old) for work in (plan_with_library, parse_index))
+        steps = (build_first, save_again, parse_index, receive_index)
+        first, again, parsed, received = (measure(work, MEASURED, new) for work in steps)
+        old_size, size = ((folder / INDEX_FILE).stat().st_size / 2**20 for folder in (old, new))
+        (new / INDEX_FILE).write_bytes(bytes(int(size * by * 2**20)))
+        again_asked = measure(save_again, ASKED, new)
+    rows = []
+    for what, before, after, unit in [
+        ("first save: work of rank 0", plan["seconds"], first["seconds"], "CPU s"),
+        ("each later save: work of rank 0", plan["seconds"], again["seconds"], "CPU s"),
+        ("memory of rank 0 that plans", plan["GiB"], first["GiB"], "GiB"),
+        ("index file", old_size, size, "MiB"),
+        ("load: index on rank 0", parse["seconds"], parsed["seconds"], "CPU s"),
+        ("load: index on another rank", parse["seconds"], received["seconds"], "CPU s"),
+        ("load: memory of the index on another rank", parse["GiB"], received["GiB"], "GiB"),
+    ]:
+        rows.append(Row(what, MEASURED, before, after, unit))
+        if what.startswith("each later"):
+            rows.append(Row(what, ASKED, before * by, again_asked["seconds"], unit, f"before: {how}"))
+        else:
+            rows.append(Row(what, ASKED, before * by, after * by, unit, how))
     return rows
 
 
