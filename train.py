@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint.files import lock_dir
+from checkpoint.local import LocalCopies, build_local_copies
 from checkpoint.resume import TrainState, find_start, load_start, run_metadata
 from checkpoint.saver import Saver
 from config.cli import parse_run
@@ -48,6 +49,7 @@ from runtime.distributed import (
     run_on_rank_zero_first,
     start_ranks,
 )
+from runtime.garbage import ScheduledCollector
 from runtime.nonfinite import NonFiniteError, NonFiniteGuard
 from runtime.run import Run, RunPaths
 from runtime.signals import StopRequests, defer_worker_signals
@@ -133,8 +135,11 @@ def main(argv: list[str], status: RunStatus) -> None:
 
     ranks.watchdog.heartbeat("loading")
     metadata = run_metadata(config, architecture, data.tokenizer, data.train)
-    state = TrainState()
-    if start is not None:
+    copies = build_local_copies(run, model, optimizer)
+    state = None
+    if copies is not None and config.checkpoint.resume:
+        state = copies.load(metadata, config.training.batches, start)
+    if state is None and start is not None:
         state = load_start(
             start,
             metadata,
@@ -146,6 +151,7 @@ def main(argv: list[str], status: RunStatus) -> None:
             is_tokenizer_trained=data.is_tokenizer_trained,
             group=ranks.checkpoint_group,
         )
+    state = state or TrainState()
     if state.is_resumed and not config.training.eval_only:
         data = replace(data, train=resume_samples(data.train, state.data, state.source_places))
     status.step = state.first_step
@@ -164,7 +170,7 @@ def main(argv: list[str], status: RunStatus) -> None:
     # ------------------------------------------------------------------------------------------------
     # Train, or validate once
 
-    trainer = Trainer(run, data, model, optimizer, state, metadata, metrics, timers, stops)
+    trainer = Trainer(run, data, model, optimizer, state, metadata, metrics, timers, stops, copies)
     done, stop = trainer.validate_only() if config.training.eval_only else trainer.run()
 
     # ------------------------------------------------------------------------------------------------
@@ -185,6 +191,7 @@ class Trainer:
     Args:
         state: before the first step.
         metadata: of the run, for its checkpoints.
+        copies: on the nodes' own disks, of --local-save-interval.
     """
 
     shared: Run
@@ -196,6 +203,7 @@ class Trainer:
     metrics: MetricsLog
     timers: Timers
     stops: StopRequests
+    copies: LocalCopies | None = None
 
     def __post_init__(self) -> None:
         config, ranks, paths = self.shared.config, self.shared.ranks, self.shared.paths
@@ -280,6 +288,8 @@ class Trainer:
         if done >= self.config.training.train_iters:
             self.sampler.run("after training")
         self.saver.wait()
+        if self.copies is not None:
+            self.copies.remove()
         return done, stop
 
     def _loop(self, first_step: int) -> tuple[int, str]:
@@ -295,6 +305,7 @@ class Trainer:
             worker_init=defer_worker_signals,
         )
         batches_ahead = read_batches(loader)
+        collector = ScheduledCollector(training.gc_interval)
         done, saved, stop = first_step, first_step, ""
         self.metrics.restart_clock()
         for step in steps:
@@ -308,7 +319,8 @@ class Trainer:
             stop = self.stops.stop_reason(done)
             is_last = done == training.train_iters
             is_save_due = is_due(done, config.checkpoint.save_interval) or (is_last and config.checkpoint.save_final)
-            if is_save_due or stop:
+            is_copy_due = is_due(done, config.checkpoint.local_save_interval)
+            if is_save_due or is_copy_due or stop:
                 self.metrics.flush()
             if self.profiler.after(done, is_last=bool(stop) or is_last):
                 self.metrics.restart_clock()
@@ -329,14 +341,16 @@ class Trainer:
             if is_due(done, logging.sample_interval):
                 self.sampler.run(f"after step {done}")
                 self.metrics.restart_clock()
-            if is_save_due and saved != done:
-                self.save(done)
+            if (is_save_due or is_copy_due) and saved != done:
+                self.save(done, to=None if is_save_due else self.copies)
                 saved = done
                 self.metrics.restart_clock()
             self.ranks.watchdog.end_startup()
+            collector.after(done)
             if stop:
                 break
         batches_ahead.close()
+        collector.stop()
         return done, stop
 
     def _train_step(self, step: int, batches_ahead: Iterator[Batch], *, is_verified: bool) -> StepResult:
@@ -401,13 +415,18 @@ class Trainer:
             skipped_steps=self.guard.skipped,
         )
 
-    def save(self, step: int, *, validation_due: bool = False) -> None:
-        """Write a checkpoint after `step` steps. Args: validation_due: the resumed run validates first."""
+    def save(self, step: int, *, validation_due: bool = False, to: LocalCopies | None = None) -> None:
+        """Write a checkpoint after `step` steps.
+
+        Args:
+            validation_due: the resumed run validates first.
+            to: the nodes' own disks; None: the folder of checkpoints.
+        """
         self.ranks.watchdog.heartbeat("a checkpoint", step)
         with self.timers("save"):
             due = {"validation_due": True} if validation_due else {}
             position = self.position | {"batches": self.config.training.batches.to_json(step)}
-            self.saver.save(step, self.metadata | {"data": position} | due)
+            (to or self.saver).save(step, self.metadata | {"data": position} | due)
 
 
 def is_due(done: int, interval: int) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import benchmark_parser, describe_machine
-from benchmarks.scale_parts import checkpoints, control, corpora
+from benchmarks.scale_parts import checkpoints, control, corpora, restart
 from benchmarks.scale_parts.table import Row, format_rows, read_parts, rows_as_json
 
 # Each module has PARTS: functions that return rows, by the name of the part.
@@ -22,6 +22,7 @@ MODULES = [
     control,
     checkpoints,
     corpora,
+    restart,
 ]
 PARTS: dict[str, Callable[[], list[Row]]] = {name: part for m in MODULES for name, part in m.PARTS.items()}
 

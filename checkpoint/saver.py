@@ -95,7 +95,7 @@ def _find_failures(outcomes: Sequence[Any]) -> dict[int, BaseException]:
     return {rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, BaseException)}
 
 
-def _background_thread(device: torch.device) -> ThreadPoolExecutor:
+def background_thread(device: torch.device) -> ThreadPoolExecutor:
     """One thread for saves. A new thread's device is GPU 0: every rank of a node would open a CUDA context there."""
     choose_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     return ThreadPoolExecutor(1, "checkpoint", initializer=choose_device)
@@ -131,7 +131,7 @@ class Saver:
         # Kept: allocating (pinned) memory at every save takes longer than the copy.
         self._copies: dict[tuple[str, str], Tensor] = {}
         # Python waits for the thread at its exit: a run that ends with an error still finishes the save in progress.
-        self._background = _background_thread(next(model.parameters()).device)
+        self._background = background_thread(next(model.parameters()).device)
         self._pending: Future[None] | None = None
         self._doomed: list[Path] = []  # on rank 0: checkpoints to remove
         self._chunks = ""  # of this rank, from `describe_chunks`

@@ -196,7 +196,8 @@ class ParallelConfig:
     cp_a2a_size: int | None = flag(None, "ranks of the all-to-all in a2a+p2p; a divisor of --cp-size", AT_LEAST_ONE)
     reshard_after_forward: str = flag(
         "auto",
-        "FSDP frees weights after forward: less memory, one more all-gather; auto: off on one node",
+        "FSDP frees weights after forward: less memory, one more all-gather; auto: off under --pp-size above 1, and "
+        "where a rank's gathered weights take at most 8 GiB",
         choices=("auto", "on", "off"),
     )
     reduce_every_microbatch: str = flag(
@@ -498,6 +499,12 @@ class TrainingConfig:
         "each step)",
         choices=("stop", "skip"),
     )
+    gc_interval: int = flag(
+        100,
+        "steps between Python's garbage collections, the same on all ranks, over what is made after the first step; 0: "
+        "when Python chooses",
+        NOT_NEGATIVE,
+    )
     max_skipped_in_a_row: int = flag(5, "with --on-nonfinite skip: consecutive skipped steps allowed", NOT_NEGATIVE)
 
     # Samples of each step; set by `resolve`.
@@ -524,6 +531,15 @@ class CheckpointConfig:
         "with --keep-checkpoints: those of each multiple of N steps are kept too; 0: none",
         NOT_NEGATIVE,
         metavar="N",
+    )
+    local_save_interval: int = flag(
+        0,
+        "steps between copies of the state in --local-save-dir and on the next node, which --resume loads if they are "
+        "newer than the checkpoint; 0: off",
+        NOT_NEGATIVE,
+    )
+    local_save_dir: str | None = flag(
+        None, "folder on each node's own disk or in its memory (/dev/shm), for --local-save-interval"
     )
     load: str | None = flag(
         None,

@@ -44,6 +44,7 @@ from parallel.stages import check_schedule, split_layers
 from utils.errors import MissingPackageError, SizeError, UserError
 
 MAX_WHOLE_GRADIENTS = 8 << 30  # bytes that may live between microbatches
+MAX_WHOLE_WEIGHTS = 8 << 30  # bytes that may stay gathered from the forward to the backward pass
 # Alignment of documents by default, at most, where each sample can have ranks of its own, and where it cannot.
 HYBRID_ALIGNMENTS = (16, 64)
 ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -151,6 +152,7 @@ def _resolve_sizes(
     _resolve_alignment(data, parallel, config.training.micro_batch_size, chosen)
     resolve_batches(config.training, parallel, saved, chosen)
     resolve_lr_schedule(config.training, data.seq_length)
+    _resolve_resharding(config, chosen)
     _resolve_reduction(config, chosen)
     _check_stages(config)
     return chosen
@@ -262,9 +264,6 @@ def _resolve_grid(parallel: ParallelConfig, world_size: int, local_world_size: i
         if parallel.tp_size > 1:
             chosen.append("--sequence-parallel")
     _resolve_shards(parallel, world_size, local_world_size, chosen)
-    if parallel.reshard_after_forward == "auto":
-        parallel.reshard_after_forward = "off" if local_world_size == world_size else "on"
-        chosen.append(f"--reshard-after-forward {parallel.reshard_after_forward}")
 
 
 def _resolve_shards(parallel: ParallelConfig, world_size: int, local_world_size: int, chosen: list[str]) -> None:
@@ -287,6 +286,28 @@ def _resolve_shards(parallel: ParallelConfig, world_size: int, local_world_size:
             nproc_per_node=[-(-parallel.world_size * local_world_size // world_size)],
             dp_shard_size=[-1],
         )
+
+
+def _resolve_resharding(config: RunConfig, chosen: list[str]) -> None:
+    """--reshard-after-forward auto: off under pp, else by the weights of one tp rank, not sharded.
+
+    Under pp each stage would gather its weights for every microbatch and pass.
+    """
+    parallel, model = config.parallel, config.model
+    if parallel.reshard_after_forward != "auto":
+        return
+    whole = ITEM_BYTES[config.training.dtype] * count_parameters(model.architecture(1)) // parallel.tp_size
+    size = f"{whole / 2**30:.3g} GiB of gathered weights a rank"
+    if parallel.pp_size > 1:
+        value, reason = "off", "--pp-size above 1: weights are gathered once a step"
+    elif parallel.dp_shard_size * parallel.cp_size == 1:
+        value, reason = "off", "no weight is sharded"
+    elif whole <= MAX_WHOLE_WEIGHTS:
+        value, reason = "off", size
+    else:
+        value, reason = "on", f"{size}, above {MAX_WHOLE_WEIGHTS >> 30} GiB"
+    parallel.reshard_after_forward = value
+    chosen.append(f"--reshard-after-forward {value} ({reason})")
 
 
 def _resolve_reduction(config: RunConfig, chosen: list[str]) -> None:
@@ -664,6 +685,11 @@ def _resolve_tokenizer(data: DataConfig, model_vocab_size: int | None, chosen: l
 def _resolve_checkpoint(checkpoint: CheckpointConfig) -> None:
     if checkpoint.save_final is None:
         checkpoint.save_final = checkpoint.save_interval > 0
+    if (checkpoint.local_save_interval > 0) != (checkpoint.local_save_dir is not None):
+        raise UserError(
+            f"--local-save-interval {checkpoint.local_save_interval} and --local-save-dir {checkpoint.local_save_dir}: "
+            "give both, or neither; the folder is on each node's own disk"
+        )
     if checkpoint.load_weights_only and not checkpoint.load:
         raise UserError("--load-weights-only needs --load, which names the checkpoint")
     if checkpoint.load_fallback and not (checkpoint.load or checkpoint.resume):

@@ -350,7 +350,8 @@ def format_plan(config: RunConfig, plan: Plan) -> str:
         f"{plan.flops:.3g} FLOPs, {plan.flops / world:.3g} a rank{bubble}",
         "rows": f"packing {rows.packing_efficiency:.2%}, most / mean attention of the cp ranks {rows.cp_balance:.3f}, "
         f"most / mean work of all ranks {rows.work_balance:.3f}, {documents}",
-        "memory": f"{memory.peak / GIB:.2f} GiB peak of a rank of stage {memory.stage}",
+        "memory": f"{memory.peak / GIB:.2f} GiB peak of a rank of stage {memory.stage}; --reshard-after-forward "
+        f"{parallel.reshard_after_forward}",
     }
     text = [f"{name:<14} {line}" for name, line in lines.items()]
     parts = sorted(memory.parts.items(), key=lambda part: -part[1])

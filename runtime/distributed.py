@@ -33,7 +33,7 @@ from utils.errors import MissingPackageError, UserError
 T = TypeVar("T")
 
 # Flags whose value may differ between nodes: paths.
-LOCAL_FLAGS = {"data_path", "valid_data_path", "data_cache_path", "tokenizer_model"}
+LOCAL_FLAGS = {"data_path", "valid_data_path", "data_cache_path", "tokenizer_model", "local_save_dir"}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -37,17 +38,24 @@ PEER_FAILURES = (
     "remote process exited",
 )
 
+LOST_RANKS = re.compile(r"lost (rank [0-9]+ on .*): dead, stopped or cut off")  # in a reason of runtime/watchdog.py
 INTERRUPTED = 130  # exit code of Ctrl-C
 SHARED_ERROR_SECONDS = 20.0  # for local rank 0 to come to an error that all ranks have
 
 
+def find_lost_hosts(reason: str) -> list[str]:
+    """The hosts of the ranks that a reason calls lost; a rank that hangs or waits is not lost."""
+    lost = LOST_RANKS.search(reason)
+    return sorted(set(re.findall(r"rank [0-9]+ on (\S+) \(", lost[1]))) if lost else []
+
+
 @dataclass
 class StatusFile:
-    """`<run-dir>/status.json`: {"status", "step", "reason", "time", "rank", "host", "attempt", "lost"}.
+    """`<run-dir>/status.json`: {"status", "step", "reason", "time", "rank", "host", "attempt", "lost", "lost_hosts"}.
 
     status: `running`; `done`, all steps are trained; `requeue`, stopped on request, to be resumed; `failed`. A status
     `running` without a process means that the run was killed. lost: the run failed only because a rank died or hung, so
-    that another start may succeed.
+    that another start may succeed; lost_hosts: of the ranks that died, where they are known.
 
     Attributes:
         attempt: shared by all ranks of one start, and by no other start.
@@ -68,6 +76,7 @@ class StatusFile:
             "host": platform.node(),
             "attempt": self.attempt,
             "lost": lost,
+            "lost_hosts": find_lost_hosts(reason) if lost else [],
         }
         replace_synced(self.path, redact(json.dumps(record, indent=1)) + "\n")
 

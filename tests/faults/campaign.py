@@ -303,6 +303,55 @@ for _layout in ("dp_shard 2", "cp 2", "pp 2"):
     CASES.append(("kill -9 of both ranks during a save", _layout, _killed_in_save))
 
 
+def _local_copies(bench: Bench) -> list[str]:
+    return ["--save-interval", "1000", "--local-save-interval", "4", "--local-save-dir", str(bench.folder / "local")]
+
+
+def _expect_local_start(bench: Bench, run: Run, *words: str) -> None:
+    check(run.end() == 0, f"did not come back:\n{run.output[-3000:]}")
+    start = re.search(rf"start +step (16|20), from {bench.folder}/local/", run.output)
+    check(start, f"not resumed from a copy:\n{run.output[-3000:]}")
+    for word in words:
+        check(word in run.output, f"nothing says {word!r}:\n{run.output[-3000:]}")
+    check(not list((bench.folder / "local").rglob("rank_*")), "the copies of the run that ended were not removed")
+
+
+def _restored_locally(bench: Bench) -> None:
+    """A rank is lost: all ranks start again, in the same torchrun, from the copies on their node."""
+    run = bench.start(*_local_copies(bench), restarts=1)
+    run.wait_for_step(18)
+    run.signal_rank(1, signal.SIGKILL)
+    _expect_local_start(bench, run)
+
+
+for _layout in ("dp_shard 2", "dp_replicate 2", "pp 2"):
+    CASES.append(("kill -9 of a rank between checkpoints: node-local copies", _layout, _restored_locally))
+
+
+@case("a node is gone with its copies: those on the next node", "dp_shard 2")
+def _(bench: Bench) -> None:
+    more = [*_local_copies(bench), "--async-save"]
+    run = bench.start(*more, faults=["nodes"])
+    run.wait_for_step(18)
+    for rank in (0, 1):
+        run.signal_rank(rank, signal.SIGKILL)
+    check(run.end() != 0, "exit code 0")
+    shutil.rmtree(bench.folder / "local" / "node_1")
+    _expect_local_start(bench, bench.start(*more, faults=["nodes"]), "rank 1: copy from rank 0's node")
+
+
+@case("all nodes are gone with their copies: the checkpoint", "tp 2")
+def _(bench: Bench) -> None:
+    more = [*_local_copies(bench), "--save-interval", "10"]
+    run = bench.start(*more)
+    run.wait_for_step(18)
+    for rank in (0, 1):
+        run.signal_rank(rank, signal.SIGKILL)
+    check(run.end() != 0, "exit code 0")
+    shutil.rmtree(bench.folder / "local")
+    check(re.search(r"start +step 10, from", bench.finish(*more).output), "not resumed from the checkpoint")
+
+
 @case("kill -9 of torchrun: its ranks end themselves")
 def _(bench: Bench) -> None:
     run = bench.start("--distributed-timeout-minutes", "0.5")

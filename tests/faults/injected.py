@@ -6,6 +6,7 @@
     slow:RANK:SECONDS   every step of the rank takes so much longer
     slow-eval:SECONDS   so does every batch of a validation, which is said when it begins
     slow-save:SECONDS   and every save, between its files and its publication
+    nodes               every rank is on a node of its own, with its own --local-save-dir
     clock:SECONDS       the clock of the wall jumps to and fro by so much at every look
 
 Steps are counted from 1 and from the start of this process.
@@ -13,6 +14,7 @@ Steps are counted from 1 and from the start of this process.
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 import time
@@ -106,6 +108,11 @@ def slow_save(seconds: float) -> None:
     saver.publish = slowly
 
 
+def nodes() -> None:
+    os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    sys.argv[sys.argv.index("--local-save-dir") + 1] += f"/node_{os.environ['RANK']}"
+
+
 def clock(seconds: float) -> None:
     looks = iter(range(10**9))
     time.time = lambda: real_time() + seconds * (next(looks) % 3 - 1)
@@ -118,6 +125,7 @@ FAULTS = {
     "slow": slow,
     "slow-eval": slow_eval,
     "slow-save": slow_save,
+    "nodes": nodes,
     "clock": clock,
 }
 

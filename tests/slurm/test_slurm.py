@@ -40,9 +40,9 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -54,7 +54,11 @@ ReturnToService=2
 KillWait=20
 MailProg=/bin/true
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+NodeName=pg1 NodeAddr=127.0.0.1 Port={ports[2]} State=UNKNOWN
+NodeName=pg2 NodeAddr=127.0.0.1 Port={ports[3]} State=UNKNOWN
+NodeName=pg3 NodeAddr=127.0.0.1 Port={ports[4]} State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PartitionName=several Nodes=pg[1-3] MaxTime=INFINITE State=UP
 """
 
 
@@ -119,12 +123,11 @@ def slurm(tmp_path_factory) -> Iterator[Slurm]:
         pytest.skip(f"no {', '.join(missing)}: apt-get install slurm-wlm munge")
     folder = tmp_path_factory.mktemp("slurm")
     (folder / "state").mkdir()
-    (folder / "spool").mkdir()
     folder.chmod(0o711)  # munged wants its socket reachable, and nobody else to be able to write beside it
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
-    ports = free_ports(2)
+    ports = free_ports(5)
     host = socket.gethostname().split(".")[0]
     text = CONFIG.format(host=host, user=getpass.getuser(), ports=ports, folder=folder, cpus=os.cpu_count())
     (folder / "slurm.conf").write_text(text)
@@ -246,14 +249,53 @@ def test_a_job_outlives_its_time_limit(slurm: Slurm) -> None:
     print(out)
 
 
-def kill_a_rank(run_dir: Path) -> None:
+@pytest.fixture(scope="module")
+def nodes(slurm: Slurm) -> Iterator[Slurm]:
+    """Three nodes on this machine, each with a host name of its own."""
+    if os.geteuid() or not shutil.which("unshare"):
+        pytest.skip("needs root and unshare")
+    names = ("pg1", "pg2", "pg3")
+    hosts = slurm.folder / "hosts"
+    hosts.write_text("".join(f"127.0.0.1 {name}\n" for name in ("localhost", socket.gethostname(), *names)))
+    daemons = []
+    try:
+        for name in names:
+            daemon = f"exec slurmd -D -N {name} -f {slurm.folder}/slurm.conf"
+            own = f"hostname {name}; mount --bind {hosts} /etc/hosts; {daemon}"
+            with (slurm.folder / f"{name}.log").open("w") as log:
+                command = ["unshare", "--uts", "--mount", "sh", "-c", own]
+                daemons.append(subprocess.Popen(command, env=slurm.environment, stdout=log, stderr=subprocess.STDOUT))
+        states = ["sinfo", "--noheader", "--Node", "--partition=several", "--format=%T"]
+        eventually(
+            lambda: slurm.call(*states).split() == ["idle"] * 3, seconds=60, told=lambda: slurm.call("sinfo", "-R")
+        )
+        yield slurm
+    finally:
+        for daemon in daemons:
+            daemon.terminate()
+            daemon.wait(timeout=30)
+
+
+def environment_of(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    except OSError:
+        return []
+
+
+def kill_a_rank(run_dir: Path, node: str = "") -> None:
+    """Args: node: one on this node; empty: any."""
     ranks = [pid for pid in processes_under(run_dir) if " -u train.py " in command_of(pid)]
-    os.kill(ranks[-1], signal.SIGKILL)
+    os.kill([pid for pid in ranks if not node or f"SLURMD_NODENAME={node}" in environment_of(pid)][-1], signal.SIGKILL)
 
 
-def test_a_job_that_loses_a_rank_goes_on_while_it_gets_on(slurm: Slurm) -> None:
-    """Killed after a checkpoint: queued again, and the losses of a run that nobody disturbed. Killed before one: the
-    job ends.
+def last_step(run_dir: Path) -> int:
+    return max((step for step, _ in losses(run_dir)), default=0) if (run_dir / "metrics.jsonl").exists() else 0
+
+
+def test_a_job_that_loses_a_rank_starts_again_while_it_gets_on(slurm: Slurm) -> None:
+    """Killed after a checkpoint: queued again, and the losses of a run that nobody disturbed. Killed before one, again
+    and again: the job ends.
     """
     run_dir = slurm.folder / "killed"
     given = flags(slurm, steps=300)
@@ -266,19 +308,62 @@ def test_a_job_that_loses_a_rank_goes_on_while_it_gets_on(slurm: Slurm) -> None:
     alone = train(RANKS, slurm.folder / "undisturbed 300", *given)
     assert losses(run_dir) == [(line["step"], line["loss"]) for line in alone if "loss" in line]
 
-    job = slurm.submit(
-        "--time=10",
-        "launch/slurm.sbatch",
-        *flags(slurm, steps=100_000),
-        "--run-dir",
-        str(slurm.folder / "killed early"),
-    )
-    eventually(lambda: steps_of(slurm.folder / "killed early") >= 3, seconds=120, told=slurm.told(job))
-    kill_a_rank(slurm.folder / "killed early")
+    early = slurm.folder / "killed early"
+    never = flags(slurm, steps=100_000)
+    limit = "--export=ALL,PENTAGRID_MAX_RESTARTS=1"
+    job = slurm.submit("--time=10", limit, "launch/slurm.sbatch", *never, "--run-dir", str(early))
+    for restart in ("0", "1"):
+        eventually(lambda r=restart: slurm.job(job)["Restarts"] == r, seconds=120, told=slurm.told(job))
+        slurm.wait_for(job, "RUNNING", seconds=240)
+        logs = early / "logs" / f"{job}.{restart}"
+        eventually(lambda p=logs: p.exists() and last_step(early) >= 3, seconds=120, told=slurm.told(job))
+        eventually(
+            lambda: [p for p in processes_under(early) if " -u train.py " in command_of(p)], seconds=60, told=str
+        )
+        kill_a_rank(early)
     ended = slurm.wait_for(job, "FAILED", seconds=120)
-    assert ended["Restarts"] == "0" and "No checkpoint was written since the job's start" in slurm.output(job), (
-        slurm.output(job)
-    )
+    out = slurm.output(job)
+    assert ended["Restarts"] == "1" and "2 starts in a row without a new checkpoint" in out, out
+    print(out)
+
+
+def on_several(slurm: Slurm, count: int, name: str, *variables: str) -> tuple[str, Path]:
+    """A job of one rank a node, two of which train."""
+    run_dir = slurm.folder / name
+    options = ["--partition=several", f"--nodes={count}", "--exclusive", "--time=20"]
+    options.append("--export=" + ",".join(["ALL", "PENTAGRID_RANKS=1", *variables]))
+    given = [*flags(slurm, steps=160), "--save-interval", "10", "--run-dir", str(run_dir)]
+    return slurm.submit(*options, "launch/slurm.sbatch", *given), run_dir
+
+
+def test_the_node_of_a_lost_rank_is_excluded_and_progress_has_no_limit(nodes: Slurm) -> None:
+    """Two losses with checkpoints between them, though PENTAGRID_MAX_RESTARTS is 0."""
+    job, run_dir = on_several(nodes, 2, "excluded", "PENTAGRID_MAX_RESTARTS=0")
+    for number, (node, excluded) in enumerate([("pg2", "pg2"), ("pg3", "pg3")]):
+        step = last_step(run_dir)
+        eventually(lambda s=step: last_step(run_dir) >= s + 25, seconds=240, told=nodes.told(job))
+        kill_a_rank(run_dir, node)
+        eventually(lambda n=number: nodes.job(job)["Restarts"] == str(n + 1), seconds=120, told=nodes.told(job))
+        # Without pg2 and pg3 one node would be left: the node of the latest loss is excluded alone.
+        eventually(lambda e=excluded: nodes.job(job)["ExcNodeList"] == e, seconds=30, told=nodes.told(job))
+        nodes.wait_for(job, "RUNNING", seconds=240)
+    ended = nodes.wait_for(job, "COMPLETED", seconds=400)
+    out = nodes.output(job)
+    assert ended["Restarts"] == "2" and ended["NodeList"] == "pg[1-2]", ended
+    assert "lost rank 1 on pg2" in out and "slurm.sbatch: excluded nodes: pg3" in out, out
+    alone = train(2, nodes.folder / "undisturbed 160", *flags(nodes, steps=160))
+    assert losses(run_dir) == [(line["step"], line["loss"]) for line in alone if "loss" in line]
+    print(out)
+
+
+def test_a_spare_node_takes_over_within_the_job(nodes: Slurm) -> None:
+    job, run_dir = on_several(nodes, 3, "spare", "PENTAGRID_SPARE_NODES=1")
+    eventually(lambda: last_step(run_dir) >= 25, seconds=240, told=nodes.told(job))
+    kill_a_rank(run_dir, "pg1")  # the first node, which holds the store
+    ended = nodes.wait_for(job, "COMPLETED", seconds=400)
+    out = nodes.output(job)
+    assert ended["Restarts"] == "0" and "starts again without pg1" in out, out
+    assert "on pg2 pg3, 1 ranks a node, rendezvous at pg2:" in out
     print(out)
 
 

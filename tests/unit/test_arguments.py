@@ -222,8 +222,30 @@ def test_auto_says_what_it_chose() -> None:
     config = parse_arguments(["--cp-size", "2", "--global-batch-size", "4"])
     chosen = resolve(config, world_size=8, local_world_size=4, cuda_devices=lambda: 0)
     for words in ("--device cpu", "--dtype fp32", "--dp-shard-size 4", "--cp-backend native", "--document-alignment 4",
-                  "--packing best-fit", "--reshard-after-forward on"):  # fmt: skip
+                  "--packing best-fit", "--reshard-after-forward off ("):  # fmt: skip
         assert any(words in line for line in chosen), (words, chosen)
+
+
+LARGE = ["--hidden-size", "4096", "--num-layers", "32", "--num-attention-heads", "32", "--num-query-groups", "8"]
+
+
+@pytest.mark.parametrize(
+    "words, value, reason",
+    [
+        ([], "off", "0.00823 GiB of gathered weights a rank"),
+        (LARGE, "on", "10.5 GiB of gathered weights a rank, above 8 GiB"),
+        ([*LARGE, "--tp-size", "2"], "off", "5.25 GiB of gathered weights a rank"),
+        ([*LARGE, "--pp-size", "2", "--tp-size", "2"], "off", "--pp-size above 1: weights are gathered once a step"),
+        ([*LARGE, "--dp-replicate-size", "8"], "off", "no weight is sharded"),
+        ([*LARGE, "--reshard-after-forward", "off"], "off", ""),
+    ],
+)
+def test_resharding_is_chosen_by_pipeline_and_memory(words: list[str], value: str, reason: str) -> None:
+    config = parse_arguments([*words, "--device", "cuda", "--transformer-impl", "torch"])
+    chosen = resolve(config, world_size=8, local_world_size=4, cuda_devices=lambda: 4)
+    assert config.parallel.reshard_after_forward == value
+    said = [line for line in chosen if line.startswith("--reshard-after-forward")]
+    assert said == ([f"--reshard-after-forward {value} ({reason})"] if reason else [])
 
 
 @pytest.mark.parametrize("second", [["--data-path", "c"], ["--data-path=c"]])
@@ -451,3 +473,9 @@ def test_another_tokenizer_than_the_checkpoints_that_was_trained() -> None:
         check_same_run(saved, wanted, (), Path("c"), is_tokenizer_trained=True)
     with pytest.raises(UserError, match=r"c was made with a$"):
         check_same_run(saved, wanted, (), Path("c"))
+
+
+@pytest.mark.parametrize("words", [["--local-save-interval", "5"], ["--local-save-dir", "/dev/shm/copies"]])
+def test_local_copies_need_an_interval_and_a_folder(words: list[str]) -> None:
+    with pytest.raises(UserError, match=r"--local-save-interval . and --local-save-dir .*: give both, or neither"):
+        resolve(parse_arguments(words), world_size=1, local_world_size=1, cuda_devices=lambda: 0)

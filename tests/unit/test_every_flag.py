@@ -45,6 +45,8 @@ ZERO_IS_LEGAL = {
     "--check-weights-interval",
     "--sample-interval",
     "--max-skipped-in-a-row",
+    "--gc-interval",
+    "--local-save-interval",
     "--timing-log-level",
 }
 

@@ -21,19 +21,26 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
 
 SCONTROL = """#!/bin/sh
-case "$1 $2" in
-"show hostnames") seq -f node%g 0 99999 ;;
+case "$1 $2 $3" in
+"show hostnames node["*) seq -f node%g 0 "${PLAY_LAST_NODE:-9999}" ;;
+"show hostnames "*) echo "$3" | tr , '\\n' ;;
+"show job"*) echo "JobId=$4 ReqNodeList=${PLAY_REQUIRED:-(null)} ExcNodeList=${PLAY_EXCLUDED:-(null)} Features=" ;;
 requeue*) echo "$2" >> "$PLAY/requeued"; exit "${PLAY_REQUEUE_CODE:-0}" ;;
+update*) echo "$2 $3" >> "$PLAY/updated"; exit "${PLAY_UPDATE_CODE:-0}" ;;
 esac
+"""
+SINFO = """#!/bin/sh
+seq -f node%g 0 "${PLAY_LAST_UP:-9}"
 """
 
 # Takes the place of torchrun and the ranks: what it was called with, then the outcome that the test wants.
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" > "$PLAY/srun_args"
+echo "$3" >> "$PLAY/nodelists"
 while [ $# -gt 0 ]; do [ "$1" = --run-dir ] && run_dir=$2; shift; done
 say() {
-    printf '{\\n "status": "%s",\\n "step": %s,\\n "reason": "%s",\\n "attempt": "%s",\\n "lost": %s\\n}\\n' \\
-        "$1" "$2" "$3" "$4" "${5:-false}" > "$run_dir/status.json"
+    printf '{"status": "%s", "step": %s, "reason": "%s", "attempt": "%s", "lost": %s, "lost_hosts": [%s]}\\n' \\
+        "$1" "$2" "$3" "$4" "${5:-false}" "${6:-}" > "$run_dir/status.json"
 }
 rm -f "$run_dir/stop"
 touch "$PLAY/started"
@@ -50,7 +57,7 @@ def play(tmp_path: Path) -> Path:
     """A folder that looks like the repository, with srun and scontrol that are played."""
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch" / "multi_node.sh", tmp_path / "launch")
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", "#!/bin/sh\n")):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sinfo", SINFO), ("torchrun", "#!/bin/sh\n")):
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
@@ -67,6 +74,7 @@ def submit(play: Path, outcome: str, *flags: str, **variables: str) -> subproces
         SLURM_JOB_NAME="pg",
         SLURM_NNODES="2",
         SLURM_JOB_NODELIST="node[0-1]",
+        SLURM_JOB_PARTITION="main",
     )
     mine = dict(
         PATH=f"{play / 'bin'}:{clean['PATH']}", PLAY=str(play), PENTAGRID_BIN=str(play / "bin"), PENTAGRID_RANKS="4"
@@ -154,18 +162,24 @@ def test_usr1_just_before_the_end_is_not_in_the_way(play: Path) -> None:
     assert (code, requeued(play)) == (0, []), out
 
 
-def test_restarts_have_a_limit(play: Path) -> None:
-    code, out = run(
-        play, "say requeue 4 'the stop file' a", "--run-dir", "r", SLURM_RESTART_COUNT="3", PENTAGRID_MAX_RESTARTS="3"
-    )
-    assert (code, requeued(play)) == (
-        1,
-        [],
-    ) and "3 restarts are PENTAGRID_MAX_RESTARTS; sbatch with --run-dir r resumes" in out
-    code, out = run(
-        play, "say requeue 5 'the stop file' b", "--run-dir", "r", SLURM_RESTART_COUNT="2", PENTAGRID_MAX_RESTARTS="3"
-    )
-    assert (code, requeued(play)) == (0, ["70012"]), out
+def test_fruitless_starts_in_a_row_have_a_limit(play: Path) -> None:
+    """Also those whose end SLURM did not wait for."""
+    limit = {"PENTAGRID_MAX_RESTARTS": "2"}
+    for number, attempt in enumerate("ab"):
+        code, out = run(
+            play, f"say running 1 '' {attempt}; exit 9", "--run-dir", "r", SLURM_RESTART_COUNT=str(number), **limit
+        )
+        assert (code, len(requeued(play))) == (0, number + 1), out
+    code, out = run(play, "say running 1 '' c; exit 9", "--run-dir", "r", SLURM_RESTART_COUNT="2", **limit)
+    assert code == 1 and len(requeued(play)) == 2, out
+    assert "3 starts in a row without a new checkpoint, PENTAGRID_MAX_RESTARTS is 2; sbatch with --run-dir r" in out
+    for number, attempt in enumerate("defg"):  # progress: without a limit
+        newer = CONFIGURED + f'mkdir -p "$run_dir/checkpoints/step_000000{number}"\n'
+        end = f"say running 1 '' {attempt}; exit 9"
+        assert run(play, newer + end, "--run-dir", "r", SLURM_RESTART_COUNT="3", **limit)[0] == 0, number
+    assert run(play, "say running 1 '' h; exit 9", "--run-dir", "r", SLURM_RESTART_COUNT="7", **limit)[0] == 0
+    code, out = run(play, "say running 1 '' i; exit 9", "--run-dir", "r", **limit)  # a new job counts anew
+    assert (code, (play / "r" / ".last_start").read_text()) == (0, "0 step_0000003\n"), out
 
 
 def test_what_nothing_asked_to_stop_is_not_queued_again(play: Path) -> None:
@@ -201,19 +215,61 @@ SAVED = CONFIGURED + 'mkdir -p "$run_dir/checkpoints/step_0000005"\n'
 def test_killed_or_lost_is_queued_again_while_it_gets_on(play: Path, end: str, words: str) -> None:
     code, out = run(play, SAVED + end, "--run-dir", "r")
     assert (code, requeued(play)) == (0, ["70012"]) and words in out and "; queued again" in out
-    code, out = run(play, SAVED + end.replace(" a", " b"), "--run-dir", "r")
-    assert (
-        (code, requeued(play)) == (1, ["70012"])
-        and words in out
-        and "No checkpoint was written since the job's start" in out
+    code, out = run(
+        play,
+        SAVED + 'mkdir -p "$run_dir/checkpoints/step_0000009.damaged"\n' + end.replace(" a", " b"),
+        "--run-dir",
+        "r",
+        PENTAGRID_MAX_RESTARTS="0",
     )
-    unfinished = 'mkdir -p "$run_dir/checkpoints/step_0000009.damaged"\n' + end.replace(" a", " c")
-    assert run(play, SAVED + unfinished, "--run-dir", "r")[0] == 1
-    newer = 'mkdir "$run_dir/checkpoints/step_0000010"\n' + end.replace(" a", " d")
-    assert run(play, SAVED + newer, "--run-dir", "r")[0] == 0 and len(requeued(play)) == 2
-    newest = 'mkdir "$run_dir/checkpoints/step_0000011"\n' + end.replace(" a", " e")
-    code, out = run(play, SAVED + newest, "--run-dir", "r", SLURM_RESTART_COUNT="9", PENTAGRID_MAX_RESTARTS="9")
-    assert code == 1 and words in out and "9 restarts are PENTAGRID_MAX_RESTARTS" in out and len(requeued(play)) == 2
+    assert (code, requeued(play)) == (1, ["70012"]) and words in out and "1 starts in a row without" in out
+
+
+LOST = "say failed 7 'lost rank 1' {attempt} true '{hosts}'; exit 1\n"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "variables", "updated", "words"),
+    [
+        ('"node1.cluster"', {}, "node1", "excluded nodes: node1"),
+        ('"node1"', {"PLAY_EXCLUDED": "node7"}, "node7,node1", "excluded nodes: node7,node1"),
+        ('"node1"', {"PLAY_EXCLUDED": "node2", "PLAY_LAST_UP": "2"}, "node1", "excluded nodes: node1"),
+        ('"node1"', {"PLAY_LAST_UP": "1"}, "", "not excluded: node1; too few other nodes are up"),
+        ('"node1"', {"PLAY_REQUIRED": "node[0-1]"}, "", "not excluded: node1"),
+        ('"node1"', {"PLAY_UPDATE_CODE": "1"}, "node1", "not excluded: node1"),
+        ('"node0", "node1"', {}, "", "queued again"),
+        ('"elsewhere"', {}, "", "queued again"),
+        ("", {}, "", "queued again"),
+    ],
+)
+def test_the_node_of_a_lost_rank_is_excluded(
+    play: Path, hosts: str, variables: dict[str, str], updated: str, words: str
+) -> None:
+    outcome = LOST.format(attempt="a", hosts=hosts)
+    code, out = run(play, outcome, "--run-dir", "r", PLAY_LAST_NODE="1", **variables)
+    assert (code, requeued(play)) == (0, ["70012"]) and words in out, out
+    found = (play / "updated").read_text() if (play / "updated").exists() else ""
+    assert found == (f"JobId=70012 ExcNodeList={updated}\n" if updated else "")
+
+
+def test_a_spare_node_takes_the_place_of_the_lost_one(play: Path) -> None:
+    three = {"SLURM_NNODES": "3", "PLAY_LAST_NODE": "2", "PENTAGRID_SPARE_NODES": "1"}
+    outcome = f"""if [ ! -e "$PLAY/once" ]; then touch "$PLAY/once"
+        {LOST.format(attempt="a", hosts='"node0"')}
+    fi
+    say done 10 '' b"""
+    code, out = run(play, outcome, "--run-dir", "r", **three)
+    assert (code, requeued(play)) == (0, []) and "starts again without node0" in out, out
+    assert (play / "nodelists").read_text().split() == ["node0,node1", "node1,node2"]
+    assert "node1:20013" in srun_args(play) and srun_args(play)[srun_args(play).index("--nodes") + 1] == "2"
+    (play / "once").unlink()
+    second = outcome.replace("say done 10 '' b", LOST.format(attempt="b", hosts='"node1"'))
+    code, out = run(play, second, "--run-dir", "r", **three)
+    assert (code, requeued(play)) == (0, ["70012"]) and "excluded nodes: node0,node1" in out, out
+    (play / "once").unlink()
+    stopped = outcome.replace("say done 10 '' b", "say requeue 9 'the stop file' c")
+    code, out = run(play, stopped, "--run-dir", "r", **three)
+    assert (code, requeued(play)) == (0, ["70012"] * 2) and "saved step 9 (the stop file); queued again" in out, out
 
 
 @pytest.mark.parametrize("end", ["say running 5 '' a; exit 137", "say failed 7 'lost rank 1' a true; exit 1"])
@@ -241,9 +297,9 @@ def test_a_checkpoint_does_not_make_a_failure_worth_repeating(play: Path) -> Non
     assert (code, requeued(play)) == (1, []) and "failed at step 7: loss nan" in out
 
 
-def test_killed_before_its_first_checkpoint_is_not_queued_again(play: Path) -> None:
+def test_killed_before_its_first_checkpoint_is_queued_again(play: Path) -> None:
     code, out = run(play, "say running 5 '' a; exit 137", "--run-dir", "r")
-    assert (code, requeued(play)) == (1, []) and "killed after step 5 or later (exit code 137" in out
+    assert (code, requeued(play)) == (0, ["70012"]) and "killed after step 5 or later (exit code 137" in out
 
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7"}
@@ -311,6 +367,7 @@ def test_an_arrays_tasks_are_seeds(play: Path, flags: tuple[str, ...], folder: s
         ((), {"PENTAGRID_RANKS": "08"}, "PENTAGRID_RANKS=N"),
         ((), {"PENTAGRID_MAX_RESTARTS": "often"}, "PENTAGRID_MAX_RESTARTS is often, not a number"),
         ((), {"PENTAGRID_MAX_RESTARTS": "08"}, "PENTAGRID_MAX_RESTARTS is 08, not a number"),
+        ((), {"PENTAGRID_SPARE_NODES": "2"}, "PENTAGRID_SPARE_NODES is 2, but the job has 2 nodes"),
         ((), {"PENTAGRID_PORT": "x"}, "PENTAGRID_PORT is x, not a number above 0"),
         (("--save=x",), {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7"}, "--save would be one for all seeds"),
     ],

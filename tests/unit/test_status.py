@@ -12,7 +12,7 @@ import pytest
 from data.loader import DataError
 from runtime import status as status_module
 from runtime.nonfinite import NonFiniteError
-from runtime.status import RunStatus, StatusFile, is_peer_failure
+from runtime.status import RunStatus, StatusFile, find_lost_hosts, is_peer_failure
 from utils.errors import CollectiveError, UserError
 from utils.logger import guard_output, log
 
@@ -212,3 +212,25 @@ def test_a_run_outlives_the_reader_of_its_log(monkeypatch) -> None:
         log("a line")
     assert os.readlink(f"/proc/self/fd/{out.fileno()}") == os.devnull
     out.close()
+
+
+@pytest.mark.parametrize(
+    ("reason", "hosts"),
+    [
+        (
+            "no progress for 1 minutes; lost rank 3 on b.x (at step 4, in read, a.py:3), rank 9 on a (at step 4, in x)"
+            ", rank 11 on a (at step 4, in x) and 3 more: dead, stopped or cut off (rank 5 on c (lost))",
+            ["a", "b.x"],
+        ),
+        ("no progress for 1 minutes; waits for rank 1 on a (data, step 3, in read, a.py:3)", []),
+        ("lost the store of the run, on the first node (no answer for 20 s: down or cut off)", []),
+        ("lost another rank, which died or was cut off (rank 1 on a (x): dead, stopped or cut off)", []),
+        ("lost rank 3: dead, stopped or cut off", []),
+    ],
+)
+def test_only_the_hosts_of_lost_ranks_are_blamed(tmp_path: Path, reason: str, hosts: list[str]) -> None:
+    assert find_lost_hosts(reason) == hosts
+    StatusFile(tmp_path / "status.json", attempt="a", rank=0).write("failed", step=1, reason=reason, lost=True)
+    assert told(tmp_path)["lost_hosts"] == hosts
+    StatusFile(tmp_path / "status.json", attempt="a", rank=0).write("failed", step=1, reason=reason)
+    assert told(tmp_path)["lost_hosts"] == []

@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from runtime import distributed, watchdog
+from runtime.status import find_lost_hosts
 from runtime.watchdog import LostStore, Watchdog, describe_frame
 
 
@@ -98,6 +99,7 @@ def test_a_silent_rank_is_named(peers: list[Peer]) -> None:
         "no progress for 0.003 minutes (--distributed-startup-timeout-minutes): training, step 5, in all_reduce" in text
     )
     assert "lost rank 2 on node9 (at step 5, in read, data/loader.py:3)" in text and "rank 1" not in text
+    assert find_lost_hosts(text) == ["node9"]
 
 
 def test_a_rank_that_is_elsewhere_is_named(peers: list[Peer]) -> None:
