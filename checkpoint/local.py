@@ -238,9 +238,14 @@ class LocalCopies:
         notes = [
             f"rank {rank}: copy from rank {source}'s node" for rank, (source, _) in enumerate(sources) if source != rank
         ]
-        notes += [f"changed: {line}" for line in changed]
-        is_due = saved.get("validation_due") is True
-        return TrainState(path.parent, saved["step"], notes, saved["data"], validation_due=is_due)
+        return TrainState(
+            checkpoint=path.parent,
+            first_step=saved["step"],
+            notes=notes,
+            changed=changed,
+            data=saved["data"],
+            validation_due=saved.get("validation_due") is True,
+        )
 
     def _remove_corrupted(self, sources: list[tuple[int, Copy]]) -> int:
         """Remove the copies whose source is this rank and whose checksum differs. Return their number."""
