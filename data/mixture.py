@@ -15,13 +15,15 @@ def match_sources(saved: Sequence[Sequence[Any]], wanted: Sequence[Sequence[Any]
     Args:
         saved, wanted: (name, fingerprint, share) of each source. A source may have moved; of equal ones, names decide.
     """
-    free = dict(enumerate(saved))
-    places: list[int | None] = []
-    for name, fingerprint, *_ in wanted:
-        equal = [number for number, row in free.items() if row[1] == fingerprint]
-        place = next((number for number in equal if free[number][0] == name), equal[0] if equal else None)
-        places.append(place)
-        free.pop(place, None)  # type: ignore[arg-type]
+    rows = [tuple(row[:2]) for row in saved]
+    free = set(range(len(rows)))
+    places: list[int | None] = [None] * len(wanted)
+    for is_equal in (lambda a, b: a == b, lambda a, b: a[1] == b[1]):  # same name and documents; same documents
+        for number, row in enumerate(wanted):
+            found = next((place for place in sorted(free) if is_equal(rows[place], tuple(row[:2]))), None)
+            if places[number] is None and found is not None:
+                places[number] = found
+                free.remove(found)
     return places
 
 

@@ -30,7 +30,7 @@ _REASON_OF_SIGNAL = {
     signal.SIGINT: "Ctrl-C",
 }
 REPEAT_SECONDS = 2.0  # torchrun repeats a Ctrl-C of the terminal at once
-AGREEMENT_SECONDS = 60.0  # longest time between two agreements of the ranks; SLURM gives five minutes
+AGREEMENT_SECONDS = 5.0  # longest time between two agreements of the ranks: torchrun and SLURM kill 30 s after SIGTERM
 RANKS_PER_STEP = 256  # an all-reduce over 4096 ranks takes half a second of their gloo threads
 WORKER_SECONDS = 25.0  # a data worker's life after SIGTERM; torchrun kills its ranks after 30
 
@@ -48,7 +48,7 @@ class StopRequests:
     Args:
         interval: stop after each multiple of this number of steps; None: off.
         duration_minutes: stop after the step during which the run reaches this age; None: off.
-        check_interval: steps from one agreement to the next, fewer if they take a minute; None: by the number of ranks.
+        check_interval: steps from one agreement to the next, fewer if they take 5 s; None: by the number of ranks.
         started: start of the run in seconds of `time.monotonic`.
     """
 

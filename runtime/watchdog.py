@@ -202,6 +202,8 @@ class Watchdog:
         ]
         if not silent:
             return ""
+        first_of = {second[r].get("host"): r for r in reversed(silent)}  # of each node one is named before any second
+        silent = sorted(silent, key=lambda r: first_of[second[r].get("host")] != r)
         return f"lost {self._name_ranks(silent, second, 'at step {step}, in {place}')}: dead, stopped or cut off"
 
     def _explain_hang(self) -> str:

@@ -226,6 +226,13 @@ def test_every_source_goes_on_through_changes_of_the_mixture(changes: list[tuple
     assert resumed.state_dict(n + stop + 10) == samples.state_dict(n + stop + 10)
 
 
+def test_sources_are_matched_by_name_and_documents_first() -> None:
+    saved = [("a", "1", 0), ("b", "2", 0), ("c", "1", 0)]
+    assert match_sources(saved, [("c", "1", 0), ("a", "1", 0), ("b", "3", 0)]) == [2, 0, None]
+    assert match_sources(saved[:1], [("moved", "1", 0), ("a", "1", 0)]) == [None, 0]
+    assert match_sources(saved, [("moved", "1", 0), ("too", "1", 0), ("more", "1", 0)]) == [0, 2, None]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"mixture": 3}, {"mixture": {"sequences": 0}}, {"mixture": {"sequences": -1, "counts": [0, 0, 0]}},

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checkpoint.saver import _background_thread
+from checkpoint.saver import background_thread
 from cp.blocks import add_tokens_
 from metrics import log as log_module
 from model.loss import chunked_cross_entropy
@@ -79,7 +79,7 @@ def test_the_weights_gradient_is_summed_in_its_product(monkeypatch: pytest.Monke
 def test_the_thread_of_a_save_has_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     chosen: list[tuple[int, torch.device]] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device)))
-    with _background_thread(device) as pool:
+    with background_thread(device) as pool:
         thread = pool.submit(threading.get_ident).result(10)
     assert chosen == ([(thread, device)] if device.type == "cuda" else [])
 
@@ -156,7 +156,7 @@ def test_a_pipeline_is_fed_from_the_device() -> None:
             loss_tokens=torch.ones(()),
             device=torch.device("meta"),
             accumulation=Accumulation(),
-            pipeline=Pipeline(schedule, group=mock.Mock()),
+            pipeline=Pipeline(lambda microbatches: schedule, group=mock.Mock()),
         )
     (numbers,), targets = schedule.step.call_args
     assert numbers.device.type == targets["target"].device.type == "meta" and len(numbers) == 2

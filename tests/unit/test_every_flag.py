@@ -40,6 +40,7 @@ ZERO_IS_LEGAL = {
     "--verify-steps",
     "--sample-tokens",
     "--keep-checkpoints",
+    "--keep-every",
     "--hidden-dropout",
     "--attention-dropout",
     "--check-weights-interval",

@@ -336,6 +336,19 @@ def test_no_loss_where_all_are_heard_of(peers: list[Peer]) -> None:
     dog.stop()
 
 
+def test_every_lost_node_is_named_where_many_ranks_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve ranks of one node, then one of another: both nodes are blamed."""
+    dog, _ = watch(dist.HashStore(), 20)
+    heartbeat = {"count": 1, "step": 3, "place": "a place"}
+    hosts = ["node1"] + 12 * ["node2"] + ["node3"] + 6 * ["node1"]
+    first = [heartbeat | {"host": host} for host in hosts]
+    second = [beat | {"count": 1 + (beat["host"] == "node1")} for beat in first]
+    answers = iter([first, second])
+    monkeypatch.setattr(dog, "_read_heartbeats", lambda: next(answers))
+    assert find_lost_hosts(dog.find_lost_ranks()) == ["node2", "node3"]
+    dog.stop()
+
+
 def test_places_in_words() -> None:
     place, waits = describe_frame(sys._getframe())
     assert place.startswith("test_places_in_words, tests/unit/test_watchdog.py:") and not waits
