@@ -247,7 +247,8 @@ class Trainer:
             device=self.device,
         )
         batches = config.training.batches
-        start = self.data.train.state_dict(batches.first_sample(self.state.first_step))
+        done = batches.first_sample(self.state.first_step)
+        start = {} if config.training.eval_only else self.data.train.state_dict(done)
         self.guard = NonFiniteGuard(
             training=config.training,
             checks_each_step=self.device.type == "cpu" or config.training.on_nonfinite == "skip",

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import os
 import reprlib
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heappop, heappush
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from utils.plain_yaml import read_yaml
 
 MAX_DIGITS = 100  # of a weight; Python refuses to convert thousands
 BLOCK = 4096  # samples whose sources are computed at a time
+BLOCKS_KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,16 @@ def whole_weights(weights: Sequence[Fraction | int]) -> list[int]:
     return [w // math.gcd(*scaled) for w in scaled]
 
 
+class _Block(NamedTuple):
+    """`BLOCK` samples. Attributes: the first; [sources] samples of each before and after; each one's `Blend.at`."""
+
+    first: int
+    counts: list[int]
+    sources: np.ndarray
+    positions: np.ndarray
+    after: list[int]
+
+
 class Blend:
     """Which source gives sample n of a run, and the number of that sample in its source.
 
@@ -132,36 +145,38 @@ class Blend:
                 f"a blend of {len(weights)} sources cannot resume from {list(start[1])} sequences, {start[0]} in all"
             )
         self.start = None if start is None else (start[0], list(start[1]))
-        # The current block: its first sample, samples of each source before it, and (sample, counts) behind it.
-        self._first, self._counts = 0, [0] * len(weights)
-        self._sources, self._positions = np.empty(0, np.int32), np.empty(0, np.int64)
-        self._after = (0, self._counts)
+        # The latest blocks: a step's samples may lie in two of them, and are read in any order.
+        self._blocks: deque[_Block] = deque(maxlen=BLOCKS_KEPT)
 
     def at(self, n: int) -> tuple[int, int]:
         """(source, number of the sample in that source) of sample n."""
-        if not self._first <= n < self._first + len(self._sources):
-            self._seek(n)
-        return int(self._sources[n - self._first]), int(self._positions[n - self._first])
+        block = self._find(n)
+        return int(block.sources[n - block.first]), int(block.positions[n - block.first])
 
     def counts(self, n: int) -> list[int]:
         """[sources] samples of each before sample n; each differs from its share by less than one."""
         if n == 0:
             return [0] * len(self.weights)
-        self.at(n - 1)  # makes its block the current one
-        before = np.bincount(self._sources[: n - self._first], minlength=len(self.weights))
-        return [int(count + more) for count, more in zip(self._counts, before, strict=True)]
+        block = self._find(n - 1)
+        before = np.bincount(block.sources[: n - block.first], minlength=len(self.weights))
+        return [int(count + more) for count, more in zip(block.counts, before, strict=True)]
 
-    def _seek(self, n: int) -> None:
-        """Computes blocks until one holds n, from the latest position before n whose counts are known."""
+    def _find(self, n: int) -> _Block:
+        """The block that holds n, computed from the latest position before n whose counts are known."""
+        found = next((block for block in self._blocks if block.first <= n < block.first + BLOCK), None)
+        if found is not None:
+            return found
         turns = n // self.total  # after a whole turn, every source has exactly its share
-        known = [(turns * self.total, [w * turns for w in self.weights]), self._after]
-        if self.start:
-            known.append(self.start)
-        self._after = max((position for position in known if position[0] <= n), key=lambda position: position[0])
-        while n >= self._after[0]:
-            self._compute_block(*self._after)
+        known = [(turns * self.total, [w * turns for w in self.weights])]
+        known += [] if self.start is None else [self.start]
+        known += [(block.first + BLOCK, block.after) for block in self._blocks]
+        first, counts = max((position for position in known if position[0] <= n), key=lambda position: position[0])
+        while first <= n:
+            self._blocks.append(self._compute_block(first, counts))
+            first, counts = first + BLOCK, self._blocks[-1].after
+        return self._blocks[-1]
 
-    def _compute_block(self, first: int, counts: Sequence[int]) -> None:
+    def _compute_block(self, first: int, counts: Sequence[int]) -> _Block:
         """Earliest deadline first. Source i's sample j is eligible from r = ceil(goal / step) on, where goal = total +
         unit * total * j and step = unit * w; its deadline is (goal + unit * total - 2 * total) / step.
         """
@@ -192,8 +207,7 @@ class Blend:
                 given[best] += 1
                 goals[best] += per_turn
                 await_turn(best, first + at + 2)
-        self._first, self._counts, self._after = first, list(counts), (first + BLOCK, given)
-        self._sources, self._positions = sources, positions
+        return _Block(first, list(counts), sources, positions, given)
 
     def __getstate__(self) -> dict:
         return {"weights": self.weights, "start": self.start}

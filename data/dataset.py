@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch.utils.data import get_worker_info
 
 from cp.packed_seq import IGNORE_LABEL
 from data.blend import Blend
@@ -249,8 +250,10 @@ class PackedDataset:
         """
         epoch, at = divmod(n, self.samples_per_epoch)
         index = self.epoch(epoch)
-        if self._build_ahead is not None and at > AHEAD * self.samples_per_epoch and self._ahead[0] <= epoch:
-            self._ahead = (epoch + 1, self._build_ahead(epoch + 1) if self._is_stored else None)
+        worker = get_worker_info()
+        builds = self._build_ahead if worker is None or worker.id == 0 else None
+        if builds is not None and at > AHEAD * self.samples_per_epoch and self._ahead[0] <= epoch:
+            self._ahead = (epoch + 1, builds(epoch + 1) if self._is_stored else None)
         assert len(index) == self.samples_per_epoch
         pieces = index.sample_pieces(at)
         # A sample has few pieces: Python's numbers are faster than arrays from here on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,8 +261,9 @@ def build_pipeline(config: RunConfig, model: GPT | Stages, grid: Grid, device: t
     shards = parallel.cp_size * (parallel.tp_size if parallel.sequence_parallel else 1)
     tokens = config.training.micro_batch_size * config.data.seq_length // shards
 
-    @functools.cache
+    @functools.lru_cache(maxsize=1)  # a schedule holds buffers for each of its microbatches
     def schedule(microbatches: int) -> Any:
+        gc.collect()  # of the schedule before, whose stages refer to each other
         return build_schedule(
             chunks,
             grid.group("pp"),

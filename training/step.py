@@ -27,7 +27,7 @@ class Pipeline:
     """The pipeline of this rank's stages.
 
     Attributes:
-        schedule: from a number of microbatches to `parallel.pipeline.build_schedule`'s result, built once each.
+        schedule: from a number of microbatches to `parallel.pipeline.build_schedule`'s result; keeps the last one.
         group: of the pp axis.
         tied_group: first and last stage if they share the embedding, else None.
     """

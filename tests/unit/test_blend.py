@@ -69,8 +69,8 @@ def test_samples_come_as_by_a_recount(weights: list[int], start: list[int]) -> N
     """Also from any start: a resumed run may change the weights."""
     for counts in ([0] * len(weights), start[: len(weights)]):
         blend = Blend(weights)
-        blend._compute_block(sum(counts), counts)
-        assert blend._sources[:60].tolist() == recount(weights, sum(counts), counts, 60)
+        block = blend._compute_block(sum(counts), counts)
+        assert block.sources[:60].tolist() == recount(weights, sum(counts), counts, 60)
 
 
 def test_many_sources_cost_no_more_than_two() -> None:
@@ -172,6 +172,19 @@ def test_fingerprints_depend_on_sources_and_their_order() -> None:
     a, b, c = (dataset(lengths, seq_length=32, alignment=4) for lengths in ([5, 40], [40, 5], [5, 41]))
     prints = [BlendedDataset(sources, [2, 1]).fingerprint() for sources in ([a, b], [b, a], [a, c], [c, b])]
     assert len(set(prints)) == 4 and prints[0] == BlendedDataset([a, b], [2, 1]).fingerprint()
+
+
+def test_samples_around_a_blocks_end_are_read_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's samples are dealt by their work: a step back over a block's end computes nothing again."""
+    computed, compute = [], Blend._compute_block
+    monkeypatch.setattr(
+        Blend, "_compute_block", lambda self, *args: (computed.append(args[0]), compute(self, *args))[1]
+    )
+    blend = Blend([10**9 + 7, 998_244_353, 3])
+    forward = [blend.at(n) for n in range(4 * BLOCK)]
+    order = np.random.default_rng(0).permutation(range(3 * BLOCK - 200, 3 * BLOCK + 200)).tolist()
+    assert [blend.at(n) for n in order] == [forward[n] for n in order]
+    assert len(computed) == 4
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 100, BLOCK + 3])
