@@ -135,10 +135,10 @@ def main(argv: list[str], status: RunStatus) -> None:
 
     ranks.watchdog.heartbeat("loading")
     metadata = run_metadata(config, architecture, data.tokenizer, data.train)
-    copies = build_local_copies(run, model, optimizer)
+    copies = build_local_copies(run, model, optimizer, start)
     state = None
     if copies is not None and config.checkpoint.resume:
-        state = copies.load(metadata, config.training.batches, start)
+        state = copies.load(metadata)
     if state is None and start is not None:
         state = load_start(
             start,

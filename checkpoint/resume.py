@@ -234,6 +234,11 @@ def check_same_run(
     return changed
 
 
+def free_on_resume(config: RunConfig) -> set[str]:
+    """Metadata that may differ when this run is resumed."""
+    return {*FREE_ON_RESUME, *map(option, config.changeable), *([DOCUMENTS] if config.data.new_data else [])}
+
+
 def load_start(
     plan: LoadPlan,
     wanted: dict[str, Any],
@@ -258,9 +263,7 @@ def load_start(
     Raises:
         UserError: another model or other data; or a corrupted checkpoint, without `--load-fallback` or an older one.
     """
-    free: Collection[str] = {*FREE_ON_RESUME, *map(option, config.changeable)}
-    if config.data.new_data:
-        free = {*free, DOCUMENTS}
+    free = free_on_resume(config)
     if not config.keeps_data_order:
         free = {*FREE_ON_RESUME, *(option(name) for name in RunConfig().flags("fixed")), DOCUMENTS} - {OPTIMIZER}
     if plan.weights_only:
