@@ -3,11 +3,11 @@
     <--local-save-dir>/<run>-<id>/step_0000050/rank_3.<start>.<base>.<layout>.<checksum>.pt
 
 A copy is complete when its file has this name. A step is complete when each rank's copy, all of one start of the run,
-is on some node; a rank whose node lacks its copy gets it from a node that has it. Only the same layout loads copies, and
-only with the checkpoint (base) that was the newest when they were written: a run that goes back does not load what it
-abandoned. The checkpoints in `--save` are for all else. Nothing is synced: after a loss of power the checksum differs,
-and the next node's copy is taken. nvidia-resiliency-ext is not used: its tensors must be on CUDA, and its files are pickles,
-which run code.
+is on some node; a rank whose node lacks its copy gets it from a node that has it. Only the same layout loads copies,
+and only with the checkpoint (base) that was the newest when they were written: a run that goes back does not load what it
+abandoned. The checkpoints in `--save` are for all else. Nothing is synced: after a loss of power the checksum
+differs, and the next node's copy is taken. nvidia-resiliency-ext is not used: its tensors must be on CUDA, and its
+files are pickles, which run code.
 """
 
 from __future__ import annotations
@@ -96,12 +96,7 @@ class LocalCopies:
         self.config, self.group, self.asynchronous, self.node_size = config, group, asynchronous, node_size
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.after = 0 if start is None or start.weights_only else start.metadata["step"]
-        base = NO_BASE
-        if start is not None and self.rank == 0:
-            try:
-                base = _identify(start.checkpoint)
-            except OSError:
-                base = uuid.uuid4().hex  # equals no copy's; `load_start` tells that the checkpoint is corrupted
+        base = NO_BASE if start is None or self.rank > 0 else _identify(start.checkpoint)
         run = run_on_rank_zero(lambda: _read_id(save))
         run, self.start, self.base = broadcast_object((run, uuid.uuid4().hex[:12], base))
         self.folder = local_save_dir / f"{save.parent.name}-{run}"
@@ -111,7 +106,6 @@ class LocalCopies:
         self._staged: dict[str, Tensor] = {}
         self._background = background_thread(next(model.parameters()).device)
         self._pending: Future[None] | None = None
-        self._corrupted: set[Copy] = set()  # on this node, as this rank saw; a failing disk may not remove them
 
     def _tensors(self) -> tuple[dict[str, Tensor], str]:
         """This rank's shards by name, which share storage with model and optimizer; a hash of the layout."""
@@ -241,7 +235,7 @@ class LocalCopies:
                 out, block = (torch.zeros(max(0, min(BLOCK, n - start)), dtype=torch.uint8) for n in (size, coming))
                 with _collect(errors):
                     if file is not None:
-                        file.readinto(memoryview(out.numpy()))
+                        file.readinto(out.numpy().data)
                 swap(out, block)
                 with _collect(errors), name_file(self.folder):
                     if target is not None and block.numel():
@@ -336,7 +330,6 @@ class LocalCopies:
         with suppress(OSError):
             if _checksum(self._path(copy)) == copy.checksum:
                 return True
-        self._corrupted.add(copy)
         with suppress(OSError):
             self._path(copy).unlink()
         return False
@@ -366,8 +359,7 @@ class LocalCopies:
         with suppress(OSError):  # an unreadable folder: the next node's copies are taken
             for folder in list_checkpoints(self.folder):
                 found += [(folder, COPY.fullmatch(path.name)) for path in folder.iterdir()]
-        copies = [Copy(parse_step(folder), int(name[1]), *name.groups()[1:]) for folder, name in found if name]
-        return [copy for copy in copies if copy not in self._corrupted]
+        return [Copy(parse_step(folder), int(name[1]), *name.groups()[1:]) for folder, name in found if name]
 
     def _gather(self, item: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size
@@ -416,8 +408,10 @@ def _collect(errors: list[OSError]) -> Iterator[None]:
 
 
 def _identify(checkpoint: Path) -> str:
-    """The identity of a checkpoint, of whose files its list has the checksums. Raises OSError."""
-    return _checksum(checkpoint / SUMS_FILE)
+    """The identity of a checkpoint, of whose files its list has the checksums; unreadable: one that no copy has."""
+    with suppress(OSError):
+        return _checksum(checkpoint / SUMS_FILE)
+    return uuid.uuid4().hex
 
 
 def _checksum(path: Path) -> str:

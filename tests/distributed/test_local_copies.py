@@ -147,7 +147,7 @@ def stop_while_writing(root: Path) -> None:
 def make_unreadable(root: Path) -> None:
     (path,) = copy_files(root, 0, 1)
     path.unlink()
-    path.mkdir()
+    path.symlink_to("nowhere")
 
 
 @pytest.mark.parametrize(
