@@ -4,8 +4,8 @@
 
 A copy is complete when its file has this name. A step is complete when each rank's copy, all of one start of the run,
 is on some node; a rank whose node lacks its copy gets it from a node that has it. Only the same layout loads copies,
-and only with the checkpoint (base) that was the newest when they were written: a run that goes back does not load what it
-abandoned. The checkpoints in `--save` are for all else. Nothing is synced: after a loss of power the checksum
+and only with the checkpoint (base) that was the newest when they were written: a run that goes back does not load
+what it abandoned. The checkpoints in `--save` are for all else. Nothing is synced: after a loss of power the checksum
 differs, and the next node's copy is taken. nvidia-resiliency-ext is not used: its tensors must be on CUDA, and its
 files are pickles, which run code.
 """
@@ -178,8 +178,9 @@ class LocalCopies:
         if self.world_size > self.node_size:
             to, source = ((self.rank + way * self.node_size) % self.world_size for way in (1, -1))
             errors += self._exchange(copy, to, source)
-        # Listed before the ranks meet: one that goes on may write the next step, which must stay.
-        earlier = [folder for folder in list_checkpoints(self.folder) if folder != step_folder(self.folder, step)]
+        earlier: list[Path] = []  # listed before the ranks meet: one that goes on may write the next step
+        with _collect(errors):
+            earlier += [folder for folder in list_checkpoints(self.folder) if folder != step_folder(self.folder, step)]
         is_dropped = self._is_dropped(step, self._gather(next(iter(errors), None)))
         if not is_dropped and self.rank % self.node_size == 0:
             for folder in earlier:
@@ -218,7 +219,7 @@ class LocalCopies:
 
         errors: list[OSError] = []
         size, coming, file, target = 0, 0, None, None
-        with ExitStack() as files:
+        with _collect(errors), ExitStack() as files:
             with _collect(errors):
                 if sent:
                     file = files.enter_context(self._path(sent).open("rb"))
