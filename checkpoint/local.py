@@ -50,12 +50,7 @@ ATTEMPTS = 5  # to read a complete step; each one removes the corrupted copies t
 
 
 class Copy(NamedTuple):
-    """A file with one rank's shards of one step.
-
-    Attributes:
-        start: of the run, shared by its ranks only.
-        base: identity of the newest checkpoint when the copy was written.
-    """
+    """A file with one rank's shards of one step; `start` is one of the run, `base` the newest checkpoint's identity."""
 
     step: int
     rank: int
@@ -187,11 +182,7 @@ class LocalCopies:
                 shutil.rmtree(folder, ignore_errors=True)  # what is left goes after the next save
 
     def _is_dropped(self, step: int, outcomes: list[Exception | None]) -> bool:
-        """Whether a rank's disk failed; then the step's copies are removed, and the earlier ones stay.
-
-        Raises:
-            Exception: of a rank, where it is no error of a disk.
-        """
+        """Whether a rank's disk failed: the step's copies are removed, earlier ones stay. Raises any other error."""
         failures = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome is not None}
         if not failures:
             return False
@@ -207,8 +198,7 @@ class LocalCopies:
     def _exchange(self, sent: Copy | None, to: int, source: int | None) -> list[OSError]:
         """Send a copy to rank `to` while another one comes from rank `source`; None: only the other way.
 
-        Returns:
-            Errors of this node's disk. The other ranks get as many bytes as without them, so that none waits.
+        Return errors of this node's disk. The other ranks get as many bytes as without them, so that none waits.
         """
 
         def swap(out: Tensor | None, into: Tensor | None) -> None:
