@@ -97,7 +97,10 @@ def read(
             errors = exchange(sent, to, source)
             if source is not None and not corrupted:
                 corrupted.extend(step_folder(copies.folder, 2).glob(f"rank_{rank}.*"))
-                corrupted[0].write_bytes(corrupted[0].read_bytes()[:-1] + b"?")
+                content = bytearray(corrupted[0].read_bytes())
+                middle = slice(len(content) // 4, len(content) // 2)
+                content[middle] = bytes(len(content[middle]))
+                corrupted[0].write_bytes(content)
             return errors
 
         copies._exchange = corrupt_first
