@@ -5,6 +5,12 @@ from __future__ import annotations
 import gc
 
 
+def freeze_imports() -> None:
+    """Call when the imports are done; no collection visits what they made. Turns the collector on."""
+    gc.freeze()
+    gc.enable()
+
+
 class ScheduledCollector:
     """Collects what was made since the first step, after each multiple of `interval` steps; 0: when Python chooses.
 
