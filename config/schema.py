@@ -576,6 +576,7 @@ class LoggingConfig:
         0,
         "0: off; 1: time of each phase, minimum and maximum over ranks, and the slowest rank; 2: more phases, each "
         "synchronised",
+        bound=Bound(0, 3, "0, 1 or 2"),
     )
     profile: bool = flag(False, "trace --profile-steps into <run-dir>/profile, a file a rank")
     profile_steps: range = flag(

@@ -9,21 +9,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import importlib.util
 import math
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from config.advice import NPROC, Change, divisors, find_advice, flags_of, multiples, nearest
+from config.attention import ITEM_BYTES, resolve_alignment, resolve_attention, resolve_data_packing
+from config.outputs import is_installed, resolve_outputs
 from config.progress import resolve_batches, resolve_lr_schedule
 from config.schema import (
     BATCH_FLAGS,
-    CheckpointConfig,
     DataConfig,
-    LoggingConfig,
     ModelConfig,
     ParallelConfig,
     RunConfig,
@@ -33,10 +29,7 @@ from config.schema import (
     format_split,
     option,
 )
-from cp import cost, support
 from cp.cost import Lengths
-from cp.layout import document_unit
-from data.packing import PACKINGS, resolve_packing
 from data.sources import document_lengths, find_tokenizer, open_sources
 from data.tokenizer import load_sentencepiece
 from model.config import count_parameters
@@ -45,9 +38,6 @@ from utils.errors import MissingPackageError, SizeError, UserError
 
 MAX_WHOLE_GRADIENTS = 8 << 30  # bytes that may live between microbatches
 MAX_WHOLE_WEIGHTS = 8 << 30  # bytes that may stay gathered from the forward to the backward pass
-# Alignment of documents by default, at most, where each sample can have ranks of its own, and where it cannot.
-HYBRID_ALIGNMENTS = (16, 64)
-ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 FP8_UNIT = 16  # sizes of an 8-bit matrix are multiples of this number
 
 
@@ -104,11 +94,7 @@ def resolve(
         raise UserError(f"{error.what}{kept}: {advice}") from None
     _resolve_data(config.data, config.training, chosen, is_resumed=bool(saved))
     _resolve_tokenizer(config.data, config.model.vocab_size, chosen)
-    _resolve_checkpoint(config.checkpoint)
-    if config.logging.wandb_project in ("", "none"):
-        config.logging.wandb_project = None
-    _check_paths(config)
-    _check_outputs(config.training, config.checkpoint, config.logging)
+    resolve_outputs(config)
     return chosen
 
 
@@ -147,9 +133,9 @@ def _resolve_sizes(
     _resolve_grid(parallel, world_size, local_world_size, chosen)
     resolve_model(model, parallel.tp_size, saved.get("model padded_vocab_size"))
     _resolve_implementation(config, chosen)
-    _resolve_attention(config, local_world_size, read_lengths, chosen)
-    _resolve_packing(data, chosen)
-    _resolve_alignment(data, parallel, config.training.micro_batch_size, chosen)
+    resolve_attention(config, local_world_size, read_lengths, chosen)
+    resolve_data_packing(data, chosen)
+    resolve_alignment(data, parallel, config.training.micro_batch_size, chosen)
     resolve_batches(config.training, parallel, saved, chosen)
     resolve_lr_schedule(config.training, data.seq_length)
     _resolve_resharding(config, chosen)
@@ -208,21 +194,11 @@ def _check_kept(name: str, kept: Any, like: Any) -> None:
         raise UserError(f"{option(name)} {kept!r}: run.json of the checkpoint is corrupted")
 
 
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
 def _check_bounds(config: RunConfig) -> None:
     for group, name, flag in fields_of_flags():
         value = getattr(getattr(config, group), name)
         if flag.bound is not None and value is not None and not flag.bound.allows(value):
             raise UserError(f"{option(name)} {value}: must be {flag.bound.words}")
-    if config.logging.timing_log_level not in (0, 1, 2):
-        raise UserError(f"--timing-log-level {config.logging.timing_log_level}: must be 0, 1 or 2")
-
-
-# ---------------------------------------------------------------------------------------------------
-# Ranks
 
 
 def _resolve_device(
@@ -396,11 +372,11 @@ def _check_packages(config: RunConfig) -> None:
         ("--transformer-impl te", "--transformer-impl torch", config.model.transformer_impl == "te"),
         ("--cp-backend te", "--cp-backend native", parallel.cp_backend == "te"),
     ):
-        if is_chosen and not _is_installed("transformer_engine"):
+        if is_chosen and not is_installed("transformer_engine"):
             raise MissingPackageError(f"{what} {te} {instead}")
     if parallel.cp_backend == "ring":
         for package in ("ring_flash_attn", *(["flash_attn"] if parallel.device == "cuda" else [])):
-            if not _is_installed(package):
+            if not is_installed(package):
                 name = package.replace("_", "-")
                 raise MissingPackageError(
                     f"--cp-backend ring needs the package {name}: pip install it, or use --cp-backend native"
@@ -410,7 +386,7 @@ def _check_packages(config: RunConfig) -> None:
 def _resolve_implementation(config: RunConfig, chosen: list[str]) -> None:
     model, device, dtype = config.model, config.parallel.device, config.training.dtype
     if model.transformer_impl == "auto":
-        can_run_te = device == "cuda" and dtype == "bf16" and _is_installed("transformer_engine")
+        can_run_te = device == "cuda" and dtype == "bf16" and is_installed("transformer_engine")
         model.transformer_impl = "te" if can_run_te else "torch"
         chosen.append(f"--transformer-impl {model.transformer_impl}")
     if model.transformer_impl == "te":
@@ -487,155 +463,6 @@ def _check_fp8(config: RunConfig) -> None:
 # Attention and rows
 
 
-def _resolve_attention(
-    config: RunConfig, local_world_size: int, read_lengths: Callable[[], Lengths], chosen: list[str]
-) -> None:
-    parallel, model = config.parallel, config.model
-    if parallel.cp_backend == "auto":
-        parallel.cp_backend = support.resolve_backend("auto", has_te=model.transformer_impl == "te")
-        chosen.append(f"--cp-backend {parallel.cp_backend}")
-    item = ITEM_BYTES[config.training.dtype]
-    request = support.AttentionRequest(
-        backend=parallel.cp_backend,
-        method=_resolve_method(parallel, chosen),
-        qkv_format=config.data.qkv_format,
-        layout=parallel.cp_layout,
-        dtype=config.training.dtype,
-        device=parallel.device,
-        cp_size=parallel.cp_size,
-        a2a_size=parallel.cp_a2a_size,
-        heads_k_stride=parallel.heads_k_stride,
-        kv_bytes=2 * config.training.micro_batch_size * config.data.seq_length * model.kv_channels * item,
-        head_dim=model.kv_channels,
-        heads=model.num_attention_heads // parallel.tp_size,
-        groups=model.num_query_groups // parallel.tp_size,
-        dropout=model.attention_dropout,
-    )
-    if request.method == "auto":
-        request = _choose_method(config, request, local_world_size, read_lengths, chosen)
-    parallel.attention = support.choose(request)
-    stride = parallel.attention.heads_k_stride
-    if parallel.heads_k_stride is None and stride > 1 and parallel.cp_size > 1:
-        parallel.heads_k_stride = stride
-        chosen.append(f"--heads-k-stride {stride}")
-    if (parallel.device, parallel.cp_backend) != ("cuda", "native"):
-        if parallel.flash_attention in ("3", "4"):
-            what = f"--flash-attention {parallel.flash_attention} is for --cp-backend native and --device cuda"
-            raise SizeError(what, flash_attention=["auto"])
-        if parallel.flash_attention == "auto":
-            parallel.flash_attention = "2"
-            chosen.append("--flash-attention 2")
-    if parallel.cp_layout == "auto":
-        parallel.cp_layout = parallel.attention.layout
-        chosen.append(f"--cp-layout {parallel.cp_layout}")
-
-
-def _resolve_method(parallel: ParallelConfig, chosen: list[str]) -> str:
-    """The backend's method, from its own flag; the flags of other backends must be open."""
-    own_flag = support.METHOD_FLAGS[parallel.cp_backend]
-    for flag in dict.fromkeys(support.METHOD_FLAGS.values()):
-        value = getattr(parallel, flag.removeprefix("--").replace("-", "_"))
-        if flag != own_flag and value not in (None, "auto"):
-            owners = " or ".join(backend for backend, theirs in support.METHOD_FLAGS.items() if theirs == flag)
-            raise UserError(
-                f"{flag} {value} belongs to --cp-backend {owners}, not to {parallel.cp_backend}: leave it out, of the "
-                "--config file too"
-            )
-    name = own_flag.removeprefix("--").replace("-", "_")
-    if getattr(parallel, name) is None:
-        setattr(parallel, name, support.methods(parallel.cp_backend)[0])
-        chosen.append(f"{own_flag} {getattr(parallel, name)}")
-    return getattr(parallel, name)
-
-
-def _choose_method(
-    config: RunConfig,
-    request: support.AttentionRequest,
-    local_world_size: int,
-    read_lengths: Callable[[], Lengths],
-    chosen: list[str],
-) -> support.AttentionRequest:
-    """The request with the method of --cp-comm-type auto: by the cost model, of those that the other flags allow."""
-    parallel, data, training = config.parallel, config.data, config.training
-    first = replace(request, method=support.methods(request.backend)[0])
-    legal = support.candidates(request)
-    if data.document_alignment is not None:  # a checkpoint's, or the user's
-        units = [document_unit(choice.layout, choice.cp_size, training.micro_batch_size) for choice in legal]
-        legal = [choice for choice, unit in zip(legal, units, strict=True) if data.document_alignment % unit == 0]
-    if not legal:  # the default's refusal says why
-        parallel.cp_comm_type = first.method
-        return first
-    best, reason = legal[0], ""
-    if request.cp_size > 1 and len(legal) > 1:
-        is_packed = data.qkv_format == "thd" and data.packing != "concat"
-        situation = cost.Situation(
-            device=parallel.device,
-            row_length=training.micro_batch_size * data.seq_length,
-            lengths=cost.length_quantiles(read_lengths(), data.seq_length) if is_packed else (data.seq_length,),
-            heads=request.heads,
-            groups=request.groups,
-            head_dim=request.head_dim,
-            item=ITEM_BYTES[training.dtype],
-            node_ranks=max(1, local_world_size // parallel.tp_size),
-        )
-        best, reason = cost.choose_method(situation, legal)
-    parallel.cp_comm_type = best.method
-    chosen.append(f"--cp-comm-type {best.method}" + (f" ({reason})" if reason else ""))
-    a2a_size = request.a2a_size
-    if best.method == "a2a+p2p" and a2a_size is None:
-        a2a_size = parallel.cp_a2a_size = best.a2a_size
-        chosen.append(f"--cp-a2a-size {a2a_size}")
-    if parallel.cp_layout == "auto":
-        parallel.cp_layout = best.layout
-        chosen.append(f"--cp-layout {best.layout}")
-    return replace(request, method=best.method, a2a_size=a2a_size, layout=best.layout)
-
-
-def _resolve_packing(data: DataConfig, chosen: list[str]) -> None:
-    if data.packing == "auto":
-        data.packing = resolve_packing("auto", data.qkv_format)
-        chosen.append(f"--packing {data.packing}")
-    legal = PACKINGS[data.qkv_format]
-    if data.packing not in legal:
-        what = f"--packing {data.packing} is not offered for --qkv-format {data.qkv_format}"
-        raise SizeError(what, packing=legal)
-    if data.packing_window is not None and data.packing != "best-fit":
-        what = f"--packing-window {data.packing_window} is for --packing best-fit, not for {data.packing}"
-        raise SizeError(what, packing=["best-fit"])
-
-
-def _resolve_alignment(data: DataConfig, parallel: ParallelConfig, num_samples: int, chosen: list[str]) -> None:
-    """Args: num_samples: of a row."""
-    smallest = document_unit(parallel.cp_layout, parallel.cp_size, num_samples)
-    if data.document_alignment is None:
-        data.document_alignment = smallest
-        if parallel.cp_size == 1 and parallel.cp_layout in ("zigzag", "hybrid"):
-            # So that samples do not depend on the cp size more than needed.
-            data.document_alignment = 2
-        elif parallel.cp_layout == "hybrid":
-            # Documents on one rank need no padding, which leaves room to place them.
-            most = HYBRID_ALIGNMENTS[smallest > 1]
-            wanted = range(min(2 * parallel.cp_size, most), smallest, -1)
-            fits = (n for n in wanted if n % smallest == 0 and data.seq_length % n == 0)
-            data.document_alignment = next(fits, smallest)
-        chosen.append(f"--document-alignment {data.document_alignment}")
-    if data.document_alignment % smallest:
-        raise SizeError(
-            f"--document-alignment {data.document_alignment} is not a multiple of {smallest}, which layout "
-            f"{parallel.cp_layout} over --cp-size {parallel.cp_size} needs",
-            document_alignment=multiples(data.document_alignment, smallest),
-        )
-    ranks = parallel.cp_size * parallel.tp_size
-    legal = multiples(data.seq_length, math.lcm(data.document_alignment, ranks))
-    for unit, name in ((data.document_alignment, "--document-alignment"), (ranks, "cp * tp =")):
-        if data.seq_length % unit:
-            raise SizeError(f"--seq-length {data.seq_length} is not a multiple of {name} {unit}", seq_length=legal)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Data
-
-
 def _resolve_data(data: DataConfig, training: TrainingConfig, chosen: list[str], *, is_resumed: bool) -> None:
     if training.eval_only and data.data_path is None:
         data.data_path = data.valid_data_path  # nothing is trained
@@ -676,80 +503,3 @@ def _resolve_tokenizer(data: DataConfig, model_vocab_size: int | None, chosen: l
     if data.tokenizer_type == "auto":
         data.tokenizer_type = found.kind if found else "sentencepiece"
         chosen.append(f"--tokenizer-type {data.tokenizer_type}")
-
-
-# ---------------------------------------------------------------------------------------------------
-# Folders and output
-
-
-def _resolve_checkpoint(checkpoint: CheckpointConfig) -> None:
-    if checkpoint.save_final is None:
-        checkpoint.save_final = checkpoint.save_interval > 0
-    if (checkpoint.local_save_interval > 0) != (checkpoint.local_save_dir is not None):
-        raise UserError(
-            f"--local-save-interval {checkpoint.local_save_interval} and --local-save-dir {checkpoint.local_save_dir}: "
-            "give both, or neither; the folder is on each node's own disk"
-        )
-    if checkpoint.load_weights_only and not checkpoint.load:
-        raise UserError("--load-weights-only needs --load, which names the checkpoint")
-    if checkpoint.load_fallback and not (checkpoint.load or checkpoint.resume):
-        raise UserError("--load-fallback needs --load or --resume")
-    if checkpoint.resume and not (checkpoint.save or checkpoint.run_dir):
-        raise UserError(
-            "--resume needs --save or --run-dir: without one every start has a new folder and nothing to resume"
-        )
-
-
-def _check_paths(config: RunConfig) -> None:
-    logging = config.logging
-    folders = {
-        "--run-dir": config.checkpoint.run_dir,
-        "--save": config.checkpoint.save,
-        "--data-cache-path": config.data.data_cache_path,
-    }
-    if logging.tensorboard_dir != "none":
-        folders["--tensorboard-dir"] = logging.tensorboard_dir
-    if logging.metrics_file not in (None, "none"):
-        assert logging.metrics_file is not None
-        if Path(logging.metrics_file).is_dir():
-            raise UserError(f"--metrics-file {logging.metrics_file}: is a folder")
-        folders["--metrics-file"] = str(Path(logging.metrics_file).parent)
-    for name in ("tensorboard", "nonfinite", "profile"):
-        inside = Path(config.checkpoint.run_dir or "") / name
-        if config.checkpoint.run_dir and inside.is_symlink():
-            advice = f", and give its target with --{name}-dir" if name == "tensorboard" else ""
-            raise UserError(
-                f"--run-dir {config.checkpoint.run_dir}: {inside} is a link, which is not followed; remove it{advice}"
-            )
-    for flag, folder in folders.items():
-        # A filled cache may be read-only; a missing entry is refused when it is needed.
-        if folder is not None and not (flag == "--data-cache-path" and Path(folder).is_dir()):
-            _check_can_be_made(flag, Path(folder))
-
-
-def _check_can_be_made(flag: str, folder: Path) -> None:
-    """Refuse a folder that does not exist and cannot be made, or that exists and cannot be written to."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
-    if not existing.is_dir():
-        raise UserError(f"{flag} {folder}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {folder}: no permission to write in {existing}")
-
-
-def _check_outputs(training: TrainingConfig, checkpoint: CheckpointConfig, logging: LoggingConfig) -> None:
-    if training.eval_only and not (checkpoint.load or checkpoint.resume):
-        raise UserError("--eval-only needs --load or --resume: there is nothing trained to validate")
-    if training.eval_only and not training.eval_interval:
-        raise UserError("--eval-only with --eval-interval 0: nothing would be validated")
-    if logging.profile and logging.profile_steps.start > training.train_iters:
-        first = logging.profile_steps.start
-        raise UserError(f"--profile-steps {first}: begins after the last step, --train-iters {training.train_iters}")
-    if logging.tensorboard_dir != "none" and not _is_installed("tensorboard"):
-        raise MissingPackageError(
-            "--tensorboard-dir needs the tensorboard package: pip install -r requirements.txt, or --tensorboard-dir "
-            "none"
-        )
-    if logging.wandb_project and logging.tensorboard_dir == "none":
-        raise UserError("--wandb-project copies the TensorBoard files: leave out --tensorboard-dir none")
-    if logging.wandb_project and not _is_installed("wandb"):
-        raise MissingPackageError("--wandb-project needs the wandb package: pip install wandb, or --wandb-project none")

@@ -159,6 +159,11 @@ def key(
     return Column(names, read, write, default)
 
 
+def as_given(name: str, write: Any, default: Any = ABSENT) -> Column:
+    """A key whose value is the concept's, and which `write` makes from it."""
+    return Column((name,), lambda values, known: values[name], write, default)
+
+
 def only(value: Any, note: str, *, softly: bool = False, reads: bool = True) -> Column:
     """A suite without a key, where the concept always has one value.
 

@@ -16,6 +16,7 @@ from config.peers.columns import (
     Known,
     NoCounterpart,
     Values,
+    as_given,
     data_parallel_size,
     first_given,
     key,
@@ -291,7 +292,7 @@ DATA = [
     ),
     row(
         "tokenizer",
-        pentagrid=Column(("tokenizer_model",), lambda values, known: values["tokenizer_model"], _write_tokenizer),
+        pentagrid=as_given("tokenizer_model", _write_tokenizer),
         nemo=Column(
             ("dataset.tokenizer.pretrained_model_name_or_path", "tokenizer.pretrained_model_name_or_path"),
             lambda values, known: text(next(iter(values.values()))),
@@ -344,9 +345,8 @@ DATA = [
     ),
     row(
         "data_split",
-        pentagrid=Column(
-            ("data_split",),
-            lambda values, known: values["data_split"],
+        pentagrid=as_given(
+            "data_split",
             lambda value, known: {} if "valid_data_path" in known else {"data_split": value},
             lambda known: (1.0, 0.0, 0.0) if "valid_data_path" in known else (95.0, 5.0, 0.0),
         ),
@@ -589,9 +589,8 @@ SAMPLES = [
     row(
         "global_batch_size",
         whole,
-        pentagrid=Column(
-            ("global_batch_size",),
-            lambda values, known: values["global_batch_size"],
+        pentagrid=as_given(
+            "global_batch_size",
             lambda value, known: {"global_batch_size": value},
             lambda known: (
                 ABSENT if _default_global(known) is ABSENT else _default_global(known) * known.get("pp_size", 1)

@@ -12,6 +12,7 @@ from config.peers.columns import (
     Known,
     NoCounterpart,
     Values,
+    as_given,
     first_given,
     has_section,
     is_null,
@@ -163,9 +164,8 @@ RANKS = [
     row(
         "sequence_parallel",
         switch,
-        pentagrid=Column(
-            ("sequence_parallel",),
-            lambda values, known: values["sequence_parallel"],
+        pentagrid=as_given(
+            "sequence_parallel",
             _write_sequence_parallel,
             lambda known: known.get("tp_size", 1) > 1,
         ),

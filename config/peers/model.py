@@ -14,6 +14,7 @@ from config.peers.columns import (
     Known,
     NoCounterpart,
     Values,
+    as_given,
     first_given,
     key,
     must_be,
@@ -86,10 +87,10 @@ def _hf_rope_number(name: str, parse: Any) -> Column:
     )
 
 
-def _write_rope_number(name: str) -> Any:
-    """Pentagrid's flag is written where a scaling reads it."""
+def _rope_number(name: str) -> Column:
+    """Pentagrid's flag, written where a scaling reads it."""
     readers = ("llama3",) if name == "rope_original_seq_length" else ("linear", "llama3")
-    return lambda value, known: {name: value} if known.get("rope_scaling", "none") in readers else {}
+    return as_given(name, lambda value, known: {name: value} if known.get("rope_scaling", "none") in readers else {})
 
 
 def _megatron_ffn(known: Known) -> Any:
@@ -214,22 +215,14 @@ _ROWS = [
     row(
         "rope_scaling_factor",
         number,
-        pentagrid=Column(
-            ("rope_scaling_factor",),
-            lambda values, known: values["rope_scaling_factor"],
-            _write_rope_number("rope_scaling_factor"),
-        ),
+        pentagrid=_rope_number("rope_scaling_factor"),
         hf=_hf_rope_number("factor", number),
         megatron=key("rope_scaling_factor", parse=number),
     ),
     row(
         "rope_original_seq_length",
         whole,
-        pentagrid=Column(
-            ("rope_original_seq_length",),
-            lambda values, known: values["rope_original_seq_length"],
-            _write_rope_number("rope_original_seq_length"),
-        ),
+        pentagrid=_rope_number("rope_original_seq_length"),
         hf=_hf_rope_number("original_max_position_embeddings", whole),
     ),
     row(

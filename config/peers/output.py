@@ -12,6 +12,7 @@ from config.peers.columns import (
     Known,
     NoCounterpart,
     Values,
+    as_given,
     first_given,
     key,
     number,
@@ -187,7 +188,7 @@ OUTPUT = [
     ),
     row(
         "load",
-        pentagrid=Column(("load",), lambda values, known: values["load"], _write_load),
+        pentagrid=as_given("load", _write_load),
         nemo=Column(("checkpoint.restore_from",), _read_restore, _write_load),
         axolotl=Column(
             ("resume_from_checkpoint",), lambda values, known: text(values["resume_from_checkpoint"]), _write_load
@@ -238,7 +239,7 @@ OUTPUT = [
     ),
     row(
         "wandb_project",
-        pentagrid=Column(("wandb_project",), lambda values, known: values["wandb_project"], _write_wandb),
+        pentagrid=as_given("wandb_project", _write_wandb),
         nemo="wandb.project",
         axolotl="wandb_project",
         megatron="wandb_project",

@@ -11,6 +11,7 @@ from config.peers.columns import (
     Known,
     NoCounterpart,
     Values,
+    as_given,
     first_given,
     has_section,
     key,
@@ -470,9 +471,8 @@ TRAINING = [
     row(
         "lr_warmup_iters",
         whole,
-        pentagrid=Column(
-            ("lr_warmup_iters",),
-            lambda values, known: values["lr_warmup_iters"],
+        pentagrid=as_given(
+            "lr_warmup_iters",
             lambda value, known: {"lr_warmup_iters": value},
             lambda known: min(20, known.get("lr_decay_iters", known.get("train_iters", 200)) // 10),
         ),
@@ -570,9 +570,8 @@ TRAINING = [
     ),
     row(
         "recompute",
-        pentagrid=Column(
-            ("recompute",),
-            lambda values, known: values["recompute"],
+        pentagrid=as_given(
+            "recompute",
             _selective({"recompute": "full"}, {"recompute": "selective"}, {"recompute": "none"}),
             "none",
         ),
@@ -601,9 +600,8 @@ TRAINING = [
     ),
     row(
         "fp8",
-        pentagrid=Column(
-            ("fp8",),
-            lambda values, known: values["fp8"],
+        pentagrid=as_given(
+            "fp8",
             lambda value, known: {"fp8": value, "transformer_impl": "te"},
             "none",
         ),
