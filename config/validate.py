@@ -317,10 +317,6 @@ def _check_stages(config: RunConfig) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------
-# Model
-
-
 def resolve_model(model: ModelConfig, tp_size: int, saved_vocab_size: int | None) -> None:
     """Fill in open sizes, in place.
 
@@ -457,10 +453,6 @@ def _check_fp8(config: RunConfig) -> None:
     for what, size, options in sizes:
         if size % FP8_UNIT:
             raise SizeError(f"{fp8}: {what} = {size} is not a multiple of {FP8_UNIT}", **options)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Attention and rows
 
 
 def _resolve_data(data: DataConfig, training: TrainingConfig, chosen: list[str], *, is_resumed: bool) -> None:
