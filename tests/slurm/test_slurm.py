@@ -7,6 +7,7 @@ process ids.
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import re
 import shutil
@@ -293,6 +294,12 @@ def last_step(run_dir: Path) -> int:
     return max((step for step, _ in losses(run_dir)), default=0) if (run_dir / "metrics.jsonl").exists() else 0
 
 
+def is_running(run_dir: Path) -> bool:
+    """Whether this start has begun to train: what the last one left says that it failed."""
+    file = run_dir / "status.json"
+    return file.exists() and json.loads(file.read_text())["status"] == "running"
+
+
 def test_a_job_that_loses_a_rank_starts_again_while_it_gets_on(slurm: Slurm) -> None:
     """Killed after a checkpoint: queued again, and the losses of a run that nobody disturbed. Killed before one, again
     and again: the job ends.
@@ -315,8 +322,7 @@ def test_a_job_that_loses_a_rank_starts_again_while_it_gets_on(slurm: Slurm) -> 
     for restart in ("0", "1"):
         eventually(lambda r=restart: slurm.job(job)["Restarts"] == r, seconds=120, told=slurm.told(job))
         slurm.wait_for(job, "RUNNING", seconds=240)
-        logs = early / "logs" / f"{job}.{restart}"
-        eventually(lambda p=logs: p.exists() and last_step(early) >= 3, seconds=120, told=slurm.told(job))
+        eventually(lambda: is_running(early) and last_step(early) >= 3, seconds=120, told=slurm.told(job))
         eventually(
             lambda: [p for p in processes_under(early) if " -u train.py " in command_of(p)], seconds=60, told=str
         )
