@@ -39,7 +39,9 @@ while kill -0 "$child" 2>/dev/null; do wait "$child" && code=0 || code=$?; done
 status=$(fact status)
 echo "kubernetes.sh: node $node ended with $code at step $(fact step): $status $(fact reason)"
 if [ "$(fact attempt)" = "$attempt_before" ]; then
-    [ "$code" -gt 128 ] && exit 1 # evicted before training began
+    [ "$code" -ne 0 ] || exit 0 # --eval-only
+    # Evicted before training began; or a pod was lost while the ranks started, after a start that trained with these flags.
+    if [ "$code" -gt 128 ] || [ "${JOBSET_RESTART_ATTEMPT:-0}" -gt 0 ]; then exit 1; fi
     exit 2
 fi
 case $status in

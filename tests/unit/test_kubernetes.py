@@ -103,7 +103,9 @@ def play(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(play: Path, status: dict[str, Any] | None, *, end: str = "exit 0", index: str = "0") -> subprocess.Popen:
+def start(
+    play: Path, status: dict[str, Any] | None, *, end: str = "exit 0", index: str = "0", restart: int = 0
+) -> subprocess.Popen:
     script = '#!/bin/bash\necho "$@" > args\n'
     if status is not None:
         script += f"echo '{json.dumps(status)}' > run/status.json\n"
@@ -111,6 +113,7 @@ def start(play: Path, status: dict[str, Any] | None, *, end: str = "exit 0", ind
     (play / "launch" / "multi_node.sh").chmod(0o755)
     (play / "run").mkdir(exist_ok=True)
     environment = os.environ | {"JOB_COMPLETION_INDEX": index, "PENTAGRID_BIN": str(play / "bin")}
+    environment["JOBSET_RESTART_ATTEMPT"] = str(restart)
     command = ["bash", str(play / "launch" / "kubernetes.sh"), "2", "head:29400", "8", "--lr=0.1", "--run-dir", "run"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -126,6 +129,7 @@ def start(play: Path, status: dict[str, Any] | None, *, end: str = "exit 0", ind
         ({"status": "requeue", "attempt": "a"}, "exit 1", 2),
         (None, "exit 2", 2),
         (None, "exit 143", 1),
+        (None, "exit 0", 0),  # --eval-only
     ],
 )
 def test_exit_codes_follow_the_status(status: dict | None, end: str, code: int, play: Path) -> None:
@@ -135,6 +139,12 @@ def test_exit_codes_follow_the_status(status: dict | None, end: str, code: int, 
     out, _ = job.communicate(timeout=30)
     assert job.returncode == code, out
     assert (play / "args").read_text() == "1 2 head:29400 8 --lr=0.1 --run-dir run --resume\n"
+
+
+def test_a_pod_lost_while_the_ranks_start_again_ends_no_run(play: Path) -> None:
+    job = start(play, None, end="exit 1", restart=1)
+    job.communicate(timeout=30)
+    assert job.returncode == 1
 
 
 def test_sigterm_reaches_the_run_which_saves(play: Path) -> None:

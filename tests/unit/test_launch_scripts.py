@@ -333,6 +333,15 @@ def test_an_earlier_starts_status_counts_for_nothing(play: Path) -> None:
     assert (code, requeued(play)) == (2, ["70012"]) and "ended before it began to train (exit code 2)" in out
 
 
+def test_a_restart_that_does_not_come_to_train_is_queued_again(play: Path) -> None:
+    """A node may be lost while the ranks start; the flags were those of a start that trained."""
+    code, out = run(play, "exit 1", "--run-dir", "r", SLURM_RESTART_COUNT="1", PENTAGRID_MAX_RESTARTS="1")
+    assert (code, requeued(play)) == (0, ["70012"]), out
+    assert "ended before it began to train (exit code 1); queued again" in out
+    code, out = run(play, "exit 1", "--run-dir", "r", SLURM_RESTART_COUNT="2", PENTAGRID_MAX_RESTARTS="1")
+    assert (code, requeued(play)) == (1, ["70012"]) and "2 starts in a row without a new checkpoint" in out, out
+
+
 def test_what_trains_nothing_may_succeed(play: Path) -> None:
     assert run(play, "exit 0", "--run-dir", "r", "--eval-only")[0] == 0
 
