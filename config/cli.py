@@ -124,18 +124,24 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {option(close[0])}?" if close else ""
 
 
-def parse_run(argv: Sequence[str]) -> tuple[RunConfig, list[str]]:
-    """The flags of train.py, and a note on defaults: without --data-path and --config those of `DEMO_PRESET`.
+def add_demo_preset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags of train.py with `DEMO_PRESET` where there is neither --data-path nor --config, and a note on that.
 
     Raises:
         UserError: as `parse_arguments`.
     """
     config = parse_arguments(argv)
     if config.data.data_path or any(word.split("=")[0] == "--config" for word in argv):
-        return config, []
+        return list(argv), []
     steps = ["--train-iters", str(TrainingConfig.train_iters)]  # --train-tokens would contradict the preset's
     own = [] if config.training.train_tokens is None else steps
-    return parse_arguments(["--config", str(DEMO_PRESET), *own, *argv]), [f"--config configs/{DEMO_PRESET.name}"]
+    return ["--config", str(DEMO_PRESET), *own, *argv], [f"--config configs/{DEMO_PRESET.name}"]
+
+
+def parse_run(argv: Sequence[str]) -> tuple[RunConfig, list[str]]:
+    """The flags of train.py, and a note on defaults, as `add_demo_preset` gives them."""
+    words, notes = add_demo_preset(argv)
+    return parse_arguments(words), notes
 
 
 def parse_arguments(

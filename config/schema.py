@@ -489,8 +489,8 @@ class TrainingConfig:
     )
     stop_check_interval: int | None = flag(
         None,
-        "steps between agreements of all ranks on a request to stop, which come at least once a minute; default: one "
-        "for each 256 ranks, at least 1",
+        "steps between agreements of all ranks on a request to stop, fewer if they take five seconds; default: one for "
+        "each 256 ranks, at least 1",
         AT_LEAST_ONE,
     )
     on_nonfinite: str = flag(

@@ -136,8 +136,11 @@ def next_commands(run: Run, *, has_checkpoint: bool, is_done: bool) -> list[str]
     folder = "" if programs.parts[0] == ".." else f"{programs}/"  # an environment in this folder may not be active
     python = f"{folder}python"
     if has_checkpoint:
-        torchrun = f"{folder}torchrun --nproc-per-node {launch.local_world_size} train.py"
-        start = torchrun if launch.under_torchrun else f"{python} train.py"
+        chosen = (
+            "" if str(programs) == ".venv/bin" else f"PENTAGRID_BIN={shlex.quote(str(Path(sys.executable).parent))} "
+        )
+        local = f"{chosen}launch/local.sh {launch.local_world_size}"
+        start = local if launch.under_torchrun else f"{python} train.py"
         words = [word for word in run.argv if word != "--resume"] + ["--resume"]
         words += [] if config.checkpoint.run_dir else ["--run-dir", str(paths.run_dir)]
         if is_done:  # as long again

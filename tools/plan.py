@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks.calibration import cases_table, summary_table
-from config.cli import parse_arguments
+from config.cli import add_demo_preset, parse_arguments
 from config.schema import RunConfig
 from cp.cost import length_quantiles
 from model.config import RECOMPUTE, GPTConfig
@@ -305,6 +305,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--world-size {own.world_size}: must be a multiple of --node-size {node}")
     if own.rank_layouts and not own.gpu_memory:
         raise UserError("--rank-layouts needs --gpu-memory, the limit that layouts must fit into")
+    words, notes = add_demo_preset(words)
+    for note in notes:
+        print(f"{note}, as train.py without --data-path and --config", file=sys.stderr)
     flags = parse_arguments(words)
     vocab, lengths = read_vocab_and_lengths(flags.data)
     vocab = own.vocab_size or vocab

@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from checkpoint.state import whole_tensors
-from config.cli import parse_arguments
+from config.cli import parse_run
 from config.schema import ParallelConfig, RunConfig
 from cp.dropout_attention import AttentionDropout
 from cp.layout import document_unit
@@ -424,7 +424,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--json", type=Path)
     own, rest = parser.parse_known_args(argv)
-    launch, config = read_launch(), parse_arguments(rest)
+    launch, (config, _) = read_launch(), parse_run(rest)
     config.training.eval_interval = 0  # needs no validation documents
     grid, device = start_grid(config, launch)
     if config.model.fp8 != "none":  # its noise is far above any floor, whatever the layout

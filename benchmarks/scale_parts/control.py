@@ -17,7 +17,7 @@ import torch.distributed as dist
 from benchmarks.harness import ROOT, build_config
 from benchmarks.scale_parts.store import CountingStore, connect, microseconds_of, run_ranks, serve
 from benchmarks.scale_parts.table import Row
-from runtime import distributed
+from runtime import distributed, signals
 from runtime.status import RunStatus
 from runtime.watchdog import Watchdog
 
@@ -114,8 +114,15 @@ def watch() -> list[Row]:
         Row("64 ranks ask for a silent rank", ranks, "all: lost the store", "all name its host", how=how),
         Row("until the last of them knows", ranks, None, seconds, "s"),
         Row("from a rank's death to the end of all ranks", ranks, 1.15 * ranks / 2, 1 + 3.5 * interval, "s", spread),
-        Row("all-reduces over the world in 100 steps, --on-nonfinite skip", ranks, 200.0, 100 / 16, how="counted"),
+        *(agreements(ranks, seconds) for seconds in (0.3, 5.0)),
     ]
+
+
+def agreements(ranks: int, step_seconds: float) -> Row:
+    """All-reduces over the world for requests to stop; before, two a step."""
+    steps = max(1, min(ranks // signals.RANKS_PER_STEP, int(signals.AGREEMENT_SECONDS / step_seconds)))
+    what = f"all-reduces over the world in 100 steps of {step_seconds:g} s, --on-nonfinite skip"
+    return Row(what, ranks, 200.0, 100 / steps, how="counted")
 
 
 PARTS: dict[str, Callable[[], list[Row]]] = {"groups": gloo_groups, "start": start, "watch": watch}

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import yaml
 
+from config.cli import parse_arguments
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 TYPES = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list}
 
@@ -91,6 +93,53 @@ def test_what_belongs_together_agrees(job_set: dict[str, Any]) -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert any(flag.startswith("--run-dir=/shared/") for flag in flags)
     assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
+
+
+# Fields of a task and of its resources that docs.skypilot.co/en/latest/reference/yaml-spec.html documents.
+SKYPILOT = {
+    "name",
+    "workdir",
+    "num_nodes",
+    "resources",
+    "envs",
+    "secrets",
+    "file_mounts",
+    "volumes",
+    "setup",
+    "run",
+    "config",
+}
+RESOURCES = {
+    "infra",
+    "accelerators",
+    "cpus",
+    "memory",
+    "instance_type",
+    "use_spot",
+    "disk_size",
+    "image_id",
+    "job_recovery",
+}
+RECOVERY = {"strategy", "max_restarts_on_errors", "recover_on_exit_codes"}
+
+
+def test_a_job_of_skypilot_starts_the_same_script_on_each_node(tmp_path: Path) -> None:
+    task = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
+    resources = task["resources"]
+    assert task.keys() <= SKYPILOT and resources.keys() <= RESOURCES and resources["job_recovery"].keys() <= RECOVERY
+    (shared,) = task["volumes"]
+    (tmp_path / "pentagrid" / "launch").mkdir(parents=True)
+    script = tmp_path / "pentagrid" / "launch" / "kubernetes.sh"
+    script.write_text('#!/bin/bash\necho "$JOB_COMPLETION_INDEX" "$@"\n')
+    script.chmod(0o755)
+    nodes = dict(SKYPILOT_NODE_RANK="1", SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2", SKYPILOT_NUM_NODES="2")
+    run = task["run"].replace(f"cd {shared}", f"cd {tmp_path}")
+    environment = os.environ | nodes | task["envs"] | {"SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    said = subprocess.run(["bash", "-c", run], env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("1 2 10.0.0.1:29400 8 --")
+    flags = said.split()[4:]
+    config = parse_arguments([flag.replace("=configs", f"={ROOT}/configs") for flag in flags])
+    assert config.checkpoint.run_dir.startswith(f"{shared}/") and config.data.data_path == [f"{shared}/corpora/mine"]
 
 
 @pytest.fixture

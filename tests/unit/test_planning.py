@@ -391,7 +391,8 @@ def test_a_dry_run_of_any_number_of_ranks(capsys) -> None:
 
 def test_the_command(capsys) -> None:
     assert plan_tool.main(["--world-size", "4", "--gpu-memory", "1", *WORDS, "--cp-size", "2"]) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert told == "--config configs/standard_library.yaml, as train.py without --data-path and --config\n"
     assert "dp_shard 2 x cp 2" in said and "fits" in said and "legal sizes" in said and "s a step on CPU" in said
     assert plan_tool.main(["--world-size", "4", "--json", *WORDS]) == 0
     assert json.loads(capsys.readouterr().out)["memory"]["peak"] > 0

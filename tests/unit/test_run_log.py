@@ -253,10 +253,10 @@ def test_the_legend_names_each_part_of_a_line(clock: Clock, capsys) -> None:
         (
             "--cp-size 4",
             True,
-            "train.py --cp-size 4 --resume --run-dir runs/x --train-iters 200|generate.py --load runs/x --prompt 'def '"
-            "|report.py runs/x",
+            "local.sh 4 --cp-size 4 --resume --run-dir runs/x --train-iters 200"
+            "|generate.py --load runs/x --prompt 'def '|report.py runs/x",
         ),
-        ("--run-dir runs/x --resume", False, "train.py --run-dir runs/x --resume|generate.py|report.py runs/x"),
+        ("--run-dir runs/x --resume", False, "local.sh 4 --run-dir runs/x --resume|generate.py|report.py runs/x"),
         ("--metrics-file none --save elsewhere", False, "--save elsewhere --resume --run-dir|--load elsewhere"),
         ("--data-path s3://me:secret@there/a", False, "://***@there/a --resume|generate.py|report.py"),
     ],
@@ -269,10 +269,9 @@ def test_the_next_commands(argv: str, is_done: bool, wanted: str) -> None:
     commands = next_commands(run, has_checkpoint=True, is_done=is_done)  # type: ignore[arg-type]
     assert len(commands) == len(wanted.split("|"))
     assert all(words in command for words, command in zip(wanted.split("|"), commands, strict=True)), commands
-    assert "torchrun --nproc-per-node 4 train.py" in commands[0]
-    for program, words in (command.split(".py ", 1) for command in commands):
-        if program.endswith("train"):
-            parse_arguments(shlex.split(words))
+    program, words = commands[0].split(" 4 ", 1)
+    assert program.split()[-1] == "launch/local.sh"
+    parse_arguments(shlex.split(words))
     without = next_commands(run, has_checkpoint=False, is_done=is_done)  # type: ignore[arg-type]
     assert without == commands[2:]
 
