@@ -82,7 +82,11 @@ def resolve_without_devices(words: list[str], world: int, node: int) -> RunConfi
     Raises:
         UserError: train.py would refuse them.
     """
-    config = parse_arguments(words)
+    return resolve_for_cluster(parse_arguments(words), world, node)
+
+
+def resolve_for_cluster(config: RunConfig, world: int, node: int) -> RunConfig:
+    """`resolve_without_devices` of parsed flags, in place."""
     parallel, model = config.parallel, config.model
     parallel.device = "cuda" if parallel.device == "auto" else parallel.device
     planned = "te" if model.transformer_impl == "te" else "torch"

@@ -1,15 +1,17 @@
-"""Write the tables that come from the code into docs/: `python tools/docs.py [--check]`.
+"""Write the tables that come from the code into docs/: `python tools/docs.py [--check]`. With `--presets` write the
+figures of the plans that comments of configs/*.yaml state, which takes minutes.
 
 Flags come from config/schema.py, attention backends from cp/support.py, counts of kernels and bytes from
 planner/counts.py, predictions from planner/matrix.py and their errors from benchmarks/calibration.py, figures of
 thousands of ranks from benchmarks/results/scale_cpu.json, the parts of a log line from metrics/log.py.
 Each table stands between two marker comments.
-With `--check` nothing is written; exit code 1: a table is out of date.
+With `--check` nothing is written; exit code 1: something is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -21,10 +23,13 @@ from config.schema import RunConfig, fields_of_flags, option
 from cp.support import markdown_table
 from metrics.log import legend_table
 from planner.counts import counts_table
+from planner.estimate import GIB, Plan, make_plan, pack_rows, resolve_without_devices
 from planner.matrix import matrix_tables
+from tools.plan import estimate_seconds
 from utils.errors import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
+STATED = re.compile(r"(tools/plan\.py --world-size (\d+) --gpu-memory (\d+)): ([\d.]+) GiB a rank, ([\d.]+) s a step")
 ON_RESUME = {"model": "no", "fixed": "no", "printed": "yes, printed", "free": "yes"}
 
 
@@ -59,24 +64,46 @@ TABLES = (
 )
 
 
+def plan_preset(preset: Path, world: int) -> tuple[Plan, float]:
+    """The plan of a preset on nodes of 8 GPUs, each sample one document, and the estimated seconds of a step."""
+    config = resolve_without_devices(["--config", str(preset)], world, 8)
+    architecture = config.model.architecture(config.data.tokenizer_vocab_size)
+    rows = pack_rows(config, architecture, None)
+    seconds = estimate_seconds(config, architecture, rows, (float(config.data.seq_length),), 8)
+    return make_plan(config, architecture, rows), seconds
+
+
+def state_plan(preset: Path) -> str:
+    """The preset's text with today's figures; as it is where it states none."""
+
+    def state(found: re.Match[str]) -> str:
+        plan, seconds = plan_preset(preset, int(found[2]))
+        return f"{found[1]}: {plan.memory.peak / GIB:.1f} GiB a rank, {seconds:.2f} s a step"
+
+    return STATED.sub(state, preset.read_text())
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
-    is_check = parser.parse_args(argv).check
-    stale = []
-    for file, name, table in TABLES:
-        path = ROOT / file
-        text = path.read_text()
-        begin, end = f"<!-- {name}: made by tools/docs.py -->", f"<!-- end of {name} -->"
-        head, rest = text.split(begin)
-        new = f"{head}{begin}\n{table()}\n{end}{rest.split(end)[1]}"
-        if new != text:
-            stale.append(f"{file} ({name})")
-            if not is_check:
-                path.write_text(new)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
+    parser.add_argument("--presets", action="store_true", help="the plans that configs/*.yaml state, not docs/")
+    own = parser.parse_args(argv)
+    if own.presets:
+        new = {preset: state_plan(preset) for preset in sorted((ROOT / "configs").glob("*.yaml"))}
+    else:
+        new = {}
+        for file, name, table in TABLES:
+            path = ROOT / file
+            begin, end = f"<!-- {name}: made by tools/docs.py -->", f"<!-- end of {name} -->"
+            head, rest = new.get(path, path.read_text()).split(begin)
+            new[path] = f"{head}{begin}\n{table()}\n{end}{rest.split(end)[1]}"
+    stale = [path for path, text in new.items() if text != path.read_text()]
     if stale:
-        print(("out of date: " if is_check else "wrote ") + ", ".join(stale))
-    return int(is_check and bool(stale))
+        print("out of date:" if own.check else "wrote", *(path.relative_to(ROOT) for path in stale))
+    if not own.check:
+        for path in stale:
+            path.write_text(new[path])
+    return int(own.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from planner.estimate import (
     pack_rows,
     parse_lengths,
     read_vocab_and_lengths,
+    resolve_for_cluster,
     resolve_without_devices,
 )
 from planner.matrix import matrix_tables
@@ -105,14 +107,16 @@ def legal_layouts(words: list[str], world: int, node: int) -> Iterator[RunConfig
         for tp in (n for n in divisors if n <= node and world % (pp * n) == 0):
             for cp in (n for n in divisors if world % (pp * tp * n) == 0):
                 pool = samples * cp // ranks
-                kinds: list[list[str]] = [[]]
+                kinds = [(given.parallel.cp_layout, samples)]
                 if pool > samples and samples * cp % ranks == 0 and "--cp-layout" not in words:
-                    kinds.append(["--cp-layout", "hybrid", "--micro-batch-size", str(pool)])
-                for kind, recompute in itertools.product(kinds, RECOMPUTE):
-                    sizes = ["--pp-size", pp, "--tp-size", tp, "--cp-size", cp, "--dp-shard-size", -1]
+                    kinds.append(("hybrid", pool))
+                for (layout, micro_batch), recompute in itertools.product(kinds, RECOMPUTE):
+                    config = deepcopy(given)
+                    parallel, training = config.parallel, config.training
+                    parallel.pp_size, parallel.tp_size, parallel.cp_size, parallel.dp_shard_size = pp, tp, cp, -1
+                    parallel.cp_layout, training.micro_batch_size, training.recompute = layout, micro_batch, recompute
                     with contextlib.suppress(UserError):
-                        flags = [*words, *map(str, sizes), "--recompute", recompute, *kind]
-                        yield resolve_without_devices(flags, world, node)
+                        yield resolve_for_cluster(config, world, node)
 
 
 def read_quantiles(flags: RunConfig, lengths: np.ndarray | None) -> tuple[float, ...]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from planner.estimate import GIB, make_plan, pack_rows, resolve_without_devices
-from tools.plan import USABLE, estimate_seconds
+from planner.estimate import GIB
+from tools.docs import STATED, plan_preset, state_plan
+from tools.plan import USABLE
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
-STATED = re.compile(
-    r"tools/plan\.py --world-size (\d+) --gpu-memory (\d+): ([\d.]+) GiB a rank, ([\d.]+) s a step on H100"
-)
 # As huggingface.co counts them.
 PARAMETERS = {
     "smollm2_135m": 134_515_008,
@@ -30,16 +29,15 @@ SLOW = {"llama3_70b": [pytest.mark.full]}
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, [])) for name in PARAMETERS])
 def test_a_preset_fits_the_machine_that_it_names(name: str) -> None:
+    """`python tools/docs.py --presets` writes the stated figures."""
     preset = CONFIGS / f"{name}.yaml"
     found = STATED.search(preset.read_text())
     assert found is not None
-    world, memory = int(found[1]), int(found[2])
-    config = resolve_without_devices(["--config", str(preset)], world, 8)
-    architecture = config.model.architecture(config.data.tokenizer_vocab_size)
-    rows = pack_rows(config, architecture, None)
-    plan = make_plan(config, architecture, rows)
+    plan, seconds = plan_preset(preset, int(found[2]))
     assert plan.parameters == PARAMETERS[name]
-    assert plan.memory.peak / GIB == pytest.approx(float(found[3]), abs=0.06)
-    assert plan.memory.peak / GIB <= USABLE * memory
-    seconds = estimate_seconds(config, architecture, rows, (float(config.data.seq_length),), 8)
-    assert seconds == pytest.approx(float(found[4]), rel=0.02)
+    assert plan.memory.peak / GIB == pytest.approx(float(found[4]), abs=0.06)
+    assert plan.memory.peak / GIB <= USABLE * int(found[3])
+    assert seconds == pytest.approx(float(found[5]), rel=0.02)
+    stated = dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, peak=round(12.34 * GIB)))
+    with mock.patch("tools.docs.plan_preset", return_value=(stated, 5.678)):
+        assert state_plan(preset).count(": 12.3 GiB a rank, 5.68 s a step on H100, estimated") == 1
