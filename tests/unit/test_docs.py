@@ -100,7 +100,7 @@ def flag_faults(text: str) -> list[str]:
     known |= {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): .* = option\(", source, re.MULTILINE)}
     if "harness" in source:
         known |= set(re.findall(r'"(--[a-z][a-z0-9-]*)"', (ROOT / "benchmarks" / "harness.py").read_text()))
-    if "parse_arguments" in source or "all flags of train.py" in source:
+    if "parse_arguments" in source or "parse_run" in source or "all flags of train.py" in source:
         known |= set(build_parser()._option_string_actions)
     after = words[words.index("data.prepare" if "data.prepare" in words else scripts[0]) + 1 :]
     given = {word.split("=")[0] for word in after if word.startswith("--")}
