@@ -95,7 +95,7 @@ def main(argv: list[str], status: RunStatus) -> None:
     )
     if config.training.dry_run or config.training.dry_run_ranks:
         if launch.rank == 0:
-            vocab_size, lengths = read_vocab_and_lengths(config.data)
+            vocab_size, lengths = read_vocab_and_lengths(config)
             architecture = config.model.architecture(vocab_size)
             plan = make_plan(config, architecture, pack_rows(config, architecture, lengths))
             log(format_plan(config, plan))

@@ -210,7 +210,11 @@ def check_same_run(
         UserError: names the first other difference, with both values.
     """
     changed = []
-    saved = {OPTIMIZER: "adamw", "--rampup-batch-size": None} | saved  # of checkpoints from before the flags
+    saved = {
+        OPTIMIZER: "adamw",
+        "--rampup-batch-size": None,
+        "--bos": False,
+    } | saved  # of checkpoints from before the flags
     for name, value in wanted.items():
         if name == SOURCES or (name in saved and saved[name] == value):
             continue

@@ -19,7 +19,7 @@ from cp.layout import LAYOUTS
 from cp.support import AttentionChoice
 from data.batch_schedule import BatchSchedule, count_microbatches
 from data.packing import PACKINGS, PAD_ROWS
-from data.tokenizer import TOKENIZER_TYPES
+from data.tokenizer import TOKENIZER_TYPES, TokenizerSpec
 from model.config import FP8_RECIPES, RECOMPUTE, ROPE_SCALINGS, GPTConfig, padded_vocab_size
 from parallel.stages import PP_SCHEDULES
 from utils.errors import UserError
@@ -337,6 +337,15 @@ class DataConfig:
     tokenizer_eod: str | None = flag(
         None, "end-of-document token of a tokenizer.json; default: a usual one", metavar="TOKEN"
     )
+    eod_id: int | None = flag(
+        None,
+        "id of the end-of-document token of a prepared corpus whose tokenizer is not at hand; needs --vocab-size",
+        NOT_NEGATIVE,
+        metavar="ID",
+    )
+    bos: bool = fixed(
+        None, "documents begin with the tokenizer's BOS token; default: as those of the prepared corpora do, else off"
+    )
     tokenizer_vocab_size: int = flag(4096, "pieces of a SentencePiece model that is trained here", AT_LEAST_ONE)
     seq_length: int = fixed(2048, "tokens of a sample", AT_LEAST_ONE)
     qkv_format: str = fixed(
@@ -610,6 +619,12 @@ class RunConfig:
             pp_size=parallel.pp_size,
             schedule=parallel.pp_schedule,
         )
+
+    @property
+    def tokenizer(self) -> TokenizerSpec:
+        data = self.data
+        named = data.tokenizer_type, data.tokenizer_model, data.tokenizer_eod
+        return TokenizerSpec(*named, bos=data.bos, eod_id=data.eod_id, vocab_size=self.model.vocab_size)
 
     @property
     def changeable(self) -> frozenset[str]:

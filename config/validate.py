@@ -93,7 +93,7 @@ def resolve(
         kept = " (a resumed run keeps the checkpoint's weights and data order)" if saved else ""
         raise UserError(f"{error.what}{kept}: {advice}") from None
     _resolve_data(config.data, config.training, chosen, is_resumed=bool(saved))
-    _resolve_tokenizer(config.data, config.model.vocab_size, chosen)
+    _resolve_tokenizer(config, chosen)
     resolve_outputs(config)
     return chosen
 
@@ -479,12 +479,11 @@ def _resolve_data(data: DataConfig, training: TrainingConfig, chosen: list[str],
         raise UserError(f"--tokenizer-eod {data.tokenizer_eod} needs --tokenizer-model, a tokenizer.json")
 
 
-def _resolve_tokenizer(data: DataConfig, model_vocab_size: int | None, chosen: list[str]) -> None:
+def _resolve_tokenizer(config: RunConfig, chosen: list[str]) -> None:
+    data, model_vocab_size = config.data, config.model.vocab_size
     parts = open_sources(data.data_path, data.json_key)
     valid = open_sources(data.valid_data_path, data.json_key, "--valid-data-path") if data.valid_data_path else []
-    found = find_tokenizer(
-        parts, valid, tokenizer_type=data.tokenizer_type, model=data.tokenizer_model, eod=data.tokenizer_eod
-    )
+    found = find_tokenizer(parts, valid, config.tokenizer)
     if found is None:
         load_sentencepiece()
         if model_vocab_size is not None and model_vocab_size < data.tokenizer_vocab_size:
@@ -492,6 +491,12 @@ def _resolve_tokenizer(data: DataConfig, model_vocab_size: int | None, chosen: l
                 f"--vocab-size {model_vocab_size}: no --tokenizer-model is given, so a tokenizer of "
                 f"--tokenizer-vocab-size {data.tokenizer_vocab_size} tokens would be trained; give the model's own"
             )
-    if data.tokenizer_type == "auto":
+    begins_with_bos = found is not None and found.bos is not None
+    if data.bos is None and begins_with_bos:
+        chosen.append("--bos (documents of the prepared corpora begin with BOS)")
+    data.bos = begins_with_bos
+    if data.eod_id is not None:
+        chosen.append("no tokenizer (--eod-id): samples of text and bits per byte are off")
+    elif data.tokenizer_type == "auto":
         data.tokenizer_type = found.kind if found else "sentencepiece"
         chosen.append(f"--tokenizer-type {data.tokenizer_type}")

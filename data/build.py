@@ -56,15 +56,17 @@ def train_tokenizer(source: TextSource | PreparedCorpus, *, vocab_size: int, cac
 
 
 def build_tokens(source: TextSource, tokenizer: Tokenizer, *, cache_path: Path) -> IndexedDataset:
-    """Token files of the source, cached; EOD ends each document.
+    """Token files of the source, cached; EOD ends each document, and the tokenizer's BOS, if set, begins it.
 
     Raises:
         UserError: no document in the source, or a corrupted one.
     """
 
+    more = {} if tokenizer.bos is None else {"bos": tokenizer.bos}
+
     def encode(number: int, text: str) -> np.ndarray:
         try:
-            return np.append(tokenizer.encode(text), np.int32(tokenizer.eod))
+            return tokenizer.frame(tokenizer.encode(text))
         except UnencodableText as error:
             raise UserError(f"{source.flag} {source.name}: document {number} {error}") from error
 
@@ -72,7 +74,7 @@ def build_tokens(source: TextSource, tokenizer: Tokenizer, *, cache_path: Path) 
         documents = (encode(number, text) for number, text in enumerate(source.texts(), 1))
         write_indexed_dataset(folder / "tokens", documents, vocab_size=tokenizer.vocab_size)
 
-    key = cache_key(version=CACHE_VERSION, source=source.cache_facts(), tokenizer=tokenizer.fingerprint)
+    key = cache_key(version=CACHE_VERSION, source=source.cache_facts(), tokenizer=tokenizer.fingerprint, **more)
     folder = build_once(cache_path / "tokens" / key, build)
     with cache_entry(folder):
         tokens = IndexedDataset(folder / "tokens")
@@ -96,7 +98,7 @@ def cached_facts(
     its own.
     """
     files = [file_version(str(file(tokens.prefix))) for file in (index_file, token_file)]
-    key = cache_key(version=1, files=files, split=split, which=which, method=packing.method, length=packing.seq_length)
+    key = cache_key(version=2, files=files, split=split, which=which, method=packing.method, length=packing.seq_length)
 
     def build(folder: Path) -> None:
         (folder / "facts.json").write_text(json.dumps(vars(measure_corpus(tokens, documents, packing))))
@@ -141,6 +143,20 @@ def open_dataset(
 
     ahead = start_building if builds_ahead else None
     return PackedDataset(tokens, documents, packing, cache_path=cache_path, facts=facts, build_ahead=ahead, **more)
+
+
+def _check_tokens(dataset: PackedDataset, source: DataSource, tokenizer: Tokenizer) -> None:
+    """Raises UserError: ids outside the vocabulary among the first tokens, or documents that do not begin with BOS."""
+    if dataset.facts.highest >= tokenizer.vocab_size:
+        raise UserError(
+            f"{dataset.tokens.prefix}.bin: holds token {np.uint64(dataset.facts.highest).astype(np.int64)}, but the "
+            f"tokenizer's are 0 to {tokenizer.vocab_size - 1}: made with another tokenizer, or corrupted"
+        )
+    # What P.json says was compared already; only files without it are read.
+    if tokenizer.bos is None or not isinstance(source.content, PreparedCorpus) or source.content.metadata:
+        return
+    if (share := dataset.share_with(tokenizer.bos, at_end=False)) < 1:
+        raise UserError(f"--bos: only {share:.1%} of the documents of {source.name} begin with token {tokenizer.bos}")
 
 
 def build_dataset(
@@ -196,6 +212,7 @@ def build_dataset(
                 "tokens, "
                 f"not one sequence"
             )
+        _check_tokens(dataset, source, tokenizer)
         if dataset.facts.longest < 2 and packing.method != "concat":
             raise UserError(
                 f"{flag} {source.name}: each of its {num_documents} {name} documents is one token: no label to learn"

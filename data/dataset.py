@@ -78,6 +78,7 @@ class CorpusFacts:
         num_tokens, longest: tokens of all documents, and of the longest.
         num_pieces: pieces that the packing makes of them.
         num_cut: documents longer than a sample.
+        highest: largest id among the tokens of the fingerprint, as an unsigned number: a negative id is very large.
         is_checked: as `IndexedDataset`'s.
     """
 
@@ -87,6 +88,7 @@ class CorpusFacts:
     longest: int
     num_pieces: int
     num_cut: int
+    highest: int
     is_checked: bool
 
 
@@ -101,14 +103,13 @@ def measure_corpus(tokens: IndexedDataset, documents: Documents, packing: Packin
         num_tokens += int(lengths.sum())
         longest = max(longest, int(lengths.max()))
         num_cut += int((lengths > seq_length).sum())
-    content = hashlib.sha256(digest.hexdigest().encode())
+    content, highest = hashlib.sha256(digest.hexdigest().encode()), 0
     for document in _some_documents(documents):
-        ids = tokens.read(document, 0, min(64, tokens.lengths.item(document)))
-        content.update(ids.astype(np.int64).tobytes())
-    fingerprint = content.hexdigest()[:16]
-    return CorpusFacts(
-        digest.hexdigest(), fingerprint, num_tokens, longest, num_pieces, num_cut, bool(tokens.is_checked)
-    )
+        ids = tokens.read(document, 0, min(64, tokens.lengths.item(document))).astype(np.int64)
+        content.update(ids.tobytes())
+        highest = max(highest, int(ids.view(np.uint64).max(initial=0)))
+    counts = num_tokens, longest, num_pieces, num_cut, highest
+    return CorpusFacts(digest.hexdigest(), content.hexdigest()[:16], *counts, bool(tokens.is_checked))
 
 
 def _some_documents(documents: Documents) -> Iterator[int]:
@@ -228,11 +229,11 @@ class PackedDataset:
                 raise UserError(f"counts.npy is {counts.dtype} {list(counts.shape)} for {len(windows)} windows")
         return windowed_epoch(windows, counts, number)
 
-    def share_ending_with(self, token: int) -> float:
-        """Share of documents, of up to 1000 that are not empty, whose last token this is."""
+    def share_with(self, token: int, *, at_end: bool) -> float:
+        """Share of documents, of up to 1000 that are not empty, whose last, or first, token this is."""
         lengths = ((document, self.tokens.lengths.item(document)) for document in _some_documents(self.documents))
-        last = [self.tokens.read(document, length - 1, 1).item() for document, length in lengths if length]
-        return last.count(token) / max(1, len(last))
+        found = [self.tokens.read(document, (n - 1) * at_end, 1).item() for document, n in lengths if n]
+        return found.count(token) / max(1, len(found))
 
     def state_dict(self, n: int) -> dict[str, Any]:
         """Epoch and position of each source before sample n, as JSON."""

@@ -92,8 +92,7 @@ class Encoder:
 
     def __init__(self, tokenizer: TokenizerSpec, source: TextSource, append_eod: bool) -> None:
         self.tokenizer, self.source = tokenizer.load(), source
-        self.dtype = np.dtype(token_dtype(self.tokenizer.vocab_size))
-        self.end = np.array([self.tokenizer.eod] if append_eod else [], np.int32)
+        self.dtype, self.append_eod = np.dtype(token_dtype(self.tokenizer.vocab_size)), append_eod
 
     def __call__(self, batch: RecordBatch) -> EncodedBatch:
         """Raises nothing for bad records: they are listed in the result, in order."""
@@ -115,14 +114,14 @@ class Encoder:
                 file, record = batch.records[number]
                 bad[number] = BadRecord(self.source.files[file], record.number, str(ids))
                 continue
-            length = len(ids) + len(self.end)
-            if length > MAX_DOCUMENT_TOKENS:
+            document = self.tokenizer.frame(ids, append_eod=self.append_eod)
+            if len(document) > MAX_DOCUMENT_TOKENS:
                 file, record = batch.records[number]
-                reason = f"has {length} tokens; the format ends at {MAX_DOCUMENT_TOKENS} a document"
+                reason = f"has {len(document)} tokens; the format ends at {MAX_DOCUMENT_TOKENS} a document"
                 bad[number] = BadRecord(self.source.files[file], record.number, reason)
                 continue
-            parts += [ids, self.end]
-            lengths.append(length)
+            parts.append(document)
+            lengths.append(len(document))
             text_bytes += len(text.encode())
         tokens = np.concatenate(parts).astype(self.dtype).tobytes() if parts else b""
         in_order = [bad[number] for number in sorted(bad)]

@@ -37,7 +37,7 @@ from data.encode import encode_in_order, read_record_batches
 from data.files import LeftOut, describe_left_out, drop_empty, file_size, is_remote, match_files, unique_files
 from data.indexed_dataset import token_dtype
 from data.readers import FORMATS, BadRecord, FileOffset
-from data.sources import TextSource, metadata_file, train_model
+from data.sources import BOS, EOD, TextSource, metadata_file, train_model
 from data.tokenizer import NUM_THREADS, TOKENIZER_TYPES, Tokenizer, TokenizerSpec, resolve_tokenizer_type
 from utils.errors import OneLineParser, UserError, run_tool
 from utils.files import cache_key, replace_synced
@@ -110,6 +110,9 @@ class PrepareOptions(InputOptions):
     tokenizer_model: str | None = option("SentencePiece model, or a Hugging Face tokenizer.json", None)
     tokenizer_eod: str | None = option(
         "of a tokenizer.json: the token that ends a document; default: a usual one", None, metavar="TOKEN"
+    )
+    bos: bool = option(
+        "begin each document with the tokenizer's BOS token; default: off", False, action=argparse.BooleanOptionalAction
     )
     append_eod: bool = option(
         "end each document with the end-of-document token, which a model must learn to stop at; default: on, as for "
@@ -229,7 +232,7 @@ def prepare(options: PrepareOptions) -> Progress:
     _check_options(options)
     prefix = Path(options.output_prefix)
     kind = resolve_tokenizer_type(options.tokenizer_type, options.tokenizer_model)
-    spec = TokenizerSpec(kind, options.tokenizer_model, options.tokenizer_eod)
+    spec = TokenizerSpec(kind, options.tokenizer_model, options.tokenizer_eod, options.bos)
     tokenizer = spec.load()
     if tokenizer.change:
         print(f"--tokenizer-model {spec.model} changes text: {tokenizer.change}", file=sys.stderr)
@@ -248,6 +251,7 @@ def prepare(options: PrepareOptions) -> Progress:
         kinds=source.kinds,
         tokenizer=tokenizer.fingerprint,
         append_eod=options.append_eod,
+        **({"bos": True} if options.bos else {}),
     )
     prefix.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(token_dtype(tokenizer.vocab_size))
@@ -256,7 +260,7 @@ def prepare(options: PrepareOptions) -> Progress:
         print(f"resuming after {writer.progress.documents:,} documents", file=sys.stderr)
     write_tokens(writer, source, spec, options)
     progress = writer.progress
-    if progress.tokens == progress.documents * options.append_eod:
+    if progress.tokens == progress.documents * (options.append_eod + options.bos):
         writer.discard()
         what = f"no token in its {progress.documents} documents" if progress.documents else "no document in it"
         raise UserError(f"--input {source.name}: {what} ({progress.empty} empty, {progress.bad} bad)")
@@ -308,7 +312,8 @@ def _describe_corpus(
         "bad_records": progress.bad,
         "first_bad_records": progress.shown,
         "append_eod": append_eod,
-        "end_of_document_token": tokenizer.eod if append_eod else None,
+        BOS: tokenizer.bos,
+        EOD: tokenizer.eod if append_eod else None,
         "inputs": list(source.files),
         "left_out": {kind: {"count": len(names), "first": names[:100]} for kind, names in source.left_out.items()},
         "tokenizer": {
@@ -331,8 +336,9 @@ def _prepare_command(words: Sequence[str]) -> None:
     progress = prepare(options)
     seconds = time.monotonic() - start
     metadata = json.loads(metadata_file(Path(options.output_prefix)).read_text("utf-8"))
-    eod = metadata["end_of_document_token"]
+    bos, eod = metadata[BOS], metadata[EOD]
     ends = "without an end-of-document token" if eod is None else f"each ends with end-of-document token {eod}"
+    ends = ends if bos is None else f"each begins with BOS token {bos}, {ends}"
     print(
         f"{options.output_prefix}.bin, .idx: {progress.documents:,} documents ({ends}), {progress.tokens:,} tokens of "
         f"{progress.text_bytes:,} bytes "

@@ -25,11 +25,12 @@ from data.blend import parse_blend
 from data.files import LeftOut, describe_left_out, drop_empty, file_version, is_remote, match_files
 from data.indexed_dataset import IndexedDataset, index_file, token_file
 from data.readers import BadRecord, Record, decode_text, detect_format, read_records
-from data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from data.tokenizer import TokenIds, Tokenizer, TokenizerSpec, load_tokenizer, train_sentencepiece
 from utils.errors import UserError
 from utils.files import checksum, parse_json, read_text
 from utils.names import redact
 
+BOS, EOD = "begin_of_document_token", "end_of_document_token"  # keys of `<prefix>.json`; null: documents have none
 STDLIB = "the Python standard library"
 # Tests and vendored trees repeat themselves or are absent from some installations.
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"})
@@ -230,6 +231,8 @@ def open_prepared(prefix: Path) -> PreparedCorpus:
             for key, kinds in (("type", str), ("model", str | None), ("eod", str | None), ("fingerprint", str)):
                 if not isinstance(named[key], kinds):  # type: ignore[arg-type]
                     raise TypeError(f"tokenizer {key} is {reprlib.repr(named[key])}")
+            if type(bos := metadata.get(BOS)) not in (int, type(None)):
+                raise TypeError(f"{BOS} is {reprlib.repr(bos)}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file}: not written by data.prepare ({type(error).__name__}: {error}); remove it to read the corpus "
@@ -286,12 +289,7 @@ def open_sources(words: Sequence[str] | None, json_key: str, flag: str = "--data
 
 
 def find_tokenizer(
-    sources: Sequence[DataSource],
-    others: Sequence[DataSource] = (),
-    *,
-    tokenizer_type: str,
-    model: str | None,
-    eod: str | None,
+    sources: Sequence[DataSource], others: Sequence[DataSource], flags: TokenizerSpec
 ) -> Tokenizer | None:
     """The run's tokenizer: the one that flags name, else the one of the prepared corpora.
 
@@ -302,12 +300,49 @@ def find_tokenizer(
         None: SentencePiece, to be trained on the only source, which is text.
 
     Raises:
-        UserError: no tokenizer is named, or a corpus was made with another one.
+        UserError: no tokenizer is named, a corpus was made with another one, or only some documents begin with BOS.
     """
-    chosen, by = None, "the flags"
-    if tokenizer_type == "byte" or model is not None:
-        chosen = load_tokenizer(tokenizer_type, model, eod)
-    unnamed = None
+    chosen = flags.load() if flags.is_named else None
+    if isinstance(chosen, TokenIds):
+        _check_ids([*sources, *others], chosen)
+    else:
+        chosen = _find_named(sources, others, flags, chosen)
+    begins, by = None if isinstance(chosen, TokenIds) else flags.bos, "--bos" if flags.bos else "--no-bos"
+    for source in (*sources, *others):
+        if isinstance(source.content, PreparedCorpus) and source.content.metadata:
+            own = source.content.metadata.get(BOS) is not None
+            if begins is None:
+                begins, by = own, source.name
+            elif own != begins:
+                raise UserError(
+                    f"--data-path: the documents of {source.name} begin {'with' if own else 'without'} BOS, unlike "
+                    f"{by}; prepare it again {'without' if own else 'with'} --bos"
+                )
+    if begins and chosen is None:
+        raise UserError("--bos: a tokenizer that is trained on the text has no BOS token; give --tokenizer-model")
+    if begins and chosen is not None and not isinstance(chosen, TokenIds):
+        chosen.begin_with_bos()
+    return chosen
+
+
+def _check_ids(sources: Sequence[DataSource], tokenizer: TokenIds) -> None:
+    """Raises UserError: a source of text, or corpora of other ids."""
+    fingerprints: dict[str, str] = {}
+    for source in sources:
+        if not isinstance(source.content, PreparedCorpus):
+            raise UserError(f"--eod-id {tokenizer.eod}: {source.name} is text; prepare it with its tokenizer")
+        if said := source.content.metadata:
+            if said.get(EOD) not in (None, tokenizer.eod):
+                raise UserError(f"--eod-id {tokenizer.eod}: the documents of {source.name} end with token {said[EOD]}")
+            fingerprints[said["tokenizer"]["fingerprint"]] = source.name
+    if len(fingerprints) > 1:
+        raise UserError(f"--data-path: {' and '.join(fingerprints.values())} were made with different tokenizers")
+
+
+def _find_named(
+    sources: Sequence[DataSource], others: Sequence[DataSource], flags: TokenizerSpec, chosen: Tokenizer | None
+) -> Tokenizer | None:
+    by, unnamed = "the flags", None
     for source in (*sources, *others):
         if not isinstance(source.content, PreparedCorpus):
             continue
@@ -315,9 +350,9 @@ def find_tokenizer(
         if own is None:
             unnamed = unnamed or source.name
             continue
-        if tokenizer_type not in ("auto", own.kind):
+        if flags.kind not in ("auto", own.kind):
             raise UserError(
-                f"--tokenizer-type {tokenizer_type}: {source.name} was made with a tokenizer of type {own.kind}"
+                f"--tokenizer-type {flags.kind}: {source.name} was made with a tokenizer of type {own.kind}"
             )
         if chosen is None:
             chosen, by = own, source.name
@@ -327,15 +362,15 @@ def find_tokenizer(
         return chosen
     if unnamed is not None:
         raise UserError(
-            f"--data-path {unnamed} holds tokens and does not say whose: give its --tokenizer-model, or "
-            "--tokenizer-type byte"
+            f"--data-path {unnamed} holds tokens and does not say whose: give its --tokenizer-model, "
+            "--tokenizer-type byte, or --vocab-size and --eod-id"
         )
     if len(sources) > 1:
         raise UserError(
             f"--data-path: {len(sources)} sources of text need one tokenizer: give --tokenizer-model, or "
             "--tokenizer-type byte"
         )
-    if tokenizer_type == "huggingface":
+    if flags.kind == "huggingface":
         raise UserError("--tokenizer-type huggingface needs --tokenizer-model, a tokenizer.json")
     return None
 

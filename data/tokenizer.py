@@ -1,5 +1,5 @@
 """Tokenizers: raw bytes, a SentencePiece model, or a Hugging Face `tokenizer.json`; each has one end-of-document token
-(EOD).
+(EOD). `TokenIds` stands for a tokenizer that is not at hand.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import parse_json
 
 TOKENIZER_TYPES = ("sentencepiece", "huggingface", "byte")
 MAX_PIECE_BYTES = 1 << 20
@@ -33,6 +34,8 @@ SPACE = "\u2581"  # SentencePiece's sign for a space
 # EOD tokens of published tokenizers; the first that a tokenizer.json has is taken.
 EOD_TOKENS: tuple[str, ...] = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>", "<|eos|>")
 EOD_TOKENS += ("<\uff5cend\u2581of\u2581sentence\uff5c>",)
+# BOS tokens of published tokenizers, for a tokenizer.json whose template has none.
+BOS_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
 # Texts that show whether a tokenizer changes text: case, accents, compatibility characters, spaces, line ends.
 PROBES = ("A b", " a  b ", "a\n\n\tb\r\n", "\xe9\u2460\ufb01\u4e2d\U0001f600", "f(x)[0]!='a'")
 # Parts of a tokenizer.json's decoder under which each token stands for bytes of its own.
@@ -60,6 +63,7 @@ class Tokenizer(ABC):
     Attributes:
         kind: of `TOKENIZER_TYPES`.
         eod: id of the end-of-document token. No text has it: only whoever writes a corpus ends a document.
+        bos: id of the token that begins each document, which no text has either; None: none does.
         change: how the tokenizer changes texts, for a message; empty: `decode` gives back what was encoded.
         fingerprint: changes whenever the same text could get other ids.
     """
@@ -68,7 +72,26 @@ class Tokenizer(ABC):
     vocab_size: int
     eod: int
     fingerprint: str
+    bos: int | None = None
     change: str = ""
+
+    def begin_with_bos(self) -> None:
+        """Begin each document with BOS from now on. Raises UserError: the tokenizer has none."""
+        self.bos = self._find_bos()
+        if self.bos is None:
+            raise UserError(f"--bos: the tokenizer of type {self.kind} has no BOS token")
+
+    def _find_bos(self) -> int | None:
+        return None
+
+    def frame(self, ids: np.ndarray, *, append_eod: bool = True) -> np.ndarray:
+        """[n] int32 ids of a document whose text has these ids."""
+        begin, end = ([] if self.bos is None else [self.bos]), ([self.eod] if append_eod else [])
+        return np.concatenate((begin, ids, end), dtype=np.int32, casting="unsafe")
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The beginning of a document, at least one id: BOS if documents begin with it, else EOD for an empty text."""
+        return self.frame(self.encode(text), append_eod=False).tolist() or [self.eod]
 
     def encode(self, text: str) -> np.ndarray:
         """[n] int32 ids of the text, without EOD. Raises UnencodableText."""
@@ -81,8 +104,9 @@ class Tokenizer(ABC):
         except (UnicodeEncodeError, TypeError) as error:  # half a surrogate pair, such as a byte of a command line
             raise UnencodableText(f"is no Unicode text ({error})") from error
         for ids in found:
-            if (ids == self.eod).any():
-                raise UnencodableText(f"holds characters that become the end-of-document token, id {self.eod}")
+            for place, token in (("end", self.eod), ("beginning", self.bos)):
+                if token is not None and (ids == token).any():
+                    raise UnencodableText(f"holds characters that become the {place}-of-document token, id {token}")
         return found
 
     @abstractmethod
@@ -90,11 +114,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, without EOD."""
+        """The text of the ids, without EOD and BOS."""
 
     @abstractmethod
     def token_bytes(self) -> np.ndarray | None:
-        """[vocab_size] int64 bytes of UTF-8 that each token stands for; 0 for EOD and for ids without a token.
+        """[vocab_size] int64 bytes of UTF-8 that each token stands for; 0 for EOD, BOS and ids without a token.
 
         Their sum over a text's ids is the length of the text, but for a space that the tokenizer puts before it. None:
         a token's length depends on its neighbours, or is not known.
@@ -117,6 +141,27 @@ class ByteTokenizer(Tokenizer):
 
     def token_bytes(self) -> np.ndarray:
         return (np.arange(self.vocab_size) != self.eod).astype(np.int64)
+
+
+class TokenIds(Tokenizer):
+    """Ids of a tokenizer that is not at hand: a text is its ids in decimal, such as `17 4 2`."""
+
+    kind = "none"
+
+    def __init__(self, vocab_size: int, eod: int) -> None:
+        self.vocab_size, self.eod, self.fingerprint = vocab_size, eod, f"none, end-of-document token {eod}"
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        words = [text.split() for text in texts]
+        if any(not word.isdecimal() or len(word) > 9 or int(word) >= self.vocab_size for ids in words for word in ids):
+            raise UnencodableText(f"must be ids from 0 to {self.vocab_size - 1}: --eod-id stands for the tokenizer")
+        return [np.array([int(word) for word in ids], np.int32) for ids in words]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(str(i) for i in ids if i != self.eod)
+
+    def token_bytes(self) -> None:
+        return None
 
 
 def load_sentencepiece() -> ModuleType:
@@ -216,9 +261,12 @@ class SentencePieceTokenizer(Tokenizer):
             ids += self._space_sign + self._later_parts.encode(part)
         return ids
 
+    def _find_bos(self) -> int | None:
+        return self.processor.bos_id() if self.processor.bos_id() >= 0 else None
+
     def decode(self, ids: Iterable[int]) -> str:
         known = (int(i) for i in ids if i < self.vocab_size)  # a model may know more, with --vocab-size
-        return self.processor.decode([i for i in known if i != self.eod])
+        return self.processor.decode([i for i in known if i not in (self.eod, self.bos)])
 
     def token_bytes(self) -> np.ndarray:
         model, sizes = self.processor, np.zeros(self.vocab_size, np.int64)
@@ -348,8 +396,13 @@ class HuggingFaceTokenizer(Tokenizer):
         """Whether the ids are the text, up to the form in which Unicode composes accents (NFC)."""
         return unicodedata.normalize("NFC", self.decode(ids)) == unicodedata.normalize("NFC", text)
 
+    def _find_bos(self) -> int | None:
+        ids, start = self.processor.get_vocab(with_added_tokens=True), find_start(self)
+        return start[0] if start else next((ids[token] for token in BOS_TOKENS if token in ids), None)
+
     def decode(self, ids: Iterable[int]) -> str:
-        return self.processor.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
+        known = [int(i) for i in ids if i not in (self.eod, self.bos)]
+        return self.processor.decode(known, skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray | None:
         said, sizes = json.loads(self.content), np.zeros(self.vocab_size, np.int64)
@@ -365,7 +418,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 sizes[i] = 1
             else:
                 sizes[i] = len(token.replace(SPACE, " ").encode())
-        sizes[self.eod] = 0
+        sizes[[self.eod if self.bos is None else self.bos, self.eod]] = 0
         for text in (*PROBES, "unbelievable"):
             with suppress(UnencodableText):
                 (ids,) = self._encode_batch([text])
@@ -373,6 +426,27 @@ class HuggingFaceTokenizer(Tokenizer):
                 if not 0 <= extra <= (SPACE in str(said)):  # one space before the text
                     return None
         return sizes
+
+
+def find_start(tokenizer: Tokenizer) -> tuple[int, str] | None:
+    """(id, token) of the BOS that the template of a tokenizer.json puts before a text; None: no such template."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return None
+    return _find_start(parse_json(tokenizer.content).get("post_processor") or {})
+
+
+def _find_start(processor: dict[str, Any]) -> tuple[int, str] | None:
+    kind = processor.get("type")
+    if kind == "Sequence":
+        return next((found for part in processor["processors"] if (found := _find_start(part))), None)
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        token, number = processor["cls"]
+        return number, token
+    first = processor["single"][:1] if kind == "TemplateProcessing" else []
+    if first and "SpecialToken" in first[0]:
+        special = processor["special_tokens"][first[0]["SpecialToken"]["id"]]
+        return special["ids"][0], special["tokens"][0]
+    return None
 
 
 def _raise_interrupts(error: BaseException) -> None:
@@ -406,14 +480,44 @@ def load_tokenizer(tokenizer_type: str, model: str | None, eod: str | None = Non
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """How a process loads the tokenizer. Attributes: kind, model, eod of `load_tokenizer`."""
+    """Flags that say which tokenizer.
+
+    Attributes:
+        kind, model, eod: of `load_tokenizer`.
+        bos: whether documents begin with BOS; None: as those of prepared corpora do.
+        eod_id: the tokenizer is not at hand, and this id ends a document; None: it is at hand.
+        vocab_size: of --vocab-size, for `eod_id`.
+    """
 
     kind: str
     model: str | None
     eod: str | None
+    bos: bool | None = None
+    eod_id: int | None = None
+    vocab_size: int | None = None
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the flags name a tokenizer."""
+        return self.kind == "byte" or self.model is not None or self.eod_id is not None
 
     def load(self) -> Tokenizer:
-        return load_tokenizer(self.kind, self.model, self.eod)
+        """Raises UserError: as `load_tokenizer`, flags that contradict each other, or no BOS to begin with."""
+        if self.eod_id is None:
+            tokenizer = load_tokenizer(self.kind, self.model, self.eod)
+            if self.bos:
+                tokenizer.begin_with_bos()
+            return tokenizer
+        if self.kind != "auto" or self.model is not None or self.bos:
+            raise UserError(
+                f"--eod-id {self.eod_id}: stands for a tokenizer that is not at hand; give no --tokenizer-type, "
+                "--tokenizer-model or --bos"
+            )
+        if self.vocab_size is None or self.eod_id >= self.vocab_size:
+            raise UserError(
+                f"--eod-id {self.eod_id}: needs --vocab-size, the number of tokens of the corpus's tokenizer, above it"
+            )
+        return TokenIds(self.vocab_size, self.eod_id)
 
 
 def resolve_tokenizer_type(tokenizer_type: str, model: str | None) -> str:

@@ -13,7 +13,7 @@ from config.schema import RunConfig, format_skip_steps
 from cp.flash_version import flash_version
 from data.dataset import BlendedDataset, PackedDataset, SampleDataset
 from data.packing import StreamEpoch
-from data.tokenizer import Tokenizer
+from data.tokenizer import TokenIds, Tokenizer
 from model.config import GPTConfig, count_parameters
 from runtime.distributed import Ranks
 from runtime.run import RunPaths
@@ -42,12 +42,14 @@ def describe_sequences(sequences: SampleDataset) -> list[str]:
 
 def _describe_ends(source: PackedDataset) -> str:
     """How many documents end with the end-of-document token, which also fills padding."""
-    share, token = source.share_ending_with(source.pad_token), f"end-of-document token {source.pad_token}"
+    share, token = source.share_with(source.pad_token, at_end=True), f"end-of-document token {source.pad_token}"
     return f"each document ends with {token}" if share == 1 else f"{share:.1%} of documents end with {token}"
 
 
 def gzip_bits_per_byte(sequences: SampleDataset, tokenizer: Tokenizer) -> float | None:
     """Bits of `gzip -9` for a byte of the documents' text, or of its beginning; None without text."""
+    if isinstance(tokenizer, TokenIds):
+        return None
     parts, left = [], MAX_GZIP_TOKENS
     for source in list_sources(sequences):
         for document in source.documents:
@@ -66,7 +68,7 @@ def warn_of_missing_ends(sequences: SampleDataset) -> list[str]:
         f"warning: {source.name}: {_describe_ends(source)}: the model may not learn to stop; data.prepare ends each "
         "document, unless --no-append-eod"
         for source in list_sources(sequences)
-        if source.share_ending_with(source.pad_token) < 1
+        if source.share_with(source.pad_token, at_end=True) < 1
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from config.cli import parse_arguments
-from config.schema import DataConfig, RunConfig
+from config.schema import RunConfig
 from config.validate import resolve
 from cp.layout import attention_pairs, balance, held_documents
 from cp.native_a2a import kv_copies
@@ -127,15 +127,14 @@ def parse_lengths(text: str, rng: np.random.Generator) -> np.ndarray:
     return lengths.astype(np.int64)
 
 
-def read_vocab_and_lengths(data: DataConfig) -> tuple[int, np.ndarray | None]:
+def read_vocab_and_lengths(config: RunConfig) -> tuple[int, np.ndarray | None]:
     """The vocabulary size, and the document lengths of prepared sources (the first million of each), None without any.
 
     Nothing is tokenized or trained: --tokenizer-vocab-size stands for a tokenizer that would be trained.
     """
+    data = config.data
     sources = open_sources(data.data_path, data.json_key)
-    tokenizer = find_tokenizer(
-        sources, [], tokenizer_type=data.tokenizer_type, model=data.tokenizer_model, eod=data.tokenizer_eod
-    )
+    tokenizer = find_tokenizer(sources, [], config.tokenizer)
     return tokenizer.vocab_size if tokenizer else data.tokenizer_vocab_size, document_lengths(sources)
 
 

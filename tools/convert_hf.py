@@ -41,7 +41,7 @@ from checkpoint.files import (
 from checkpoint.reader import SafeReader
 from checkpoint.resume import IMPORTED
 from config.cli import parse_arguments
-from data.tokenizer import TOKENIZER_TYPES, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_TYPES, HuggingFaceTokenizer, TokenIds, Tokenizer, find_start, load_tokenizer
 from model.config import GPTConfig, count_parameters
 from tools.generate import find_tokenizer, read_model_config
 from tools.hf.config import (
@@ -54,7 +54,7 @@ from tools.hf.config import (
     read_positions,
     write_config,
 )
-from tools.hf.tokenizer import find_end_token, find_start, find_tokenizer_file, write_tokenizer
+from tools.hf.tokenizer import find_end_token, find_tokenizer_file, find_written_start, write_tokenizer
 from tools.hf.weights import (
     ShardReader,
     check_weights,
@@ -98,7 +98,7 @@ def export_model(
     """
     checkpoint, opened = find_run_checkpoint(load), set[OpenedFile]()
     metadata = read_run_metadata(checkpoint, opened)
-    tokenizer = find_tokenizer(checkpoint, metadata.get("tokenizer", "unknown"), kind=kind, model=model, eod=eod)
+    tokenizer = find_tokenizer(checkpoint, metadata, kind=kind, model=model, eod=eod)
     config, reader = read_model_config(checkpoint, metadata), SafeReader(checkpoint)
     tensors = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
     for weight in list_weights(config):
@@ -113,7 +113,7 @@ def export_model(
         return tensors[f"model.{name}"].properties.dtype
 
     dtype_name = str(dtype or stored("embedding.weight")).removeprefix("torch.")
-    start = find_start(tokenizer) if keep_template else None
+    start = find_written_start(tokenizer, keep_template)
     bos = start[0] if start else None
     said = write_config(config, max_positions=positions, bos=bos, eod=tokenizer.eod, dtype=dtype_name)
     files = write_tokenizer(tokenizer, max_positions=positions, keep_template=keep_template)
@@ -138,7 +138,9 @@ def export_model(
             raise UserError(f"--load {checkpoint}: another process replaced {replaced[0]} meanwhile; start again")
     numbers = f"{count_numbers(config):,} numbers as {dtype_name}"
     print(f"{output}: {said['architectures'][0]}, {numbers} in {shards} file{'s' * (shards > 1)}")
-    if isinstance(tokenizer, HuggingFaceTokenizer) and not keep_template:
+    if isinstance(tokenizer, TokenIds):
+        print("tokenizer: none; the run read ids (--eod-id)")
+    elif isinstance(tokenizer, HuggingFaceTokenizer) and not start:
         print("tokenizer: adds no special tokens to a text, as in training; --keep-template keeps the file's template")
     return 0
 
@@ -187,7 +189,7 @@ def import_model(folder: Path, output: Path, *, tokenizer_model: str | None, eod
         sums = compute_checksums(sorted(part.iterdir()))
         publish(part, step_folder(save, 0), run_metadata=metadata | {"step": 0}, sums=sums)
     print(f"{output}: {said['model_type']}, {count_numbers(config):,} numbers")
-    start = find_start(tokenizer)
+    start = find_start(tokenizer)  # of the template
     lost = describe_lost(said, ends=[*ends, *others], bos=start[0] if start else None, eod=tokenizer.eod)
     for line in (*lost, *describe_generation(generation)):
         print(line)

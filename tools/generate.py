@@ -36,6 +36,7 @@ from data.sources import open_prepared
 from data.tokenizer import (
     TOKENIZER_TYPES,
     SentencePieceTokenizer,
+    TokenIds,
     Tokenizer,
     UnencodableText,
     load_sentencepiece,
@@ -136,6 +137,7 @@ def read_run_tokenizers(file: Path) -> Iterator[Tokenizer]:
         kind, model, eod, cache = (
             flags[name] for name in ("tokenizer_type", "tokenizer_model", "tokenizer_eod", "data_cache_path")
         )
+        ids = flags.get("vocab_size"), flags.get("eod_id")  # of newer runs
         corpora = [list(flags[name] or ()) for name in ("data_path", "valid_data_path")]
         if not all(isinstance(text, str) for text in (kind, model or "", eod or "", cache, *corpora[0], *corpora[1])):
             raise TypeError("a path that is no text")
@@ -145,6 +147,8 @@ def read_run_tokenizers(file: Path) -> Iterator[Tokenizer]:
         raise UserError(f"{file}: its tokenizer {model} does not exist; give its file with --tokenizer-model")
     if kind == "byte" or model is not None:
         yield load_tokenizer(kind, model, eod)
+    if type(ids[0]) is type(ids[1]) is int:
+        yield TokenIds(*ids)
     for part in (part for words in corpora if words for part in parse_blend(words)):
         if index_file(Path(part.path)).is_file() and (own := open_prepared(Path(part.path)).tokenizer()):
             yield own
@@ -156,19 +160,24 @@ def read_run_tokenizers(file: Path) -> Iterator[Tokenizer]:
 
 
 def find_tokenizer(
-    checkpoint: Path, fingerprint: str, *, kind: str | None, model: str | None, eod: str | None
+    checkpoint: Path, metadata: dict[str, Any], *, kind: str | None, model: str | None, eod: str | None
 ) -> Tokenizer:
     """Return the tokenizer that the model was trained with: the one that flags name, else the run's.
 
+    Args:
+        metadata: of the checkpoint.
+
     Raises:
-        UserError: no tokenizer with this fingerprint.
+        UserError: no tokenizer with the checkpoint's fingerprint.
     """
     file = find_config(checkpoint)
     found: Iterable[Tokenizer] = (
         [load_tokenizer(kind or "auto", model, eod)] if kind or model else read_run_tokenizers(file)
     )
     for tokenizer in found:
-        if tokenizer.fingerprint == fingerprint:
+        if tokenizer.fingerprint == metadata.get("tokenizer", "unknown"):
+            if metadata.get("--bos"):
+                tokenizer.begin_with_bos()
             return tokenizer
     raise UserError(
         f"--load {checkpoint}: its tokenizer is not that of {'the flags' if kind or model else file}; "
@@ -260,20 +269,15 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     checkpoint = find_run_checkpoint(args.load)
     metadata = read_run_metadata(checkpoint)
-    tokenizer = find_tokenizer(
-        checkpoint,
-        metadata.get("tokenizer", "unknown"),
-        kind=args.tokenizer_type,
-        model=args.tokenizer_model,
-        eod=args.tokenizer_eod,
-    )
+    named = dict(kind=args.tokenizer_type, model=args.tokenizer_model, eod=args.tokenizer_eod)
+    tokenizer = find_tokenizer(checkpoint, metadata, **named)
     kind = ("cuda" if cuda_device_count() else "cpu") if args.device == "auto" else args.device
     device, _ = initialise_distributed(Launch(), kind, timeout=timedelta(minutes=10))
     model = load_model(checkpoint, metadata, device, COMPUTE_DTYPES[args.dtype])
     draws = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     for prompt in args.prompt or [""]:
         try:
-            ids = tokenizer.encode(prompt).tolist() or [tokenizer.eod]
+            ids = tokenizer.encode_prompt(prompt)
         except UnencodableText as error:
             raise UserError(f"--prompt {error}") from error
         limit, length = metadata.get("--seq-length"), len(ids) + args.tokens

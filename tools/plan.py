@@ -313,7 +313,9 @@ def main(argv: list[str]) -> int:
     for note in notes:
         print(f"{note}, as train.py without --data-path and --config", file=sys.stderr)
     flags = parse_arguments(words)
-    vocab, lengths = read_vocab_and_lengths(flags.data)
+    if own.vocab_size and flags.data.eod_id is not None:  # which needs the flag in train.py, too
+        flags.model.vocab_size, words = own.vocab_size, [*words, "--vocab-size", str(own.vocab_size)]
+    vocab, lengths = read_vocab_and_lengths(flags)
     vocab = own.vocab_size or vocab
     lengths = parse_lengths(own.lengths, np.random.default_rng(flags.training.seed)) if own.lengths else lengths
     if own.rank_layouts:

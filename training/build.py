@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from config.schema import DataConfig, ParallelConfig, RunConfig
+from config.schema import ParallelConfig, RunConfig
 from cp.attention import build_attention
 from cp.flash_version import use_flash_attention
 from cp.placement import degree_chain
@@ -65,13 +65,12 @@ class RunData:
         }
 
 
-def build_tokenizer(data: DataConfig) -> tuple[Tokenizer, bool, list[DataSource], list[DataSource]]:
+def build_tokenizer(config: RunConfig) -> tuple[Tokenizer, bool, list[DataSource], list[DataSource]]:
     """Tokenizer, whether none is given so that it was trained, opened sources of --data-path and --valid-data-path."""
+    data = config.data
     parts = open_sources(data.data_path, data.json_key)
     valid = open_sources(data.valid_data_path, data.json_key, "--valid-data-path") if data.valid_data_path else []
-    tokenizer = find_tokenizer(
-        parts, valid, tokenizer_type=data.tokenizer_type, model=data.tokenizer_model, eod=data.tokenizer_eod
-    )
+    tokenizer = find_tokenizer(parts, valid, config.tokenizer)
     if tokenizer is not None:
         return tokenizer, False, parts, valid
     trained = train_tokenizer(
@@ -87,7 +86,7 @@ def build_data(config: RunConfig, *, builds_ahead: bool = False) -> RunData:
         builds_ahead: of the training samples, as `open_dataset`'s.
     """
     data = config.data
-    tokenizer, is_trained, parts, valid_parts = build_tokenizer(data)
+    tokenizer, is_trained, parts, valid_parts = build_tokenizer(config)
     if data.check_data and dist.get_rank() == 0:
         for part in (*parts, *valid_parts):
             part.verify()

@@ -114,11 +114,11 @@ class TextSampler:
         self.ranks.watchdog.heartbeat("a sample")
         tokenizer = self.tokenizer
         try:
-            prompt = tokenizer.encode(logging.sample_prompt).tolist() or [tokenizer.eod]
+            prompt = tokenizer.encode_prompt(logging.sample_prompt)
         except UnencodableText as error:
             if logging.sample_prompt != LoggingConfig().sample_prompt:
                 raise UserError(f"--sample-prompt {error}") from error
-            prompt = [tokenizer.eod]  # the default prompt is no text of this tokenizer
+            prompt = tokenizer.encode_prompt("")  # the default prompt is no text of this tokenizer
         ids = generate(
             self.model,
             prompt,

@@ -153,7 +153,7 @@ def write_sparse(prefix: Path, num_documents: int, filled: np.ndarray, *, length
 @contextmanager
 def measured_by_arithmetic(filled: np.ndarray, windows_with_documents: list[int], length: int):
     """Facts and counts as a pass over all documents would find them: all other documents are empty."""
-    facts = CorpusFacts("of 20 billion", "sparse", len(filled) * length, length, len(filled), 0, True)
+    facts = CorpusFacts("of 20 billion", "sparse", len(filled) * length, length, len(filled), 0, 0, True)
 
     def count(self: Windows) -> np.ndarray:
         counts = np.zeros(len(self), np.int64)

@@ -668,7 +668,10 @@ def test_what_a_run_lacks_is_printed_and_a_kept_template_brings_its_bos_back(tmp
     convert("import", "--input", source, "--output", tmp_path / "run")
     said = capsys.readouterr().out
     assert "eos_token_id: 1 ends a document; not kept: 5, 7; after an export add" in said
-    assert "bos_token_id 0: runs train without; export --keep-template writes the token again" in said
+    assert (
+        "bos_token_id 0: runs train without, unless --bos is given; export --keep-template writes the token again"
+        in said
+    )
     assert "attention_dropout 0.1: not kept; train.py has --attention-dropout" in said
     for name, flags, bos in (("plain", [], None), ("kept", ["--keep-template"], 0)):
         convert("export", "--load", tmp_path / "run", "--output", tmp_path / name, *flags)
@@ -681,7 +684,7 @@ def test_what_a_run_lacks_is_printed_and_a_kept_template_brings_its_bos_back(tmp
     capsys.readouterr()
     convert("import", "--input", source, "--output", tmp_path / "other")
     said = capsys.readouterr().out
-    assert "bos_token_id 3: runs train without; not kept" in said
+    assert "bos_token_id 3: runs train without, unless --bos is given; not kept" in said
     assert "eos_token_id" not in said and "dropout" not in said
 
 

@@ -200,7 +200,7 @@ def describe_lost(said: Mapping[str, Any], *, ends: list[Any], bos: int | None, 
         )
     if (start := said.get("bos_token_id")) is not None:
         kept = "export --keep-template writes the token again" if start == bos else "not kept; the tokenizer adds none"
-        lines.append(f"bos_token_id {_show(start)}: runs train without; {kept}")
+        lines.append(f"bos_token_id {_show(start)}: runs train without, unless --bos is given; {kept}")
     if rate := said.get("attention_dropout"):
         lines.append(f"attention_dropout {_show(rate)}: not kept; train.py has --attention-dropout, default 0")
     return lines

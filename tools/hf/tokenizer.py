@@ -13,8 +13,10 @@ from data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
+    TokenIds,
     Tokenizer,
     UnencodableText,
+    find_start,
     load_sentencepiece,
 )
 from tools.hf.weights import read_json_file
@@ -36,7 +38,8 @@ def write_tokenizer(tokenizer: Tokenizer, *, max_positions: int, keep_template: 
         UserError: transformers would give other ids.
     """
     eod: str | None
-    start = None
+    if isinstance(tokenizer, TokenIds):
+        return {}
     if isinstance(tokenizer, ByteTokenizer):
         said, eod = _describe_bytes(), BYTE_EOD
     elif isinstance(tokenizer, SentencePieceTokenizer):
@@ -45,17 +48,18 @@ def write_tokenizer(tokenizer: Tokenizer, *, max_positions: int, keep_template: 
         assert isinstance(tokenizer, HuggingFaceTokenizer)
         said, eod = parse_json(tokenizer.content), tokenizer.processor.id_to_token(tokenizer.eod)
         said |= {"truncation": None, "padding": None}
-        if keep_template:
-            start = find_start(tokenizer)
-        else:
+        if not keep_template or tokenizer.bos is not None:
             said["post_processor"] = _without_template(said.get("post_processor"))
+    start = find_written_start(tokenizer, keep_template)
+    if start and tokenizer.bos is not None:
+        said["post_processor"] = _begin_with(*start, said.get("post_processor"))
     content = json.dumps(said, ensure_ascii=False)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         _check_same(tokenizer, content)
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eod,
-        **({"bos_token": start[1]} if start else {}),
+        **({"bos_token": start[1], "add_bos_token": True} if start else {}),
         "model_max_length": max_positions,
         "clean_up_tokenization_spaces": False,
     }
@@ -65,25 +69,23 @@ def write_tokenizer(tokenizer: Tokenizer, *, max_positions: int, keep_template: 
     }
 
 
-def find_start(tokenizer: Tokenizer) -> tuple[int, str] | None:
-    """(id, token) of the BOS that the template of a tokenizer.json puts before a text; None: no such template."""
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        return None
-    return _find_start(parse_json(tokenizer.content).get("post_processor") or {})
+def find_written_start(tokenizer: Tokenizer, keep_template: bool) -> tuple[int, str] | None:
+    """(id, token) of the BOS that the exported tokenizer puts before a text: the run's, or the kept template's."""
+    if tokenizer.bos is None:
+        return find_start(tokenizer) if keep_template else None
+    assert isinstance(tokenizer, SentencePieceTokenizer | HuggingFaceTokenizer)
+    token = tokenizer.processor.id_to_token if tokenizer.kind == "huggingface" else tokenizer.processor.id_to_piece
+    return tokenizer.bos, token(tokenizer.bos)
 
 
-def _find_start(processor: dict[str, Any]) -> tuple[int, str] | None:
-    kind = processor.get("type")
-    if kind == "Sequence":
-        return next((found for part in processor["processors"] if (found := _find_start(part))), None)
-    if kind in ("BertProcessing", "RobertaProcessing"):
-        token, number = processor["cls"]
-        return number, token
-    first = processor["single"][:1] if kind == "TemplateProcessing" else []
-    if first and "SpecialToken" in first[0]:
-        special = processor["special_tokens"][first[0]["SpecialToken"]["id"]]
-        return special["ids"][0], special["tokens"][0]
-    return None
+def _begin_with(number: int, token: str, others: dict[str, Any] | None) -> dict[str, Any]:
+    """A post-processor that puts one token before a text, after `others`."""
+    begin = {"SpecialToken": {"id": token, "type_id": 0}}
+    texts = [{"Sequence": {"id": name, "type_id": type_id}} for type_id, name in enumerate("AB")]
+    special = {token: {"id": token, "ids": [number], "tokens": [token]}}
+    template = {"single": [begin, texts[0]], "pair": [begin, *texts], "special_tokens": special}
+    parts = [others] if others else []
+    return {"type": "Sequence", "processors": [*parts, {"type": "TemplateProcessing"} | template]}
 
 
 def _without_template(processor: dict[str, Any] | None) -> dict[str, Any] | None:
