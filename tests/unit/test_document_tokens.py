@@ -28,7 +28,7 @@ FLAGS = TokenizerSpec("auto", None, None)
 
 
 def model_file(folder: Path, kind: str) -> Path:
-    """A tokenizer with BOS: a SentencePiece model's `<s>`, or that of a template or a usual name in a tokenizer.json."""
+    """A tokenizer with BOS: a SentencePiece model's, or that of a template or a usual name in a tokenizer.json."""
     if kind == "sentencepiece":
         (folder / "m.model").write_bytes(sentencepiece_bytes())
         return folder / "m.model"
@@ -140,9 +140,7 @@ def test_sources_with_and_without_bos_do_not_mix(tmp_path: Path) -> None:
     text = str(write_text(tmp_path))
 
     def find(words: list[Path | str], others: list[Path] | None = None, bos: bool | None = None) -> int | None:
-        sources, valid = (
-            open_sources([str(word) for word in part], "text") if part else [] for part in (words, others)
-        )
+        sources, valid = (open_sources([str(w) for w in part], "text") if part else [] for part in (words, others))
         found = find_tokenizer(sources, valid, replace(FLAGS, bos=bos))
         assert found is not None
         return found.bos
@@ -150,7 +148,7 @@ def test_sources_with_and_without_bos_do_not_mix(tmp_path: Path) -> None:
     assert find([begun]) == find([begun, text]) == find([begun], bos=True) == 1
     assert find([plain]) is find([plain, text]) is find([plain], bos=False) is None
     for one, other in (([begun, plain], None), ([plain, begun], None), ([begun], [plain])):
-        with pytest.raises(UserError, match="with.* BOS, unlike .*; prepare it again"):
+        with pytest.raises(UserError, match=r"with.* BOS, unlike .*; prepare it again"):
             find(one, other)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="begin with BOS, unlike --no-bos"):
         find([begun], bos=False)
@@ -166,7 +164,7 @@ def test_a_corpus_of_elsewhere_must_begin_with_bos(tmp_path: Path) -> None:
         write_indexed_dataset(tmp_path / f"m{first}", [np.array([1, 4, 5]), np.array([first, 4, 2])], vocab_size=300)
     options = dict(split=(1.0, 0.0, 0.0), which=0, flag="--data-path", cache_path=tmp_path / "cache")
     build_dataset(open_sources([str(tmp_path / "m1")], "text"), tokenizer, packing, **options)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"--bos: only 50.0% of the documents of .*m5 begin with token 1"):
+    with pytest.raises(UserError, match=r"--bos: only 50\.0% of the documents of .*m5 begin with token 1"):
         build_dataset(open_sources([str(tmp_path / "m5")], "text"), tokenizer, packing, **options)  # type: ignore[arg-type]
 
 
