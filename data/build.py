@@ -209,8 +209,7 @@ def build_dataset(
         if not dataset.samples_per_epoch:
             raise UserError(
                 f"--seq-length {packing.seq_length}: the {name} documents of {source.name} hold {dataset.num_tokens} "
-                "tokens, "
-                f"not one sequence"
+                "tokens, not one sequence"
             )
         _check_tokens(dataset, source, tokenizer)
         if dataset.facts.longest < 2 and packing.method != "concat":

@@ -32,15 +32,6 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".py")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
-STORE_PACKAGES = {
-    "s3": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "http": "aiohttp",
-    "https": "aiohttp",
-}
 
 
 def is_remote(name: str) -> bool:
@@ -59,8 +50,7 @@ def open_store(name: str) -> tuple[AbstractFileSystem, str]:
     try:
         return fsspec.url_to_fs(name)
     except ImportError as error:
-        package = STORE_PACKAGES.get(protocol, f"the fsspec package of {protocol}")
-        raise UserError(f"{name}: {protocol}:// files need a package ({error}): pip install {package}") from error
+        raise UserError(f"{name}: {protocol}:// files need a package that is not installed: {error}") from error
     except ValueError as error:
         raise UserError(f"{name}: cannot be opened ({error})") from error
 

@@ -38,7 +38,7 @@ from data.files import LeftOut, describe_left_out, drop_empty, file_size, is_rem
 from data.indexed_dataset import token_dtype
 from data.readers import FORMATS, BadRecord, FileOffset
 from data.sources import BOS, EOD, TextSource, metadata_file, train_model
-from data.tokenizer import NUM_THREADS, TOKENIZER_TYPES, Tokenizer, TokenizerSpec, resolve_tokenizer_type
+from data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec, resolve_tokenizer_type
 from utils.errors import OneLineParser, UserError, run_tool
 from utils.files import cache_key, replace_synced
 
@@ -136,14 +136,10 @@ class TrainTokenizerOptions(InputOptions):
     vocab_size: int = option("pieces of the model", type=int)
     input_sentence_size: int = option(
         "parts of the text, of about 1000 characters, to hold in memory and train on; of more, N are drawn at random, "
-        "the same "
-        "ones each time; 0: all; default: 500000",
+        "the same ones each time; 0: all; default: 500000",
         500_000,
         type=int,
         metavar="N",
-    )
-    threads: int = option(
-        f"of loading; they change only the time; default: {NUM_THREADS}", NUM_THREADS, type=int, metavar="N"
     )
 
 
@@ -151,8 +147,7 @@ def build_parser() -> OneLineParser:
     """The main command's parser, which makes `PrepareOptions`."""
     parser = new_parser(
         "Tokenize documents into <prefix>.bin and <prefix>.idx. One document is a JSONL record, a Parquet row or a "
-        "text file, each "
-        "file plain, .gz, .zst, .bz2 or .xz. The same command resumes where it was stopped.",
+        "text file, each file plain, .gz, .zst, .bz2 or .xz. The same command resumes where it was stopped.",
         epilog="also: python -m data.prepare train-tokenizer --help; python -m data.prepare stats --help",
     )
     add_options(parser, PrepareOptions)
@@ -241,7 +236,7 @@ def prepare(options: PrepareOptions) -> Progress:
     # refused.
     outputs = set(output_files(prefix, model)[3:])
     if is_written_by_prepare(prefix):
-        outputs = {*output_files(prefix, model), Path(f"{prefix}.lengths.png").resolve()}
+        outputs = set(output_files(prefix, model))
     source = find_inputs(options, outputs)
     refuse_overwriting(prefix, model, source.files, overwrite=options.overwrite)
     # Without --on-error: a run that a bad record stopped resumes with skip.
@@ -341,10 +336,8 @@ def _prepare_command(words: Sequence[str]) -> None:
     ends = ends if bos is None else f"each begins with BOS token {bos}, {ends}"
     print(
         f"{options.output_prefix}.bin, .idx: {progress.documents:,} documents ({ends}), {progress.tokens:,} tokens of "
-        f"{progress.text_bytes:,} bytes "
-        f"of text ({progress.text_bytes / progress.tokens:.2f} bytes a token), {progress.empty:,} empty and "
-        f"{progress.bad:,} bad records "
-        f"left out, in {seconds:.1f} s"
+        f"{progress.text_bytes:,} bytes of text ({progress.text_bytes / progress.tokens:.2f} bytes a token), "
+        f"{progress.empty:,} empty and {progress.bad:,} bad records left out, in {seconds:.1f} s"
     )
     for line in progress.shown:
         print(f"  left out: {line}")
@@ -361,8 +354,6 @@ def _train_tokenizer_command(words: Sequence[str]) -> None:
             f"--input-sentence-size {options.input_sentence_size}: must be 0 or above 100, SentencePiece's least; "
             "nearest 101"
         )
-    if options.threads < 1:
-        raise UserError(f"--threads {options.threads}: must be 1 or more")
     output = Path(options.output)
     if output.exists():
         raise UserError(f"--output {output}: exists already")
@@ -374,7 +365,6 @@ def _train_tokenizer_command(words: Sequence[str]) -> None:
         flag="--vocab-size",
         skip=bad.append if options.on_error == "skip" else None,
         input_sentence_size=options.input_sentence_size,
-        num_threads=options.threads,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_synced(output, model)
@@ -393,7 +383,7 @@ def main(words: Sequence[str]) -> int:
         elif words[:1] == ["stats"]:
             from data.statistics import stats_command
 
-            stats_command(words[1:], new_parser("What is in a corpus, and what packing makes of it.", "stats"))
+            stats_command(words[1:], new_parser("What is in a corpus.", "stats"))
         else:
             _prepare_command(words)
     except (BadRecord, ValueError, OSError) as error:

@@ -551,9 +551,7 @@ def _training_pieces(texts: Iterable[str], size: int = 1000) -> Iterator[str]:
             yield buffer
 
 
-def train_sentencepiece(
-    texts: Iterable[str], *, vocab_size: int, input_sentence_size: int = 0, num_threads: int = NUM_THREADS
-) -> bytes:
+def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, input_sentence_size: int = 0) -> bytes:
     """A BPE model with byte fallback that reproduces any text exactly (no normalisation, no added space).
 
     Args:
@@ -574,7 +572,7 @@ def train_sentencepiece(
         add_dummy_prefix=False,
         allow_whitespace_only_pieces=True,
         max_sentence_length=MAX_PIECE_BYTES,
-        num_threads=num_threads,
+        num_threads=NUM_THREADS,
         minloglevel=2,
         unk_id=0,
         eos_id=1,

@@ -41,9 +41,9 @@ from checkpoint.files import (
 from checkpoint.reader import SafeReader
 from checkpoint.resume import IMPORTED
 from config.cli import parse_arguments
-from data.tokenizer import TOKENIZER_TYPES, HuggingFaceTokenizer, TokenIds, Tokenizer, find_start, load_tokenizer
+from data.tokenizer import HuggingFaceTokenizer, TokenIds, Tokenizer, TokenizerSpec, find_start, load_tokenizer
 from model.config import GPTConfig, count_parameters
-from tools.generate import find_tokenizer, read_model_config
+from tools.generate import add_tokenizer_flags, find_tokenizer, read_model_config, read_tokenizer_flags
 from tools.hf.config import (
     MAX_SIZE,
     describe_generation,
@@ -82,23 +82,21 @@ def export_model(
     dtype: torch.dtype | None,
     shard_bytes: int,
     keep_template: bool,
-    kind: str | None,
-    model: str | None,
-    eod: str | None,
+    flags: TokenizerSpec,
 ) -> int:
     """Write the model of a checkpoint as a Hugging Face folder.
 
     Args:
         dtype: of the files; None: as stored.
         shard_bytes, keep_template: as `write_shards` and `write_tokenizer` take them.
-        kind, model, eod: of the tokenizer, as `find_tokenizer` takes them.
+        flags: of the tokenizer; as a run without such flags, its own.
 
     Raises:
         UserError: a corrupted checkpoint, a model or tokenizer without counterpart, or an output that exists.
     """
     checkpoint, opened = find_run_checkpoint(load), set[OpenedFile]()
     metadata = read_run_metadata(checkpoint, opened)
-    tokenizer = find_tokenizer(checkpoint, metadata, kind=kind, model=model, eod=eod)
+    tokenizer = find_tokenizer(checkpoint, metadata, flags)
     config, reader = read_model_config(checkpoint, metadata), SafeReader(checkpoint)
     tensors = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
     for weight in list_weights(config):
@@ -230,15 +228,14 @@ def _write_run_files(
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command", metavar="export|import")
-    add = commands.add_parser("export", allow_abbrev=False).add_argument
+    export = commands.add_parser("export", allow_abbrev=False)
+    add_tokenizer_flags(export)
+    add = export.add_argument
     add("--load", type=Path, required=True, help="a run's folder, a folder of checkpoints, or one checkpoint")
     add("--output", type=Path, required=True, help="new folder of the Hugging Face model")
     add("--dtype", choices=COMPUTE_DTYPES, help="dtype of the written weights; default: as in the checkpoint")
     add("--shard-size", type=float, default=5.0, metavar="GB", help="largest file of weights, in 10^9 bytes")
     add("--keep-template", action="store_true", help="keep what a tokenizer.json puts around a text, such as a BOS")
-    add("--tokenizer-type", choices=("auto", *TOKENIZER_TYPES), help="default: the run's own tokenizer")
-    add("--tokenizer-model", help="SentencePiece model or tokenizer.json; default: the run's own")
-    add("--tokenizer-eod", metavar="TOKEN", help="token of a tokenizer.json that ends a document")
     add = commands.add_parser("import", allow_abbrev=False).add_argument
     add("--input", type=Path, required=True, help="folder with config.json and safetensors files")
     add("--output", type=Path, required=True, help="new folder of the run")
@@ -262,9 +259,7 @@ def main(argv: list[str]) -> int:
         dtype=COMPUTE_DTYPES[args.dtype] if args.dtype else None,
         shard_bytes=int(args.shard_size * 1e9),
         keep_template=args.keep_template,
-        kind=args.tokenizer_type,
-        model=args.tokenizer_model,
-        eod=args.tokenizer_eod,
+        flags=read_tokenizer_flags(args),
     )
 
 

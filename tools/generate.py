@@ -38,6 +38,7 @@ from data.tokenizer import (
     SentencePieceTokenizer,
     TokenIds,
     Tokenizer,
+    TokenizerSpec,
     UnencodableText,
     load_sentencepiece,
     load_tokenizer,
@@ -159,9 +160,19 @@ def read_run_tokenizers(file: Path) -> Iterator[Tokenizer]:
                 yield SentencePieceTokenizer(trained)
 
 
-def find_tokenizer(
-    checkpoint: Path, metadata: dict[str, Any], *, kind: str | None, model: str | None, eod: str | None
-) -> Tokenizer:
+def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that `read_tokenizer_flags` reads."""
+    add = parser.add_argument
+    add("--tokenizer-type", choices=("auto", *TOKENIZER_TYPES), default="auto", help="default: the run's own tokenizer")
+    add("--tokenizer-model", help="SentencePiece model or tokenizer.json; default: the run's own")
+    add("--tokenizer-eod", metavar="TOKEN", help="token of a tokenizer.json that ends a document")
+
+
+def read_tokenizer_flags(parsed: argparse.Namespace) -> TokenizerSpec:
+    return TokenizerSpec(parsed.tokenizer_type, parsed.tokenizer_model, parsed.tokenizer_eod)
+
+
+def find_tokenizer(checkpoint: Path, metadata: dict[str, Any], flags: TokenizerSpec) -> Tokenizer:
     """Return the tokenizer that the model was trained with: the one that flags name, else the run's.
 
     Args:
@@ -171,16 +182,14 @@ def find_tokenizer(
         UserError: no tokenizer with the checkpoint's fingerprint.
     """
     file = find_config(checkpoint)
-    found: Iterable[Tokenizer] = (
-        [load_tokenizer(kind or "auto", model, eod)] if kind or model else read_run_tokenizers(file)
-    )
+    found: Iterable[Tokenizer] = [flags.load()] if flags.is_named else read_run_tokenizers(file)
     for tokenizer in found:
         if tokenizer.fingerprint == metadata.get("tokenizer", "unknown"):
             if metadata.get("--bos"):
                 tokenizer.begin_with_bos()
             return tokenizer
     raise UserError(
-        f"--load {checkpoint}: its tokenizer is not that of {'the flags' if kind or model else file}; "
+        f"--load {checkpoint}: its tokenizer is not that of {'the flags' if flags.is_named else file}; "
         "give --tokenizer-model, or --tokenizer-type byte"
     )
 
@@ -229,14 +238,13 @@ def load_model(checkpoint: Path, metadata: dict[str, Any], device: torch.device,
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """Parse and check the flags. --prompt-file's text becomes one more prompt."""
+    """Parse and check the flags."""
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("--load", type=Path, required=True, help="a run's folder, a folder of checkpoints, or one checkpoint")
     add("--prompt", action="append", default=[], help="text to continue; may be given several times")
-    add("--prompt-file", type=Path, help="file whose whole text is one more prompt")
     add("--tokens", type=int, default=64, help="most tokens added to each prompt")
     add("--temperature", type=float, default=0.8, help="0: always the most likely token")
     add("--greedy", dest="temperature", action="store_const", const=0.0, help="the same as --temperature 0")
@@ -244,9 +252,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=1234, help="seed of the draws, the same for each prompt")
     add("--dtype", choices=COMPUTE_DTYPES, default="fp32", help="dtype of the computation")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    add("--tokenizer-type", choices=("auto", *TOKENIZER_TYPES), help="default: the run's own tokenizer")
-    add("--tokenizer-model", help="SentencePiece model or tokenizer.json; default: the run's own")
-    add("--tokenizer-eod", metavar="TOKEN", help="token of a tokenizer.json that ends a document")
+    add_tokenizer_flags(parser)
     args = parser.parse_args(argv)
     for flag, value, is_legal, legal in (
         ("--tokens", args.tokens, args.tokens >= 1, "at least 1"),
@@ -255,13 +261,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     ):
         if not is_legal:
             raise UserError(f"{flag} {value}: must be {legal}")
-    if args.prompt_file:
-        if not args.prompt_file.is_file():
-            raise UserError(f"--prompt-file {args.prompt_file}: no such file")
-        try:
-            args.prompt.append(read_text(args.prompt_file.resolve()))
-        except ValueError as error:
-            raise UserError(f"--prompt-file {args.prompt_file}: not UTF-8 text ({one_line(error)})") from error
     return args
 
 
@@ -269,8 +268,7 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     checkpoint = find_run_checkpoint(args.load)
     metadata = read_run_metadata(checkpoint)
-    named = dict(kind=args.tokenizer_type, model=args.tokenizer_model, eod=args.tokenizer_eod)
-    tokenizer = find_tokenizer(checkpoint, metadata, **named)
+    tokenizer = find_tokenizer(checkpoint, metadata, read_tokenizer_flags(args))
     kind = ("cuda" if cuda_device_count() else "cpu") if args.device == "auto" else args.device
     device, _ = initialise_distributed(Launch(), kind, timeout=timedelta(minutes=10))
     model = load_model(checkpoint, metadata, device, COMPUTE_DTYPES[args.dtype])

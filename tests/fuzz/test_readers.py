@@ -298,7 +298,6 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "preset": ("preset.yaml", read_preset),
     "blend": ("blend.yaml", lambda path: parse_blend([str(path)])),
     "lengths": ("lengths.txt", lambda path: parse_lengths(str(path), np.random.default_rng(0))),
-    "prompt": ("prompt.txt", lambda path: generate.parse_args(["--load", "x", "--prompt-file", str(path)])),
     "run.json": (f"{STEP}/run.json", run_generate),
     "config.json": ("run/config.json", run_generate),
     "index": (f"{STEP}/.metadata", run_generate),

@@ -88,7 +88,6 @@ OPTIONAL = {
     "data/readers.py": {"pyarrow"},
     "data/tokenizer.py": {"tokenizers"},
     "data/prepare.py": {"tqdm"},
-    "data/statistics.py": {"matplotlib"},
     "metrics/tensorboard.py": {"matplotlib", "wandb"},
 }
 
