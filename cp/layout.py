@@ -125,14 +125,6 @@ def invert(order: np.ndarray) -> np.ndarray:
     return inverse
 
 
-def unshard_indices(
-    padded_lengths: np.ndarray, *, cp_size: int, layout: str, placement: Placement | None = None
-) -> np.ndarray:
-    """The inverse of `shard_indices`: [T] int64 indices into the concatenated shards that restore the row's order."""
-    cut = partial(shard_indices, padded_lengths, cp_size=cp_size, layout=layout, placement=placement)
-    return invert(np.concatenate([cut(cp_rank=rank) for rank in range(cp_size)]))
-
-
 def attention_pairs(
     lengths: np.ndarray, padded_lengths: np.ndarray, *, cp_size: int, layout: str, placement: Placement | None = None
 ) -> np.ndarray:

@@ -38,6 +38,7 @@ from data.files import LeftOut, describe_left_out, drop_empty, file_size, is_rem
 from data.indexed_dataset import token_dtype
 from data.readers import FORMATS, BadRecord, FileOffset
 from data.sources import BOS, EOD, TextSource, metadata_file, train_model
+from data.statistics import stats_command
 from data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec, resolve_tokenizer_type
 from utils.errors import OneLineParser, UserError, run_tool
 from utils.files import cache_key, replace_synced
@@ -234,9 +235,7 @@ def prepare(options: PrepareOptions) -> Progress:
     model = Path(spec.model) if spec.model else None
     # Outputs of an earlier run in a folder of inputs are no inputs; a user's file under such a name is one, and is
     # refused.
-    outputs = set(output_files(prefix, model)[3:])
-    if is_written_by_prepare(prefix):
-        outputs = set(output_files(prefix, model))
+    outputs = set(output_files(prefix, model)[0 if is_written_by_prepare(prefix) else 3 :])
     source = find_inputs(options, outputs)
     refuse_overwriting(prefix, model, source.files, overwrite=options.overwrite)
     # Without --on-error: a run that a bad record stopped resumes with skip.
@@ -381,8 +380,6 @@ def main(words: Sequence[str]) -> int:
         if words[:1] == ["train-tokenizer"]:
             _train_tokenizer_command(words[1:])
         elif words[:1] == ["stats"]:
-            from data.statistics import stats_command
-
             stats_command(words[1:], new_parser("What is in a corpus.", "stats"))
         else:
             _prepare_command(words)

@@ -1,4 +1,4 @@
-"""Reference attention, documents and loss, written independently of `cp/`."""
+"""Reference attention, documents and loss, written independently of `cp/`; and the inverse of its sharding."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cp.layout import invert, shard_indices
+from cp.placement import Placement
 from parallel.keyed_random import keep_mask, key_of
 
 # Root mean square error of rounding one value to bf16. An error measured on one rank can be exactly 0 (documents of one
 # token), so a limit in multiples of it needs this floor.
 BF16_ROUNDING = torch.finfo(torch.bfloat16).eps / 8
+
+
+def unshard_indices(
+    padded_lengths: np.ndarray, *, cp_size: int, layout: str, placement: Placement | None = None
+) -> np.ndarray:
+    """The inverse of `shard_indices`: [T] int64 indices into the concatenated shards that restore the row's order."""
+    own = dict(cp_size=cp_size, layout=layout, placement=placement)
+    return invert(np.concatenate([shard_indices(padded_lengths, cp_rank=rank, **own) for rank in range(cp_size)]))
 
 
 def dense_attention(

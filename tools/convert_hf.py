@@ -43,7 +43,7 @@ from checkpoint.resume import IMPORTED
 from config.cli import parse_arguments
 from data.tokenizer import HuggingFaceTokenizer, TokenIds, Tokenizer, TokenizerSpec, find_start, load_tokenizer
 from model.config import GPTConfig, count_parameters
-from tools.generate import add_tokenizer_flags, find_tokenizer, read_model_config, read_tokenizer_flags
+from tools.generate import add_tokenizer_flags, find_tokenizer, read_model_config
 from tools.hf.config import (
     MAX_SIZE,
     describe_generation,
@@ -259,7 +259,7 @@ def main(argv: list[str]) -> int:
         dtype=COMPUTE_DTYPES[args.dtype] if args.dtype else None,
         shard_bytes=int(args.shard_size * 1e9),
         keep_template=args.keep_template,
-        flags=read_tokenizer_flags(args),
+        flags=TokenizerSpec(args.tokenizer_type, args.tokenizer_model, args.tokenizer_eod),
     )
 
 

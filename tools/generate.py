@@ -161,15 +161,11 @@ def read_run_tokenizers(file: Path) -> Iterator[Tokenizer]:
 
 
 def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that `read_tokenizer_flags` reads."""
+    """Flags of a `TokenizerSpec`."""
     add = parser.add_argument
     add("--tokenizer-type", choices=("auto", *TOKENIZER_TYPES), default="auto", help="default: the run's own tokenizer")
     add("--tokenizer-model", help="SentencePiece model or tokenizer.json; default: the run's own")
     add("--tokenizer-eod", metavar="TOKEN", help="token of a tokenizer.json that ends a document")
-
-
-def read_tokenizer_flags(parsed: argparse.Namespace) -> TokenizerSpec:
-    return TokenizerSpec(parsed.tokenizer_type, parsed.tokenizer_model, parsed.tokenizer_eod)
 
 
 def find_tokenizer(checkpoint: Path, metadata: dict[str, Any], flags: TokenizerSpec) -> Tokenizer:
@@ -268,7 +264,8 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     checkpoint = find_run_checkpoint(args.load)
     metadata = read_run_metadata(checkpoint)
-    tokenizer = find_tokenizer(checkpoint, metadata, read_tokenizer_flags(args))
+    named = TokenizerSpec(args.tokenizer_type, args.tokenizer_model, args.tokenizer_eod)
+    tokenizer = find_tokenizer(checkpoint, metadata, named)
     kind = ("cuda" if cuda_device_count() else "cpu") if args.device == "auto" else args.device
     device, _ = initialise_distributed(Launch(), kind, timeout=timedelta(minutes=10))
     model = load_model(checkpoint, metadata, device, COMPUTE_DTYPES[args.dtype])

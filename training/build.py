@@ -21,7 +21,7 @@ from data.build import build_dataset, train_tokenizer
 from data.dataset import SampleDataset
 from data.files import describe_left_out
 from data.packing import PackingOptions
-from data.sources import DataSource, TextSource, find_tokenizer, open_sources
+from data.sources import TextSource, find_tokenizer, open_sources
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig
 from model.gpt import GPT, Stages, get_chunks
@@ -65,28 +65,20 @@ class RunData:
         }
 
 
-def build_tokenizer(config: RunConfig) -> tuple[Tokenizer, bool, list[DataSource], list[DataSource]]:
-    """Tokenizer, whether none is given so that it was trained, opened sources of --data-path and --valid-data-path."""
-    data = config.data
-    parts = open_sources(data.data_path, data.json_key)
-    valid = open_sources(data.valid_data_path, data.json_key, "--valid-data-path") if data.valid_data_path else []
-    tokenizer = find_tokenizer(parts, valid, config.tokenizer)
-    if tokenizer is not None:
-        return tokenizer, False, parts, valid
-    trained = train_tokenizer(
-        parts[0].content, vocab_size=data.tokenizer_vocab_size, cache_path=Path(data.data_cache_path)
-    )
-    return trained, True, parts, valid
-
-
 def build_data(config: RunConfig, *, builds_ahead: bool = False) -> RunData:
     """Tokenizer, training and validation samples. Rank 0 goes first: it fills the cache.
 
     Args:
         builds_ahead: of the training samples, as `open_dataset`'s.
     """
-    data = config.data
-    tokenizer, is_trained, parts, valid_parts = build_tokenizer(config)
+    data, cache_path = config.data, Path(config.data.data_cache_path)
+    parts = open_sources(data.data_path, data.json_key)
+    flag = "--valid-data-path"
+    valid_parts = open_sources(data.valid_data_path, data.json_key, flag) if data.valid_data_path else []
+    tokenizer = find_tokenizer(parts, valid_parts, config.tokenizer)
+    is_trained = tokenizer is None
+    if tokenizer is None:
+        tokenizer = train_tokenizer(parts[0].content, vocab_size=data.tokenizer_vocab_size, cache_path=cache_path)
     if data.check_data and dist.get_rank() == 0:
         for part in (*parts, *valid_parts):
             part.verify()
@@ -98,7 +90,6 @@ def build_data(config: RunConfig, *, builds_ahead: bool = False) -> RunData:
         window=data.packing_window,
         one_document=data.qkv_format == "bshd",
     )
-    cache_path = Path(data.data_cache_path)
     train = build_dataset(
         parts,
         tokenizer,
@@ -117,7 +108,7 @@ def build_data(config: RunConfig, *, builds_ahead: bool = False) -> RunData:
             packing,
             split=(1.0, 0.0, 0.0) if valid_parts else data.data_split,
             which=0 if valid_parts else 1,
-            flag="--valid-data-path" if valid_parts else "--data-path",
+            flag=flag if valid_parts else "--data-path",
             cache_path=cache_path,
         )
     text = [part.content for part in (*parts, *valid_parts) if isinstance(part.content, TextSource)]

@@ -24,16 +24,6 @@ from utils.errors import UserError
 from utils.logger import log
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """How a prompt becomes a row. Attributes: alignment: the row's length is a multiple of this number of tokens."""
-
-    alignment: int
-    qkv_format: str
-    layout: str
-    pad_token: int
-
-
 @torch.no_grad()
 def generate(
     model: GPT | Stages,
@@ -42,7 +32,9 @@ def generate(
     num_tokens: int,
     grid: Grid,
     device: torch.device,
-    row_format: RowFormat,
+    alignment: int,
+    qkv_format: str,
+    layout: str,
     eod: int,
     temperature: float = 0.8,
     seed: int = 0,
@@ -54,6 +46,7 @@ def generate(
 
     Args:
         prompt: at least one id.
+        alignment: the row's length is a multiple of this number of tokens.
         temperature: 0 takes the most likely token.
     """
     model.eval()
@@ -61,16 +54,16 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
     for _ in range(num_tokens):
-        padded = np.array([-(-len(ids) // row_format.alignment) * row_format.alignment])
+        padded = np.array([-(-len(ids) // alignment) * alignment])
         packed_seq, owned = build_packed_seq(
             np.array([len(ids)]),
             padded,
             cp_size=cp_size,
             cp_rank=cp_rank,
-            qkv_format=row_format.qkv_format,
-            layout=row_format.layout,
+            qkv_format=qkv_format,
+            layout=layout,
         )
-        row = np.full(int(padded[0]), row_format.pad_token, np.int64)
+        row = np.full(int(padded[0]), eod, np.int64)
         row[: len(ids)] = ids
         last = np.flatnonzero(owned == len(ids) - 1)  # empty unless this rank owns the last token
         tokens = torch.from_numpy(row[owned])
@@ -125,16 +118,13 @@ class TextSampler:
             num_tokens=logging.sample_tokens,
             grid=self.ranks.grid,
             device=self.ranks.device,
-            row_format=RowFormat(
-                alignment=math.lcm(
-                    self.config.data.document_alignment,
-                    document_unit("zigzag", parallel.cp_size),
-                    parallel.cp_size * parallel.tp_size,
-                ),
-                qkv_format=self.config.data.qkv_format,
-                layout=parallel.cp_layout,
-                pad_token=tokenizer.eod,
+            alignment=math.lcm(
+                self.config.data.document_alignment,
+                document_unit("zigzag", parallel.cp_size),
+                parallel.cp_size * parallel.tp_size,
             ),
+            qkv_format=self.config.data.qkv_format,
+            layout=parallel.cp_layout,
             eod=tokenizer.eod,
             seed=self.config.training.seed,
         )

@@ -15,13 +15,13 @@ import torch.distributed as dist
 
 import cp.blocks
 from cp.attention import build_attention
-from cp.layout import document_unit, unshard_indices
+from cp.layout import document_unit
 from cp.packed_seq import build_packed_seq
 from cp.placement import PlacedRow, Placement, degree_chain, degree_unit, pad_to
 from cp.support import AttentionChoice, cells
 from parallel.grid import Grid, GridSizes, build_grid, neighbour_groups, split_group
 from planner.estimate import count_gathered, cp_bytes
-from tests.reference import BF16_ROUNDING, dense_attention, random_documents, relative_error
+from tests.reference import BF16_ROUNDING, dense_attention, random_documents, relative_error, unshard_indices
 from tests.world import World
 
 HEADS, HEAD_DIM = 4, 16

@@ -262,7 +262,6 @@ def make_settings(folder: Path) -> None:
     (folder / "preset.yaml").write_text(PRESET.replace("TEXT", str(folder / "text.txt")))
     (folder / "blend.yaml").write_text("sources:\n- {path: a, weight: 0.5}\n- path: b\n  weight: 2\n")
     (folder / "lengths.txt").write_text("5\n17\n200\n")
-    (folder / "prompt.txt").write_text("text")
 
 
 def make_tokenizer(folder: Path) -> None:

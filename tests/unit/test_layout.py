@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cp.layout import LAYOUTS, attention_pairs, balance, document_unit, ranges, shard_indices, unshard_indices
+from cp.layout import LAYOUTS, attention_pairs, balance, document_unit, ranges, shard_indices
 from cp.packed_seq import build_packed_seq
 from data.batch import build_batch
 from data.dataset import PackedSample
+from tests.reference import unshard_indices
 
 cp_sizes = st.sampled_from([1, 2, 3, 4, 8])
 

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cp.hybrid import build_degree_rows
-from cp.layout import attention_pairs, balance, document_unit, held_documents, shard_indices, unshard_indices
+from cp.layout import attention_pairs, balance, document_unit, held_documents, shard_indices
 from cp.packed_seq import IGNORE_LABEL, build_packed_seq
 from cp.placement import EVEN, PlacedRow, degree_chain, degree_unit, place, sample_degree
 from data.batch import Batch, BatchPlan, build_batch
@@ -18,6 +18,7 @@ from data.batch_schedule import BatchSchedule
 from data.dataset import PackedSample
 from data.packing import pack_epoch
 from tests.flags import resolve_config
+from tests.reference import unshard_indices
 
 CP_SIZES = (1, 2, 3, 4, 6, 8, 12)
 

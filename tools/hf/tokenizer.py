@@ -10,6 +10,7 @@ from typing import Any
 
 from data.tokenizer import (
     PROBES,
+    SPACE,
     ByteTokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -24,7 +25,6 @@ from utils.errors import UserError
 from utils.files import parse_json
 
 BYTE_EOD = "<|endoftext|>"  # name of the byte tokenizer's end-of-document token
-SPACE = "\u2581"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
