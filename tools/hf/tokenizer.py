@@ -73,9 +73,10 @@ def find_written_start(tokenizer: Tokenizer, keep_template: bool) -> tuple[int, 
     """(id, token) of the BOS that the exported tokenizer puts before a text: the run's, or the kept template's."""
     if tokenizer.bos is None:
         return find_start(tokenizer) if keep_template else None
-    assert isinstance(tokenizer, SentencePieceTokenizer | HuggingFaceTokenizer)
-    token = tokenizer.processor.id_to_token if tokenizer.kind == "huggingface" else tokenizer.processor.id_to_piece
-    return tokenizer.bos, token(tokenizer.bos)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return tokenizer.bos, tokenizer.processor.id_to_piece(tokenizer.bos)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    return tokenizer.bos, str(tokenizer.processor.id_to_token(tokenizer.bos))
 
 
 def _begin_with(number: int, token: str, others: dict[str, Any] | None) -> dict[str, Any]:
