@@ -48,7 +48,7 @@ def resolve_attention(
         kv_bytes=2 * config.training.micro_batch_size * config.data.seq_length * model.kv_channels * item,
         head_dim=model.kv_channels,
         heads=model.num_attention_heads // parallel.tp_size,
-        groups=model.num_query_groups // parallel.tp_size,
+        groups=max(1, model.num_query_groups // parallel.tp_size),
         dropout=model.attention_dropout,
     )
     if request.method == "auto":

@@ -349,8 +349,14 @@ def resolve_model(model: ModelConfig, tp_size: int, saved_vocab_size: int | None
     if model.ffn_hidden_size is None:
         unit = math.lcm(16, tp_size)
         model.ffn_hidden_size = -(-model.hidden_size * 8 // 3 // unit) * unit
-    if groups % tp_size:
-        raise SizeError(f"--tp-size {tp_size} does not divide --num-query-groups {groups}", tp_size=divisors(groups))
+    kv = 2 * groups * model.kv_channels  # ranks that share a key/value head compute an equal part of its channels
+    sizes = [size for size in divisors(heads) if groups % size == 0 or (size % groups == 0 and kv % size == 0)]
+    if tp_size not in sizes:
+        raise SizeError(
+            f"--tp-size {tp_size} must divide --num-query-groups {groups}, or be a multiple of it that divides "
+            f"--num-attention-heads {heads} and their {kv} key and value channels",
+            tp_size=nearest(sizes, tp_size),
+        )
     for name in ("ffn_hidden_size", "make_vocab_size_divisible_by"):
         value = getattr(model, name)
         if value % tp_size:

@@ -62,6 +62,10 @@ class GPTConfig:
         """Rows of the fused QKV weight: per group its query heads, its key head, its value head."""
         return self.num_query_groups * (self.queries_per_group + 2) * self.kv_channels
 
+    def shared_channels(self, tp_size: int) -> int:
+        """Channels of QKV that a tp rank receives from the ranks with which it shares a key/value head."""
+        return max(0, tp_size // self.num_query_groups - 1) * self.qkv_size // tp_size
+
 
 def count_parameters(config: GPTConfig) -> int:
     """Weights of the model: with the padded vocabulary, a tied matrix once."""

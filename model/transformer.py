@@ -70,8 +70,9 @@ class RowContext(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245) with rotary positions over the cp group; 1/tp of the groups a tp rank.
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions over the cp group.
 
+    A tp rank has 1/tp of the query heads, and the groups that these belong to: 1/tp of them, or one that ranks share.
     The layer's `number` in the whole model names the dropout masks.
     """
 
@@ -79,13 +80,15 @@ class SelfAttention(nn.Module):
         self, config: GPTConfig, number: int, *, attention: Attention, tp: TensorParallel, options: GPTOptions
     ) -> None:
         super().__init__()
-        self.config, self.attention = config, attention
-        self.groups = tp.divide(config.num_query_groups, "query groups")
+        self.config, self.attention, self.tp = config, attention, tp
+        self.groups = config.num_query_groups * tp.kv_size // tp.size
+        assert self.groups * tp.size == config.num_query_groups * tp.kv_size, "tp does not split the query groups"
+        heads = tp.divide(config.num_attention_heads, "query heads")
+        self.queries = heads // self.groups  # of each of this rank's groups
         self.dropout = None
         if config.attention_dropout:
-            first_head = tp.rank * tp.divide(config.num_attention_heads, "query heads")
             key = key_of(options.dropout_seed, f"dropout layers.{number}.scores")
-            self.dropout = AttentionDropout(config.attention_dropout, key, first_head)
+            self.dropout = AttentionDropout(config.attention_dropout, key, first_head=tp.rank * heads)
         impl, eps, dtype = get_layers(options.implementation), config.norm_epsilon, options.dtype
         self.qkv = impl.LayerNormLinear(config.hidden_size, config.qkv_size, eps=eps, dtype=dtype, tp=tp)
         self.q_norm = impl.RMSNorm(config.kv_channels, eps=eps, dtype=dtype) if config.qk_norm else None
@@ -97,8 +100,11 @@ class SelfAttention(nn.Module):
         """q [t, hq, d]; k, v [t, g, d]; q and k rotated by their positions."""
         c = self.config
         # [t, g, hq/g + 2, d], g of this tp rank
-        qkv = self.qkv(x).view(-1, self.groups, c.queries_per_group + 2, c.kv_channels)
-        q, k, v = qkv.split((c.queries_per_group, 1, 1), dim=2)
+        qkv = self.tp.gather_heads(self.qkv(x)).view(-1, self.groups, c.queries_per_group + 2, c.kv_channels)
+        if self.queries < c.queries_per_group:  # the other queries are those of the ranks that share the group
+            first = self.tp.rank % self.tp.kv_size * self.queries
+            qkv = torch.cat((qkv[:, :, first : first + self.queries], qkv[:, :, -2:]), 2)  # frees what is gathered
+        q, k, v = qkv.split((self.queries, 1, 1), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = self.apply_rotary(q, *rotary).flatten(1, 2)  # [t, hq, d]

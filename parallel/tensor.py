@@ -4,18 +4,23 @@ A column-parallel matrix holds 1/tp of the outputs, a row-parallel matrix 1/tp o
 arXiv:1909.08053). With sequence parallelism (arXiv:2205.05198) the residual stream outside the region holds 1/tp of the
 tokens: entering gathers tokens, leaving reduce-scatters them. Without, every rank holds all tokens: entering is the
 identity in the forward pass, leaving is an all-reduce.
+
+Where tp exceeds the key/value heads, neighbours share one. Each computes an equal part of the head's and its queries'
+channels and gathers the others' (Megatron-LM does so over all of tp): no weight is held twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.collectives import communicate, reduce_scatter, start_all_gather
+from parallel.grid import Grid, neighbour_groups
 from utils.errors import UserError
 
 
@@ -33,6 +38,16 @@ def _identity(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x.view_as(x)
 
 
+def _gather_columns(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n, c] of each rank -> [n, size * c]."""
+    return _gather(x, group).unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1)
+
+
+def _scatter_columns(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n, size * c] partial sums -> this rank's [n, c] of their sum."""
+    return reduce_scatter(x.unflatten(1, (group.size(), -1)).transpose(0, 1).flatten(0, 1), group)
+
+
 _communicate_uncompiled = torch.compiler.disable(communicate)  # a graph ends here, but only where ranks communicate
 
 
@@ -43,10 +58,12 @@ class TensorParallel:
     Args:
         group: of the `tp` axis; None: one rank.
         sequence_parallel: the residual stream holds 1/tp of the tokens.
+        kv_group: the ranks that share this rank's key/value head; None: this rank alone has its heads.
     """
 
     group: dist.ProcessGroup | None = None
     sequence_parallel: bool = False
+    kv_group: dist.ProcessGroup | None = None
 
     @property
     def size(self) -> int:
@@ -55,6 +72,11 @@ class TensorParallel:
     @property
     def rank(self) -> int:
         return 0 if self.group is None else self.group.rank()
+
+    @property
+    def kv_size(self) -> int:
+        """Ranks that share a key/value head."""
+        return 1 if self.kv_group is None else self.kv_group.size()
 
     def divide(self, size: int, what: str) -> int:
         """size / tp.
@@ -84,7 +106,22 @@ class TensorParallel:
         """[n, c / tp] of each rank -> [n, c]. No gradient."""
         if self.group is None or self.size == 1:
             return x
-        return _gather(x, self.group).unflatten(0, (self.size, -1)).transpose(0, 1).flatten(1)
+        return _gather_columns(x, self.group)
+
+    def gather_heads(self, x: Tensor) -> Tensor:
+        """Output of the QKV matrix: [t, c] -> [t, kv_size * c], whole groups of heads. Gradients are summed."""
+        if self.kv_group is None or self.kv_size == 1:
+            return x
+        return _communicate_uncompiled(x, self.kv_group, _gather_columns, _scatter_columns)
+
+
+def build_tensor_parallel(
+    grid: Grid, *, query_groups: int, sequence_parallel: bool, timeout: timedelta | None = None
+) -> TensorParallel:
+    """The grid's tp ranks, and those that share a key/value head. Collective: every rank of the world calls it."""
+    sharing = grid.size("tp") // query_groups
+    kv_group = neighbour_groups(grid, "tp", [sharing], timeout=timeout).get(sharing)
+    return TensorParallel(grid.group("tp"), sequence_parallel, kv_group)
 
 
 @torch.no_grad()

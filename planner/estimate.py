@@ -432,7 +432,7 @@ def step_bytes(config: RunConfig, architecture: GPTConfig, rows: Rows | None = N
     tokens = training.micro_batch_size * config.data.seq_length // cp
     sent = dict.fromkeys(("cp", "fsdp", "dp_replicate", "tp", "pp"), 0)
     if cp > 1:
-        heads, groups = architecture.num_attention_heads // tp, architecture.num_query_groups // tp
+        heads, groups = architecture.num_attention_heads // tp, max(1, architecture.num_query_groups // tp)
         shape: dict[str, Any] = dict(
             tokens=tokens, heads=heads, groups=groups, head_dim=architecture.kv_channels, item=item
         )
@@ -461,8 +461,9 @@ def step_bytes(config: RunConfig, architecture: GPTConfig, rows: Rows | None = N
 
     # A layer enters and exits parallel regions twice: an all-gather or a reduce-scatter each (or two all-reduces).
     hidden = tokens * architecture.hidden_size * item
-    per_pass = 4 * hidden * (tp - 1) // tp
-    recomputed = {"none": 0, "selective": per_pass // 2, "full": per_pass}[training.recompute]
+    half = 2 * hidden * (tp - 1) // tp
+    per_pass = 2 * half + tokens * architecture.shared_channels(tp) * item
+    recomputed = {"none": 0, "selective": half, "full": per_pass}[training.recompute]
     sent["tp"] = microbatches * layers * (2 * per_pass + recomputed)
     if parallel.pp_size > 1:
         sent["pp"] = 2 * microbatches * parallel.virtual_stages * hidden // (tp if parallel.sequence_parallel else 1)

@@ -193,8 +193,8 @@ def estimate_step(job: Job, machine: Machine) -> StepTime:
     attention = layers * (kernels + cost.passes) * again_attention / threads
     cp = layers * cost.transfers * again_attention
 
-    tp_bytes = 4 * tokens * architecture.hidden_size * item * (job.tp - 1) / job.tp * layers * (2 + again)
-    tp = tp_bytes / device.exchange * speeds.tp
+    channels = 4 * architecture.hidden_size * (job.tp - 1) / job.tp + architecture.shared_channels(job.tp)
+    tp = tokens * channels * item * layers * (2 + again) / device.exchange * speeds.tp
     microbatch = products + passes + attention + tp + cp
     fsdp, optimizer = _once_a_step(job, machine, item, busy=count * microbatch)
     return StepTime(

@@ -377,8 +377,8 @@ def cells_of(config: RunConfig) -> list[RunConfig]:
         backend: [name for name in names if importlib.util.find_spec(name) is None]
         for backend, names in libraries.items()
     }
-    heads, groups = config.model.num_attention_heads, config.model.num_query_groups
-    for choice, dtype in cells(device=parallel.device, cp_size=parallel.cp_size, heads=heads, groups=groups):
+    heads, groups = (n // parallel.tp_size for n in (config.model.num_attention_heads, config.model.num_query_groups))
+    for choice, dtype in cells(device=parallel.device, cp_size=parallel.cp_size, heads=heads, groups=max(1, groups)):
         cell = deepcopy(config)
         cell.parallel.attention, cell.parallel.cp_layout = choice, choice.layout
         cell.training.dtype, cell.data.qkv_format = dtype, choice.qkv_format

@@ -34,7 +34,7 @@ from parallel.fusion import compile_kernel, use_kernels
 from parallel.grid import Grid, embedding_group, neighbour_groups, split_group
 from parallel.pipeline import build_schedule
 from parallel.stages import split_layers
-from parallel.tensor import TensorParallel
+from parallel.tensor import build_tensor_parallel
 from runtime.distributed import check_compiler, collective_timeout, own_temporary_folder
 from training.flops import attention_cost
 from training.step import Pipeline
@@ -190,7 +190,12 @@ def build_meta_model(
         degree_groups=degree_groups,
         clock=clock,
     )
-    tp = TensorParallel(grid.group("tp"), parallel.sequence_parallel)
+    tp = build_tensor_parallel(
+        grid,
+        query_groups=architecture.num_query_groups,
+        sequence_parallel=parallel.sequence_parallel,
+        timeout=collective_timeout(parallel),
+    )
     bf16_layers = (0, architecture.num_layers - 1) if model_flags.fp8_first_last_bf16 else ()
     precision = build_precision(model_flags.fp8, group=grid.group("stage"), bf16_layers=bf16_layers)
     options = GPTOptions(
