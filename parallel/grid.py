@@ -91,7 +91,7 @@ def ranks_along(sizes: GridSizes, *axes: str) -> list[list[int]]:
     return sorted(groups.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """This process's coordinates on the grid, and its group along every axis and derived axis."""
 

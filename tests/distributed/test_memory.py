@@ -40,6 +40,7 @@ CONFIGURATIONS = {
     "cp 2": (2, "--cp-size 2 --seq-length 2048", 512),
     "tp 2": (2, "--tp-size 2", 512),
     "tp 2 without sequence parallelism": (2, "--tp-size 2 --no-sequence-parallel", 512),
+    "tp 2, a shared key/value head": (2, "--tp-size 2 --num-query-groups 1", 512),
     "pp 2": (2, "--pp-size 2 --global-batch-size 4", 512),
     "pp 2 gpipe": (2, "--pp-size 2 --global-batch-size 4 --pp-schedule gpipe", 512),
     "pp 2 interleaved": (2, "--pp-size 2 --virtual-stages 3 --global-batch-size 4 --pp-schedule interleaved", 512),

@@ -31,7 +31,7 @@ from parallel.fsdp import Accumulation, clip_grad_norm_, local_tensor, shard_mod
 from parallel.fusion import compile_kernel, kernels, use_kernels
 from parallel.grid import Grid, GridSizes, build_grid
 from parallel.stages import split_layers
-from parallel.tensor import TensorParallel
+from parallel.tensor import TensorParallel, build_tensor_parallel
 from tests.reference import BF16_ROUNDING, random_documents, reference_loss, relative_error, worst
 from tests.world import World
 from training.build import build_pipeline
@@ -56,8 +56,8 @@ LAYOUTS = {
     "pp 2 x dp_shard 2": GridSizes(pp=2, dp_shard=2),
     "pp 2 x dp_replicate 2": GridSizes(pp=2, dp_replicate=2),
 }
-# What a layout needs of the model: a group for each tp rank, a layer for each stage.
-NEEDS: dict[str, dict] = {"tp 4": {"num_query_groups": 4}, "pp 4": {"num_layers": 5}}
+# What a layout needs of the model: a layer for each stage.
+NEEDS: dict[str, dict] = {"pp 4": {"num_layers": 5}}
 P2P = {
     f: AttentionChoice(backend="native", method="p2p", qkv_format=f, layout="zigzag", cp_size=1)
     for f in ("thd", "bshd")
@@ -69,6 +69,12 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 def grid_of(layout: str) -> Grid:
     """Cached per worker, because groups are never freed."""
     return build_grid(LAYOUTS[layout])
+
+
+@functools.cache
+def tp_of(grid: Grid, query_groups: int, sequence_parallel: bool) -> TensorParallel:
+    """Cached as `grid_of`."""
+    return build_tensor_parallel(grid, query_groups=query_groups, sequence_parallel=sequence_parallel)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +130,7 @@ def built(
     fp8: str = "none",
 ) -> GPT | Stages:
     compute = DTYPES[dtype]
-    tp = TensorParallel(grid.group("tp"), sequence_parallel and grid.size("tp") > 1)
+    tp = tp_of(grid, config.num_query_groups, sequence_parallel and grid.size("tp") > 1)
     options = GPTOptions(
         dtype=torch.float64 if dtype == "fp64" else torch.float32,
         compute_dtype=compute,
@@ -377,9 +383,19 @@ def test_model_variants(world: World, changes: dict) -> None:
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("layout", ["tp 2 x cp 2", "tp 4"])
-@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"tie_embeddings": True}, {"padded_vocab_size": 256}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_embeddings": True},
+        {"qk_norm": True, "num_query_groups": 1},
+        {"qk_norm": True, "num_query_groups": 4, "padded_vocab_size": 256},
+    ],
+    ids=str,
+)
 def test_tensor_parallel_variants(world: World, layout: str, changes: dict, sequence_parallel: bool) -> None:
-    """A vocabulary of 61 padded to 256 leaves the last ranks with padded columns only."""
+    """One group, and two on four ranks, have heads that ranks share. A vocabulary of 61 padded to 256 leaves the last
+    ranks with padded columns only.
+    """
     for errors in world.run(check_layout, layout, "fp64", "thd", 2, changes, Accumulation(), sequence_parallel):
         assert worst(errors) <= 1e-10, errors
 

@@ -29,7 +29,12 @@ REFUSALS = [
     (["--dp-shard-size", "2", "--cp-size", "2"], 8, ["ask for 4 ranks", "there are 8", "--nproc-per-node 4"]),
     (["--cp-size", "0"], 1, ["--cp-size 0", "at least 1"]),
     (["--dp-shard-size", "0"], 1, ["--dp-shard-size 0"]),
-    (["--tp-size", "4"], 4, ["--tp-size 4", "--num-query-groups 2", "2 or 1"]),
+    (["--tp-size", "8"], 8, ["--tp-size 8", "--num-query-groups 2", "--num-attention-heads 4", "4, 2 or 1"]),
+    (
+        shlex.split("--tp-size 3 --num-attention-heads 6 --num-query-groups 1 --kv-channels 40"),
+        3,
+        ["--tp-size 3", "80 key and value channels", "use --tp-size 1"],
+    ),
     (["--tp-size", "2", "--ffn-hidden-size", "49"], 2, ["--ffn-hidden-size 49", "--tp-size 2", "48"]),
     (
         ["--tp-size", "2", "--make-vocab-size-divisible-by", "7"],

@@ -266,6 +266,10 @@ def test_bytes_of_a_step_by_hand() -> None:
     assert step_bytes(*planned(*flags, world=2)) == {"fsdp": p // 2 * (4 + 2 * 4)}
     run = planned("--tp-size", "2", world=2)
     assert step_bytes(*run) == {"tp": 4 * 8 * 512 * 64 * 4 // 2}  # layers * gathers and scatters * [t, h] / 2
+    # Two ranks share a head: of the 64 channels of its group each sends half to the other, and of their gradients.
+    run = planned("--tp-size", "4", world=4)
+    assert step_bytes(*run) == {"tp": 4 * 512 * (8 * 64 * 3 // 4 + 2 * 32) * 4}
+    assert run[0].parallel.attention.cp_size == 1 and rank_memory(*run).peak > 0
 
 
 def test_rows_of_a_distribution() -> None:
