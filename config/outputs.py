@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 from config.schema import CheckpointConfig, LoggingConfig, RunConfig, TrainingConfig
-from utils.errors import MissingPackageError, UserError
-
-
-def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+from utils.errors import MissingPackageError, UserError, is_installed
 
 
 def resolve_outputs(config: RunConfig) -> None:

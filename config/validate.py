@@ -15,7 +15,7 @@ from typing import Any
 
 from config.advice import NPROC, Change, divisors, find_advice, flags_of, multiples, nearest
 from config.attention import ITEM_BYTES, resolve_alignment, resolve_attention, resolve_data_packing
-from config.outputs import is_installed, resolve_outputs
+from config.outputs import resolve_outputs
 from config.progress import resolve_batches, resolve_lr_schedule
 from config.schema import (
     BATCH_FLAGS,
@@ -34,7 +34,7 @@ from data.sources import document_lengths, find_tokenizer, open_sources
 from data.tokenizer import load_sentencepiece
 from model.config import count_parameters
 from parallel.stages import check_schedule, split_layers
-from utils.errors import MissingPackageError, SizeError, UserError
+from utils.errors import MissingPackageError, SizeError, UserError, is_installed
 
 MAX_WHOLE_GRADIENTS = 8 << 30  # bytes that may live between microbatches
 MAX_WHOLE_WEIGHTS = 8 << 30  # bytes that may stay gathered from the forward to the backward pass

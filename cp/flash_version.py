@@ -6,12 +6,11 @@ installed FlashAttention-3 or 4, for the whole process.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import NamedTuple
 
 from torch.nn import attention
 
-from utils.errors import MissingPackageError, UserError
+from utils.errors import MissingPackageError, UserError, is_installed
 
 
 class FlashImpl(NamedTuple):
@@ -29,16 +28,9 @@ FLASH_IMPLS = {
 }
 
 
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent
-        return False
-
-
 def installed_versions() -> list[str]:
     """Versions beside PyTorch's own that are installed; every rank must have the same."""
-    return [version for version, impl in FLASH_IMPLS.items() if _is_installed(impl.module)]
+    return [version for version, impl in FLASH_IMPLS.items() if is_installed(impl.module)]
 
 
 def use_flash_attention(choice: str, major: int) -> str:
@@ -57,11 +49,11 @@ def use_flash_attention(choice: str, major: int) -> str:
         if choice == version and major not in impl.majors:
             legal = " or ".join(f"{n}.0" for n in impl.majors)
             raise UserError(f"--flash-attention {version} runs on compute capability {legal}, not {major}: use 2")
-        if choice == version and not _is_installed(impl.module):
+        if choice == version and not is_installed(impl.module):
             raise MissingPackageError(
                 f"--flash-attention {version}: no module {impl.module}; install FlashAttention-{version}, or use 2"
             )
-        if choice == version or (choice == "auto" and major == impl.auto and _is_installed(impl.module)):
+        if choice == version or (choice == "auto" and major == impl.auto and is_installed(impl.module)):
             try:
                 attention.activate_flash_attention_impl(impl.name)
             except Exception as error:  # a foreign package, built for another PyTorch

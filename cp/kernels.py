@@ -27,7 +27,8 @@ def _run_view(x: Tensor, count: int, at: Segments) -> Tensor:
     return x.as_strided(shape, strides, x.storage_offset() + at.start * row)
 
 
-def _cat(parts: Sequence[Tensor]) -> Tensor:
+def cat_tokens(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenated; a single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
@@ -44,7 +45,7 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) ->
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))  # [count * length, h, d]
         lses.append(lse.transpose(1, 2).flatten(0, 1))  # [count * length, h]
-    return _cat(outs), _cat(lses)
+    return cat_tokens(outs), cat_tokens(lses)
 
 
 def _cpu_backward(
@@ -62,7 +63,7 @@ def _cpu_backward(
         )
         for parts, grad in zip(grads, run_grads, strict=True):
             parts.append(grad.transpose(1, 2).flatten(0, 1))
-    return _cat(grads[0]), _cat(grads[1]), _cat(grads[2])
+    return cat_tokens(grads[0]), cat_tokens(grads[1]), cat_tokens(grads[2])
 
 
 def _cuda_lengths(block: Block) -> tuple[Tensor | None, Tensor | None, int, int]:

@@ -1,4 +1,4 @@
-"""Context-parallel sharding: which rank owns which token, as pure functions on numpy arrays with their inverses.
+"""Context-parallel sharding: which rank owns which token, as pure functions on numpy arrays.
 
 - `zigzag` cuts every document into 2*cp chunks and gives rank r the chunks r and 2*cp-1-r, so that all ranks have the
   same share of every document's causal attention (Llama 3, arXiv:2407.21783, section 3.3.2; the order of Transformer

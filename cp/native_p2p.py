@@ -40,7 +40,7 @@ from cp.blocks import (
     take_tokens,
 )
 from cp.dropout_attention import AttentionOptions
-from cp.kernels import block_backward, block_forward
+from cp.kernels import block_backward, block_forward, cat_tokens
 from cp.layout import ranges
 from cp.packed_seq import PackedSeq
 from parallel.collectives import Transfer, start_ring_shift
@@ -281,10 +281,6 @@ class _Backward(_Pass):
         self.dq = spread_tokens(dq.to(self.q.dtype), self.blocks.rows.queries, self.size)
 
 
-def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -299,7 +295,7 @@ class _RingAttention(torch.autograd.Function):
                 ring.compute(step)
         for ring in passes:
             ring.finish()
-        result, lse = _cat([ring.out for ring in passes]), _cat([ring.lse for ring in passes])
+        result, lse = cat_tokens([ring.out for ring in passes]), cat_tokens([ring.lse for ring in passes])
         ctx.save_for_backward(q, k, v, result, lse)
         ctx.rings, ctx.options = rings, options
         return result
@@ -321,8 +317,8 @@ class _RingAttention(torch.autograd.Function):
                     ring.shift_dkv(step)
         for ring in passes:
             ring.finish()
-        dq = _cat([ring.dq for ring in passes])
-        dk, dv = (_cat([ring.dkv[i] for ring in passes]) for i in (0, 1))
+        dq = cat_tokens([ring.dq for ring in passes])
+        dk, dv = (cat_tokens([ring.dkv[i] for ring in passes]) for i in (0, 1))
         return dq, dk, dv, None, None
 
 

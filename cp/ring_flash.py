@@ -21,7 +21,6 @@ from torch import Tensor
 
 from cp import flash_attn_cpu
 from cp.packed_seq import PackedSeq, to_device
-from utils.errors import UserError
 
 DENSE_FUNCTIONS = {
     "zigzag": "zigzag_ring_flash_attn_func",
@@ -35,9 +34,6 @@ def load_library(device_type: str) -> types.ModuleType:
     """Import ring_flash_attn without its adapters for transformers, which import names that current releases lack.
 
     During the import only, an empty module replaces the adapters, and on CPU `cp.flash_attn_cpu` replaces flash-attn.
-
-    Raises:
-        UserError: the library, or on CUDA flash-attn, is not installed.
     """
     if "ring_flash_attn" in sys.modules:
         return sys.modules["ring_flash_attn"]
@@ -52,11 +48,6 @@ def load_library(device_type: str) -> types.ModuleType:
     sys.modules.update(stand_ins)
     try:
         return importlib.import_module("ring_flash_attn")
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--cp-backend ring: the package {error.name} is not installed: pip install ring-flash-attn==0.1.8"
-            + (" flash-attn" if device_type == "cuda" else "")
-        ) from error
     finally:
         for name in stand_ins:
             del sys.modules[name]

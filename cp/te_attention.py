@@ -89,12 +89,11 @@ class TEHybridAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeq, group: dist.ProcessGroup) -> Tensor:
         """As `TEAttention`. In the backward pass autograd runs the degrees in reverse, on all ranks."""
 
-        def move(x: Tensor) -> Tensor:
-            return to_device(x.numpy(), q.device)
-
         def build() -> list[DegreeRow]:
             rows = build_degree_rows(packed_seq, cp_size=group.size(), cp_rank=group.rank())
-            return [replace(row, packed_seq=row.packed_seq.move(move)) for row in rows]
+            return [
+                replace(row, packed_seq=row.packed_seq.move(lambda x: to_device(x.numpy(), q.device))) for row in rows
+            ]
 
         return torch.cat(
             [

@@ -22,11 +22,6 @@ def tp_dim(name: str) -> int | None:
     return next((dim for suffix, dim in TP_DIMS.items() if name.endswith(suffix)), None)
 
 
-def is_tp_sharded(name: str) -> bool:
-    """Whether tp ranks hold different shards of a parameter."""
-    return tp_dim(name) is not None
-
-
 def needs_tp_grad_sum(name: str, *, sequence_parallel: bool) -> bool:
     """Whether each tp rank computes a partial gradient of a replicated weight, to be summed over tp."""
     return tp_dim(name) is None and (sequence_parallel or name.endswith(HEAD_NORMS))

@@ -81,10 +81,12 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.attention, self.tp = config, attention, tp
-        self.groups = config.num_query_groups * tp.kv_size // tp.size
-        assert self.groups * tp.size == config.num_query_groups * tp.kv_size, "tp does not split the query groups"
+        sharing = 1 if tp.kv_group is None else tp.kv_group.size()
+        self.groups, rest = divmod(config.num_query_groups * sharing, tp.size)
+        assert not rest, "tp does not split the query groups"
         heads = tp.divide(config.num_attention_heads, "query heads")
         self.queries = heads // self.groups  # of each of this rank's groups
+        self.first_query = tp.rank % sharing * self.queries
         self.dropout = None
         if config.attention_dropout:
             key = key_of(options.dropout_seed, f"dropout layers.{number}.scores")
@@ -102,8 +104,8 @@ class SelfAttention(nn.Module):
         # [t, g, hq/g + 2, d], g of this tp rank
         qkv = self.tp.gather_heads(self.qkv(x)).view(-1, self.groups, c.queries_per_group + 2, c.kv_channels)
         if self.queries < c.queries_per_group:  # the other queries are those of the ranks that share the group
-            first = self.tp.rank % self.tp.kv_size * self.queries
-            qkv = torch.cat((qkv[:, :, first : first + self.queries], qkv[:, :, -2:]), 2)  # frees what is gathered
+            own = qkv[:, :, self.first_query : self.first_query + self.queries]
+            qkv = torch.cat((own, qkv[:, :, -2:]), 2)  # frees what is gathered
         q, k, v = qkv.split((self.queries, 1, 1), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import communicate, reduce_scatter, start_all_gather
+from parallel.collectives import Collective, communicate, reduce_scatter, start_all_gather
 from parallel.grid import Grid, neighbour_groups
 from utils.errors import UserError
 
@@ -51,6 +51,11 @@ def _scatter_columns(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 _communicate_uncompiled = torch.compiler.disable(communicate)  # a graph ends here, but only where ranks communicate
 
 
+def _exchange(x: Tensor, group: dist.ProcessGroup | None, forward: Collective, backward: Collective) -> Tensor:
+    """`communicate`, or x where there is no other rank."""
+    return x if group is None or group.size() == 1 else _communicate_uncompiled(x, group, forward, backward)
+
+
 @dataclass(frozen=True)
 class TensorParallel:
     """The ranks that share each matrix, and whether they also shard the residual stream.
@@ -73,11 +78,6 @@ class TensorParallel:
     def rank(self) -> int:
         return 0 if self.group is None else self.group.rank()
 
-    @property
-    def kv_size(self) -> int:
-        """Ranks that share a key/value head."""
-        return 1 if self.kv_group is None else self.kv_group.size()
-
     def divide(self, size: int, what: str) -> int:
         """size / tp.
 
@@ -90,33 +90,23 @@ class TensorParallel:
 
     def enter_parallel_region(self, x: Tensor) -> Tensor:
         """Input of a column-parallel matrix: [t / tp, h] or [t, h] -> [t, h] of all tokens."""
-        if self.group is None or self.size == 1:
-            return x
-        forward, backward = (_gather, reduce_scatter) if self.sequence_parallel else (_identity, _sum)
-        return _communicate_uncompiled(x, self.group, forward, backward)
+        return _exchange(x, self.group, *((_gather, reduce_scatter) if self.sequence_parallel else (_identity, _sum)))
 
     def exit_parallel_region(self, x: Tensor) -> Tensor:
         """Output of a row-parallel matrix: [t, h] partial sums -> the residual stream, [t / tp, h] or [t, h]."""
-        if self.group is None or self.size == 1:
-            return x
-        forward, backward = (reduce_scatter, _gather) if self.sequence_parallel else (_sum, _identity)
-        return _communicate_uncompiled(x, self.group, forward, backward)
+        return _exchange(x, self.group, *((reduce_scatter, _gather) if self.sequence_parallel else (_sum, _identity)))
 
     def gather_columns(self, x: Tensor) -> Tensor:
         """[n, c / tp] of each rank -> [n, c]. No gradient."""
-        if self.group is None or self.size == 1:
-            return x
-        return _gather_columns(x, self.group)
+        return x if self.group is None else _gather_columns(x, self.group)
 
     def gather_heads(self, x: Tensor) -> Tensor:
-        """Output of the QKV matrix: [t, c] -> [t, kv_size * c], whole groups of heads. Gradients are summed."""
-        if self.kv_group is None or self.kv_size == 1:
-            return x
-        return _communicate_uncompiled(x, self.kv_group, _gather_columns, _scatter_columns)
+        """Output of the QKV matrix, [t, c] of each rank of `kv_group` -> [t, size * c]. Gradients are summed."""
+        return _exchange(x, self.kv_group, _gather_columns, _scatter_columns)
 
 
 def build_tensor_parallel(
-    grid: Grid, *, query_groups: int, sequence_parallel: bool, timeout: timedelta | None = None
+    grid: Grid, query_groups: int, sequence_parallel: bool, timeout: timedelta | None = None
 ) -> TensorParallel:
     """The grid's tp ranks, and those that share a key/value head. Collective: every rank of the world calls it."""
     sharing = grid.size("tp") // query_groups

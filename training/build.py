@@ -165,14 +165,13 @@ def build_meta_model(
 ) -> GPT | Stages:
     """`build_model` without weights: sharded for `device`, still on the meta device."""
     parallel, model_flags, training = config.parallel, config.model, config.training
-    compute_dtype = COMPUTE_DTYPES[training.dtype]
+    compute_dtype, timeout = COMPUTE_DTYPES[training.dtype], collective_timeout(parallel)
     a2a_groups = None
     if parallel.attention.a2a_size > 1:
-        a2a_groups = split_group(grid, "cp", parallel.attention.a2a_size, timeout=collective_timeout(parallel))
+        a2a_groups = split_group(grid, "cp", parallel.attention.a2a_size, timeout=timeout)
     degree_groups = None
     if parallel.cp_layout == "hybrid" and parallel.attention.method != "all_gather":
-        degrees = degree_chain(parallel.cp_size)
-        degree_groups = neighbour_groups(grid, "cp", degrees, timeout=collective_timeout(parallel))
+        degree_groups = neighbour_groups(grid, "cp", degree_chain(parallel.cp_size), timeout=timeout)
     if model_flags.compile or model_flags.fused_kernels:
         own_temporary_folder()
     if model_flags.fused_kernels:
@@ -190,12 +189,7 @@ def build_meta_model(
         degree_groups=degree_groups,
         clock=clock,
     )
-    tp = build_tensor_parallel(
-        grid,
-        query_groups=architecture.num_query_groups,
-        sequence_parallel=parallel.sequence_parallel,
-        timeout=collective_timeout(parallel),
-    )
+    tp = build_tensor_parallel(grid, architecture.num_query_groups, parallel.sequence_parallel, timeout)
     bf16_layers = (0, architecture.num_layers - 1) if model_flags.fp8_first_last_bf16 else ()
     precision = build_precision(model_flags.fp8, group=grid.group("stage"), bf16_layers=bf16_layers)
     options = GPTOptions(

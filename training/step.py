@@ -15,7 +15,7 @@ from data.batch import Batch
 from metrics.timers import Timers
 from model.fused_weights import cache_fused_weights
 from model.gpt import GPT, PipelineInputs, Stages, get_chunks
-from model.names import is_tp_sharded, needs_tp_grad_sum
+from model.names import needs_tp_grad_sum, tp_dim
 from parallel.fsdp import Accumulation, local_grads, reshard_model, set_last_microbatch
 from parallel.grid import Grid
 from parallel.pipeline import pipeline_forward
@@ -108,7 +108,7 @@ def forward_backward(
 def get_norm_owned_names(model: GPT | Stages, grid: Grid) -> frozenset[str]:
     """Names of the parameters that this rank counts in the gradient norm: one rank of pp x tp counts each weight."""
     names = {n for c in get_chunks(model) for n, _ in c.named_parameters() if not c.is_copy(n)}
-    return frozenset(n for n in names if grid.rank("tp") == 0 or is_tp_sharded(n))
+    return frozenset(n for n in names if grid.rank("tp") == 0 or tp_dim(n) is not None)
 
 
 @torch.no_grad()

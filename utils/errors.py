@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import importlib.util
 import os
 import sys
 import threading
@@ -45,6 +46,13 @@ class SizeError(UserError):
 
 class MissingPackageError(UserError):
     """An optional package that a flag needs is not installed here."""
+
+
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
 
 
 class CollectiveError(OSError):

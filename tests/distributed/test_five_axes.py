@@ -17,7 +17,7 @@ import torch
 
 from cp.layout import shard_indices
 from data.dataset import PackedSample
-from model.names import is_tp_sharded
+from model.names import tp_dim
 from parallel.fsdp import local_tensor
 from parallel.grid import AXES, Grid, GridSizes, build_grid
 from tests.distributed import test_model_parity as parity
@@ -139,7 +139,7 @@ def check(world: World, layout: str, dtype: str, labels: str, tied: bool) -> Non
         if differ <= {"dp_replicate"}:
             assert first["shards"] == second["shards"]
         if differ <= {"dp_replicate", "tp"}:
-            assert all(first["shards"][n] == second["shards"][n] for n in first["shards"] if not is_tp_sharded(n))
+            assert all(first["shards"][n] == second["shards"][n] for n in first["shards"] if tp_dim(n) is None)
 
 
 @pytest.mark.parametrize("layout", TWO)

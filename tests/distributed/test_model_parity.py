@@ -24,7 +24,7 @@ from model.config import GPTConfig
 from model.gpt import GPT, Stages, get_chunks
 from model.init import initial_rows, initialise
 from model.layers import build_precision
-from model.names import is_tp_sharded
+from model.names import tp_dim
 from model.transformer import GPTOptions
 from parallel.collectives import sum_over
 from parallel.fsdp import Accumulation, clip_grad_norm_, local_tensor, shard_model
@@ -74,7 +74,7 @@ def grid_of(layout: str) -> Grid:
 @functools.cache
 def tp_of(grid: Grid, query_groups: int, sequence_parallel: bool) -> TensorParallel:
     """Cached as `grid_of`."""
-    return build_tensor_parallel(grid, query_groups=query_groups, sequence_parallel=sequence_parallel)
+    return build_tensor_parallel(grid, query_groups, sequence_parallel)
 
 
 @pytest.fixture(scope="module")
@@ -607,7 +607,7 @@ def test_replicas_hold_the_same_bits_after_ten_steps(world: World, layout: str, 
         assert first == second
     if "tp" in layout:  # what tp ranks hold whole is the same on both
         one, other = (copies[0] for copies in by_place.values())
-        assert all(one[name] == other[name] for name in one if not is_tp_sharded(name))
+        assert all(one[name] == other[name] for name in one if tp_dim(name) is None)
 
 
 def weights_after_steps(rank: int, layout: str) -> dict:

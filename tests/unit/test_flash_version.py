@@ -43,7 +43,7 @@ def test_the_version_fits_the_gpu_and_what_is_installed(
     choice: str, major: int, installed: str, activated: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modules = [FLASH_IMPLS[version].module for version in installed]
-    monkeypatch.setattr(flash_version, "_is_installed", lambda module: module in modules)
+    monkeypatch.setattr(flash_version, "is_installed", lambda module: module in modules)
     with mock.patch.object(attention, "activate_flash_attention_impl") as activate:
         use_flash_attention(choice, major)
     assert [call.args[0] for call in activate.call_args_list] == activated
@@ -60,7 +60,7 @@ def test_what_cannot_run_is_refused(choice: str, major: int, words: str) -> None
 def test_kernels_of_another_pytorch_are_left_alone_unless_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(flash_version, "_is_installed", lambda module: True)
+    monkeypatch.setattr(flash_version, "is_installed", lambda module: True)
     error = RuntimeError("undefined symbol\nin a shared object")
     with mock.patch.object(attention, "activate_flash_attention_impl", side_effect=error):
         assert "flash_attn_interface does not fit this PyTorch (undefined symbol)" in use_flash_attention("auto", 9)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model.config import GPTConfig
 from model.gpt import GPT, Stages
-from model.names import is_tp_sharded, needs_tp_grad_sum, tp_dim
+from model.names import needs_tp_grad_sum, tp_dim
 from model.transformer import GPTOptions
 from parallel.stages import check_schedule, split_layers
 
@@ -86,7 +86,7 @@ def test_every_matrix_is_tp_sharded_and_no_vector() -> None:
     with torch.device("meta"):
         model = GPT(CONFIG, attention=None, cp_group=None, options=GPTOptions(dtype=torch.float32))  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
-        assert is_tp_sharded(name) == (parameter.dim() == 2), name
+        assert (tp_dim(name) is not None) == (parameter.dim() == 2), name
         assert needs_tp_grad_sum(name, sequence_parallel=True) == (parameter.dim() == 1)
         assert needs_tp_grad_sum(name, sequence_parallel=False) == name.endswith(("q_norm.weight", "k_norm.weight"))
     # Matrices that write to the residual stream are sharded by inputs, all others by outputs.
