@@ -161,11 +161,7 @@ class ParallelConfig:
     dp_replicate_size: int = flag(1, "replicas of the model, each with its own data (HSDP's outer dimension)")
     dp_shard_size: int = flag(-1, "ranks over which FSDP shards a replica; -1: all ranks that are left")
     cp_size: int = flag(1, "context-parallel size: ranks that share each sequence")
-    tp_size: int = flag(
-        1,
-        "tensor-parallel size: ranks that share each matrix and its heads; divides --num-query-groups, or is a "
-        "multiple of it that divides --num-attention-heads",
-    )
+    tp_size: int = flag(1, "tensor-parallel size: divides the query groups, or is a multiple that divides the heads")
     sequence_parallel: bool = flag(None, "norms on 1/tp of the tokens; default: on if --tp-size is above 1")
     cp_backend: str = flag("auto", "implementation of context-parallel attention", choices=("auto", *support.BACKENDS))
     cp_comm_type: str = flag(

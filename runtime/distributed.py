@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.util
 import json
 import os
 import resource
@@ -28,7 +27,7 @@ from cp.flash_version import installed_versions
 from parallel.grid import Grid, GridSizes, build_grid
 from runtime.status import RunStatus
 from runtime.watchdog import Watchdog
-from utils.errors import MissingPackageError, UserError
+from utils.errors import MissingPackageError, UserError, is_installed
 
 T = TypeVar("T")
 
@@ -187,7 +186,7 @@ def check_compiler() -> None:
     given = os.environ.get("CC", "").split()[:1]
     compiler = next(filter(None, map(shutil.which, given or ("gcc", "clang"))), None)
     header = Path(sysconfig.get_path("include"), "Python.h")
-    if compiler is None or not header.is_file() or importlib.util.find_spec("triton") is None:
+    if compiler is None or not header.is_file() or not is_installed("triton"):
         raise MissingPackageError(
             f"--fused-kernels needs Triton, a C compiler ($CC, gcc or clang) and {header} (Debian: python3-dev): "
             "install them, or use --no-fused-kernels"

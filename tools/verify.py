@@ -17,7 +17,6 @@ four times its floor, or a token reaches another document (tools/leak_probe.py).
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
@@ -57,7 +56,7 @@ from tools.leak_probe import Leak, change_samples, probe
 from tools.one_step import compute_gradients, start_grid
 from training.build import COMPUTE_DTYPES, build_batch_plan, build_data, build_model
 from training.optimizer import build_optimizer
-from utils.errors import UserError, run_tool
+from utils.errors import UserError, is_installed, run_tool
 
 TOLERANCE = 4.0  # an error may be this many times its noise floor
 QUERY_CHUNK = 1024  # rows of scores that exist at a time in the reference attention
@@ -373,10 +372,7 @@ def cells_of(config: RunConfig) -> list[RunConfig]:
     runs = []
     parallel = config.parallel
     libraries = CUDA_LIBRARIES if parallel.device == "cuda" else LIBRARIES
-    missing = {
-        backend: [name for name in names if importlib.util.find_spec(name) is None]
-        for backend, names in libraries.items()
-    }
+    missing = {backend: [name for name in names if not is_installed(name)] for backend, names in libraries.items()}
     heads, groups = (n // parallel.tp_size for n in (config.model.num_attention_heads, config.model.num_query_groups))
     for choice, dtype in cells(device=parallel.device, cp_size=parallel.cp_size, heads=heads, groups=max(1, groups)):
         cell = deepcopy(config)
