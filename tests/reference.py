@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -63,14 +61,6 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def worst(errors: dict[str, float]) -> float:
     """The largest error; infinite if one is NaN, which `max` would skip."""
     return max(error if error == error else float("inf") for error in errors.values())
-
-
-def unshard_indices(
-    padded_lengths: np.ndarray, *, cp_size: int, layout: str, placement: Placement | None = None
-) -> np.ndarray:
-    """The inverse of `shard_indices`: [T] int64 indices into the concatenated shards that restore the row's order."""
-    cut = partial(shard_indices, padded_lengths, cp_size=cp_size, layout=layout, placement=placement)
-    return invert(np.concatenate([cut(cp_rank=rank) for rank in range(cp_size)]))
 
 
 def random_documents(rng: np.random.Generator, row_length: int, alignment: int) -> tuple[np.ndarray, np.ndarray]:
