@@ -331,8 +331,8 @@ class DataConfig:
     )
     tokenizer_model: str | None = flag(
         None,
-        "SentencePiece model or Hugging Face tokenizer.json; default: the prepared corpus's, or a model trained once "
-        "on the text",
+        "SentencePiece model, Hugging Face tokenizer.json, or GPT-2's vocab.json with merges.txt beside; default: the "
+        "prepared corpus's, or a model trained once on the text",
     )
     tokenizer_eod: str | None = flag(
         None, "end-of-document token of a tokenizer.json; default: a usual one", metavar="TOKEN"

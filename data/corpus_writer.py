@@ -170,12 +170,12 @@ class CorpusWriter:
                 os.fsync(out.fileno())
         replace_synced(self.files["progress.json"], json.dumps({"key": self.key, "progress": asdict(self.progress)}))
 
-    def finish(self, metadata: dict[str, Any], model: Path | None) -> None:
+    def finish(self, metadata: dict[str, Any], model: Path | None, content: bytes) -> None:
         """Puts the files in their places, the index last, and removes the unfinished folder.
 
         Args:
             metadata: of `<prefix>.json`, without the checksums.
-            model: the tokenizer's, to be copied.
+            model, content: the tokenizer's file and what its copy holds; None: it has no file.
         """
         self.save()
         for out in self.outputs.values():
@@ -190,7 +190,7 @@ class CorpusWriter:
         final.unlink(missing_ok=True)  # an older corpus ends here, before its tokens do
         if model is not None:
             copy = self.folder / "model"
-            write_synced(copy, model.read_bytes())
+            write_synced(copy, content)
             os.replace(copy, model_copy(self.prefix, model))
         replace_synced(metadata_file(self.prefix), redact(json.dumps(metadata, indent=1)) + "\n")
         os.replace(tokens, token_file(self.prefix))

@@ -39,7 +39,7 @@ from data.indexed_dataset import token_dtype
 from data.readers import FORMATS, BadRecord, FileOffset
 from data.sources import BOS, EOD, TextSource, metadata_file, train_model
 from data.statistics import stats_command
-from data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec, resolve_tokenizer_type
+from data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
 from utils.errors import OneLineParser, UserError, run_tool
 from utils.files import cache_key, replace_synced
 
@@ -108,7 +108,7 @@ class PrepareOptions(InputOptions):
         "auto",
         choices=("auto", *TOKENIZER_TYPES),
     )
-    tokenizer_model: str | None = option("SentencePiece model, or a Hugging Face tokenizer.json", None)
+    tokenizer_model: str | None = option("SentencePiece model, tokenizer.json, or GPT-2's vocab.json", None)
     tokenizer_eod: str | None = option(
         "of a tokenizer.json: the token that ends a document; default: a usual one", None, metavar="TOKEN"
     )
@@ -199,10 +199,6 @@ def _check_options(options: PrepareOptions) -> None:
             f"--output-prefix {options.output_prefix}: is a folder; say how the files' names begin, as in "
             f"{prefix / 'corpus'}"
         )
-    if options.tokenizer_type != "byte" and options.tokenizer_model is None:
-        raise UserError(
-            "--tokenizer-model is missing (data.prepare train-tokenizer makes one), or give --tokenizer-type byte"
-        )
 
 
 @contextmanager
@@ -227,8 +223,7 @@ def prepare(options: PrepareOptions) -> Progress:
     """
     _check_options(options)
     prefix = Path(options.output_prefix)
-    kind = resolve_tokenizer_type(options.tokenizer_type, options.tokenizer_model)
-    spec = TokenizerSpec(kind, options.tokenizer_model, options.tokenizer_eod, options.bos)
+    spec = TokenizerSpec(options.tokenizer_type, options.tokenizer_model, options.tokenizer_eod, options.bos)
     tokenizer = spec.load()
     if tokenizer.change:
         print(f"--tokenizer-model {spec.model} changes text: {tokenizer.change}", file=sys.stderr)
@@ -258,7 +253,8 @@ def prepare(options: PrepareOptions) -> Progress:
         writer.discard()
         what = f"no token in its {progress.documents} documents" if progress.documents else "no document in it"
         raise UserError(f"--input {source.name}: {what} ({progress.empty} empty, {progress.bad} bad)")
-    writer.finish(_describe_corpus(progress, source, spec, tokenizer, prefix, options.append_eod), model)
+    metadata = _describe_corpus(progress, source, spec, tokenizer, prefix, options.append_eod)
+    writer.finish(metadata, model, tokenizer.content)
     return progress
 
 
@@ -311,7 +307,7 @@ def _describe_corpus(
         "inputs": list(source.files),
         "left_out": {kind: {"count": len(names), "first": names[:100]} for kind, names in source.left_out.items()},
         "tokenizer": {
-            "type": spec.kind,
+            "type": tokenizer.kind,
             "model": model_copy(prefix, Path(spec.model)).name if spec.model else None,
             "eod": spec.eod,
             "vocab_size": tokenizer.vocab_size,

@@ -25,7 +25,7 @@ from data.blend import parse_blend
 from data.files import LeftOut, describe_left_out, drop_empty, file_version, is_remote, match_files
 from data.indexed_dataset import IndexedDataset, index_file, token_file
 from data.readers import BadRecord, Record, decode_text, detect_format, read_records
-from data.tokenizer import TokenIds, Tokenizer, TokenizerSpec, load_tokenizer, train_sentencepiece
+from data.tokenizer import TokenIds, Tokenizer, TokenizerSpec, train_sentencepiece
 from utils.errors import UserError
 from utils.files import checksum, parse_json, read_text
 from utils.names import redact
@@ -190,7 +190,7 @@ class PreparedCorpus:
         if named is None:
             return None
         model = None if named["model"] is None else str(self.prefix.parent / Path(named["model"]).name)
-        found = load_tokenizer(named["type"], model, named["eod"])
+        found = TokenizerSpec(named["type"], model, named["eod"]).load()
         if found.fingerprint != named["fingerprint"]:
             raise UserError(
                 f"{metadata_file(self.prefix)}: the {named['type']} model beside it is not the tokenizer that it was "

@@ -64,6 +64,7 @@ class Tokenizer(ABC):
         kind: of `TOKENIZER_TYPES`.
         eod: id of the end-of-document token. No text has it: only whoever writes a corpus ends a document.
         bos: id of the token that begins each document, which no text has either; None: none does.
+        content: of the model's file; empty: there is none.
         change: how the tokenizer changes texts, for a message; empty: `decode` gives back what was encoded.
         fingerprint: changes whenever the same text could get other ids.
     """
@@ -73,6 +74,7 @@ class Tokenizer(ABC):
     eod: int
     fingerprint: str
     bos: int | None = None
+    content: bytes = b""
     change: str = ""
 
     def begin_with_bos(self) -> None:
@@ -326,8 +328,37 @@ def _hide_token(said: dict[str, Any], token: str) -> bool:
     return True
 
 
+def describe_tokenizer(model: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    """A tokenizer.json of this model and these parts."""
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    return {"version": "1.0", **empty, "added_tokens": [], "model": model, **parts}
+
+
+def _read_tokenizer_json(file: Path) -> bytes:
+    """A tokenizer.json: the file itself, or made of `vocab.json` and `merges.txt` by GPT-2's rules.
+
+    Raises:
+        UserError: `merges.txt` is missing, or a tokenizer.json beside may name other rules.
+    """
+    content = _read_model(file)
+    vocab = {} if re.search(rb'"model"\s*:\s*{', content) else json.loads(content)
+    if isinstance(vocab, dict) and {"config", "vocab"} <= vocab.keys():
+        raise UserError(f"--tokenizer-model {file}: is a tekken.json; give the tokenizer.json of the same model")
+    if not (isinstance(vocab, dict) and vocab and all(type(number) is int for number in vocab.values())):
+        return content
+    merges, whole = file.with_name(file.name.replace("vocab.json", "merges.txt")), file.with_name("tokenizer.json")
+    if whole.exists() or merges == file or not merges.is_file():
+        wanted = f"give {whole}" if whole.exists() else "name it vocab.json, with its merges.txt beside"
+        raise UserError(f"--tokenizer-model {file}: is a vocabulary without the rules of a tokenizer; {wanted}")
+    lines = _read_model(merges).decode().replace("\r\n", "\n").split("\n")
+    model = {"type": "BPE", "vocab": vocab, "merges": [line for line in lines if line and line[:8] != "#version"]}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return json.dumps(describe_tokenizer(model, pre_tokenizer=level, decoder=level)).encode()
+
+
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json` of the Hugging Face `tokenizers` library, without its template's special tokens.
+    """A `tokenizer.json` of the Hugging Face `tokenizers` library, without its template's special tokens; or GPT-2's
+    `vocab.json` with `merges.txt` beside it.
 
     Args:
         eod: the EOD token; None: the first of `EOD_TOKENS` in the file.
@@ -345,10 +376,10 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(
                 f"--tokenizer-model {file} needs the package tokenizers ({error}): pip install -r requirements.txt"
             ) from error
-        self.content = content = _read_model(file)
-        if re.search(rb'"Regex"|\\u00[0-7]', content):  # or its letters as JSON escapes
-            _try_tokenizer(file, content)
         try:
+            self.content = content = _read_tokenizer_json(file)
+            if re.search(rb'"Regex"|\\u00[0-7]', content):  # or its letters as JSON escapes
+                _try_tokenizer(file, content)
             self.processor = tokenizers.Tokenizer.from_buffer(content)
             ids = self.processor.get_vocab(with_added_tokens=True)
             wanted = (eod,) if eod is not None else EOD_TOKENS
@@ -450,32 +481,9 @@ def _find_start(processor: dict[str, Any]) -> tuple[int, str] | None:
 
 
 def _raise_interrupts(error: BaseException) -> None:
-    """Raise what is no error of the tokenizers library, whose panics are BaseExceptions."""
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    """Raise a refusal, and what is no error of the tokenizers library, whose panics are BaseExceptions."""
+    if isinstance(error, UserError) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
         raise error
-
-
-def load_tokenizer(tokenizer_type: str, model: str | None, eod: str | None = None) -> Tokenizer:
-    """The tokenizer of a type and a model file.
-
-    Args:
-        tokenizer_type: of `TOKENIZER_TYPES`, or `auto`: huggingface for a `.json` file, else sentencepiece.
-        eod: as `HuggingFaceTokenizer`'s.
-
-    Raises:
-        UserError: a model is missing, unreadable, or not allowed for the type.
-    """
-    if tokenizer_type == "byte":
-        if model is not None:
-            raise UserError(f"--tokenizer-model {model}: --tokenizer-type byte takes no model")
-        return ByteTokenizer()
-    if model is None:
-        raise UserError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
-    if resolve_tokenizer_type(tokenizer_type, model) == "huggingface":
-        return HuggingFaceTokenizer(Path(model), eod)
-    if eod is not None:
-        raise UserError(f"--tokenizer-eod {eod}: a SentencePiece model names its own end-of-sentence piece")
-    return SentencePieceTokenizer(Path(model))
 
 
 @dataclass(frozen=True)
@@ -483,15 +491,17 @@ class TokenizerSpec:
     """Flags that say which tokenizer.
 
     Attributes:
-        kind, model, eod: of `load_tokenizer`.
+        kind: of `TOKENIZER_TYPES`, or `auto`: huggingface for a `.json` file, else sentencepiece.
+        model: the file.
+        eod: as `HuggingFaceTokenizer`'s.
         bos: whether documents begin with BOS; None: as those of prepared corpora do.
         eod_id: the tokenizer is not at hand, and this id ends a document; None: it is at hand.
         vocab_size: of --vocab-size, for `eod_id`.
     """
 
-    kind: str
-    model: str | None
-    eod: str | None
+    kind: str = "auto"
+    model: str | None = None
+    eod: str | None = None
     bos: bool | None = None
     eod_id: int | None = None
     vocab_size: int | None = None
@@ -502,29 +512,36 @@ class TokenizerSpec:
         return self.kind == "byte" or self.model is not None or self.eod_id is not None
 
     def load(self) -> Tokenizer:
-        """Raises UserError: as `load_tokenizer`, flags that contradict each other, or no BOS to begin with."""
-        if self.eod_id is None:
-            tokenizer = load_tokenizer(self.kind, self.model, self.eod)
-            if self.bos:
-                tokenizer.begin_with_bos()
-            return tokenizer
+        """Raises UserError: a model is missing, unreadable or not allowed for the type, or has no BOS to begin with."""
+        tokenizer = self._open() if self.eod_id is None else self._stand_in(self.eod_id)
+        if self.bos:
+            tokenizer.begin_with_bos()
+        return tokenizer
+
+    def _open(self) -> Tokenizer:
+        if self.kind == "byte":
+            if self.model is not None:
+                raise UserError(f"--tokenizer-model {self.model}: --tokenizer-type byte takes no model")
+            return ByteTokenizer()
+        if self.model is None:
+            raise UserError(f"--tokenizer-type {self.kind} needs --tokenizer-model; --tokenizer-type byte needs none")
+        if self.kind == "huggingface" or (self.kind == "auto" and self.model.endswith(".json")):
+            return HuggingFaceTokenizer(Path(self.model), self.eod)
+        if self.eod is not None:
+            raise UserError(f"--tokenizer-eod {self.eod}: a SentencePiece model names its own end-of-sentence piece")
+        return SentencePieceTokenizer(Path(self.model))
+
+    def _stand_in(self, eod_id: int) -> TokenIds:
         if self.kind != "auto" or self.model is not None or self.bos:
             raise UserError(
-                f"--eod-id {self.eod_id}: stands for a tokenizer that is not at hand; give no --tokenizer-type, "
+                f"--eod-id {eod_id}: stands for a tokenizer that is not at hand; give no --tokenizer-type, "
                 "--tokenizer-model or --bos"
             )
-        if self.vocab_size is None or self.eod_id >= self.vocab_size:
+        if self.vocab_size is None or eod_id >= self.vocab_size:
             raise UserError(
-                f"--eod-id {self.eod_id}: needs --vocab-size, the number of tokens of the corpus's tokenizer, above it"
+                f"--eod-id {eod_id}: needs --vocab-size, the number of tokens of the corpus's tokenizer, above it"
             )
-        return TokenIds(self.vocab_size, self.eod_id)
-
-
-def resolve_tokenizer_type(tokenizer_type: str, model: str | None) -> str:
-    """`auto` resolved by the name of the model file."""
-    if tokenizer_type != "auto":
-        return tokenizer_type
-    return "huggingface" if model is not None and model.endswith(".json") else "sentencepiece"
+        return TokenIds(self.vocab_size, eod_id)
 
 
 def _training_pieces(texts: Iterable[str], size: int = 1000) -> Iterator[str]:

@@ -41,7 +41,7 @@ from checkpoint.files import (
 from checkpoint.reader import SafeReader
 from checkpoint.resume import IMPORTED
 from config.cli import parse_arguments
-from data.tokenizer import HuggingFaceTokenizer, TokenIds, Tokenizer, TokenizerSpec, find_start, load_tokenizer
+from data.tokenizer import HuggingFaceTokenizer, TokenIds, Tokenizer, TokenizerSpec, find_start
 from model.config import GPTConfig, count_parameters
 from tools.generate import add_tokenizer_flags, find_tokenizer, read_model_config
 from tools.hf.config import (
@@ -166,7 +166,7 @@ def import_model(folder: Path, output: Path, *, tokenizer_model: str | None, eod
     others = [end for end in list_ends(generation) if end not in ends]
     if eod is None and file.suffix == ".json" and ends:
         eod = find_end_token(file, ends[0])
-    tokenizer = load_tokenizer("auto", str(file), eod)
+    tokenizer = TokenizerSpec("auto", str(file), eod).load()
     if tokenizer.kind == "sentencepiece" and ends and tokenizer.eod not in ends:
         raise UserError(
             f"{where}: eos_token_id {short_repr(ends if ends[1:] else ends[0])}; {file} ends a document with "
@@ -208,7 +208,6 @@ def _write_run_files(
     scratch: Path, output: Path, config: GPTConfig, tokenizer: Tokenizer, *, eod: str | None, metadata: dict[str, Any]
 ) -> None:
     """Write tokenizer, preset and config.json into `scratch`, which becomes `output`."""
-    assert hasattr(tokenizer, "content")
     name = "tokenizer.json" if tokenizer.kind == "huggingface" else "tokenizer.model"
     (scratch / name).write_bytes(tokenizer.content)
     flags = model_flags(config) | {"tokenizer_type": tokenizer.kind, "tokenizer_model": str(output / name)}

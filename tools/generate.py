@@ -41,7 +41,6 @@ from data.tokenizer import (
     TokenizerSpec,
     UnencodableText,
     load_sentencepiece,
-    load_tokenizer,
 )
 from model.config import ROPE_SCALINGS, GPTConfig, count_parameters
 from model.gpt import GPT
@@ -147,7 +146,7 @@ def read_run_tokenizers(file: Path) -> Iterator[Tokenizer]:
     if model is not None and not Path(model).is_file():
         raise UserError(f"{file}: its tokenizer {model} does not exist; give its file with --tokenizer-model")
     if kind == "byte" or model is not None:
-        yield load_tokenizer(kind, model, eod)
+        yield TokenizerSpec(kind, model, eod).load()
     if type(ids[0]) is type(ids[1]) is int:
         yield TokenIds(*ids)
     for part in (part for words in corpora if words for part in parse_blend(words)):

@@ -74,7 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--world-size", type=int, default=1, help="ranks in all; default: 1")
     add("--node-size", type=int, help="ranks on a node; default: all, at most 8")
     add("--gpu-memory", type=float, metavar="GIB", help="memory of one device in GiB; default: no verdict")
-    add("--vocab-size", type=int, help="default: the tokenizer's; --tokenizer-vocab-size if one would be trained")
     add("--lengths", help="of documents: fixed:N, lognormal:MEAN,SIGMA or a file; default: the prepared corpus's")
     add("--rank-layouts", action="store_true", help="list the best layouts of --world-size ranks that fit")
     add("--most", type=int, default=12, help="layouts in the list; default: 12")
@@ -211,7 +210,7 @@ def rank_layouts(
 
 def check_numbers(counts: Mapping[str, int | None], gpu_memory: float | None) -> None:
     """Raises UserError for a size or count below 1, or a memory that is not finite and positive."""
-    for name in ("world_size", "node_size", "vocab_size", "most"):
+    for name in ("world_size", "node_size", "most"):
         value = counts[name]
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -313,10 +312,7 @@ def main(argv: list[str]) -> int:
     for note in notes:
         print(f"{note}, as train.py without --data-path and --config", file=sys.stderr)
     flags = parse_arguments(words)
-    if own.vocab_size and flags.data.eod_id is not None:  # which needs the flag in train.py, too
-        flags.model.vocab_size, words = own.vocab_size, [*words, "--vocab-size", str(own.vocab_size)]
     vocab, lengths = read_vocab_and_lengths(flags)
-    vocab = own.vocab_size or vocab
     lengths = parse_lengths(own.lengths, np.random.default_rng(flags.training.seed)) if own.lengths else lengths
     if own.rank_layouts:
         ranking = rank_layouts(words, own.world_size, node, vocab, lengths, gpu_memory=own.gpu_memory)

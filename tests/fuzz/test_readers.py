@@ -40,7 +40,7 @@ from data.corpus_writer import is_written_by_prepare
 from data.indexed_dataset import write_indexed_dataset
 from data.readers import BadRecord, decode_text, detect_format, read_records
 from data.sources import metadata_file, open_prepared
-from data.tokenizer import ByteTokenizer, load_tokenizer
+from data.tokenizer import ByteTokenizer, TokenizerSpec
 from metrics.log import open_metrics_file
 from parallel.grid import GridSizes, build_grid
 from planner.estimate import parse_lengths
@@ -320,7 +320,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "HF index": ("hf/model.safetensors.index.json", import_hugging_face),
     "HF weights": ("hf/model-00001-of-00002.safetensors", import_hugging_face),
     "HF tokenizer": ("hf/tokenizer.json", import_hugging_face),
-    "tokenizer.json": ("tokenizer.json", lambda path: load_tokenizer("huggingface", str(path), "<eod>")),
+    "tokenizer.json": ("tokenizer.json", lambda path: TokenizerSpec("huggingface", str(path), "<eod>").load()),
 }
 
 

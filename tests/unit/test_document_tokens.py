@@ -16,7 +16,7 @@ from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.packing import PackingOptions
 from data.prepare import main
 from data.sources import find_tokenizer, open_sources
-from data.tokenizer import ByteTokenizer, TokenIds, Tokenizer, TokenizerSpec, UnencodableText, load_tokenizer
+from data.tokenizer import ByteTokenizer, TokenIds, Tokenizer, TokenizerSpec, UnencodableText
 from tests.forked import run_script
 from tests.launch import SMALL, environment, run_train, train
 from tests.unit.test_tokenizers import byte_level, sentencepiece_bytes
@@ -24,7 +24,7 @@ from tools.hf.tokenizer import find_written_start, write_tokenizer
 from utils.errors import UserError
 
 TEXTS = ["a ring of ranks", "padding is silent, " * 9, "five axes make one loss. "] * 3
-FLAGS = TokenizerSpec("auto", None, None)
+FLAGS = TokenizerSpec()
 
 
 def model_file(folder: Path, kind: str) -> Path:
@@ -74,7 +74,7 @@ def documents(tokens: IndexedDataset) -> list[list[int]]:
 def test_prepared_documents_begin_with_bos(tmp_path: Path, kind: str, capsys) -> None:
     model = model_file(tmp_path, kind)
     prefix = prepared(tmp_path, "p", model, "--bos")
-    plain = load_tokenizer("auto", str(model))
+    plain = TokenizerSpec("auto", str(model)).load()
     wanted = [[1, *plain.encode(text).tolist(), plain.eod] for text in TEXTS]
     assert documents(IndexedDataset(prefix)) == wanted
     assert f"each begins with BOS token 1, each ends with end-of-document token {plain.eod}" in capsys.readouterr().out

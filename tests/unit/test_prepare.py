@@ -29,8 +29,8 @@ from data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
+    TokenizerSpec,
     _training_pieces,
-    load_tokenizer,
     train_sentencepiece,
 )
 
@@ -413,7 +413,7 @@ def test_killed_between_any_two_renames_it_is_finished_by_the_same_command(
     ("flags", "words"),
     [
         (["--input", "no/such/*.jsonl", *BYTE], "no/such/*.jsonl"),
-        (["--input", ".", "--tokenizer-type", "sentencepiece"], "--tokenizer-model is missing"),
+        (["--input", ".", "--tokenizer-type", "sentencepiece"], "sentencepiece needs --tokenizer-model"),
         (["--input", ".", *BYTE, "--tokenizer-model", "x"], "takes no model"),
         (["--input", ".", *BYTE, "--workers", "-1"], "--workers -1"),
         (["--input", ".", *BYTE, "--no-such-flag"], "--no-such-flag"),
@@ -455,7 +455,7 @@ def hugging_face(path: Path, special: list[str]) -> Path:
 
 
 def test_a_tokenizer_json_returns_the_text_and_ends_documents(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer("auto", str(hugging_face(tmp_path / "tokenizer.json", ["<pad>", "<|endoftext|>"])))
+    tokenizer = TokenizerSpec("auto", str(hugging_face(tmp_path / "tokenizer.json", ["<pad>", "<|endoftext|>"]))).load()
     assert isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.eod == 1
     for text in TEXTS[:30]:
         ids = tokenizer.encode(text)
@@ -471,7 +471,7 @@ def test_a_text_that_quotes_the_end_does_not_end(tmp_path: Path, special: bool) 
     for token in said["added_tokens"]:
         token["special"] = special or token["content"] != "<|endoftext|>"
     file.write_text(json.dumps(said))
-    tokenizer = load_tokenizer("auto", str(file))
+    tokenizer = TokenizerSpec("auto", str(file)).load()
     text = "before <|endoftext|> after <pad>"
     for ids in (tokenizer.encode(text), tokenizer.encode_batch([text])[0]):
         assert tokenizer.eod not in ids and 0 not in ids and tokenizer.decode(ids) == text
@@ -480,13 +480,13 @@ def test_a_text_that_quotes_the_end_does_not_end(tmp_path: Path, special: bool) 
 def test_a_tokenizer_json_without_a_usual_end_needs_its_name(tmp_path: Path) -> None:
     file = str(hugging_face(tmp_path / "tokenizer.json", ["<stop>"]))
     with pytest.raises(ValueError, match="--tokenizer-eod"):
-        load_tokenizer("auto", file)
+        TokenizerSpec("auto", file).load()
     with pytest.raises(ValueError, match="no token <other>"):
-        load_tokenizer("huggingface", file, "<other>")
-    assert load_tokenizer("auto", file, "<stop>").eod == 0
+        TokenizerSpec("huggingface", file, "<other>").load()
+    assert TokenizerSpec("auto", file, "<stop>").load().eod == 0
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"not a Hugging Face tokenizer\.json"):
-        load_tokenizer("auto", str(tmp_path / "bad.json"))
+        TokenizerSpec("auto", str(tmp_path / "bad.json")).load()
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])

@@ -37,7 +37,7 @@ from config.cli import parse_arguments
 from data.blend import parse_blend
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.sources import open_sources
-from data.tokenizer import load_tokenizer
+from data.tokenizer import TokenizerSpec
 from metrics.log import APPEND_ONLY, open_metrics_file
 from parallel.grid import GridSizes, build_grid
 from tests.distributed.test_model_parity import built, config_of
@@ -510,7 +510,7 @@ def test_yaml_blends(tmp_path: Path) -> None:
 def test_tokenizers(tmp_path: Path, kind: str, name: str) -> None:
     (tmp_path / name).write_bytes(pickle.dumps(Mark(tmp_path / "ran")))
     with pytest.raises(ValueError, match="--tokenizer-model"):
-        load_tokenizer(kind, str(tmp_path / name), None)
+        TokenizerSpec(kind, str(tmp_path / name), None).load()
     assert not (tmp_path / "ran").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import regex
 import sentencepiece
 import tokenizers
 from hypothesis import example, given, settings
@@ -24,14 +26,14 @@ import training.sample as sample_module
 from config.cli import parse_arguments
 from data.build import build_tokens
 from data.prepare import main
-from data.sources import open_text
+from data.sources import open_prepared, open_text
 from data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    TokenizerSpec,
     UnencodableText,
-    load_tokenizer,
 )
 from utils.errors import UserError
 
@@ -56,7 +58,7 @@ def sentencepiece_bytes(**options) -> bytes:
 
 def load_model(folder: Path, content: bytes, name: str = "m.model", eod: str | None = None):
     (folder / name).write_bytes(content)
-    return load_tokenizer("auto", str(folder / name), eod)
+    return TokenizerSpec("auto", str(folder / name), eod).load()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ def test_a_document_without_pieces_is_a_bad_record(tmp_path: Path, capsys) -> No
     assert "2 documents" in out and "2 bad records" in out and "a.jsonl:3 holds U+4E2D" in out
     with pytest.raises(UserError, match=r"a\.jsonl: document 2 holds U\+2581"):
         build_tokens(
-            open_text(str(tmp_path / "a.jsonl"), "text"), load_tokenizer("auto", str(model)), cache_path=tmp_path
+            open_text(str(tmp_path / "a.jsonl"), "text"), TokenizerSpec("auto", str(model)).load(), cache_path=tmp_path
         )
 
 
@@ -418,6 +420,91 @@ def test_a_panic_is_one_line(tmp_path: Path, monkeypatch) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
+# vocab.json and merges.txt
+
+
+def write_gpt2(folder: Path, name: str = "vocab.json") -> Path:
+    """GPT-2's files, of merges learned from `WORDS`; the end of a document stands in the vocabulary, as in GPT-2's."""
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator([WORDS, "it's 42 ranks\n\n"] * 9, vocab_size=330, min_frequency=2, show_progress=False)
+    said = json.loads(made._tokenizer.to_str())["model"]
+    vocab = said["vocab"] | {"<|endoftext|>": len(said["vocab"])}
+    (folder / name).write_text(json.dumps(vocab))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in said["merges"]]
+    (folder / name.replace("vocab.json", "merges.txt")).write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return folder / name
+
+
+@functools.cache
+def gpt2_files() -> tuple[Tokenizer, dict[str, int], dict[tuple[str, ...], int]]:
+    """(the tokenizer of the files, their vocabulary, the rank of each pair that merges)."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_gpt2(Path(folder))
+        lines = file.with_name("merges.txt").read_text().splitlines()[1:]
+        ranks = {tuple(line.split(" ")): rank for rank, line in enumerate(lines)}
+        return TokenizerSpec("auto", str(file)).load(), json.loads(file.read_text()), ranks
+
+
+def encode_as_gpt2(text: str, vocab: dict[str, int], ranks: dict[tuple[str, ...], int]) -> list[int]:
+    """The algorithm of GPT-2's encoder.py, written independently: split, letters of bytes, the lowest rank merges."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    ids = []
+    for word in regex.findall(words, text):
+        parts = [letters[byte] for byte in word.encode()]
+        while pairs := [pair for pair in itertools.pairwise(parts) if pair in ranks]:
+            best, at, joined = min(pairs, key=ranks.__getitem__), 0, []
+            while at < len(parts):
+                is_best = tuple(parts[at : at + 2]) == best
+                joined.append("".join(best) if is_best else parts[at])
+                at += 1 + is_best
+            parts = joined
+        ids += [vocab[part] for part in parts]
+    return ids
+
+
+@given(text=TEXT)
+@example(WORDS)
+@example("it's  42 ranks \n\n\t x\u00e9\u4e2d\U0001f600<|endoftext|>")
+@settings(max_examples=60, deadline=None)
+def test_vocabulary_and_merges_are_read_by_the_rules_of_gpt2(text: str) -> None:
+    tokenizer, vocab, ranks = gpt2_files()
+    ids = tokenizer.encode(text).tolist()
+    assert ids == encode_as_gpt2(text, vocab, ranks)
+    assert tokenizer.decode([*ids, tokenizer.eod]) == text and tokenizer.eod == vocab["<|endoftext|>"]
+    sizes = tokenizer.token_bytes()
+    assert sizes is not None and sizes[ids].sum() == len(text.encode())
+
+
+def test_a_corpus_holds_the_whole_tokenizer_of_two_files(tmp_path: Path) -> None:
+    model = write_gpt2(tmp_path, "gpt2-vocab.json")
+    wanted = TokenizerSpec("auto", str(model)).load()
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": WORDS}))
+    flags = ["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "p"), "--workers", "0"]
+    assert main([*flags, "--tokenizer-model", str(model)]) == 0
+    for file in (model, tmp_path / "gpt2-merges.txt"):
+        file.unlink()
+    found = open_prepared(tmp_path / "p").tokenizer()
+    assert found is not None and found.fingerprint == wanted.fingerprint
+    assert found.encode(WORDS).tolist() == wanted.encode(WORDS).tolist()
+
+
+def test_a_vocabulary_without_its_rules_is_refused(tmp_path: Path) -> None:
+    model = write_gpt2(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")  # Qwen's vocab.json splits words in another way
+    with pytest.raises(UserError, match=r"without the rules of a tokenizer; give .*tokenizer\.json"):
+        TokenizerSpec("auto", str(model)).load()
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(UserError, match=r"name it vocab\.json, with its merges\.txt beside"):
+        TokenizerSpec("auto", str(model)).load()
+
+
+# ---------------------------------------------------------------------------------------------------
 # What is no model file
 
 
@@ -430,7 +517,8 @@ def test_a_panic_is_one_line(tmp_path: Path, monkeypatch) -> None:
         ("/dev/zero", "is a folder or a device"),
         ("tiktoken.model", "is a tiktoken model; give the tokenizer.json"),
         ("missing.model", "no such file"),
-        ("vocab.json", "not a Hugging Face tokenizer.json"),
+        ("vocab.json", "is a vocabulary without the rules of a tokenizer; name it vocab.json, with its merges.txt"),
+        ("tekken.json", "is a tekken.json; give the tokenizer.json of the same model"),
         ("list.json", "not a Hugging Face tokenizer.json"),
     ],
 )
@@ -439,9 +527,10 @@ def test_what_is_no_model_file(tmp_path: Path, monkeypatch, name: str, words: st
     Path("folder").mkdir()
     Path("tiktoken.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
     Path("vocab.json").write_text('{"a": 0, "</s>": 1}')
+    Path("tekken.json").write_text('{"config": {"pattern": "."}, "vocab": []}')
     Path("list.json").write_text("[]")
     with pytest.raises(UserError) as refused:
-        load_tokenizer("auto", name)
+        TokenizerSpec("auto", name).load()
     assert str(refused.value).startswith(f"--tokenizer-model {name}: {words}") and "\n" not in str(refused.value)
 
 

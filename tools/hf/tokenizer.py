@@ -17,6 +17,7 @@ from data.tokenizer import (
     TokenIds,
     Tokenizer,
     UnencodableText,
+    describe_tokenizer,
     find_start,
     load_sentencepiece,
 )
@@ -131,11 +132,6 @@ def _added(number: int, content: str) -> dict[str, Any]:
     return {"id": number, "content": content, **flags, "special": True}
 
 
-def _describe(model: dict[str, Any], **parts: Any) -> dict[str, Any]:
-    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
-    return {"version": "1.0", **empty, "added_tokens": [], "model": model, **parts}
-
-
 def _describe_bytes() -> dict[str, Any]:
     """tokenizer.json of raw bytes: a byte-level vocabulary without merges, and the EOD."""
     # GPT-2's printable letter of each byte: itself where it is printable, else the next from U+0100 on.
@@ -144,7 +140,7 @@ def _describe_bytes() -> dict[str, Any]:
     vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     model = {"type": "BPE", "vocab": vocab | {BYTE_EOD: 256}, "merges": []}
-    return _describe(model, pre_tokenizer=level, decoder=level, added_tokens=[_added(256, BYTE_EOD)])
+    return describe_tokenizer(model, pre_tokenizer=level, decoder=level, added_tokens=[_added(256, BYTE_EOD)])
 
 
 def _describe_pieces(content: bytes) -> tuple[dict[str, Any], str]:
@@ -178,7 +174,7 @@ def _describe_pieces(content: bytes) -> tuple[dict[str, Any], str]:
     decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     first = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
     special = [n for n, piece in enumerate(pieces) if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
-    described = _describe(
+    described = describe_tokenizer(
         said,
         normalizer={"type": "Sequence", "normalizers": [*first, to_sign]},
         decoder={"type": "Sequence", "decoders": decoders},
