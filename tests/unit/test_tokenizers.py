@@ -428,9 +428,10 @@ def write_gpt2(folder: Path, name: str = "vocab.json") -> Path:
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator([WORDS, "it's 42 ranks\n\n"] * 9, vocab_size=330, min_frequency=2, show_progress=False)
     said = json.loads(made._tokenizer.to_str())["model"]
-    vocab = said["vocab"] | {"<|endoftext|>": len(said["vocab"])}
+    across, count = "s\u0120", len(said["vocab"])  # "s " merges first where words are not split
+    vocab = said["vocab"] | {"<|endoftext|>": count, across: count + 1}
     (folder / name).write_text(json.dumps(vocab))
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in said["merges"]]
+    merges = [" ".join(across), *(merge if isinstance(merge, str) else " ".join(merge) for merge in said["merges"])]
     (folder / name.replace("vocab.json", "merges.txt")).write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     return folder / name
 
