@@ -411,8 +411,6 @@ def test_the_command(capsys) -> None:
         (["--gpu-memory", "0"], "--gpu-memory 0: must be finite and above 0"),
         (["--gpu-memory", "nan"], "--gpu-memory nan: must be finite and above 0"),
         (["--gpu-memory", "inf"], "--gpu-memory inf: must be finite and above 0"),
-        (["--vocab-size", "-3"], "--vocab-size -3: must be at least 1"),
-        (["--vocab-size", "0"], "--vocab-size 0: must be at least 1"),
         (["--rank-layouts", "--gpu-memory", "1", "--most", "-1"], "--most -1: must be at least 1"),
         (["--node-size", "-1"], "--node-size -1: must be at least 1"),
         (["--node-size", "0"], "--node-size 0: must be at least 1"),

@@ -118,7 +118,6 @@ def test_without_eod_documents_are_the_text_alone(tmp_path: Path) -> None:
     [
         ["--input", "a.jsonl", "--output-prefix", "p", *BYTE, "--input", "b.jsonl"],
         ["train-tokenizer", "--input", "a.jsonl", "--output", "m", "--vocab-size", "300", "--input=b.jsonl"],
-        ["stats", "p", "--seq-length", "64", "--seq-length", "128"],
     ],
 )
 def test_a_list_that_is_given_twice_is_refused(words: list[str], capsys) -> None:
