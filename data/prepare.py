@@ -2,7 +2,6 @@
 
     python -m data.prepare --input 'corpus/*.jsonl.zst' --output-prefix data/web --tokenizer-model spm.model
     python -m data.prepare train-tokenizer --input 'corpus/*.jsonl.zst' --output spm.model --vocab-size 32000
-    python -m data.prepare stats data/web
 
 The main process reads records and writes tokens in order; workers decode and tokenize (data/encode.py), so the files do
 not depend on their number. Progress is saved every few seconds (data/corpus_writer.py); the same command resumes from
@@ -38,7 +37,6 @@ from data.files import LeftOut, describe_left_out, drop_empty, file_size, is_rem
 from data.indexed_dataset import token_dtype
 from data.readers import FORMATS, BadRecord, FileOffset
 from data.sources import BOS, EOD, TextSource, metadata_file, train_model
-from data.statistics import stats_command
 from data.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerSpec
 from utils.errors import OneLineParser, UserError, run_tool
 from utils.files import cache_key, replace_synced
@@ -149,7 +147,7 @@ def build_parser() -> OneLineParser:
     parser = new_parser(
         "Tokenize documents into <prefix>.bin and <prefix>.idx. One document is a JSONL record, a Parquet row or a "
         "text file, each file plain, .gz, .zst, .bz2 or .xz. The same command resumes where it was stopped.",
-        epilog="also: python -m data.prepare train-tokenizer --help; python -m data.prepare stats --help",
+        epilog="also: python -m data.prepare train-tokenizer --help",
     )
     add_options(parser, PrepareOptions)
     return parser
@@ -375,8 +373,6 @@ def main(words: Sequence[str]) -> int:
     try:
         if words[:1] == ["train-tokenizer"]:
             _train_tokenizer_command(words[1:])
-        elif words[:1] == ["stats"]:
-            stats_command(words[1:], new_parser("What is in a corpus.", "stats"))
         else:
             _prepare_command(words)
     except (BadRecord, ValueError, OSError) as error:

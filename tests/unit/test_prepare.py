@@ -21,10 +21,9 @@ import pytest
 import data.corpus_writer as writer_module
 import data.encode as encode_module
 import data.prepare as prepare_module
-from data.indexed_dataset import HEADER, IndexedDataset, index_file, write_indexed_dataset
+from data.indexed_dataset import IndexedDataset, index_file
 from data.prepare import CorpusWriter, PrepareOptions, build_parser, main, parse_options, prepare, write_tokens
 from data.sources import open_prepared
-from data.statistics import count_duplicates
 from data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -584,41 +583,3 @@ def test_a_sample_bounds_what_is_trained_on(tmp_path: Path) -> None:
     assert pieces(train_sentencepiece(texts, vocab_size=300)) == pieces(
         train_sentencepiece(texts, vocab_size=300, input_sentence_size=5000)
     )
-
-
-# ---------------------------------------------------------------------------------------------------
-# Statistics
-
-
-def test_stats_count_what_is_there(tmp_path: Path, capsys) -> None:
-    (tmp_path / "a.jsonl").write_bytes(
-        lines_of(["abc", "abcd" * 10, "abc", "x" * 300, "abc"])
-    )  # and none that is only as long as another
-    run("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", *BYTE)
-    capsys.readouterr()
-    assert main(["stats", str(tmp_path / "p")]) == 0
-    first, lengths, _, _, *bins = capsys.readouterr().out.splitlines()
-    assert first == "5 documents, 354 tokens of 2 bytes; 0 empty, 2 repeat an earlier one"
-    assert "50 % up to 4, 75 % up to 41" in lengths and lengths.endswith("longest 301")
-    assert [line.split()[:5] for line in bins] == [
-        ["4", "to", "7", "3", "12"],
-        ["32", "to", "63", "1", "41"],
-        ["256", "to", "511", "1", "301"],
-    ]
-
-
-def test_only_what_is_the_same_token_for_token_is_a_duplicate(tmp_path: Path) -> None:
-    write_indexed_dataset(
-        tmp_path / "p", [np.array(ids) for ids in ([1, 2, 3], [1, 2, 4], [1, 2, 3], [], [], [3, 2, 1])], vocab_size=9
-    )
-    assert count_duplicates(IndexedDataset(tmp_path / "p")) == 2
-
-
-def test_statistics_of_an_index_with_a_negative_length_are_one_line(tmp_path: Path, capsys) -> None:
-    write_indexed_dataset(tmp_path / "p", [np.arange(4), np.arange(3)], vocab_size=9)
-    content = bytearray(index_file(tmp_path / "p").read_bytes())
-    content[HEADER.size : HEADER.size + 4] = (-5).to_bytes(4, "little", signed=True)
-    index_file(tmp_path / "p").write_bytes(content)
-    assert main(["stats", str(tmp_path / "p")]) == 2
-    said = capsys.readouterr().err
-    assert "p.idx: sequence 0 of -5 tokens" in said and said.count("\n") == 1

@@ -39,7 +39,6 @@ TORCH_FREE = [
     "data/sources.py",
     "data/blend.py",
     "data/prepare.py",
-    "data/statistics.py",
     "model/config.py",
     "model/names.py",
     "config/schema.py",
