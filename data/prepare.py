@@ -2,6 +2,7 @@
 
     python -m data.prepare --input 'corpus/*.jsonl.zst' --output-prefix data/web --tokenizer-model spm.model
     python -m data.prepare train-tokenizer --input 'corpus/*.jsonl.zst' --output spm.model --vocab-size 32000
+    python -m data.prepare stats data/web
 
 The main process reads records and writes tokens in order; workers decode and tokenize (data/encode.py), so the files do
 not depend on their number. Progress is saved every few seconds (data/corpus_writer.py); the same command resumes from
@@ -147,7 +148,7 @@ def build_parser() -> OneLineParser:
     parser = new_parser(
         "Tokenize documents into <prefix>.bin and <prefix>.idx. One document is a JSONL record, a Parquet row or a "
         "text file, each file plain, .gz, .zst, .bz2 or .xz. The same command resumes where it was stopped.",
-        epilog="also: python -m data.prepare train-tokenizer --help",
+        epilog="also: python -m data.prepare train-tokenizer --help; python -m data.prepare stats --help",
     )
     add_options(parser, PrepareOptions)
     return parser
@@ -228,7 +229,9 @@ def prepare(options: PrepareOptions) -> Progress:
     model = Path(spec.model) if spec.model else None
     # Outputs of an earlier run in a folder of inputs are no inputs; a user's file under such a name is one, and is
     # refused.
-    outputs = set(output_files(prefix, model)[0 if is_written_by_prepare(prefix) else 3 :])
+    outputs = set(output_files(prefix, model)[3:])
+    if is_written_by_prepare(prefix):
+        outputs = {*output_files(prefix, model), Path(f"{prefix}.lengths.png").resolve()}
     source = find_inputs(options, outputs)
     refuse_overwriting(prefix, model, source.files, overwrite=options.overwrite)
     # Without --on-error: a run that a bad record stopped resumes with skip.
@@ -373,6 +376,10 @@ def main(words: Sequence[str]) -> int:
     try:
         if words[:1] == ["train-tokenizer"]:
             _train_tokenizer_command(words[1:])
+        elif words[:1] == ["stats"]:
+            from data.statistics import stats_command
+
+            stats_command(words[1:], new_parser("What is in a corpus, and what packing makes of it.", "stats"))
         else:
             _prepare_command(words)
     except (BadRecord, ValueError, OSError) as error:

@@ -95,6 +95,7 @@ def flag_faults(text: str) -> list[str]:
     if not scripts:
         return []
     source = (ROOT / scripts[0]).read_text()
+    source += (ROOT / "data" / "statistics.py").read_text() if "stats" in words else ""
     known = set(re.findall(r'"(--[a-z][a-z0-9-]*)"', source))
     known |= {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): .* = option\(", source, re.MULTILINE)}
     if "harness" in source:

@@ -208,6 +208,7 @@ def test_outputs_in_a_folder_of_inputs_are_no_inputs(tmp_path: Path, monkeypatch
     whole = run(*flags)
     first = files_of(folder / "p")
     assert whole.documents == len(TEXTS)
+    assert main(["stats", str(folder / "p"), "--seq-length", "16"]) == 0 and (folder / "p.lengths.png").exists()
     assert run(*flags, "--overwrite") == whole and files_of(folder / "p") == first
     assert json.loads((folder / "p.json").read_text())["inputs"] == [str(folder / "p.jsonl")]
 

@@ -39,6 +39,7 @@ TORCH_FREE = [
     "data/sources.py",
     "data/blend.py",
     "data/prepare.py",
+    "data/statistics.py",
     "model/config.py",
     "model/names.py",
     "config/schema.py",
@@ -87,6 +88,7 @@ OPTIONAL = {
     "data/readers.py": {"pyarrow"},
     "data/tokenizer.py": {"tokenizers"},
     "data/prepare.py": {"tqdm"},
+    "data/statistics.py": {"matplotlib"},
     "metrics/tensorboard.py": {"matplotlib", "wandb"},
 }
 
