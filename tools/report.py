@@ -33,14 +33,16 @@ from utils.files import open_regular, parse_json, replace_synced
 from utils.logger import one_line
 from utils.names import distinct_suffixes
 
-MAX_POINTS = 1500  # of a curve
+MAX_POINTS = 1500  # of a curve; a longer one is drawn as means over a pale band of extremes
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c2659a", "#b97f00", "#56b4e9", "#444444")  # further runs: again, dashed
 COLUMNS, ROW_HEIGHT, ROW_GAP = 3, 240, 90  # of the grid of charts; heights in pixels
 
 STYLE = """
-body { margin: 20px auto; max-width: 1480px; font: 15px sans-serif }
+body { margin: 20px auto; padding: 0 16px; max-width: 1480px; font: 15px sans-serif; overflow-wrap: anywhere }
 table { border-collapse: collapse; width: 100% }
-th, td { padding: 5px 12px; text-align: left; border-bottom: 1px solid #ddd; overflow-wrap: anywhere }
+th, td { padding: 5px 12px; text-align: left; border-bottom: 1px solid #ddd; min-width: 90px }
+.wide { overflow-x: auto }
+#charts { min-width: 1000px }
 """
 
 
@@ -56,7 +58,7 @@ class Measure:
 
 
 MEASURES = (
-    Measure("loss", "Loss", "points: validation", dots="validation_loss"),
+    Measure("loss", "Loss", "nats; points: validation", dots="validation_loss"),
     Measure("bits_per_byte", "Bits a byte", "of held-out text"),
     Measure("grad_norm", "Gradient norm", "before clipping"),
     Measure("lr", "Learning rate"),
@@ -67,10 +69,10 @@ MEASURES = (
     Measure("step_time_s", "Step time", "s"),
     Measure("data_share", "Data", "% of the time rank 0 waits for batches", 100),
     Measure("cp_wait_share", "CP wait", "% of the time rank 0 waits for cp ranks", 100),
-    Measure("max_memory_bytes", "Mem", "GiB of rank 0, largest so far", 2**-30),
+    Measure("max_memory_bytes", "Memory", "GiB of rank 0, largest so far", 2**-30),
     Measure("packing_efficiency", "Packing", "% of rows that is text", 100),
-    Measure("cp_balance", "CP balance", "attention of the busiest cp rank / mean"),
-    Measure("work_balance", "Work balance", "work of the busiest rank / mean of all"),
+    Measure("cp_balance", "CP balance", "busiest cp rank / mean"),
+    Measure("work_balance", "Work balance", "busiest rank / mean"),
 )
 
 
@@ -92,8 +94,9 @@ class Run:
 
     def points(self, key: str | None) -> np.ndarray:
         """[n, 2] steps and values; none where the run has no such series."""
-        pairs = sorted(self.series[key].items()) if key in self.series else []
-        return np.array(pairs, dtype=np.float64).reshape(-1, 2)
+        found = self.series.get(key or "", {})
+        points = np.array([list(found), list(found.values())], dtype=np.float64).T
+        return points[points[:, 0].argsort()]
 
     def finite(self, key: str) -> list[float]:
         """Values in order of steps, without NaN and infinities."""
@@ -184,12 +187,23 @@ def downsample(points: np.ndarray, limit: int = MAX_POINTS) -> np.ndarray:
     return points[np.unique(kept)]
 
 
+def average(points: np.ndarray, count: int = MAX_POINTS // 3) -> np.ndarray:
+    """Means of `count` buckets of [n, 2] points, each over its finite values; NaN where a bucket has none."""
+    means = np.full((count, 2), np.nan)
+    for mean, bucket in zip(means, np.array_split(points, count), strict=True):
+        is_finite = np.isfinite(bucket[:, 1])
+        mean[:] = bucket[is_finite].mean(axis=0) if is_finite.any() else (bucket[0, 0], np.nan)
+    return means
+
+
 def make_traces(measure: Measure, run: Run, index: int) -> list[go.Scatter]:
-    """Curve and points of one run in one chart, downsampled. plotly leaves a gap at NaN and infinities."""
+    """Curve and points of one run in one chart. plotly leaves a gap at NaN and infinities."""
     traces = []
     colour, dash = COLOURS[index % len(COLOURS)], "solid" if index < len(COLOURS) else "dash"
-    for key, suffix in ((measure.key, ""), (measure.dots, ", validation")):
-        points = downsample(run.points(key))
+    whole, dots = run.points(measure.key), downsample(run.points(measure.dots))
+    is_long = len(whole) > MAX_POINTS
+    curves = [(downsample(whole), "", 0.3), (average(whole), "", 1.0)] if is_long else [(whole, "", 1.0)]
+    for points, suffix, opacity in (*curves, (dots, ", validation", 1.0)):
         if len(points):
             trace = go.Scatter(
                 x=points[:, 0].tolist(),
@@ -197,18 +211,19 @@ def make_traces(measure: Measure, run: Run, index: int) -> list[go.Scatter]:
                 mode="markers" if suffix else "lines" if len(points) > 30 else "lines+markers",
                 line={"color": colour, "dash": dash, "width": 1.5},
                 marker_color=colour,
+                opacity=opacity,
+                hoverinfo="skip" if opacity < 1 else None,
                 name=as_text(run.name) + suffix,
                 legendgroup=str(index),
-                showlegend=measure is MEASURES[0],
+                showlegend=measure is MEASURES[0] and opacity == 1,
             )
             traces.append(trace)
     return traces
 
 
 def needs_log_axis(values: Sequence[float]) -> bool:
-    """Whether the largest value would flatten the rest, as a first step that compiles does."""
-    finite = [value for value in values if math.isfinite(value)]
-    return bool(finite) and min(finite) > 0 and max(finite) / 10 > median(finite)
+    """Whether the largest of finite values would flatten the rest, as a first step that compiles does."""
+    return bool(values) and min(values) > 0 and max(values) / 10 > median(values)
 
 
 def draw_charts(runs: list[Run]) -> go.Figure:
@@ -230,9 +245,14 @@ def draw_charts(runs: list[Run]) -> go.Figure:
     )
     for position, (_, traces) in enumerate(charts):
         row, col = position // COLUMNS + 1, position % COLUMNS + 1
+        traces.sort(key=lambda trace: trace.opacity)  # no run's band hides another run's curve
         figure.add_traces(traces, rows=row, cols=col)
-        if needs_log_axis([y for trace in traces for y in trace.y]):
-            figure.update_yaxes(type="log", row=row, col=col)
+        values = [y for trace in traces for y in trace.y if math.isfinite(y)]
+        is_large = max(values, default=0) >= 10_000
+        figure.update_yaxes(tickformat="~s" if is_large else "~g", row=row, col=col)  # 12k, 2.3M
+        if needs_log_axis(values):
+            few = max(values) < 1000 * min(values)  # labels at 1, 2 and 5 of a decade
+            figure.update_yaxes(type="log", dtick="D2" if few else None, row=row, col=col)
     for number, run in enumerate(runs):
         for step in sorted({step for step, _ in list_changes(run)}):
             colour = COLOURS[number % len(COLOURS)]
@@ -240,7 +260,6 @@ def draw_charts(runs: list[Run]) -> go.Figure:
     last = max((trace.x[-1] for _, traces in charts for trace in traces), default=0)
     # Zooms all charts together. Of few steps plotly would label fractions.
     figure.update_xaxes(title_text="step", matches="x", dtick=1 if last < 10 else None)
-    figure.update_yaxes(tickformat="~g")
     figure.update_layout(
         template="plotly_white",
         height=height + 60,
@@ -282,9 +301,9 @@ def compare_texts(runs: Sequence[Run]) -> list[str]:
 
 # Title; value of a run, none where it cannot be read; format. The first step warms up.
 SUMMARY: tuple[tuple[str, Callable[[Run], Any], str], ...] = (
-    ("Status", lambda run: "; ".join(f"{key}: {value}" for key, value in run.status.items() if value) or "–", "{}"),
+    ("Status", lambda run: ": ".join(filter(None, (run.status["status"], run.status.get("reason")))), "{}"),
     ("Steps", lambda run: max({**run.series.get("loss", {}), **run.series.get("validation_loss", {})}), "{:,}"),
-    ("Steps wanted", lambda run: run.config["--train-iters"], "{}"),
+    ("Steps wanted", lambda run: int(run.config["--train-iters"]), "{:,}"),
     ("Layout", describe_layouts, "{}"),
     ("Changed", lambda run: "; ".join(f"from step {step}: {line}" for step, line in list_changes(run)) or "–", "{}"),
     ("Final training loss", lambda run: run.points("loss")[-1, 1], "{:.5f}"),
@@ -341,11 +360,13 @@ def build_report(runs: list[Run], *, now: str) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Pentagrid: {names}</title><style>{STYLE}</style></head>
 <body><h1>Pentagrid: {names}</h1><p>{now}. A killed run keeps the status "running".</p>
-<table><tr><th></th>{heads}</tr>{rows}</table><p>{notes}</p>
-<h2>Curves</h2><p>Click a run in the legend to hide it, drag to zoom, double-click to zoom out.</p>{charts}
-<h2>Configuration</h2><table>
+<div class="wide"><table><tr><th></th>{heads}</tr>{rows}</table></div><p>{notes}</p>
+<h2>Curves</h2><p>Click a run in the legend to hide it, drag to zoom, double-click to zoom out. A dotted line: from here
+other flags or data. More than {MAX_POINTS:,} steps: means over several steps, in a pale band of all values.</p>
+<div class="wide">{charts}</div>
+<h2>Configuration</h2><div class="wide"><table>
 <tr><th>Differs between runs</th>{heads}</tr>{configuration_rows(configs, differing=True)}
-<tr><th>Equal in all</th>{heads}</tr>{configuration_rows(configs, differing=False)}</table></body></html>
+<tr><th>Equal in all</th>{heads}</tr>{configuration_rows(configs, differing=False)}</table></div></body></html>
 """
 
 
