@@ -284,7 +284,7 @@ class Trainer:
         """
         state = self.state
         self.stops.watch_interrupts()
-        self.sampler.run("before training")
+        self.sampler.run(f"after step {state.first_step}" if state.is_resumed else "before training")
         if state.validation_due and (stop := self.validator.run(state.first_step)):
             return state.first_step, stop
         try:

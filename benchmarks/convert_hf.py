@@ -8,7 +8,6 @@ over 1.3 times the largest tensor plus the largest file of weights: the goal is 
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -106,7 +105,7 @@ def measure(folder: Path, *, shard_size: float, tensor: int) -> dict[str, Peak]:
 
 
 def main(argv: list[str]) -> int:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     for flag, default in (("--hidden", 2048), ("--layers", 6), ("--vocabulary", 57344)):
         parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--shard-size", type=float, default=0.6, help="largest file of weights, in 10^9 bytes")

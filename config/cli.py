@@ -19,14 +19,23 @@ from utils.plain_yaml import read_mapping
 # Model and training that learn the standard library in minutes on two CPU cores.
 DEMO_PRESET = Path(__file__).resolve().parents[1] / "configs" / "standard_library.yaml"
 
+EXAMPLES = {
+    "parallel": "torchrun --nproc-per-node 8 train.py --cp-size 4 --dp-shard-size 2",
+    "model": "train.py --num-layers 12 --hidden-size 768 --num-attention-heads 12 --qk-norm",
+    "data": "train.py --data-path 0.7 corpora/web 0.3 corpora/code --seq-length 8192",
+    "training": "train.py --config configs/llama3_1b.yaml --train-iters 12000 --lr 3e-4",
+    "checkpoint": "train.py --run-dir runs/one --resume --save-interval 500 --keep-checkpoints 3",
+    "logging": "train.py --log-interval 50 --timing-log-level 1",
+}
+
 
 def build_parser() -> OneLineParser:
     """All flags of train.py, in the groups of `RunConfig`."""
     parser = OneLineParser(
         prog="train.py",
         usage="torchrun --nproc-per-node N train.py [--config FILE.yaml] [FLAG ...]",
-        description="Pretrain a GPT on packed documents: torchrun --nproc-per-node 4 train.py --cp-size 4",
-        allow_abbrev=False,
+        description="Pretrain a GPT on packed documents. Each group of flags begins with an example.",
+        epilog="docs/flags.md has the same, and which values a resumed run may change.",
     )
     parser.add_argument(
         "--config",
@@ -37,7 +46,7 @@ def build_parser() -> OneLineParser:
     defaults, groups, hints = RunConfig(), {}, {}
     for group in dataclasses.fields(RunConfig):
         kind = type(getattr(defaults, group.name))
-        groups[group.name] = parser.add_argument_group(kind.__doc__)
+        groups[group.name] = parser.add_argument_group(kind.__doc__, f"  {EXAMPLES[group.name]}")
         hints[group.name] = typing.get_type_hints(kind)
     for group_name, name, flag in fields_of_flags():
         default = getattr(getattr(defaults, group_name), name)
@@ -56,12 +65,12 @@ def _argparse_options(hint: Any, default: Any, flag: Flag) -> dict[str, Any]:
         return options | {"action": argparse.BooleanOptionalAction}  # --no-flag overrules a preset
     if flag.choices:
         options["choices"] = flag.choices
-    if flag.metavar:
-        options["metavar"] = flag.metavar
     if flag.parse:
-        return options | {"default": flag.text(default) if default else None}
+        return options | {"metavar": flag.metavar, "default": flag.text(default) if default else None}
     if typing.get_origin(hint) is list:
-        return options | {"nargs": "+", "type": typing.get_args(hint)[0]}
+        hint, options = typing.get_args(hint)[0], options | {"nargs": "+"}
+    if metavar := flag.metavar or {int: "N", float: "X"}.get(hint):
+        options["metavar"] = metavar
     return options | {"type": hint}
 
 
@@ -157,9 +166,11 @@ def parse_arguments(
         UserError: one line for an unknown flag or key, a wrong type or choice.
     """
     parser, given = build_parser(), defaults or {}
-    preset_parser = OneLineParser(add_help=False, allow_abbrev=False)
+    preset_parser = OneLineParser(add_help=False)
     preset_parser.add_argument("--config", action="append", default=[])
-    flags = _as_flags(source, {name: _as_text(value) for name, value in given.items() if value is not None}, parser)
+    flags = _as_flags(
+        source, {name: _as_text(value) for name, value in given.items() if value not in (None, "")}, parser
+    )
     for preset in preset_parser.parse_known_args(argv)[0].config:
         flags += _read_preset(preset, parser)
     parser.refuse_repeated_lists(argv)

@@ -71,7 +71,9 @@ class Flag:
 
     def describe_default(self, default: Any) -> str:
         """The default for help and docs; empty: the flag is left open."""
-        return "" if default in (None, ()) else "off" if default is False else self.text(default)
+        if isinstance(default, bool):
+            return "on" if default else "off"
+        return "" if default in (None, ()) else self.text(default)
 
 
 def flag(default: Any, help: str, bound: Bound | None = None, **options: Any) -> Any:
@@ -363,7 +365,6 @@ class DataConfig:
         None,
         "best-fit over windows of N random documents, for corpora whose index would be too large; default: one window",
         AT_LEAST_ONE,
-        metavar="N",
     )
     pad_rows: str = flag(
         "full",
@@ -417,7 +418,6 @@ class TrainingConfig:
         None,
         "START INCREMENT SAMPLES: begin with START samples a step and reach --global-batch-size in steps of INCREMENT, "
         "spread over the first SAMPLES samples; default: off",
-        metavar="N",
     )
     new_batch: bool = flag(False, "a resumed run may change --global-batch-size and --rampup-batch-size")
     train_iters: int = flag(200, "steps of the whole run", AT_LEAST_ONE)
@@ -534,12 +534,9 @@ class CheckpointConfig:
     save_interval: int = flag(100, "steps between checkpoints; 0: off", NOT_NEGATIVE)
     save_final: bool = flag(None, "save after the last step; default: on, unless --save-interval is 0")
     async_save: bool = flag(False, "write checkpoints in the background, from a copy in host memory")
-    keep_checkpoints: int = flag(0, "newest checkpoints that are kept; 0: all", NOT_NEGATIVE, metavar="N")
+    keep_checkpoints: int = flag(0, "newest checkpoints that are kept; 0: all", NOT_NEGATIVE)
     keep_every: int = flag(
-        0,
-        "with --keep-checkpoints: those of each multiple of N steps are kept too; 0: none",
-        NOT_NEGATIVE,
-        metavar="N",
+        0, "with --keep-checkpoints: those of each multiple of N steps are kept too; 0: none", NOT_NEGATIVE
     )
     local_save_interval: int = flag(
         0,
@@ -577,7 +574,7 @@ class LoggingConfig:
     peak_tflops: float | None = flag(None, "dense peak of a device, for MFU; default: known GPUs", ABOVE_ZERO)
     sample_tokens: int = flag(48, "tokens of a sample of text, before and after training; 0: no samples", NOT_NEGATIVE)
     sample_interval: int = flag(0, "steps between samples during training; 0: off", NOT_NEGATIVE)
-    sample_prompt: str = flag("def ", "prompt of the samples")
+    sample_prompt: str = flag("", "prompt of the samples; default: none, the beginning of a document")
     wandb_project: str | None = flag(
         None, "Weights & Biases project of the TensorBoard curves; needs the wandb package; none: off; default: off"
     )

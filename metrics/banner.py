@@ -18,7 +18,7 @@ from model.config import GPTConfig, count_parameters
 from runtime.distributed import Ranks
 from runtime.run import RunPaths
 from training.build import RunData
-from utils.logger import log
+from utils.logger import join_parts, log
 
 MAX_GZIP_TOKENS = 1_000_000  # of the validation text that gzip compresses for comparison
 
@@ -129,6 +129,7 @@ class RunSummary:
             **({"left out": self.data.left_out} if self.data.left_out else {}),
             **_number("train", describe_sequences(self.data.train)),
             **_number("validation", self._describe_validation()),
+            **({"gzip -9": text} if (text := self._describe_gzip()) else {}),
             "step": self._describe_step(),
             "start": self._describe_start(),
             **{f"start, {number}": note for number, note in enumerate(self._list_notes(), 1)},
@@ -140,8 +141,9 @@ class RunSummary:
             "metrics": str(self.paths.metrics or "off"),
             "log line": "docs/operate.md#observe says what each part means",
         }
-        rule = "-" * 100
-        log("\n".join([rule, *(f"{key:<12} {value}" for key, value in lines.items()), rule]))
+        rule = "-" * 80
+        items = [join_parts([f"{key:<12}", *value.split(" ")], " ", indent=13) for key, value in lines.items()]
+        log("\n".join([rule, *items, rule]))
         for line in warn_of_missing_ends(self.data.train):
             log(line)
 
@@ -156,10 +158,12 @@ class RunSummary:
     def _describe_validation(self) -> list[str]:
         if self.data.valid is None:
             return ["off (--eval-interval 0)"]
-        lines, bits = describe_sequences(self.data.valid), gzip_bits_per_byte(self.data.valid, self.data.tokenizer)
-        if bits is not None:
-            lines[-1] += f"; gzip -9 of the text: {bits:.2f} bits a byte"
-        return lines
+        return describe_sequences(self.data.valid)
+
+    def _describe_gzip(self) -> str:
+        valid = self.data.valid
+        bits = None if valid is None else gzip_bits_per_byte(valid, self.data.tokenizer)
+        return "" if bits is None else f"{bits:.2f} bits a byte of the validation text"
 
     def _describe_attention(self) -> str:
         parallel, data = self.config.parallel, self.config.data

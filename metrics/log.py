@@ -13,7 +13,7 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -34,7 +34,7 @@ from runtime.nonfinite import NonFiniteError
 from training.flops import training_flops
 from utils.errors import UserError
 from utils.files import open_regular, parse_json, replace_synced
-from utils.logger import log, log_error
+from utils.logger import join_parts, log, log_error
 from utils.names import distinct_suffixes
 
 APPEND_ONLY = sys.maxsize  # keep_before of a metrics file that another run may be writing
@@ -54,43 +54,24 @@ ROW_COUNTS = (
 )
 
 # Part of a log line, its meaning, and the step or steps that it is of.
+SINCE = "since the last line"
 LEGEND = (
     ("step", "finished steps / `--train-iters`", ""),
     ("loss", "mean cross-entropy of the labelled tokens of all ranks, in nats, without z-loss", "this step"),
     ("grad norm", "norm of the whole gradient before clipping", "this step"),
     ("lr", "learning rate", "this step"),
-    (
-        "tok/s",
-        "tokens of documents a second, padding not counted, of all ranks; in brackets: a rank",
-        "since the last line",
-    ),
-    (
-        "TFLOP/s a rank",
-        "FLOPs of the model (backward = 2 x forward, no recomputation, causal attention) a second",
-        "since the last line",
-    ),
-    ("MFU", "these FLOPs over the device's peak; n/a: no known peak (`--peak-tflops`)", "since the last line"),
+    ("tok/s", "tokens a second of all ranks, padding not counted; in brackets: a rank", SINCE),
+    ("TFLOP/s a rank", "model FLOPs a second (backward = 2 x forward, no recomputation, causal attention)", SINCE),
+    ("MFU", "these FLOPs over the device's peak; only if the peak is known (`--peak-tflops`)", SINCE),
     ("packing", "tokens of documents over tokens of rows", "this step"),
     ("cp balance", "attention work of the busiest cp rank over the mean of its group; 1 is even", "this step"),
     ("work balance", "work of the busiest rank over the mean of all ranks; 1 is even", "this step"),
-    (
-        "fallback rows",
-        "rows that `--cp-layout hybrid` could not place evenly; only if there are any",
-        "since the last line",
-    ),
-    (
-        "cp wait",
-        "share of the time in which rank 0's attention waited for other cp ranks (native p2p and all_gather)",
-        "since the last line",
-    ),
+    ("fallback rows", "rows that `--cp-layout hybrid` could not place evenly; only if there are any", SINCE),
+    ("cp wait", "share of the time in which rank 0's attention waited for cp ranks (native p2p and all_gather)", SINCE),
     ("skipped", "steps without an update so far; only if there are any", "the run"),
-    ("data", "share of the time in which rank 0 waited for its batches", "since the last line"),
+    ("data", "share of the time in which rank 0 waited for its batches", SINCE),
     ("mem", "largest memory of rank 0 so far: tensors on CUDA, the process on CPUs", "this start"),
-    (
-        "left",
-        "hours:minutes:seconds to the last step at this speed, without validation and checkpoints",
-        "since the last line",
-    ),
+    ("left", "hours:minutes:seconds to the last step at this speed, without validation and checkpoints", SINCE),
 )
 
 
@@ -182,8 +163,7 @@ class MetricsLog:
         cp_clock: counts attention's waits for cp ranks; None: none are reported.
         metrics_file: None on ranks that don't write.
         keep_before: of a resumed run: later records of the metrics file are dropped, for they are written again; None:
-            a
-            new file; APPEND_ONLY: everything is kept.
+            a new file; APPEND_ONLY: everything is kept.
         writers: empty on ranks that don't write.
         timers, control_group: phases, and the gloo group over which they are compared.
     """
@@ -244,7 +224,8 @@ class MetricsLog:
         if is_due:
             self.flush()
         elif self.show_bar:
-            self._show_bar(result.step)
+            step, total = result.step, self.train_iters
+            self._show_bar(step, total, f"step {step}/{total}, {self._describe_left(step)}")
 
     def flush(self) -> None:
         """Write the pending steps, so that a loss that is not finite is found now.
@@ -327,7 +308,6 @@ class MetricsLog:
         last, seconds = records[-1], sum(r.step_time for r in pending)
         speed = sum(r["tokens"] for r in records) / seconds
         tflops = sum(r["tflops_per_rank"] * r["step_time_s"] for r in records) / seconds
-        mfu = f"{tflops / self.peak_tflops:6.1%}" if self.peak_tflops else "n/a"
         waits = [r.cp_wait for r in pending if r.cp_wait is not None]
         self.step_seconds = seconds / len(records)
         fallbacks = sum(r["cp_fallback_rows"] for r in records)
@@ -337,8 +317,8 @@ class MetricsLog:
             f"grad norm {last['grad_norm']:7.3f}",
             f"lr {last['lr']:.2e}",
             f"{speed:9,.0f} tok/s ({speed / self.world_size:,.0f} a rank)",
-            f"{tflops:7.3f} TFLOP/s a rank",
-            f"MFU {mfu}",
+            f"{tflops:6.4g} TFLOP/s a rank",
+            *([f"MFU {tflops / self.peak_tflops:6.1%}"] if self.peak_tflops else []),
             f"packing {last['packing_efficiency']:6.2%}",
             f"cp balance {last['cp_balance']:.3f}",
             f"work balance {last['work_balance']:.3f}",
@@ -349,7 +329,7 @@ class MetricsLog:
             f"mem {last['max_memory_bytes'] / 2**30:6.2f} GiB",
             self._describe_left(last["step"]),
         ]
-        log(self._over_bar(" | ".join(parts)))
+        log(self._over_bar(join_parts(parts, " | ", indent=2)))
         if unlabelled := [r["step"] for r in records if r["loss"] is None]:
             log(f"no token of step {', '.join(map(str, unlabelled))} has a label: the weights are not updated")
 
@@ -361,10 +341,16 @@ class MetricsLog:
         left = int((self.train_iters - step) * self.step_seconds)
         return f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d} left"
 
-    def _show_bar(self, step: int) -> None:
-        done = 30 * step // self.train_iters
-        bar = f"[{'#' * done}{'.' * (30 - done)}] step {step}/{self.train_iters}, {self._describe_left(step)}"
-        print(self._over_bar(bar), end="", flush=True)
+    def _show_bar(self, done: int, total: int, text: str) -> None:
+        share = 30 * done // total
+        print(self._over_bar(f"[{'#' * share}{'.' * (30 - share)}] {text}"), end="", flush=True)
+
+    def show_progress(self, batches: Iterable[Batch], total: int) -> Iterator[Batch]:
+        """The batches of a validation, on a terminal with a bar of those that are done."""
+        for done, batch in enumerate(batches):
+            if self.show_bar:
+                self._show_bar(done, total, f"validation: batch {done}/{total}")
+            yield batch
 
     def _write_timers(self, step: int, num_steps: int) -> None:
         phases = self.timers.read(self.control_group)

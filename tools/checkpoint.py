@@ -10,7 +10,6 @@ Exit code 1: corrupted (verify), different (diff), or not readable.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,7 +104,7 @@ def diff(first: Path, second: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     for run, folders in ((inspect, 1), (verify, 1), (diff, 2)):
         command = commands.add_parser(run.__name__)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,8 @@ def export_model(
             dtype=dtype,
             shard_bytes=shard_bytes,
         )
+        for shard in scratch.glob("*.safetensors"):  # the library lets only the owner read
+            shutil.copymode(scratch / "config.json", shard)
         if replaced := find_replaced([*opened, *reader.opened]):
             raise UserError(f"--load {checkpoint}: another process replaced {replaced[0]} meanwhile; start again")
     numbers = f"{count_numbers(config):,} numbers as {dtype_name}"
@@ -225,7 +228,7 @@ def _write_run_files(
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command", metavar="export|import")
     export = commands.add_parser("export", allow_abbrev=False)
     add_tokenizer_flags(export)

@@ -234,9 +234,7 @@ def load_model(checkpoint: Path, metadata: dict[str, Any], device: torch.device,
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Parse and check the flags."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--load", type=Path, required=True, help="a run's folder, a folder of checkpoints, or one checkpoint")
     add("--prompt", action="append", default=[], help="text to continue; may be given several times")

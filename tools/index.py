@@ -22,7 +22,7 @@ from utils.logger import log
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--world-size", type=int, required=True, help="ranks of the run")
     parser.add_argument("--node-size", type=int, help="ranks of a node; default: 8, or all if fewer")
     parser.add_argument("--epochs", type=int, default=1, help="epochs of the training documents; default: 1")

@@ -8,7 +8,6 @@ changed in meaning, without counterpart. docs/migrate.md goes through each suite
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import sys
@@ -446,13 +445,15 @@ def convert(
         holds = f"train-iters is not set, so train.py takes {TrainingConfig.train_iters}"
         report.changed.append(f"{given_as}: {holds}; {COUNT_STEPS}")
         said += f"\n# train-iters:  # not set: {COUNT_STEPS}"
+    if target == "pentagrid" and "num_layers" not in concepts.known:
+        said += (
+            "\n# num-layers, hidden-size, ...:  # not set: convert again with --model DIR, the folder with config.json"
+        )
     return f"# {said}\n{render(values, comments)}", report
 
 
 def build_parser() -> OneLineParser:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add(
         "file", metavar="FILE", help="YAML; of Megatron-LM a shell script, a list of arguments, or YAML with MODEL_ARGS"

@@ -9,7 +9,6 @@ prints the errors of such predictions (docs/comparison/prediction_matrix.md).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -48,7 +47,7 @@ from planner.estimate import (
 from planner.matrix import matrix_tables
 from planner.memory import Memory
 from planner.step_time import Job, build_machines, estimate_step
-from utils.errors import UserError, run_tool
+from utils.errors import OneLineParser, UserError, run_tool
 
 AXES = ("pp", "dp_replicate", "cp", "tp")  # dp_shard takes the ranks that are left
 USABLE = 0.9  # share of a device's memory that a plan may fill; the rest is the allocator's, NCCL's and the context's
@@ -63,13 +62,8 @@ class Layout:
     plan: Plan
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="All flags of train.py too.",
-    )
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, epilog="All flags of train.py too.")
     add = parser.add_argument
     add("--world-size", type=int, default=1, help="ranks in all; default: 1")
     add("--node-size", type=int, help="ranks on a node; default: all, at most 8")

@@ -10,7 +10,6 @@ failed. Exit code 1: not finite again; 0: finite here.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from dataclasses import replace
@@ -117,9 +116,7 @@ def print_reports(reports: list[tuple[dict[int, tuple[float, int]], list[str]]])
 
 
 def main(argv: list[str]) -> int:
-    parser = OneLineParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("file", type=Path, help="step_*.json in a run's nonfinite folder")
     parser.add_argument("--load", type=Path, help="checkpoint, or folder of checkpoints, whose weights are taken")
     parser.add_argument("--fresh", action="store_true", help="take the initial weights")

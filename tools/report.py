@@ -8,7 +8,6 @@ plotly.js (5 MiB) and needs no network. Its default path is report.html in the f
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -371,7 +370,7 @@ other flags or data. More than {MAX_POINTS:,} steps: means over several steps, i
 
 
 def main(argv: list[str]) -> int:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directory; several are overlaid")
     parser.add_argument("--out", type=Path, help="HTML file to write; default: report.html in the first run directory")
     args = parser.parse_args(argv)

@@ -7,16 +7,10 @@ From the same weights and the run's first samples, the layout's loss, every grad
 step are compared with one rank in float64, whose attention is an explicit mask and shares no code with `cp/`. Beside
 each error stands the noise floor: the error that the dtype imposes, whatever the kernels. Exit code 1: an error exceeds
 four times its floor, or a token reaches another document (tools/leak_probe.py).
-
-    --verify-layers N     layers of the model that are checked (default 2)
-    --verify-sequences N  samples that are read (default: a microbatch on each data rank, times --pp-size)
-    --all                 every backend, method, format, layout and dtype of cp/support.py for this cp size and device
-    --json FILE           write the figures to FILE
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -56,7 +50,7 @@ from tools.leak_probe import Leak, change_samples, probe
 from tools.one_step import compute_gradients, start_grid
 from training.build import COMPUTE_DTYPES, build_batch_plan, build_data, build_model
 from training.optimizer import build_optimizer
-from utils.errors import UserError, is_installed, run_tool
+from utils.errors import OneLineParser, UserError, is_installed, run_tool
 
 TOLERANCE = 4.0  # an error may be this many times its noise floor
 QUERY_CHUNK = 1024  # rows of scores that exist at a time in the reference attention
@@ -414,11 +408,17 @@ def print_row(report: Report) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--verify-layers", type=int, default=2)
-    parser.add_argument("--verify-sequences", type=int)
-    parser.add_argument("--all", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser = OneLineParser(description=__doc__, epilog="All flags of train.py too.")
+    add = parser.add_argument
+    add("--verify-layers", type=int, metavar="N", default=2, help="layers of the model that are checked; default: 2")
+    add(
+        "--verify-sequences",
+        type=int,
+        metavar="N",
+        help="samples that are read; default: a microbatch on each data rank, times --pp-size",
+    )
+    add("--all", action="store_true", help="every layout of cp/support.py for this cp size and device, in each dtype")
+    add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     own, rest = parser.parse_known_args(argv)
     launch, (config, _) = read_launch(), parse_run(rest)
     config.training.eval_interval = 0  # needs no validation documents

@@ -124,7 +124,7 @@ class Validator:
         with_heartbeats = self.ranks.watchdog.with_heartbeats(batches, "validation")
         return evaluate(
             self.model,
-            with_heartbeats,
+            self.log.show_progress(with_heartbeats, total=steps * self.batch_plan.num_microbatches(0)),
             self.ranks.grid,
             self.ranks.device,
             token_bytes=self.token_bytes,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from config.schema import LoggingConfig, RunConfig
+from config.schema import RunConfig
 from cp.layout import document_unit
 from cp.packed_seq import build_packed_seq
 from data.batch import Batch
@@ -109,9 +109,7 @@ class TextSampler:
         try:
             prompt = tokenizer.encode_prompt(logging.sample_prompt)
         except UnencodableText as error:
-            if logging.sample_prompt != LoggingConfig().sample_prompt:
-                raise UserError(f"--sample-prompt {error}") from error
-            prompt = tokenizer.encode_prompt("")  # the default prompt is no text of this tokenizer
+            raise UserError(f"--sample-prompt {error}") from error
         ids = generate(
             self.model,
             prompt,

@@ -7,6 +7,7 @@ import atexit
 import importlib.util
 import os
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -59,12 +60,26 @@ class CollectiveError(OSError):
     """An I/O error that a collective operation raises on every rank, with the same message: printed once a node."""
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Fits paragraphs into the terminal, keeps paragraphs with indented lines, breaks no flag at its hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip("\n").split("\n\n")
+        return "\n\n".join(p if "\n " in f"\n{p}" else "\n".join(self._split_lines(p, width)) for p in paragraphs)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the page of usage.
+    """argparse whose errors are one line, without the page of usage; flags must be written out.
 
     Raises:
         UserError: instead of exiting.
     """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

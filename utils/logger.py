@@ -6,7 +6,9 @@ import io
 import logging
 import os
 import re
+import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TextIO
 
@@ -126,6 +128,16 @@ def log(text: str) -> None:
 def log_error(text: str, *, rank: int | None = None) -> None:
     """Print `train.py: text`, or `train.py: rank R: text`, to stderr."""
     _error.error("%s %s", "" if rank is None else f" rank {rank}:", text)
+
+
+def join_parts(parts: Sequence[str], separator: str, *, indent: int) -> str:
+    """The joined parts; on a terminal a full line goes on below, indented, with the next part."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = f"{lines[-1]}{separator}{part}"
+        lines[-1:] = [longer] if len(longer) <= width else [lines[-1], " " * indent + part]
+    return "\n".join(lines)
 
 
 def one_line(error: BaseException) -> str:

@@ -144,7 +144,7 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
             "special_tokens.* tokens tokens.* added_tokens_overrides* tokenizer_* resize_token_* shrink_* "
             "hf_use_auth_token"
         ),
-        "data: docs/data.md": (
+        "reading and packing differ: docs/data.md": (
             "dataset_* shuffle_* push_dataset_to_hub preprocess_* min_sample_len excess_length_strategy "
             "group_by_length eval_sample_packing eval_sequence_len max_packed_sequence_len multipack_* "
             "batch_flattening curriculum_sampling pretraining_sample_concatenation"
@@ -181,7 +181,7 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
         "the tokenizer: give --tokenizer-model": (
             "vocab_* merge_file tokenizer_* tiktoken_* null_tokenizer_* padded_vocab_size"
         ),
-        "data: docs/data.md": (
+        "reading and packing differ: docs/data.md": (
             "mock_data data_args_path test_data_path dataloader_* reset_* per_split_* full_validation sft sft_* "
             "packing_* "
             "multiple_validation_* fim_* phase_* iterations_to_skip train_sync_* skip_train"

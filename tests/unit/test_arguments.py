@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 from checkpoint.resume import check_same_run
-from config.cli import DEMO_PRESET, build_parser, parse_arguments, parse_run
+from config.cli import DEMO_PRESET, EXAMPLES, build_parser, parse_arguments, parse_run
+from config.schema import RunConfig
 from config.validate import resolve
 from model.config import GPTConfig
 from runtime.distributed import Launch, read_launch
 from tests.flags import flatten, resolve_config, resolved
-from utils.errors import UserError
+from utils.errors import HelpFormatter, UserError
 
 REFUSALS = [
     (["--cp-sise", "2"], 1, ["unknown flag --cp-sise", "--cp-size"]),
@@ -332,6 +333,29 @@ def test_flags_that_the_issue_names_exist() -> None:
 
 def test_every_flag_has_help() -> None:
     assert all(action.help for action in build_parser()._actions)
+
+
+def test_help_fits_eighty_columns_and_breaks_no_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = build_parser().format_help().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if line.endswith("-")] == []
+    assert "  --distributed-startup-timeout-minutes X" in lines and "  --virtual-stages N    pipeline" in "\n".join(
+        lines
+    )
+
+
+@pytest.mark.parametrize("group", [group.name for group in dataclasses.fields(RunConfig)])
+def test_each_group_of_help_has_an_example_that_parses(group: str) -> None:
+    assert f"\n  {EXAMPLES[group]}\n" in build_parser().format_help()
+    parse_arguments(EXAMPLES[group].partition("train.py")[2].split())
+
+
+def test_help_fills_paragraphs_and_keeps_indented_ones() -> None:
+    text = HelpFormatter("x", width=30)._fill_text(
+        "one two three four five six --seven-eight\n\nsay:\n    a  b", 30, ""
+    )
+    assert text == "one two three four five six\n--seven-eight\n\nsay:\n    a  b"
 
 
 def test_contiguous_takes_documents_of_any_length() -> None:

@@ -207,6 +207,7 @@ def test_an_imported_model_has_the_same_logits_and_comes_back_to_the_bit(grid: G
 def test_an_exported_model_has_the_same_logits(grid: Grid, tmp_path: Path, name: str) -> None:
     run = make_ours(tmp_path / "run", grid, **OURS[name])
     assert convert("export", "--load", run, "--output", tmp_path / "hf") == 0
+    assert len({file.stat().st_mode for file in (tmp_path / "hf").iterdir()}) == 1, "who reads one file reads all"
     for dtype, close in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         got = hf_logits(tmp_path / "hf", dtype)
         assert got.shape == (len(IDS), 261) and got.abs().max() > 1

@@ -265,6 +265,7 @@ def test_a_run_that_counts_epochs(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(AXOLOTL.replace("max_steps: 1000", "num_epochs: 3"))
     text, report = convert("axolotl", "pentagrid", str(tmp_path / "a.yaml"), world_size=8)
     assert "train-iters" not in yaml.safe_load(text) and "\n# train-iters:" in text
+    assert "num-layers" not in yaml.safe_load(text) and "\n# num-layers," in text
     assert has(report.changed, "num_epochs 3", "train-iters is not set", "200", "samples of an epoch")
     assert not has(report.lost, "num_epochs") and not has(run(tmp_path, AXOLOTL, "axolotl")[1].changed, "is not set")
 

@@ -37,6 +37,7 @@ from runtime.distributed import Launch
 from runtime.run import RunPaths
 from tests.unit.test_packed_rows import dataset
 from training.flops import PEAK_TFLOPS, known_peak_tflops, training_flops
+from utils.logger import join_parts
 
 CONFIG = GPTConfig(
     num_layers=2,
@@ -225,6 +226,24 @@ def test_the_bar_tells_the_time_left(clock: Clock, capsys, monkeypatch: pytest.M
     assert capsys.readouterr().out.splitlines()[-1].endswith("] step 2/100, 1:05:20 left")
 
 
+def test_the_bar_of_a_validation(clock: Clock, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = log(None)
+    assert list(out.show_progress([1, 2], total=2)) == [1, 2] and capsys.readouterr().out == ""
+    out.show_bar = True
+    assert list(out.show_progress([1, 2], total=2)) == [1, 2]
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"[{'#' * 15}{'.' * 15}] validation: batch 1/2")
+
+
+def test_a_line_breaks_between_its_parts_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ["step 4/100", "loss  5.00000", "lr 2.5e-01"]
+    assert join_parts(parts, " | ", indent=2) == "step 4/100 | loss  5.00000 | lr 2.5e-01"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "26")
+    assert join_parts(parts, " | ", indent=2) == "step 4/100 | loss  5.00000\n  lr 2.5e-01"
+    monkeypatch.setenv("COLUMNS", "5")
+    assert join_parts(parts, " | ", indent=2) == "step 4/100\n  loss  5.00000\n  lr 2.5e-01"
+
+
 def test_waits_of_attention_are_shared_out(tmp_path: Path, clock: Clock, capsys) -> None:
     waits = iter((0.0, 0.5, 1.0, 0.25))
     out = log(tmp_path / "m.jsonl", cp_clock=SimpleNamespace(read=lambda: next(waits)), log_interval=2)
@@ -237,7 +256,7 @@ def test_waits_of_attention_are_shared_out(tmp_path: Path, clock: Clock, capsys)
 
 
 def test_the_legend_names_each_part_of_a_line(clock: Clock, capsys) -> None:
-    out = log(None, log_interval=1, cp_clock=SimpleNamespace(read=lambda: 0.1), on_nonfinite="skip")
+    out = log(None, log_interval=1, cp_clock=SimpleNamespace(read=lambda: 0.1), on_nonfinite="skip", peak_tflops=1.0)
     clock.now += 1.0
     step(out, 1, loss=math.nan, skipped=1)
     parts = capsys.readouterr().out.splitlines()[0].split(" | ")
