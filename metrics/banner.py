@@ -128,8 +128,7 @@ class RunSummary:
             "data": " ".join(self.config.data.data_path or ["the Python standard library of this interpreter"]),
             **({"left out": self.data.left_out} if self.data.left_out else {}),
             **_number("train", describe_sequences(self.data.train)),
-            **_number("validation", self._describe_validation()),
-            **({"gzip -9": text} if (text := self._describe_gzip()) else {}),
+            **self._describe_validation(),
             "step": self._describe_step(),
             "start": self._describe_start(),
             **{f"start, {number}": note for number, note in enumerate(self._list_notes(), 1)},
@@ -155,15 +154,12 @@ class RunSummary:
             return f"{name}; peak {self.peak_tflops} TFLOP/s"
         return f"{name}; no known peak, so no MFU (--peak-tflops)"
 
-    def _describe_validation(self) -> list[str]:
+    def _describe_validation(self) -> dict[str, str]:
         if self.data.valid is None:
-            return ["off (--eval-interval 0)"]
-        return describe_sequences(self.data.valid)
-
-    def _describe_gzip(self) -> str:
-        valid = self.data.valid
-        bits = None if valid is None else gzip_bits_per_byte(valid, self.data.tokenizer)
-        return "" if bits is None else f"{bits:.2f} bits a byte of the validation text"
+            return {"validation": "off (--eval-interval 0)"}
+        bits = gzip_bits_per_byte(self.data.valid, self.data.tokenizer)
+        lines = {} if bits is None else {"gzip -9": f"{bits:.2f} bits a byte of the validation text"}
+        return _number("validation", describe_sequences(self.data.valid)) | lines
 
     def _describe_attention(self) -> str:
         parallel, data = self.config.parallel, self.config.data

@@ -166,25 +166,23 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
         ),
         "a detail of Axolotl": (
             "profiler_* include_* diffusion.* dynamic_checkpoint.* layer_offloading deepcompile trl.* vllm.* "
-            "ebft.* fp8_* "
-            "fp8 nvfp4_*"
+            "ebft.* fp8_* fp8 nvfp4_*"
         ),
     },
     "megatron": {
         "a layer that Pentagrid's GPT does not have": (
             "num_experts moe_* expert_* mtp_* mla multi_latent_attention hybrid_* mamba_* is_hybrid_* kv_lora_* "
             "q_lora_* qk_head_* qk_pos_* qk_clip* v_head_dim window_* softmax_type add_qkv_bias squared_relu "
-            "openai_gelu "
-            "quick_geglu no_rope_* yarn_* rope_type mrope_* no_position_embedding spec experimental_* linear_* "
-            "attention_output_gate transformer_layer_* apply_residual_* heterogeneous_* engram_* enable_mhc_* mhc_*"
+            "openai_gelu quick_geglu no_rope_* yarn_* rope_type mrope_* no_position_embedding spec experimental_* "
+            "linear_* attention_output_gate transformer_layer_* apply_residual_* heterogeneous_* engram_* mhc_* "
+            "enable_mhc_*"
         ),
         "the tokenizer: give --tokenizer-model": (
             "vocab_* merge_file tokenizer_* tiktoken_* null_tokenizer_* padded_vocab_size"
         ),
         "reading and packing differ: docs/data.md": (
             "mock_data data_args_path test_data_path dataloader_* reset_* per_split_* full_validation sft sft_* "
-            "packing_* "
-            "multiple_validation_* fim_* phase_* iterations_to_skip train_sync_* skip_train"
+            "packing_* multiple_validation_* fim_* phase_* iterations_to_skip train_sync_* skip_train"
         ),
         "a global batch that grows": "rampup_batch_size step_batch_size_* decrease_batch_* eval_*_batch_size",
         "another optimizer or schedule": (
