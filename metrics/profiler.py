@@ -18,8 +18,7 @@ class StepProfiler:
     Args:
         steps: from 1; None: none.
         folder: gets trace_rank<r>.json.gz for Perfetto or chrome://tracing, memory_rank<r>.txt with the operators that
-            allocate most,
-            and on CUDA memory_rank<r>.pickle for PyTorch's memory viewer.
+            allocate most, and on CUDA memory_rank<r>.pickle for PyTorch's memory viewer.
     """
 
     def __init__(self, steps: range | None, *, folder: Path, rank: int, device: torch.device) -> None:

@@ -7,7 +7,6 @@ Needs no GPU and no ranks: one machine that can write --data-cache-path. A run w
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -21,16 +20,12 @@ from utils.errors import OneLineParser, UserError, run_tool
 from utils.logger import log
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__)
+def main(argv: list[str]) -> int:
+    parser = OneLineParser(description=__doc__, epilog="All flags of train.py too.")
     parser.add_argument("--world-size", type=int, required=True, help="ranks of the run")
     parser.add_argument("--node-size", type=int, help="ranks of a node; default: 8, or all if fewer")
     parser.add_argument("--epochs", type=int, default=1, help="epochs of the training documents; default: 1")
-    return parser
-
-
-def main(argv: list[str]) -> int:
-    own, words = build_parser().parse_known_args(argv)
+    own, words = parser.parse_known_args(argv)
     if own.epochs < 1:
         raise UserError(f"--epochs {own.epochs}: must be at least 1")
     start = time.monotonic()

@@ -13,13 +13,7 @@ from model.gpt import GPT, Stages
 from parallel.collectives import sum_over
 from parallel.fsdp import clip_grad_norm_
 from parallel.grid import Grid
-from runtime.distributed import (
-    Launch,
-    build_run_grid,
-    collective_timeout,
-    cuda_device_count,
-    initialise_distributed,
-)
+from runtime.distributed import Launch, build_run_grid, collective_timeout, cuda_device_count, initialise_distributed
 from training.build import build_accumulation, build_pipeline
 from training.step import forward_backward, get_norm_owned_names
 

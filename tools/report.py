@@ -247,11 +247,9 @@ def draw_charts(runs: list[Run]) -> go.Figure:
         traces.sort(key=lambda trace: trace.opacity)  # no run's band hides another run's curve
         figure.add_traces(traces, rows=row, cols=col)
         values = [y for trace in traces for y in trace.y if math.isfinite(y)]
-        is_large = max(values, default=0) >= 10_000
-        figure.update_yaxes(tickformat="~s" if is_large else "~g", row=row, col=col)  # 12k, 2.3M
-        if needs_log_axis(values):
-            few = max(values) < 1000 * min(values)  # labels at 1, 2 and 5 of a decade
-            figure.update_yaxes(type="log", dtick="D2" if few else None, row=row, col=col)
+        figure.update_yaxes(tickformat="~s" if max(values, default=0) >= 10_000 else "~g", row=row, col=col)  # 2.3M
+        if needs_log_axis(values):  # D2: labels at 1, 2 and 5 of a decade
+            figure.update_yaxes(type="log", dtick="D2" if max(values) < 1000 * min(values) else None, row=row, col=col)
     for number, run in enumerate(runs):
         for step in sorted({step for step, _ in list_changes(run)}):
             colour = COLOURS[number % len(COLOURS)]
