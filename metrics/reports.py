@@ -149,7 +149,7 @@ def next_commands(run: Run, *, has_checkpoint: bool, is_done: bool) -> list[str]
         if launch.world_size == launch.local_world_size:  # one node: other launchers have more flags
             commands.append(f"{start} {redact(shlex.join(words))}")
         where = paths.checkpoints if config.checkpoint.save else paths.run_dir
-        prompt = shlex.quote(config.logging.sample_prompt)
+        prompt = shlex.quote(config.logging.sample_prompt or "The ")
         commands.append(f"{python} tools/generate.py --load {shlex.quote(str(where))} --prompt {prompt}")
     if paths.metrics == paths.run_dir / "metrics.jsonl":
         commands.append(f"{python} tools/report.py {shlex.quote(str(paths.run_dir))}")

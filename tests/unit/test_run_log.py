@@ -273,7 +273,7 @@ def test_the_legend_names_each_part_of_a_line(clock: Clock, capsys) -> None:
             "--cp-size 4",
             True,
             "local.sh 4 --cp-size 4 --resume --run-dir runs/x --train-iters 200"
-            "|generate.py --load runs/x --prompt 'def '|report.py runs/x",
+            "|generate.py --load runs/x --prompt 'The '|report.py runs/x",
         ),
         ("--run-dir runs/x --resume", False, "local.sh 4 --run-dir runs/x --resume|generate.py|report.py runs/x"),
         ("--metrics-file none --save elsewhere", False, "--save elsewhere --resume --run-dir|--load elsewhere"),
