@@ -185,6 +185,38 @@ def test_an_export_begins_texts_as_the_run_did(tmp_path: Path, kind: str, keep_t
     assert (there.bos_token_id, there.eos_token_id) == (1, tokenizer.eod)
 
 
+def test_a_run_knows_how_its_documents_begin(tmp_path: Path) -> None:
+    """The checkpoint says so: to a resumed run, to tools/generate.py and to an export, which continue the same ids."""
+    from transformers import AutoTokenizer
+
+    from tests.wide_transformers import load_wide
+
+    prefix = prepared(tmp_path, "p", model_file(tmp_path, "sentencepiece"), "--bos")
+    flags = [word for word in SMALL if word not in ("--tokenizer-type", "byte")]
+    flags += ["--data-path", str(prefix), "--data-cache-path", str(tmp_path / "cache"), "--device", "cpu"]
+    flags += ["--seq-length", "64", "--log-interval", "1", "--eval-iters", "1"]
+    run = tmp_path / "run"
+    train(0, run, *flags, "--train-iters", "12", "--save-interval", "12", "--eval-interval", "12")
+    step = next((run / "checkpoints").glob("step_*"))
+    assert json.loads((step / "run.json").read_text())["--bos"] is True
+    refused = run_train(0, "--run-dir", str(run), *flags, "--resume", "--train-iters", "13", "--no-bos")
+    assert refused.returncode == 2 and "--no-bos: the checkpoint was made with other values" in refused.stderr
+    resumed = run_train(0, "--run-dir", str(run), *flags, "--resume", "--train-iters", "13", "--sample-tokens", "2")
+    assert resumed.returncode == 0 and "----- sample after training" in resumed.stdout, resumed.stderr
+
+    words = ["--load", str(step), "--prompt", "a ring", "--tokens", "20", "--greedy", "--dtype", "fp64"]
+    said = run_script("tools/generate.py", *words, "--device", "cpu", environment=environment(), timeout=200)
+    words = ["export", "--load", str(step), "--output", str(tmp_path / "hf")]
+    exported = run_script("tools/convert_hf.py", *words, environment=environment(), timeout=200)
+    assert exported.returncode == 0, exported.stderr
+    model, tokenizer = load_wide(tmp_path / "hf"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    prompt = tokenizer("a ring", return_tensors="pt")
+    assert prompt["input_ids"][0, 0] == 1 == model.config.bos_token_id
+    ids = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0]
+    ids = ids[: int((ids == tokenizer.eos_token_id).nonzero()[:1].sum()) or None]
+    assert said.stdout == tokenizer.decode(ids, skip_special_tokens=True) + "\n", said.stderr
+
+
 # ---------------------------------------------------------------------------------------------------
 # Tokens without their tokenizer
 
