@@ -1,8 +1,7 @@
 """Which tokens make up sample n of an epoch.
 
 - `best-fit`: whole documents, each in the fullest sample with room, over all documents of an epoch or over windows of
-them
-  (`window`). Only documents longer than a sample are cut.
+  them (`window`). Only documents longer than a sample are cut.
 - `greedy`: documents in the epoch's order, cut where a sample ends.
 - `concat`: one stream of tokens, cut every `seq_length` tokens; attention and labels cross documents.
 
@@ -313,8 +312,7 @@ class StreamEpoch:
         lengths: [n] int64 their lengths; None: `ends` counts no padding.
         ends: [n] int64 running sum of their padded lengths.
         lookahead: 1 where a sample reads one token more for its last label. The last tokens of the stream, too few for
-            a
-            sample and its lookahead, are then left over; with 0 the last sample has a tail.
+            a sample and its lookahead, are then left over; with 0 the last sample has a tail.
     """
 
     documents: np.ndarray

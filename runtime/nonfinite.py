@@ -85,8 +85,7 @@ class NonFiniteGuard:
     Args:
         training: --on-nonfinite and --max-skipped-in-a-row.
         checks_each_step: read loss and norm in every step. Otherwise, on CUDA with --on-nonfinite stop, the log finds
-            such
-            a step later, after its update, and no step waits for the device.
+            such a step later, after its update, and no step waits for the device.
         folder: gets a file for each such step.
         metadata: of the run, for these files: what a replay needs.
     """

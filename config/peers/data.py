@@ -118,9 +118,12 @@ def _write_folder_of_tokenizer(name: str, extra: Values) -> Any:
 
 def _read_megatron_tokenizer(values: Values, known: Known) -> Any:
     kind = text(values.get("tokenizer_type", ""))
-    if kind in ("NullTokenizer", "NullMultimodalTokenizer") or "tokenizer_model" not in values:
+    if kind in ("NullTokenizer", "NullMultimodalTokenizer"):
+        raise NoCounterpart(f"{kind} of N tokens: give --vocab-size N + 1 and --eod-id N")
+    file = text(values.get("vocab_file" if kind == "GPT2BPETokenizer" else "tokenizer_model", ""))
+    if not file:
         raise NoCounterpart(f"{kind or 'tokenizer'}: give --tokenizer-model, a tokenizer.json or SentencePiece model")
-    return text(values["tokenizer_model"])
+    return file
 
 
 PLAIN_TEXT = ("pretrain", "completion", "pretraining")
@@ -308,7 +311,7 @@ DATA = [
             _write_folder_of_tokenizer("tokenizer_config", {}),
             _default_tokenizer,
         ),
-        megatron=Column(("tokenizer_model", "tokenizer_type"), _read_megatron_tokenizer),
+        megatron=Column(("tokenizer_model", "tokenizer_type", "vocab_file", "merge_file"), _read_megatron_tokenizer),
     ),
     row(
         "tokenizer_eod",

@@ -377,6 +377,15 @@ def test_megatrons_defaults_that_make_another_model_are_listed(tmp_path: Path) -
         assert has(report.lost, name)
 
 
+def test_megatrons_tokenizers(tmp_path: Path) -> None:
+    shape = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --tokenizer-type "
+    files = "--vocab-file a/gpt2-vocab.json --merge-file a/gpt2-merges.txt"
+    flags, _ = run(tmp_path, f"{shape} GPT2BPETokenizer {files}", "megatron")
+    assert flags["tokenizer_model"] == "a/gpt2-vocab.json"
+    flags, report = run(tmp_path, f"{shape} NullTokenizer --vocab-size 99", "megatron")
+    assert "tokenizer_model" not in flags and has(report.lost, "--vocab-size N + 1 and --eod-id N")
+
+
 @pytest.mark.parametrize(
     ("source", "text", "resumes"),
     [
