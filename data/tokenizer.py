@@ -118,13 +118,13 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, without EOD and BOS."""
 
-    @abstractmethod
     def token_bytes(self) -> np.ndarray | None:
         """[vocab_size] int64 bytes of UTF-8 that each token stands for; 0 for EOD, BOS and ids without a token.
 
         Their sum over a text's ids is the length of the text, but for a space that the tokenizer puts before it. None:
         a token's length depends on its neighbours, or is not known.
         """
+        return None
 
 
 class ByteTokenizer(Tokenizer):
@@ -161,9 +161,6 @@ class TokenIds(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(str(i) for i in ids if i != self.eod)
-
-    def token_bytes(self) -> None:
-        return None
 
 
 def load_sentencepiece() -> ModuleType:

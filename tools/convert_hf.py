@@ -90,7 +90,7 @@ def export_model(
     Args:
         dtype: of the files; None: as stored.
         shard_bytes, keep_template: as `write_shards` and `write_tokenizer` take them.
-        flags: of the tokenizer; as a run without such flags, its own.
+        flags: of the tokenizer, as `find_tokenizer` takes them.
 
     Raises:
         UserError: a corrupted checkpoint, a model or tokenizer without counterpart, or an output that exists.

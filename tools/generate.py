@@ -137,7 +137,6 @@ def read_run_tokenizers(file: Path) -> Iterator[Tokenizer]:
         kind, model, eod, cache = (
             flags[name] for name in ("tokenizer_type", "tokenizer_model", "tokenizer_eod", "data_cache_path")
         )
-        ids = flags.get("vocab_size"), flags.get("eod_id")  # of newer runs
         corpora = [list(flags[name] or ()) for name in ("data_path", "valid_data_path")]
         if not all(isinstance(text, str) for text in (kind, model or "", eod or "", cache, *corpora[0], *corpora[1])):
             raise TypeError("a path that is no text")
@@ -147,8 +146,8 @@ def read_run_tokenizers(file: Path) -> Iterator[Tokenizer]:
         raise UserError(f"{file}: its tokenizer {model} does not exist; give its file with --tokenizer-model")
     if kind == "byte" or model is not None:
         yield TokenizerSpec(kind, model, eod).load()
-    if type(ids[0]) is type(ids[1]) is int:
-        yield TokenIds(*ids)
+    if type(vocab_size := flags.get("vocab_size")) is type(eod_id := flags.get("eod_id")) is int:  # of newer runs
+        yield TokenIds(vocab_size, eod_id)
     for part in (part for words in corpora if words for part in parse_blend(words)):
         if index_file(Path(part.path)).is_file() and (own := open_prepared(Path(part.path)).tokenizer()):
             yield own
