@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -172,13 +173,23 @@ def _load_pyarrow(file: str) -> tuple[Any, Any]:
         raise UserError(f"{file} needs the package pyarrow ({error}): pip install -r requirements.txt") from error
 
 
-def _read_parquet(file: str, column: str, start: FileOffset) -> Iterator[Record]:
+def _open_parquet(pyarrow: Any, file: str) -> Any:
+    """A seekable file; the content of a compressed one is held in memory. Raises BadRecord: that is too much."""
     if compression_of(file):
-        raise BadRecord(file, 0, "is a compressed Parquet file; unpack it, Parquet compresses its own content")
+        with open_stream(file) as (_, stream):
+            content = stream.read(MAX_RECORD_BYTES + 1)
+        if len(content) > MAX_RECORD_BYTES:
+            raise BadRecord(file, 0, f"unpacks to more than {MAX_RECORD_BYTES:,} bytes, which are held in memory")
+        return pyarrow.BufferReader(content)
+    store, path = open_store(file)
+    return store.open(path, "rb")
+
+
+def _read_parquet(file: str, column: str, start: FileOffset) -> Iterator[Record]:
     pyarrow, parquet = _load_pyarrow(file)
-    (store, path_in_store), row = open_store(file), 0
+    row = 0
     try:
-        with store.open(path_in_store, "rb") as opened:
+        with closing(_open_parquet(pyarrow, file)) as opened:
             table = parquet.ParquetFile(opened)
             path = _find_column(pyarrow, file, table.schema_arrow, column)
             size, rows = file_size(file), max(1, table.metadata.num_rows)

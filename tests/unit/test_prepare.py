@@ -59,7 +59,9 @@ def corpus_in(folder: Path) -> Path:
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines_of(TEXTS[20:30])) + gzip.compress(lines_of(TEXTS[30:40])))
     (folder / "c.jsonl.zst").write_bytes(zstd(lines_of(TEXTS[40:60])))
     pq.write_table(pa.table({"text": TEXTS[60:80], "n": range(20)}), folder / "d.parquet", row_group_size=7)
-    pq.write_table(pa.table({"text": pa.array(TEXTS[80:100], pa.large_string())}), folder / "e.parquet")
+    pq.write_table(pa.table({"text": pa.array(TEXTS[80:100], pa.large_string())}), folder / "whole")
+    (folder / "e.parquet.gz").write_bytes(gzip.compress((folder / "whole").read_bytes()))
+    (folder / "whole").unlink()
     for n, text in enumerate(TEXTS[100:]):
         name, data = folder / f"f{n:02d}.txt", text.encode()
         if n % 3 == 1:

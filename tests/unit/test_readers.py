@@ -246,9 +246,10 @@ def test_a_record_that_is_too_long_is_left_out_and_the_next_is_read(tmp_path: Pa
         assert [r.number for r in rest] == [3]
 
 
-def test_a_compressed_parquet_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
-    with pytest.raises(BadRecord, match="unpack it"):
+def test_a_compressed_parquet_file_is_held_in_memory_to_a_limit(tmp_path: Path, small_limit) -> None:
+    pq.write_table(pa.table({"text": [random.Random(0).randbytes(2000).hex()]}), tmp_path / "a")
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a").read_bytes()))
+    with pytest.raises(BadRecord, match="unpacks to more than 1,000 bytes"):
         list(read_records(str(tmp_path / "a.parquet.gz"), kind="parquet", json_key="text"))
 
 
