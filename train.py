@@ -159,7 +159,7 @@ def main(argv: list[str], status: RunStatus) -> None:
         )
     state = state or TrainState()
     if state.is_resumed and not config.training.eval_only:
-        data = replace(data, train=resume_samples(data.train, state.data, state.source_places))
+        data = replace(data, train=resume_samples(data.train, state.data))
     status.step = state.first_step
 
     # ------------------------------------------------------------------------------------------------

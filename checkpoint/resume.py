@@ -25,7 +25,7 @@ from checkpoint.files import (
 from checkpoint.saver import from_rank_zero, load_checkpoint
 from config.schema import CheckpointConfig, LoggingConfig, OnResume, RunConfig, option
 from data.dataset import BlendedDataset, SampleDataset
-from data.mixture import match_sources
+from data.mixture import add_rows
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig
 from parallel.grid import Grid
@@ -74,7 +74,6 @@ class TrainState:
         notes: lines for the banner.
         changed: a line for each flag or source that is another than the checkpoint's.
         data: state of the data sources, from run.json.
-        source_places: of `match_sources`, where the mixture of sources changes; None: it does not.
         validation_due: a request to stop ended the validation after `first_step`.
     """
 
@@ -83,7 +82,6 @@ class TrainState:
     notes: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
-    source_places: list[int | None] | None = None
     validation_due: bool = False
 
     @property
@@ -160,23 +158,23 @@ def run_metadata(
     }
     metadata["weights' dtype"] = config.training.parameter_dtype
     metadata |= {"tokenizer": tokenizer.fingerprint, DOCUMENTS: samples.fingerprint()}
-    if isinstance(samples, BlendedDataset):
-        sources, weights = samples.sources, samples.blend.weights
-    else:
-        sources, weights = [samples], [1]
-    rows = [[s.name, s.fingerprint(), w / sum(weights)] for s, w in zip(sources, weights, strict=True)]
-    return metadata | {SOURCES: rows}
+    later = samples.mixtures[1:] if isinstance(samples, BlendedDataset) else []
+    phases = [[*row, mixture.first] for number, mixture in enumerate(later, 1) for row in samples.list_rows(number)]
+    return metadata | {SOURCES: samples.list_rows(0) + phases}
 
 
 def describe_data_change(saved: list[list] | None, wanted: list[list]) -> str:
     """Which source of the data is another one.
 
     Args:
-        saved, wanted: [name, fingerprint, share] of each source; None: of an old checkpoint.
+        saved, wanted: [name, fingerprint, share] of each source, in later phases also the first sample; None: of an
+            old checkpoint.
     """
     if saved is None:
         return "the documents are others; the checkpoint is too old to say of which source"
-    before, now = ({name: facts for name, *facts in sources} for sources in (saved, wanted))
+    before, now = (
+        {" from sample ".join(map(str, [row[0], *row[3:]])): row[1:3] for row in rows} for rows in (saved, wanted)
+    )
     changes = []
     for name in before | now:
         if name not in before or name not in now:
@@ -291,10 +289,8 @@ def load_start(
         ours = [path for path, _ in skipped if path.parent.resolve() == save.resolve()]
         notes += [f"quarantined as {quarantine(path).name}" for path in ours]
     first_step, due = (0, False) if plan.weights_only else (step, saved.get("validation_due") is True)
-    places = None
     trains_on = not plan.weights_only and not config.training.eval_only
-    if trains_on and saved[DOCUMENTS] != wanted[DOCUMENTS]:
-        if SOURCES not in saved:
-            raise UserError(f"--new-data: the checkpoint {checkpoint} is too old to say where its sources stood")
-        places = match_sources(saved[SOURCES], wanted[SOURCES])
-    return TrainState(checkpoint, first_step, notes, changed, saved.get("data", {}), places, due)
+    if trains_on and saved[DOCUMENTS] != wanted[DOCUMENTS] and SOURCES not in saved:
+        raise UserError(f"--new-data: the checkpoint {checkpoint} is too old to say where its sources stood")
+    data = add_rows(saved.get("data", {}), saved.get(SOURCES))
+    return TrainState(checkpoint, first_step, notes, changed, data, due)

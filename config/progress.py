@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from config.schema import ParallelConfig, TrainingConfig, option
+from config.schema import DataConfig, ParallelConfig, TrainingConfig, option
 from data.batch_schedule import BatchSchedule, parse_rampup
+from data.blend import parse_phases
 from utils.errors import SizeError, UserError
 
 
@@ -33,6 +34,26 @@ def resolve_batches(
     if isinstance(saved.get("data"), dict) and "batches" in saved["data"]:  # not in an old checkpoint
         before = BatchSchedule.parse(saved["data"]["batches"])
     training.batches = BatchSchedule.build(training.global_batch_size, rampup, done=done, before=before.phases)
+
+
+def resolve_phases(data: DataConfig, batches: BatchSchedule) -> list[int]:
+    """First sample of each phase of --data-path after the first. Raises UserError: they do not ascend."""
+    starts: list[int] = []
+    first = 0
+    for unit, start, _ in parse_phases(data.data_path or [""])[1:]:
+        sample = start
+        if unit == "tokens":
+            sample = -(-start // data.seq_length)
+        elif unit == "step":
+            sample = batches.first_sample(max(0, start - 1))
+        if sample <= first:
+            raise UserError(
+                f"--data-path {data.data_path[0]}: the phase from-{unit} {start} begins with sample {sample}, the one "
+                f"before with sample {first}: phases must ascend"
+            )
+        starts.append(sample)
+        first = sample
+    return starts
 
 
 def resolve_lr_schedule(training: TrainingConfig, seq_length: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from config.advice import NPROC, Change, divisors, find_advice, flags_of, multiples, nearest
 from config.attention import ITEM_BYTES, resolve_alignment, resolve_attention, resolve_data_packing
 from config.outputs import resolve_outputs
-from config.progress import resolve_batches, resolve_lr_schedule
+from config.progress import resolve_batches, resolve_lr_schedule, resolve_phases
 from config.schema import (
     BATCH_FLAGS,
     DataConfig,
@@ -94,6 +94,7 @@ def resolve(
         raise UserError(f"{error.what}{kept}: {advice}") from None
     _resolve_data(config.data, config.training, chosen, is_resumed=bool(saved))
     _resolve_tokenizer(config, chosen)
+    resolve_phases(config.data, config.training.batches)
     resolve_outputs(config)
     return chosen
 

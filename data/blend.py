@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import reprlib
 from collections import deque
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from utils.plain_yaml import read_yaml
 MAX_DIGITS = 100  # of a weight; Python refuses to convert thousands
 BLOCK = 4096  # samples whose sources are computed at a time
 BLOCKS_KEPT = 16
+PHASE_STARTS = ("from-step", "from-tokens", "from-samples")
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,40 @@ class BlendPart:
     weight: Fraction | None = None
 
 
-def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[BlendPart]:
-    """`P`, `0.7 P1 0.3 P2`, `P1 P2` (weights by size), or one YAML file that lists the sources.
+class MixturePhase(NamedTuple):
+    """A mixture from a place of the run on. Attributes: unit and number of this place; sources of the mixture."""
+
+    unit: str
+    start: int
+    parts: list[BlendPart]
+
+
+def parse_phases(words: Sequence[str], flag: str = "--data-path") -> list[MixturePhase]:
+    """`P`, `0.7 P1 0.3 P2`, `P1 P2` (weights by size), or one YAML file that lists sources, or phases of sources.
 
     Raises:
         UserError: a weight is no positive number, both forms are mixed, a source is named twice, or the YAML is
             corrupted.
     """
     if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
-        parts = _read_yaml(Path(words[0]), flag)
-    elif len(words) > 1 and len(words) % 2 == 0 and all(_is_number(word) for word in words[::2]):
+        phases = _read_yaml(Path(words[0]), flag)
+    else:
+        phases = [MixturePhase("samples", 0, _parse_words(words, flag))]
+    for phase in phases:
+        names = [str(Path(part.path).resolve()) for part in phase.parts]
+        for number, part in enumerate(phase.parts):
+            if names[number] in names[:number]:
+                raise UserError(f"{flag}: {part.path} is named twice; give it once, with the sum of its weights")
+    return phases
+
+
+def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[BlendPart]:
+    """The sources of all phases, as `parse_phases`."""
+    return [part for phase in parse_phases(words, flag) for part in phase.parts]
+
+
+def _parse_words(words: Sequence[str], flag: str) -> list[BlendPart]:
+    if len(words) > 1 and len(words) % 2 == 0 and all(_is_number(word) for word in words[::2]):
         both = next((word for word in words[::2] if _is_source(word)), None)
         if both is not None:
             raise UserError(
@@ -54,27 +80,42 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[BlendPa
                 f"+{both} for the weight"
             )
         pairs = zip(words[::2], words[1::2], strict=True)
-        parts = [BlendPart(path, _parse_weight(number, path, flag)) for number, path in pairs]
-    else:
-        stray = next((word for word in words if _is_number(word) and not _is_source(word)), None)
-        if stray is not None:
-            raise UserError(
-                f"{flag} {' '.join(words)}: {stray} stands where a path should; write WEIGHT PATH WEIGHT PATH ... or "
-                "paths only"
-            )
-        parts = [BlendPart(word) for word in words]
-    names = [str(Path(part.path).resolve()) for part in parts]
-    for number, part in enumerate(parts):
-        if names[number] in names[:number]:
-            raise UserError(f"{flag}: {part.path} is named twice; give it once, with the sum of its weights")
-    return parts
+        return [BlendPart(path, _parse_weight(number, path, flag)) for number, path in pairs]
+    stray = next((word for word in words if _is_number(word) and not _is_source(word)), None)
+    if stray is not None:
+        raise UserError(
+            f"{flag} {' '.join(words)}: {stray} stands where a path should; write WEIGHT PATH WEIGHT PATH ... or "
+            "paths only"
+        )
+    return [BlendPart(word) for word in words]
 
 
-def _read_yaml(file: Path, flag: str) -> list[BlendPart]:
+def _read_yaml(file: Path, flag: str) -> list[MixturePhase]:
     loaded = read_yaml(file, f"{flag} {file}")
-    entries = loaded["sources"] if isinstance(loaded, dict) and set(loaded) == {"sources"} else None
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{flag} {file}: must hold one key, sources, with a list of entries of path and weight")
+    key = next(iter(loaded)) if isinstance(loaded, dict) and len(loaded) == 1 else None
+    if key not in ("sources", "phases") or not isinstance(loaded[key], list) or not loaded[key]:
+        raise UserError(
+            f"{flag} {file}: must hold one key, sources, with a list of entries of path and weight; or phases, with a "
+            "list of sources, each but the first with from-step, from-tokens or from-samples"
+        )
+    if key == "sources":
+        return [MixturePhase("samples", 0, _read_sources(loaded[key], file, flag))]
+    phases = []
+    for number, entry in enumerate(loaded[key], 1):
+        starts = [name for name in PHASE_STARTS if name in entry] if isinstance(entry, dict) else []
+        sources = entry.get("sources") if isinstance(entry, dict) and set(entry) == {"sources", *starts} else None
+        is_number = all(re.fullmatch("[0-9]{1,18}", str(entry[name])) for name in starts)
+        if not isinstance(sources, list) or not sources or not is_number or len(starts) != (number > 1):
+            raise UserError(
+                f"{flag} {file}: entry {number} of phases must hold a list of sources"
+                + (f" and one number, {', '.join(PHASE_STARTS)}" if number > 1 else ", and begins the run")
+            )
+        unit, start = (starts[0], int(entry[starts[0]])) if starts else ("samples", 0)
+        phases.append(MixturePhase(unit.removeprefix("from-"), start, _read_sources(sources, file, flag)))
+    return phases
+
+
+def _read_sources(entries: list, file: Path, flag: str) -> list[BlendPart]:
     parts = []
     for number, entry in enumerate(entries, 1):
         is_entry = isinstance(entry, dict) and set(entry) <= {"path", "weight"} and isinstance(entry.get("path"), str)

@@ -16,6 +16,7 @@ from data.blend import whole_weights
 from data.dataset import (
     BlendedDataset,
     CorpusFacts,
+    Mixture,
     PackedDataset,
     PackingOptions,
     SampleDataset,
@@ -23,7 +24,7 @@ from data.dataset import (
 )
 from data.files import file_version
 from data.indexed_dataset import IndexedDataset, index_file, token_file, write_indexed_dataset
-from data.sources import DataSource, PreparedCorpus, TextSource, no_document_error, train_model
+from data.sources import DataSource, PreparedCorpus, TextSource, list_opened, no_document_error, train_model
 from data.split import MAX_TABLE_DOCUMENTS, Documents, cached_split, count_documents
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, UnencodableText, load_sentencepiece
 from utils.errors import UserError
@@ -168,6 +169,7 @@ def build_dataset(
     which: int,
     flag: str,
     cache_path: Path,
+    starts: Sequence[int] = (),
     builds_ahead: bool = False,
 ) -> SampleDataset:
     """The samples of one split of some sources, blended if there are several sources.
@@ -176,6 +178,7 @@ def build_dataset(
         split: weights of train, validation and test documents.
         which: index into `split`; 0 is train.
         flag: names the sources in errors.
+        starts: first sample of each phase after the first.
         builds_ahead: as `open_dataset`'s.
 
     Raises:
@@ -183,7 +186,7 @@ def build_dataset(
     """
     name = ("training", "validation", "test")[which]
     datasets = []
-    for source in sources:
+    for source in list_opened(sources):
         if isinstance(source.content, PreparedCorpus):
             tokens = source.content.tokens
         else:
@@ -217,8 +220,13 @@ def build_dataset(
                 f"{flag} {source.name}: each of its {num_documents} {name} documents is one token: no label to learn"
             )
         datasets.append(dataset)
-    if len(datasets) == 1:
+    if len(datasets) == len(starts) + 1 == 1:
         return datasets[0]
-    pairs = zip(datasets, sources, strict=True)
-    weights = [data.samples_per_epoch if source.weight is None else source.weight for data, source in pairs]
-    return BlendedDataset(datasets, whole_weights(weights))
+    numbers, mixtures = {id(source.content): number for number, source in enumerate(list_opened(sources))}, []
+    for phase, first in enumerate((0, *starts)):
+        own = [source for source in sources if source.phase == phase]
+        members = [numbers[id(source.content)] for source in own]
+        pairs = zip(members, own, strict=True)
+        weights = [datasets[m].samples_per_epoch if source.weight is None else source.weight for m, source in pairs]
+        mixtures.append(Mixture(first, whole_weights(weights), members))
+    return BlendedDataset(datasets, mixtures)

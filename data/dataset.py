@@ -6,6 +6,7 @@ Samples run on through the epochs without end. A blend of several datasets takes
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -236,9 +237,14 @@ class PackedDataset:
         return found.count(token) / max(1, len(found))
 
     def state_dict(self, n: int) -> dict[str, Any]:
-        """Epoch and position of each source before sample n, as JSON."""
+        """Epoch and position of each source before sample n, and the mixtures so far, as JSON."""
         epoch, position = divmod(n, self.samples_per_epoch)
-        return {"sequences": n, "sources": [{"name": self.name, "epoch": epoch, "position": position}]}
+        place = {"name": self.name, "fingerprint": self.fingerprint(), "epoch": epoch, "position": position}
+        return {"sequences": n, "sources": [place], "mixtures": [[0, self.list_rows()]]}
+
+    def list_rows(self, number: int = 0) -> list[list[Any]]:
+        """As `BlendedDataset.list_rows`."""
+        return [[self.name, self.fingerprint(), 1.0]]
 
     def sample(self, n: int, *, reads_tokens: bool = True) -> PackedSample:
         """Sample n of the run; every epoch has `samples_per_epoch` of them.
@@ -368,38 +374,66 @@ class PackedDataset:
 
 
 class Mixture(NamedTuple):
-    """Where a mixture of sources begins. Attributes: samples of the run before it, samples of each source before it."""
+    """Which sources give the samples of a run from one sample on.
 
-    sequences: int
+    Attributes:
+        first: this sample.
+        weights: [members] positive whole numbers in proportion to the samples of each.
+        members: number of each source.
+    """
+
+    first: int
+    weights: list[int]
+    members: list[int]
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a resumed run has read.
+
+    Attributes:
+        current: number of the mixture that goes on.
+        begun, counts: [sources] samples of each before this mixture, and before sample n.
+        n: samples read.
+        mixtures: first sample and rows (`list_rows`) of the mixtures before.
+        left: states of sources that are in none of the run's mixtures any more.
+    """
+
+    current: int
+    begun: list[int]
     counts: list[int]
+    n: int
+    mixtures: list[list[Any]]
+    left: list[dict[str, Any]]
+
+
+class _Turns(NamedTuple):
+    """A mixture that the run has reached. Attributes: [sources] samples of each before the mixture."""
+
+    blend: Blend
+    begun: list[int]
 
 
 class BlendedDataset:
-    """Samples of several datasets in turn (data/blend.py).
+    """Samples of several datasets in turn (data/blend.py), by one mixture or by one after the other.
+
+    Each source goes on where the mixtures before have left it.
 
     Args:
-        weights: [sources] positive integers, in proportion to the samples that each source gives.
-        mixture: where these sources and weights begin in the run; None: at sample 0.
-        reached: (n, samples of each source before sample n), so that counting begins there; None: at the mixture.
+        mixtures: ascending; the first begins with sample 0, or in a resumed run with any sample that is read.
+        past: of a resumed run.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[PackedDataset],
-        weights: Sequence[int],
-        *,
-        mixture: Mixture | None = None,
-        reached: tuple[int, Sequence[int]] | None = None,
-    ) -> None:
-        self.sources, self.mixture = list(sources), mixture or Mixture(0, [0] * len(weights))
-        before = self.mixture
-        n, counts = reached or before
-        since = [count - begun for count, begun in zip(counts, before.counts, strict=True)]
-        self.blend = Blend(weights, (n - before.sequences, since) if reached else None)
+    def __init__(self, sources: Sequence[PackedDataset], mixtures: Sequence[Mixture], past: Past | None = None) -> None:
+        self.sources, self.mixtures = list(sources), list(mixtures)
+        none = [0] * len(sources)
+        self.past = past or Past(0, none, none, 0, [], [])
         self.seq_length = self.sources[0].seq_length
-        # Samples before any source begins its second epoch.
-        pairs = zip(self.sources, self.blend.weights, strict=True)
-        self.samples_per_epoch = min(source.samples_per_epoch * self.blend.total // w for source, w in pairs)
+        self._turns: dict[int, _Turns] = {}
+        # Samples before any source of the first mixture begins its second epoch.
+        _, weights, members = self.mixtures[0]
+        sizes = [self.sources[member].samples_per_epoch for member in members]
+        self.samples_per_epoch = min(size * sum(weights) // w for size, w in zip(sizes, weights, strict=True))
 
     def sample(self, n: int, *, reads_tokens: bool = True) -> PackedSample:
         source, position = self.at(n)
@@ -408,14 +442,33 @@ class BlendedDataset:
         return sample
 
     def at(self, n: int) -> tuple[int, int]:
-        """(source, number of the sample in that source) of sample n, which the mixture has."""
-        source, position = self.blend.at(n - self.mixture.sequences)
-        return source, position + self.mixture.counts[source]
+        """(source, number of the sample in that source) of sample n, which is none of a mixture before the current."""
+        number = max(self.past.current, bisect.bisect_right(self.mixtures, n, key=lambda m: m.first) - 1)
+        (first, _, members), turns = self.mixtures[number], self._find_turns(number)
+        place, position = turns.blend.at(n - first)
+        return members[place], position + turns.begun[members[place]]
 
     def counts(self, n: int) -> list[int]:
         """[sources] samples of each before sample n."""
-        since = self.blend.counts(n - self.mixture.sequences)
-        return [count + begun for count, begun in zip(since, self.mixture.counts, strict=True)]
+        number = self._mixture_before(n)
+        (first, _, members), turns = self.mixtures[number], self._find_turns(number)
+        counts = list(turns.begun)
+        for member, count in zip(members, turns.blend.counts(n - first), strict=True):
+            counts[member] += count
+        return counts
+
+    def _mixture_before(self, n: int) -> int:
+        """Number of the mixture of sample n - 1."""
+        return max(self.past.current, bisect.bisect_left(self.mixtures, n, key=lambda m: m.first) - 1)
+
+    def _find_turns(self, number: int) -> _Turns:
+        if number not in self._turns:
+            (first, weights, members), past = self.mixtures[number], self.past
+            is_current = number == past.current
+            begun = past.begun if is_current else self.counts(first)
+            since = [past.counts[member] - begun[member] for member in members]
+            self._turns[number] = _Turns(Blend(weights, (past.n - first, since) if is_current else None), begun)
+        return self._turns[number]
 
     def squared_lengths(self, first: int, count: int) -> np.ndarray:
         """As `PackedDataset.squared_lengths`."""
@@ -431,15 +484,35 @@ class BlendedDataset:
         return self.sources[0].empty_sample()
 
     def fingerprint(self) -> str:
-        """Hash of the sources in order, and their weights; of one source its own."""
-        if len(self.sources) == 1:
+        """Hash of the sources in order, their weights and where later mixtures begin; of one source its own."""
+        if len(self.sources) == len(self.mixtures) == 1:
             return self.sources[0].fingerprint()
-        return cache_key(blend=[(s.fingerprint(), w) for s, w in zip(self.sources, self.blend.weights, strict=True)])
+        prints = [source.fingerprint() for source in self.sources]
+        blends = [
+            (first, [(prints[member], w) for member, w in zip(members, weights, strict=True)])
+            for first, weights, members in self.mixtures
+        ]
+        return cache_key(blend=blends[0][1], **({"later": blends[1:]} if blends[1:] else {}))
+
+    def list_rows(self, number: int) -> list[list[Any]]:
+        """[name, fingerprint, share of the samples] of each source of a mixture."""
+        _, weights, members = self.mixtures[number]
+        total, sources = sum(weights), [self.sources[member] for member in members]
+        return [[source.name, source.fingerprint(), w / total] for source, w in zip(sources, weights, strict=True)]
 
     def state_dict(self, n: int) -> dict[str, Any]:
-        counts = zip(self.sources, self.counts(n), strict=True)
-        state = {"sequences": n, "sources": [source.state_dict(count)["sources"][0] for source, count in counts]}
-        return state | ({"mixture": self.mixture._asdict()} if self.mixture.sequences else {})
+        """As `PackedDataset.state_dict`, and the samples of each source before the mixture of sample n - 1."""
+        last = self._mixture_before(n)
+        numbers = range(self.past.current, last + 1)
+        mixtures = [[self.mixtures[number].first, self.list_rows(number)] for number in numbers]
+        sources, left = zip(self.sources, self.counts(n), strict=True), self.past.left
+        begun = [*self._find_turns(last).begun, *([0] * len(left))]
+        return {
+            "sequences": n,
+            "sources": [*(source.state_dict(count)["sources"][0] for source, count in sources), *left],
+            "mixture": {"sequences": self.mixtures[last].first, "counts": begun},
+            "mixtures": [*self.past.mixtures, *mixtures],
+        }
 
 
 SampleDataset = PackedDataset | BlendedDataset

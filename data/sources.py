@@ -13,7 +13,7 @@ import platform
 import reprlib
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from data.blend import parse_blend
+from data.blend import parse_phases
 from data.files import LeftOut, describe_left_out, drop_empty, file_version, is_remote, match_files
 from data.indexed_dataset import IndexedDataset, index_file, token_file
 from data.readers import BadRecord, Record, decode_text, detect_format, read_records
@@ -253,11 +253,18 @@ def open_prepared(prefix: Path) -> PreparedCorpus:
 
 @dataclass(frozen=True)
 class DataSource:
-    """One opened source of `--data-path`. Attributes: weight, None: by its size; content."""
+    """One opened source of a phase of `--data-path`.
+
+    Attributes:
+        weight: None: by its size.
+        content: one object in all phases.
+        phase: its number.
+    """
 
     name: str
     weight: Fraction | None
     content: PreparedCorpus | TextSource
+    phase: int = 0
 
     def verify(self) -> None:
         """Raises UserError: the files differ from their checksums, or have none."""
@@ -275,17 +282,35 @@ def open_sources(words: Sequence[str] | None, json_key: str, flag: str = "--data
     if words is None:
         source = open_stdlib()
         return [DataSource(source.name, None, source)]
-    sources = []
-    for part in parse_blend(words, flag):
-        path = Path(part.path)
-        if index_file(path).exists():
-            content: PreparedCorpus | TextSource = open_prepared(path)
-        elif path.suffix in (".bin", ".idx") and index_file(path.with_suffix("")).exists():
-            raise UserError(f"{flag} {path}: give the prefix of both files, {path.with_suffix('')}")
-        else:
-            content = open_text(part.path, json_key)
-        sources.append(DataSource(redact(part.path), part.weight, content))
+    phases = parse_phases(words, flag)
+    if len(phases) > 1 and flag != "--data-path":
+        raise UserError(f"{flag} {words[0]}: phases are for --data-path; give one list of sources")
+    sources: list[DataSource] = []
+    opened: dict[str, tuple[str, PreparedCorpus | TextSource]] = {}
+    for number, part in ((number, part) for number, phase in enumerate(phases) for part in phase.parts):
+        real = os.path.realpath(part.path)
+        if real not in opened:
+            opened[real] = redact(part.path), _open_source(part.path, json_key, flag)
+        name, content = opened[real]
+        sources.append(DataSource(name, part.weight, content, number))
     return sources
+
+
+def _open_source(name: str, json_key: str, flag: str) -> PreparedCorpus | TextSource:
+    path = Path(name)
+    if index_file(path).exists():
+        return open_prepared(path)
+    if path.suffix in (".bin", ".idx") and index_file(path.with_suffix("")).exists():
+        raise UserError(f"{flag} {path}: give the prefix of both files, {path.with_suffix('')}")
+    return open_text(name, json_key)
+
+
+def list_opened(sources: Sequence[DataSource]) -> list[DataSource]:
+    """Each source once: those of several phases as one mixture, by their sizes."""
+    if not any(source.phase for source in sources):
+        return list(sources)
+    once = {id(source.content): source for source in sources}
+    return [replace(source, weight=None, phase=0) for source in once.values()]
 
 
 def find_tokenizer(

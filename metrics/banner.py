@@ -11,6 +11,7 @@ import torch
 from checkpoint.resume import TrainState
 from config.schema import RunConfig, format_skip_steps
 from cp.flash_version import flash_version
+from data.batch_schedule import BatchSchedule
 from data.dataset import BlendedDataset, PackedDataset, SampleDataset
 from data.packing import StreamEpoch
 from data.tokenizer import TokenIds, Tokenizer
@@ -30,14 +31,25 @@ def list_sources(sequences: SampleDataset) -> list[PackedDataset]:
 def describe_sequences(sequences: SampleDataset) -> list[str]:
     """Documents, tokens and packing; a line for each source."""
     if isinstance(sequences, BlendedDataset):
-        blend = sequences.blend
         return [
-            f"{weight / blend.total:.4%} of samples from {source.name}: {_describe_source(source)}; "
-            f"{_describe_ends(source)}"
-            for source, weight in zip(sequences.sources, blend.weights, strict=True)
+            f"{f'from sample {first:,} on ' if first else ''}{weight / sum(weights):.4%} of samples from "
+            f"{sequences.sources[member].name}: {_describe_source(sequences.sources[member])}; "
+            f"{_describe_ends(sequences.sources[member])}"
+            for first, weights, members in sequences.mixtures
+            for member, weight in zip(members, weights, strict=True)
         ]
     assert isinstance(sequences, PackedDataset)
     return [f"{_describe_source(sequences)}; {_describe_ends(sequences)}"]
+
+
+def describe_phases(sequences: SampleDataset, batches: BatchSchedule) -> dict[int, str]:
+    """The step that reads the first sample of each later phase -> the phase's mixture in words."""
+    later = list(enumerate(sequences.mixtures))[1:] if isinstance(sequences, BlendedDataset) else []
+    found = {}
+    for number, mixture in later:
+        shares = ", ".join(f"{share:.4%} {name}" for name, _, share in sequences.list_rows(number))
+        found[batches.steps_for(mixture.first + 1)] = f"--data-path: from sample {mixture.first:,} on {shares}"
+    return found
 
 
 def _describe_ends(source: PackedDataset) -> str:
@@ -94,8 +106,7 @@ def describe_epochs(sequences: SampleDataset, n: int) -> str:
     epochs = [f"{count / s.samples_per_epoch:.4g} epochs" for s, count in zip(sources, counts, strict=True)]
     if len(epochs) == 1:
         return epochs[0]
-    names = [place["name"] for place in sequences.state_dict(n)["sources"]]
-    return ", ".join(f"{text} of {name}" for text, name in zip(epochs, names, strict=True))
+    return ", ".join(f"{text} of {source.name}" for text, source in zip(epochs, sources, strict=True))
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ class MetricsLog:
         keep_before: of a resumed run: later records of the metrics file are dropped, for they are written again; None:
             a new file; APPEND_ONLY: everything is kept.
         writers: empty on ranks that don't write.
+        mixtures: step -> words for the mixture that begins with it.
         timers, control_group: phases, and the gloo group over which they are compared.
     """
 
@@ -181,7 +182,9 @@ class MetricsLog:
         metrics_file: Path | None = None,
         keep_before: int | None = None,
         writers: Sequence[TensorBoardWriter] = (),
+        mixtures: Mapping[int, str] | None = None,
     ) -> None:
+        self.mixtures = mixtures or {}
         self.architecture, self.control_group, self.timers = architecture, control_group, timers
         self.world_size, self.is_writer = control_group.size(), control_group.rank() == 0
         self.train_iters, self.log_interval = training.train_iters, logging.log_interval
@@ -241,6 +244,9 @@ class MetricsLog:
         records = [self._record(result, pending[-1].memory) for result in pending]
         for record in records:
             self._write_record(record)
+            if self.is_writer and (mixture := self.mixtures.get(record["step"])):
+                self._write_record({"step": record["step"], "changed": mixture})
+                log(self._over_bar(f"from step {record['step']}: {mixture}"))
             for writer in self.writers:
                 numbers = {f"train/{k}": v for k, v in as_floats(record).items() if k != "step"}
                 writer.scalars(numbers, record["step"])

@@ -20,7 +20,7 @@ import torch
 from checkpoint.files import CONFIG_FILE, list_checkpoints
 from checkpoint.resume import TrainState
 from config.schema import RunConfig
-from metrics.banner import describe_epochs
+from metrics.banner import describe_epochs, describe_phases
 from metrics.log import APPEND_ONLY, MetricsLog
 from metrics.tensorboard import TensorBoardWriter, describe_data, describe_work, open_writers
 from metrics.timers import Timers
@@ -93,6 +93,7 @@ def open_reports(
         metrics_file=paths.metrics,
         keep_before=keep_before,
         writers=writers,
+        mixtures=describe_phases(data.train, config.training.batches),
     )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +128,15 @@ def main(argv: list[str]) -> int:
         folders = [own.file.parent / "checkpoints", Path(record["checkpoints"])]
         checkpoint = find_checkpoint(own.load) if own.load else newest_before(folders, step)
     grid, device = start_grid(config, launch)
+    if record["data"]:  # not in an old record
+        config.training.batches = BatchSchedule.parse(record["data"].get("batches"))
     data = run_on_rank_zero_first(lambda: build_data(config))
     check_same_data(data, record["fingerprints"])
     architecture = config.model.architecture(data.tokenizer.vocab_size)
     model = build_model(config, architecture, grid, device)
     loaded_step = load_checkpoint(checkpoint, model, None, grid) if checkpoint else 0
     layers = watch_layers(model)
-    plan, samples = build_batch_plan(config, architecture, grid), data.train
-    if record["data"]:  # not in an old record
-        plan = replace(plan, batches=BatchSchedule.parse(record["data"].get("batches")))
-        samples = resume_samples(samples, record["data"])
+    plan, samples = build_batch_plan(config, architecture, grid), resume_samples(data.train, record["data"])
     batches = list(build_loader(samples, plan, steps=[step - 1], num_workers=0, pin_memory=False))
     loss, grad_norm = compute_gradients(config, model, batches, grid, device)
     reports: list[Any] = [None] * launch.world_size

@@ -83,6 +83,7 @@ class Run:
         config, status: text of each value in config.json and status.json by name; empty where `notes` says why.
         series: name -> step -> value. Names are the fields of a step's record, `validation_loss`, `bits_per_byte`, and
             with a slash perplexities and timers, which are titles of charts too.
+        changes: step -> what changed without a new start.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Run:
     status: dict[str, str] = field(default_factory=dict)
     series: dict[str, dict[int, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    changes: dict[int, str] = field(default_factory=dict)
 
     def points(self, key: str | None) -> np.ndarray:
         """[n, 2] steps and values; none where the run has no such series."""
@@ -166,6 +168,8 @@ def read_run(folder: Path, name: str) -> Run:
         except (ValueError, KeyError, TypeError, ArithmeticError):
             broken.append(line_number)
             continue
+        if isinstance(record.get("changed"), str):
+            run.changes[step] = record["changed"]
         for key, value in values.items():
             run.series.setdefault(key, {})[step] = value
     if not {"loss", "validation_loss"} & set(run.series):
@@ -277,12 +281,15 @@ def describe_layouts(run: Run) -> str:
 
 
 def list_changes(run: Run) -> list[tuple[int, str]]:
-    """(first step, what changed) of each start that changed flags or sources; none where config.json is corrupted."""
+    """(step, what changed) of each start that changed flags or sources, none where config.json is corrupted, and of
+    each phase of --data-path.
+    """
+    phases = list(run.changes.items())
     try:
         starts = [(start["step"], start.get("changed", [])) for start in json.loads(run.config["starts"])]
-        return [(int(step), str(line)) for step, lines in starts for line in lines]
+        return sorted([(int(step), str(line)) for step, lines in starts for line in lines] + phases)
     except (AttributeError, LookupError, TypeError, ValueError):
-        return []
+        return phases
 
 
 # Flags that say which text the validation loss is of.

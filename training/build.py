@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from config.progress import resolve_phases
 from config.schema import ParallelConfig, RunConfig
 from cp.attention import build_attention
 from cp.flash_version import use_flash_attention
@@ -21,7 +22,7 @@ from data.build import build_dataset, train_tokenizer
 from data.dataset import SampleDataset
 from data.files import describe_left_out
 from data.packing import PackingOptions
-from data.sources import TextSource, find_tokenizer, open_sources
+from data.sources import TextSource, find_tokenizer, list_opened, open_sources
 from data.tokenizer import Tokenizer
 from model.config import GPTConfig
 from model.gpt import GPT, Stages, get_chunks
@@ -80,7 +81,7 @@ def build_data(config: RunConfig, *, builds_ahead: bool = False) -> RunData:
     if tokenizer is None:
         tokenizer = train_tokenizer(parts[0].content, vocab_size=data.tokenizer_vocab_size, cache_path=cache_path)
     if data.check_data and dist.get_rank() == 0:
-        for part in (*parts, *valid_parts):
+        for part in list_opened([*parts, *valid_parts]):
             part.verify()
     packing = PackingOptions(
         seq_length=data.seq_length,
@@ -98,12 +99,13 @@ def build_data(config: RunConfig, *, builds_ahead: bool = False) -> RunData:
         which=0,
         flag="--data-path",
         cache_path=cache_path,
+        starts=resolve_phases(data, config.training.batches),
         builds_ahead=builds_ahead,
     )
     valid = None
     if config.training.eval_interval:
         valid = build_dataset(
-            valid_parts or parts,
+            valid_parts or list_opened(parts),
             tokenizer,
             packing,
             split=(1.0, 0.0, 0.0) if valid_parts else data.data_split,
@@ -111,7 +113,7 @@ def build_data(config: RunConfig, *, builds_ahead: bool = False) -> RunData:
             flag=flag if valid_parts else "--data-path",
             cache_path=cache_path,
         )
-    text = [part.content for part in (*parts, *valid_parts) if isinstance(part.content, TextSource)]
+    text = [part.content for part in list_opened([*parts, *valid_parts]) if isinstance(part.content, TextSource)]
     left_out = ", ".join(describe_left_out(source.left_out) for source in text if source.left_out)
     return RunData(tokenizer, train, valid, is_tokenizer_trained=is_trained, left_out=left_out)
 

@@ -132,4 +132,60 @@ def test_another_mixture_from_here_on(base, corpora, tmp_path: Path) -> None:
     ]
     stood = [{s["name"]: s["position"] for s in state["sources"]} for state in states]
     assert stood[1][b] - stood[0][b] == 4 and stood[1][c] == 16  # of the twenty samples since
-    assert states[1]["mixture"] == {"sequences": 20, "counts": [stood[0][b], 0]}
+    assert states[1]["mixture"] == {"sequences": 20, "counts": [stood[0][b], 0, 0]}
+
+
+@pytest.fixture(scope="module")
+def by_hand(base, corpora, tmp_path_factory) -> tuple[list[str], str, list[dict]]:
+    """Flags without data; a file of three phases; the metrics of a run whose mixture is changed by hand after steps 5
+    and 8. A leaves and returns, B goes on.
+    """
+    folder = tmp_path_factory.mktemp("by_hand")
+    a, b, c = map(str, corpora)
+    at = base.index("--data-path")
+    flags = [*base[:at], *base[at + 2 :], "--lr-decay-iters", "10"]
+    flags = [flag for flag in flags if flag not in ("--tokenizer-type", "byte")]
+    mixtures = [["0.7", a, "0.3", b], ["0.2", b, "0.8", c], ["0.5", c, "0.5", a]]
+    more: list[str] = []
+    for mixture, steps in zip(mixtures, ("5", "8", "10"), strict=True):
+        whole = train(0, folder / "run", *flags, "--data-path", *mixture, "--train-iters", steps, "--save-final", *more)
+        more = ["--resume", "--new-data"]
+    lines = ["phases:"]
+    for mixture, start in zip(mixtures, ("", "from-samples: 20", "from-step: 9"), strict=True):
+        pairs = zip(mixture[::2], mixture[1::2], strict=True)
+        lines.append(f"- sources: [{', '.join(f'{{path: {path}, weight: {weight}}}' for weight, path in pairs)}]")
+        lines += [f"  {start}"] if start else []
+    (folder / "phases.yaml").write_text("\n".join(lines) + "\n")
+    return flags, str(folder / "phases.yaml"), whole
+
+
+def bits_of(records: list[dict]) -> list[list]:
+    return [[r[key] for key in ("step", "loss", "grad_norm", "tokens")] for r in records if "loss" in r]
+
+
+def test_phases_in_one_command_are_the_changes_by_hand(by_hand, tmp_path: Path) -> None:
+    """To the bit, with a stop before, at and after the change; phases that were read may not change."""
+    flags, phases, whole = by_hand
+    run = [*flags, "--run-dir", str(tmp_path / "run"), "--save-final", "--resume", "--data-path"]
+    for steps in ("4", "5", "7"):
+        result = run_train(0, *run, phases, "--train-iters", steps)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert "from step 6: --data-path: from sample 20 on 20.0000%" in result.stdout
+    other = tmp_path / "other.yaml"
+    other.write_text(Path(phases).read_text().replace("from-samples: 20", "from-samples: 24"))
+    refused = [run_train(0, *run, str(other), *more) for more in ([], ["--new-data"])]
+    assert [one.returncode for one in refused] == [2, 2]
+    assert "--new-data" in refused[0].stderr and "phases before sample 28 are not those" in refused[1].stderr
+    records = train(0, tmp_path / "run", *run, phases)
+    assert bits_of(records) == bits_of(whole)
+    assert [r["step"] for r in records if "changed" in r] == [6, 9]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_0000010" / "run.json").read_text())["data"]
+    assert [first for first, _ in state["mixtures"]] == [0, 20, 32]
+    assert state["sequences"] == 40 == sum(place["position"] for place in state["sources"])
+
+
+@pytest.mark.parametrize("layout", ["--tp-size 2", "--pp-size 2", "--cp-size 2", "--dp-replicate-size 2"])
+def test_phases_have_the_losses_of_one_rank(by_hand, tmp_path: Path, layout: str) -> None:
+    flags, phases, whole = by_hand
+    records = train(2, tmp_path / "run", *flags, "--data-path", phases, *layout.split())
+    assert_same([r for r in records if "loss" in r], whole)

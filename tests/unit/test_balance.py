@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data.balance import EVEN, deal, deal_step
 from data.batch import BatchPlan
 from data.batch_schedule import BatchSchedule
-from data.dataset import BlendedDataset, PackedDataset
+from data.dataset import BlendedDataset, Mixture, PackedDataset
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from data.loader import MicrobatchDataset
 from data.packing import PackingOptions
@@ -99,7 +99,7 @@ def test_squared_lengths_are_those_of_the_samples(tokens, name: str) -> None:
 
 
 def test_squared_lengths_of_a_blend(tokens) -> None:
-    samples = BlendedDataset([build(tokens), build(tokens, seed=2)], [2, 1])
+    samples = BlendedDataset([build(tokens), build(tokens, seed=2)], [Mixture(0, [2, 1], [0, 1])])
     wanted = [int((samples.sample(n).lengths ** 2).sum()) for n in range(20)]
     assert samples.squared_lengths(0, 20).tolist() == wanted and samples.squared_lengths(7, 5).tolist() == wanted[7:12]
 

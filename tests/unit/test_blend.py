@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import time
 from collections import Counter
@@ -13,9 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.blend import BLOCK, Blend, parse_blend, whole_weights
-from data.dataset import BlendedDataset
-from data.mixture import match_sources, resume_samples
+from config.progress import resolve_phases
+from config.schema import DataConfig
+from data.batch_schedule import BatchSchedule, RampUp
+from data.blend import BLOCK, Blend, BlendPart, parse_blend, parse_phases, whole_weights
+from data.dataset import BlendedDataset, Mixture, SampleDataset
+from data.mixture import add_rows, match_sources, resume_samples
 from tests.unit.test_packed_rows import dataset
 from utils.errors import UserError
 
@@ -148,18 +152,68 @@ def test_a_yaml_lists_sources_beside_it(tmp_path: Path) -> None:
         parse_blend([str(tmp_path / "missing.yaml")])
 
 
+def test_a_yaml_lists_phases(tmp_path: Path) -> None:
+    file = tmp_path / "phases.yaml"
+    file.write_text(
+        "phases:\n- sources: [{path: web}]\n"
+        "- from-tokens: 300\n  sources: [{path: web, weight: 1}, {path: b, weight: 2}]"
+    )
+    first, second = parse_phases([str(file)])
+    assert (first.start, first.parts) == (0, [BlendPart(str(tmp_path / "web"))])
+    assert (second.unit, second.start, len(second.parts)) == ("tokens", 300, 2)
+    one = "sources: [{path: a}]"
+    for text, words in (
+        ("phases: []", "must hold one key"),
+        (f"phases: [{{from-step: 3, {one}}}]", "entry 1 of phases .* and begins the run"),
+        (f"phases: [{{{one}}}, {{{one}}}]", "entry 2 of phases .* one number, from-step, from-tokens, from-samples"),
+        (f"phases: [{{{one}}}, {{from-step: 3, from-tokens: 4, {one}}}]", "entry 2"),
+        (f"phases: [{{{one}}}, {{from-step: -3, {one}}}]", "entry 2"),
+        (f"phases: [{{{one}}}, {{from-step: {'9' * 19}, {one}}}]", "entry 2"),
+        (f"phases: [{{{one}}}, {{from-step: [3], {one}}}]", "entry 2"),
+        (f"phases: [{{{one}}}, {{step: 3, {one}}}]", "entry 2"),
+        (f"phases: [{{{one}}}, {{from-step: 3, sources: []}}]", "entry 2"),
+        ("phases: [{sources: [{path: a}, {path: a}]}]", "named twice"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=words):
+            parse_phases([str(file)])
+
+
+def test_where_phases_begin(tmp_path: Path) -> None:
+    """Samples are of 64 tokens; steps, counted from 1, are of 1, 1, 2, 2, 3, 3, ... samples."""
+    file, batches = tmp_path / "phases.yaml", BatchSchedule.build(4, RampUp(1, 1, 6))
+    data = DataConfig(data_path=[str(file)], seq_length=64)
+
+    def resolve(*starts: str) -> list[int]:
+        file.write_text("phases:\n- sources: [{path: a}]\n")
+        with file.open("a") as out:
+            out.writelines(f"- {start}\n  sources: [{{path: a}}]\n" for start in starts)
+        return resolve_phases(data, batches)
+
+    steps = [batches.first_sample(step) for step in range(5)]
+    assert resolve("from-step: 3", "from-tokens: 300", "from-samples: 9") == [steps[2], 5, 9]
+    assert resolve("from-tokens: 320", "from-step: 5") == [5, steps[4]]
+    for wrong in (
+        ["from-step: 1"],
+        ["from-tokens: 0"],
+        ["from-samples: 5", "from-tokens: 320"],
+        ["from-samples: 5"] * 2,
+    ):
+        with pytest.raises(UserError, match="phases must ascend"):
+            resolve(*wrong)
+
+
 def blended(weights: list[int]) -> BlendedDataset:
     rng = np.random.default_rng(0)
-    return BlendedDataset(
-        [dataset(rng.integers(1, 40, 20).tolist(), seq_length=32, alignment=4) for _ in weights], weights
-    )
+    sources = [dataset(rng.integers(1, 40, 20).tolist(), seq_length=32, alignment=4) for _ in weights]
+    return BlendedDataset(sources, [Mixture(0, weights, list(range(len(weights))))])
 
 
 def test_sequences_come_from_their_sources_in_their_order() -> None:
     data = blended([5, 3, 1])
     read: Counter = Counter()
     for n in range(3 * max(s.samples_per_epoch for s in data.sources)):
-        source, position = data.blend.at(n)
+        source, position = data.at(n)
         mine, theirs = data.sample(n), data.sources[source].sample(position)
         assert (mine.tokens == theirs.tokens).all() and (mine.lengths == theirs.lengths).all()
         assert mine.first_id == n * 32  # of the run: dropout must not repeat where a source does
@@ -170,8 +224,11 @@ def test_sequences_come_from_their_sources_in_their_order() -> None:
 
 def test_fingerprints_depend_on_sources_and_their_order() -> None:
     a, b, c = (dataset(lengths, seq_length=32, alignment=4) for lengths in ([5, 40], [40, 5], [5, 41]))
-    prints = [BlendedDataset(sources, [2, 1]).fingerprint() for sources in ([a, b], [b, a], [a, c], [c, b])]
-    assert len(set(prints)) == 4 and prints[0] == BlendedDataset([a, b], [2, 1]).fingerprint()
+    prints = [
+        BlendedDataset(sources, [Mixture(0, [2, 1], [0, 1])]).fingerprint()
+        for sources in ([a, b], [b, a], [a, c], [c, b])
+    ]
+    assert len(set(prints)) == 4 and prints[0] == BlendedDataset([a, b], [Mixture(0, [2, 1], [0, 1])]).fingerprint()
 
 
 def test_samples_around_a_blocks_end_are_read_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +254,7 @@ def test_a_state_is_small_and_resumes_exactly(stop: int) -> None:
     for n in range(stop, stop + 20):
         assert (resumed.sample(n).tokens == whole.sample(n).tokens).all()
     with pytest.raises(ValueError, match="sources"):
-        resume_samples(blended([5, 3]), state)
+        resume_samples(blended([5, 3]), {key: state[key] for key in ("sequences", "sources")})  # of an old version
 
 
 MIXTURES = st.lists(
@@ -207,36 +264,80 @@ MIXTURES = st.lists(
 )
 
 
-@given(MIXTURES, st.integers(0, 40))
+def mixture_of(every: list, weights: dict[int, int]) -> SampleDataset:
+    packed = [every[s] for s in weights]
+    mixture = Mixture(0, list(weights.values()), list(range(len(packed))))
+    return BlendedDataset(packed, [mixture]) if len(packed) > 1 else packed[0]
+
+
+@given(MIXTURES, st.integers(0, 40), st.integers(0, 200))
 @settings(max_examples=60, deadline=None)
-def test_every_source_goes_on_through_changes_of_the_mixture(changes: list[tuple[int, dict]], stop: int) -> None:
-    """Sources come, go, come back and change their weights: each is read in its order from where it stood when its
-    last mixture ended; a stop after the last change alters nothing. A source that left begins anew.
+def test_every_source_goes_on_through_changes_of_the_mixture(
+    changes: list[tuple[int, dict]], stop: int, phases_stop: int
+) -> None:
+    """Sources come, go, come back and change their weights: each is read in its order from where it stood. A stop after
+    the last change alters nothing. Phases of one run, stopped anywhere, give the same samples.
     """
-    rng, n, samples, rows = np.random.default_rng(0), 0, None, []
+    rng, n, samples, read, taken = np.random.default_rng(0), 0, None, Counter(), []
     every = [dataset(rng.integers(1, 40, 20).tolist(), seq_length=32, alignment=4) for _ in range(4)]
-    read: dict[int, int] = {}
     for length, weights in changes:
-        sources = list(weights)
-        packed = [every[s] for s in sources]
-        new = BlendedDataset(packed, list(weights.values())) if len(packed) > 1 else packed[0]
-        now = [(f"{s}", every[s].fingerprint(), 0) for s in sources]
-        if samples is not None:
-            places = None if (now, new.fingerprint()) == (rows, samples.fingerprint()) else match_sources(rows, now)
-            new = resume_samples(new, samples.state_dict(n), places)
-        samples, rows = new, now
-        read = {s: read.get(s, 0) for s in sources}
+        new, sources = mixture_of(every, weights), list(weights)
+        samples = new if samples is None else resume_samples(new, json.loads(json.dumps(samples.state_dict(n))))
         for at in range(n, n + length):
             source, position = samples.at(at) if isinstance(samples, BlendedDataset) else (0, at)
             assert position == read[sources[source]]
             read[sources[source]] += 1
+            taken.append((sources[source], position))
         n += length
-    built = BlendedDataset(packed, list(weights.values())) if len(packed) > 1 else packed[0]
-    resumed = resume_samples(built, samples.state_dict(n + stop))
+    resumed = resume_samples(mixture_of(every, weights), samples.state_dict(n + stop))
     for at in range(n + stop, n + stop + 10):
         a, b = resumed.sample(at), samples.sample(at)
         assert (a.tokens == b.tokens).all() and a.first_id == b.first_id == at * 32
     assert resumed.state_dict(n + stop + 10) == samples.state_dict(n + stop + 10)
+
+    firsts = np.cumsum([0, *(length for length, _ in changes)]).tolist()
+    kept = [(first, w) for first, (length, w) in zip(firsts, changes, strict=False) if length]
+    kept = [one for number, one in enumerate(kept) if not number or one[1] != kept[number - 1][1]]  # as by hand
+    if len(kept) > 1:
+        whole = BlendedDataset(every, [Mixture(first, list(w.values()), list(w)) for first, w in kept])
+        assert [whole.at(at) for at in range(n)] == taken
+        at = min(n, phases_stop)
+        again = BlendedDataset(every, whole.mixtures)
+        resumed = resume_samples(again, again.state_dict(at)) if at else again
+        assert [resumed.at(m) for m in range(at, n)] == taken[at:]
+        assert resumed.fingerprint() == whole.fingerprint() and resumed.state_dict(n) == whole.state_dict(n)
+
+
+def test_phases_that_were_read_may_not_change() -> None:
+    """Before sample 12: refused; from sample 12 on: allowed, and a phase that did not begin may go."""
+    rng = np.random.default_rng(0)
+    a, b = (dataset(rng.integers(1, 40, 20).tolist(), seq_length=32, alignment=4) for _ in range(2))
+    phases = [Mixture(0, [1], [0]), Mixture(8, [1, 2], [0, 1]), Mixture(12, [1], [1])]
+    state = BlendedDataset([a, b], phases).state_dict(12)
+    assert [first for first, _ in state["mixtures"]] == [0, 8]
+    for changed in ([phases[0], Mixture(9, [1, 2], [0, 1])], [phases[0], Mixture(8, [1, 3], [0, 1])], phases[::2]):
+        with pytest.raises(UserError, match=r"before sample 12 are not those .* begin with samples 0, 8"):
+            resume_samples(BlendedDataset([a, b], changed), state)
+    for changed in (phases, phases[:2], [*phases[:2], Mixture(12, [5, 1], [0, 1])]):
+        resumed = resume_samples(BlendedDataset([a, b], changed), state)
+        assert sum(resumed.counts(20)) == 20 and resumed.counts(12) == BlendedDataset([a, b], phases).counts(12)
+    with pytest.raises(UserError, match="corrupted"):
+        resume_samples(BlendedDataset([a, b], phases), state | {"mixtures": [["0", []]]})
+
+
+def test_a_checkpoint_without_fingerprints_goes_on() -> None:
+    """Of a version before phases: run.json names each source's documents beside the state."""
+    whole = blended([5, 3])
+    new = whole.state_dict(9)
+    rows = whole.list_rows(0)
+    old = {"sequences": 9, "sources": [{k: p[k] for k in ("name", "epoch", "position")} for p in new["sources"]]}
+    for state in (old, add_rows(old, rows)):
+        resumed = resume_samples(blended([5, 3]), state)
+        assert [resumed.at(n) for n in range(9, 40)] == [whole.at(n) for n in range(9, 40)]
+    alone = resume_samples(whole.sources[1], add_rows(old, rows))
+    assert alone.at(9) == (0, whole.counts(9)[1])
+    assert [place["fingerprint"] for place in alone.state_dict(12)["sources"]] == [rows[1][1], rows[0][1]]
+    assert add_rows(old, None) == old and add_rows({}, rows) == {}
 
 
 def test_sources_are_matched_by_name_and_documents_first() -> None:
@@ -259,7 +360,7 @@ def test_a_corrupted_state_is_a_refusal(wrong: dict) -> None:
 
 def test_an_epoch_of_a_blend_repeats_no_source() -> None:
     data = blended([5, 3, 1])
-    counts = data.blend.counts(data.samples_per_epoch)
+    counts = data.counts(data.samples_per_epoch)
     assert all(c <= s.samples_per_epoch for c, s in zip(counts, data.sources, strict=True))
 
 

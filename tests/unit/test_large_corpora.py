@@ -17,7 +17,7 @@ import data.build as build_module
 from data.batch import BatchPlan
 from data.batch_schedule import BatchSchedule
 from data.build import FORCED_WINDOW, build_dataset, open_dataset
-from data.dataset import NOT_READ, BlendedDataset, PackedDataset, PackingOptions
+from data.dataset import NOT_READ, BlendedDataset, Mixture, PackedDataset, PackingOptions
 from data.indexed_dataset import IndexedDataset, token_file, write_indexed_dataset
 from data.loader import MicrobatchDataset
 from data.packing import Windows, build_epoch
@@ -210,10 +210,10 @@ def test_a_middle_stage_knows_its_rows_without_their_tokens(packing: str, pad_ro
     plan = stage_plan(pad_rows=pad_rows)
     for step in range(3):
         for number in range(2):
-            want = MicrobatchDataset(BlendedDataset([whole, whole], [2, 1]), plan)[(step, number)]
-            got = MicrobatchDataset(BlendedDataset([middle, middle], [2, 1]), replace(plan, reads_tokens=False))[
-                (step, number)
-            ]
+            want = MicrobatchDataset(BlendedDataset([whole, whole], [Mixture(0, [2, 1], [0, 1])]), plan)[(step, number)]
+            got = MicrobatchDataset(
+                BlendedDataset([middle, middle], [Mixture(0, [2, 1], [0, 1])]), replace(plan, reads_tokens=False)
+            )[(step, number)]
             assert (got.loss_tokens, got.real_tokens) == (want.loss_tokens, want.real_tokens)
             assert got.tokens.shape == want.tokens.shape and set(got.tokens.tolist()) == {NOT_READ}
             assert set(got.labels.tolist()) == {NOT_READ}  # no label that the loss leaves out

@@ -23,7 +23,7 @@ from config.cli import parse_arguments
 from config.schema import LoggingConfig, TrainingConfig
 from data.batch import BatchPlan, build_batch
 from data.batch_schedule import BatchSchedule
-from data.dataset import BlendedDataset, PackedSample
+from data.dataset import BlendedDataset, Mixture, PackedSample
 from data.tokenizer import ByteTokenizer
 from metrics import banner
 from metrics import log as metrics_module
@@ -542,7 +542,7 @@ def test_what_became_of_the_documents() -> None:
 def test_whether_documents_end_and_with_which_token(eod: list[int], wanted: str) -> None:
     data = dataset([8, 17, 16, 3, 0], seq_length=16, alignment=4)
     data.tokens.tokens[eod] = data.pad_token
-    for sequences in (data, BlendedDataset([data, data], [1, 2])):
+    for sequences in (data, BlendedDataset([data, data], [Mixture(0, [1, 2], [0, 1])])):
         assert all(
             f"; {wanted}" in line and f"token {data.pad_token}" in line for line in describe_sequences(sequences)
         )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.dataset import BlendedDataset, PackedDataset, PackingOptions
+from data.dataset import BlendedDataset, Mixture, PackedDataset, PackingOptions
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
 from metrics.tensorboard import (
     TensorBoardWriter,
@@ -145,7 +145,7 @@ def test_sources_of_one_base_name_have_a_histogram_each(tmp_path: Path) -> None:
         packing = PackingOptions(seq_length=8, method="best-fit", seed=1, alignment=4)
         sources.append(PackedDataset(IndexedDataset(prefix), np.arange(len(lengths)), packing, pad_token=0))
     writer = TensorBoardWriter(tmp_path / "tb", None)
-    describe_data([writer], BlendedDataset(sources, [1, 1]), cp_size=2, layout="zigzag")
+    describe_data([writer], BlendedDataset(sources, [Mixture(0, [1, 1], [0, 1])]), cp_size=2, layout="zigzag")
     writer.close()
     found = EventAccumulator(str(tmp_path / "tb"))
     found.Reload()
