@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from config.cli import parse_arguments
+from config.progress import resolve_phases
 from config.schema import RunConfig
 from config.validate import resolve
 from cp.layout import attention_pairs, balance, held_documents
@@ -18,7 +19,7 @@ from cp.placement import Placement, place
 from cp.support import AttentionChoice
 from data.balance import deal
 from data.packing import pack_epoch
-from data.sources import document_lengths, find_tokenizer, open_sources
+from data.sources import document_lengths, find_tokenizer, list_opened, open_sources
 from model.config import GPTConfig, count_parameters
 from parallel.grid import AXES
 from planner.memory import Memory, rank_layers, rank_memory
@@ -133,7 +134,7 @@ def read_vocab_and_lengths(config: RunConfig) -> tuple[int, np.ndarray | None]:
     Nothing is tokenized or trained: --tokenizer-vocab-size stands for a tokenizer that would be trained.
     """
     data = config.data
-    sources = open_sources(data.data_path, data.json_key)
+    sources = list_opened(open_sources(data.data_path, data.json_key))
     tokenizer = find_tokenizer(sources, [], config.tokenizer)
     return tokenizer.vocab_size if tokenizer else data.tokenizer_vocab_size, document_lengths(sources)
 
@@ -345,12 +346,17 @@ def format_plan(config: RunConfig, plan: Plan) -> str:
     grid = " x ".join(f"{axis} {getattr(parallel, f'{axis}_size')}" for axis in AXES)
     bubble = f"; pipeline idle {plan.bubble:.1%} of the time" if parallel.pp_size > 1 else ""
     documents = f"from {rows.documents:,} documents" if rows.documents else "each sequence one document"
+    batches = config.training.batches
+    starts = resolve_phases(config.data, batches)
+    later = [f"from sample {first:,} on (step {batches.steps_for(first + 1):,})" for first in starts]
     sent = ", ".join(f"{axis} {amount / GIB:.3g} GiB" for axis, amount in plan.sent.items()) or "nothing"
     lines = {
         "grid": f"{grid} = {world} ranks",
         "model": f"{plan.parameters:,} parameters",
         "step": f"{config.training.global_batch_size} sequences of {config.data.seq_length:,}, "
         f"{plan.flops:.3g} FLOPs, {plan.flops / world:.3g} a rank{bubble}",
+        **({"batch": batches.describe()} if len(batches.phases) > 1 else {}),
+        **({"mixtures": "another " + ", ".join(later)} if later else {}),
         "rows": f"packing {rows.packing_efficiency:.2%}, most / mean attention of the cp ranks {rows.cp_balance:.3f}, "
         f"most / mean work of all ranks {rows.work_balance:.3f}, {documents}",
         "memory": f"{memory.peak / GIB:.2f} GiB peak of a rank of stage {memory.stage}; --reshard-after-forward "

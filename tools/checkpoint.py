@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,6 +30,7 @@ from checkpoint.files import (
     read_run_metadata,
 )
 from checkpoint.reader import SafeReader
+from data.batch_schedule import BatchSchedule
 from utils.errors import OneLineParser, UserError, run_tool
 
 
@@ -38,10 +39,25 @@ def read_tensor_index(reader: SafeReader) -> dict[str, TensorStorageMetadata]:
     return cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)  # without other entries
 
 
+def describe_course(step: int, data: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield name and text of what the run has read, of its batch and of its mixtures. Raises UserError: corrupted."""
+    try:
+        yield "samples read", f"{data['sequences']:,}"
+        if "batches" in data:
+            yield "samples a step", BatchSchedule.parse(data["batches"]).describe()
+        for first, rows in data.get("mixtures", ()):
+            yield f"from sample {first:,} on", ", ".join(f"{share:.4%} {name}" for name, _, share in rows)
+        for place in data["sources"]:
+            yield f"epoch {place['epoch']}, sample {place['position']:,}", f"of {place['name']}"
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"step {step}: the checkpoint's position in the data is corrupted ({error})") from error
+
+
 def inspect(checkpoint: Path) -> int:
     """Print step, metadata, tensors and files of a checkpoint."""
     metadata, tensors = read_run_metadata(checkpoint), read_tensor_index(SafeReader(checkpoint))
-    print(f"{checkpoint}: step {metadata.pop('step')}")
+    print(f"{checkpoint}: step {(step := metadata.pop('step'))}")
+    print(*(f"  {name:<32} {text}" for name, text in describe_course(step, metadata.pop("data", {}))), sep="\n")
     for name, value in metadata.items():
         print(f"  {name:<32} {value}")
     for part in sorted({name.split(".")[0] for name in tensors}):

@@ -321,13 +321,21 @@ def main(argv: list[str]) -> int:
     architecture = config.model.architecture(vocab)
     rows = pack_rows(config, architecture, lengths)
     plan = make_plan(config, architecture, rows)
-    seconds = estimate_seconds(config, architecture, rows, read_quantiles(config, lengths), node)
+    quantiles = read_quantiles(config, lengths)
+    seconds = estimate_seconds(config, architecture, rows, quantiles, node)
     if own.json:
         print(json.dumps(asdict(plan) | {"estimated_seconds": seconds}, indent=1))
         return 0
     with contextlib.redirect_stderr(io.StringIO()):
         legal_sizes = find_legal_sizes(words, own.world_size, node)
     print_plan(config, plan, seconds, own.gpu_memory, legal_sizes)
+    first, *later = config.training.batches.phases
+    if later:
+        config.training.global_batch_size = first.size
+        seconds = estimate_seconds(config, architecture, pack_rows(config, architecture, lengths), quantiles, node)
+        print(
+            f"{'ramp':<14} {seconds:.2f} s a step of {first.size} samples at first, {later[-1].step} steps to the last"
+        )
     return 0
 
 

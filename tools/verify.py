@@ -11,6 +11,7 @@ four times its floor, or a token reaches another document (tools/leak_probe.py).
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -303,46 +304,51 @@ class Verifier:
         fewest = sum(ends) + parallel.pp_size * parallel.virtual_stages - len(ends)
         self.layers = min(max(layers, fewest), config.model.num_layers)
         unit = config.training.micro_batch_size * grid.size("batch")
-        self.num_samples = samples or unit * grid.size("pp")  # a microbatch a stage
-        if self.num_samples % unit:
-            raise UserError(
-                f"--verify-sequences {self.num_samples} is not a multiple of micro batch * data ranks = {unit}"
-            )
+        fewest = unit * grid.size("pp")  # a microbatch a stage
+        if samples is not None and samples % unit:
+            raise UserError(f"--verify-sequences {samples} is not a multiple of micro batch * data ranks = {unit}")
+        self.spans = [range(samples or fewest)]
+        phases = config.training.batches.phases
+        if len(phases) > 1 and samples is None:  # as many empty places as in the first and in the last step of the ramp
+            sizes = [phase.size if phase.size < fewest else fewest + phase.size % unit for phase in phases]
+            ends = [(phases[0].sample, sizes[0]), (phases[-1].sample, sizes[-1])]
+            self.spans = [range(first, first + size) for first, size in ends]
         self.alone = Grid(GridSizes(), 0, dict.fromkeys((*AXES, *DERIVED_AXES), dist.new_group([0])))  # collective
         self._samples: dict[tuple, tuple[GPTConfig, list[PackedSample]]] = {}
         self._outcomes: dict[tuple, Outcome] = {}
 
-    def _data(self, config: RunConfig) -> tuple[GPTConfig, list[PackedSample]]:
-        key = (config.data.qkv_format, config.data.packing, config.data.document_alignment)
+    def _data(self, config: RunConfig, span: range) -> tuple[GPTConfig, list[PackedSample]]:
+        key = (config.data.qkv_format, config.data.packing, config.data.document_alignment, span)
         if key not in self._samples:
             data = run_on_rank_zero_first(lambda: build_data(config))
             architecture = config.model.architecture(data.tokenizer.vocab_size, num_layers=self.layers)
-            samples = [data.train.sample(n) for n in range(self.num_samples)]
+            samples = [data.train.sample(n) for n in span]
             if not any((sample.labels >= 0).any() for sample in samples):
-                raise UserError(f"--verify-sequences {self.num_samples}: no token of the samples has a label")
+                raise UserError(f"--verify-sequences {len(span)}: no token of the samples has a label")
             self._samples[key] = architecture, samples
         return self._samples[key]
 
-    def _one_rank(self, config: RunConfig, dtype: str) -> Outcome:
-        key = (config.data.qkv_format, config.data.document_alignment, dtype)
+    def _one_rank(self, config: RunConfig, span: range, dtype: str) -> Outcome:
+        key = (config.data.qkv_format, config.data.document_alignment, span, dtype)
         if key not in self._outcomes:
-            samples = self._data(config)
+            samples = self._data(config, span)
             alone = one_rank_config(config, dtype)
             self._outcomes[key] = run_step(alone, *samples, self.alone, self.device, is_reference=True)
         return self._outcomes[key]
 
-    def verify(self, config: RunConfig) -> Report | None:
-        """The report of the layout of resolved flags, on rank 0. Collective."""
-        got = run_step(config, *self._data(config), self.grid, self.device)
+    def verify(self, config: RunConfig, span: range) -> Report | None:
+        """The report of the layout of resolved flags on these samples, on rank 0. Collective."""
+        got = run_step(config, *self._data(config, span), self.grid, self.device)
         try:
             if dist.get_rank():
                 return None
-            exact = self._one_rank(config, "fp64")
-            rounded = self._one_rank(config, rounded_dtype(config.training.dtype))
-            terms = self.num_samples * config.data.seq_length  # of a weight's gradient
+            exact = self._one_rank(config, span, "fp64")
+            rounded = self._one_rank(config, span, rounded_dtype(config.training.dtype))
+            terms = len(span) * config.data.seq_length  # of a weight's gradient
             figures = compare(got, rounded, exact, config, terms=terms)
             assert got.leak is not None
-            return Report(describe_layout(config), figures, got.leak)
+            of = f", {len(span)} samples from {span.start} on" if len(self.spans) > 1 else ""
+            return Report(describe_layout(config) + of, figures, got.leak)
         finally:
             dist.barrier()  # also after an error: the other ranks wait here, and the next layout starts in step
 
@@ -411,7 +417,7 @@ def main(argv: list[str]) -> int:
     parser = OneLineParser(description=__doc__, epilog="All flags of train.py too.")
     add = parser.add_argument
     add("--verify-layers", type=int, metavar="N", default=2, help="layers of the model that are checked; default: 2")
-    add("--verify-sequences", type=int, metavar="N", help="samples that are read; default: a microbatch on each rank")
+    add("--verify-sequences", type=int, metavar="N", help="samples; default: a microbatch on each rank, or a ramp's ends")
     add("--all", action="store_true", help="every layout of cp/support.py for this cp size and device, in each dtype")
     add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     own, rest = parser.parse_known_args(argv)
@@ -424,15 +430,16 @@ def main(argv: list[str]) -> int:
         config.model.fp8, config.model.fp8_first_last_bf16 = "none", False
     verifier = Verifier(config, grid, device, layers=own.verify_layers, samples=own.verify_sequences)
     if launch.rank == 0:
-        size = f"{verifier.layers} layers, {verifier.num_samples} samples of {config.data.seq_length}"
+        counts = " and ".join(str(len(span)) for span in verifier.spans)
+        size = f"{verifier.layers} layers, {counts} samples of {config.data.seq_length}"
         print(f"{grid.describe()}; {size}; device {config.parallel.device}")
     runs = cells_of(config) if own.all else [config]
     if own.all and launch.rank == 0:
         print(f"Each number is error / noise floor; up to {TOLERANCE:g} agrees. Leaks are tokens, and must be 0.\n")
         print(f"| {'layout':<42} | loss | grad norm | worst gradient | worst weight | leaks | |\n|{'---|' * 7}")
     reports = []
-    for run in runs:
-        if (report := verifier.verify(run)) is not None:
+    for run, span in itertools.product(runs, verifier.spans):
+        if (report := verifier.verify(run, span)) is not None:
             reports.append(report)
             (print_row if own.all and report.passed else print_report)(report)
     if own.json and launch.rank == 0:
