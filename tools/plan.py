@@ -3,8 +3,7 @@
 Prints memory of a rank by part, FLOPs and sent bytes of a step, packing and balance of a distribution of document
 lengths, legal sizes, and with --rank-layouts the best layouts that fit. Memory is measured on fake tensors
 (planner/memory.py) with plain PyTorch layers, which save most; with --transformer-impl te with the layers of
-Transformer Engine, installed or not, in bf16. --matrix predicts step times of three models over GPUs instead, and
-prints the errors of such predictions (docs/comparison/prediction_matrix.md).
+Transformer Engine, installed or not, in bf16.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from benchmarks.calibration import cases_table, summary_table
 from config.cli import add_demo_preset, parse_arguments
 from config.schema import RunConfig
 from cp.cost import length_quantiles
@@ -44,7 +42,6 @@ from planner.estimate import (
     resolve_for_cluster,
     resolve_without_devices,
 )
-from planner.matrix import matrix_tables
 from planner.memory import Memory
 from planner.step_time import Job, build_machines, estimate_step
 from utils.errors import OneLineParser, UserError, run_tool
@@ -71,7 +68,6 @@ def build_parser() -> OneLineParser:
     add("--lengths", help="of documents: fixed:N, lognormal:MEAN,SIGMA or a file; default: the prepared corpus's")
     add("--rank-layouts", action="store_true", help="list the best layouts of --world-size ranks that fit")
     add("--most", type=int, default=12, help="layouts in the list; default: 12")
-    add("--matrix", action="store_true", help="print predicted step times and their errors; takes no other flag")
     add("--json", action="store_true", help="print the plan, or the list of --rank-layouts, as JSON")
     return parser
 
@@ -291,11 +287,6 @@ def print_plan(
 
 def main(argv: list[str]) -> int:
     own, words = build_parser().parse_known_args(argv)
-    if own.matrix:
-        if len(argv) > 1:
-            raise UserError("--matrix takes no other flag: its models, sequences and GPUs are fixed")
-        print(summary_table(), matrix_tables(), cases_table(), sep="\n\n")
-        return 0
     check_numbers(vars(own), own.gpu_memory)
     node = own.node_size or min(8, own.world_size)
     if own.world_size % node:

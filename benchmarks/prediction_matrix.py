@@ -1,19 +1,27 @@
 """The prediction matrix: model x sequence x mechanism x hardware, by the step time of planner/step_time.py.
 
+python benchmarks/prediction_matrix.py
+
 Every mechanism of a line runs in the same layout: the one in which the best of native's methods is fastest among those
 that fit. Memory is a closed form of what planner/memory.py counts on fake tensors, which would take seconds a cell.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from benchmarks.calibration import cases_table, summary_table
 from cp.cost import UNKNOWN_MEDIAN, UNKNOWN_SIGMA, length_quantiles
 from cp.layout import attention_pairs, balance
 from cp.support import AttentionChoice
@@ -300,3 +308,8 @@ def matrix_tables() -> str:
             lines.append(f"{start} {layout} | {peak:.0f} | {alone} | {cells} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    print(summary_table(), matrix_tables(), cases_table(), sep="\n\n")
