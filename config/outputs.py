@@ -28,7 +28,9 @@ def _resolve_checkpoint(checkpoint: CheckpointConfig) -> None:
     if checkpoint.keep_every and not checkpoint.keep_checkpoints:
         raise UserError(f"--keep-every {checkpoint.keep_every} needs --keep-checkpoints: without it, all are kept")
     if checkpoint.local_save_dir and not Path(checkpoint.local_save_dir).is_absolute():
-        raise UserError(f"--local-save-dir {checkpoint.local_save_dir}: must be an absolute path on each node's own disk")
+        raise UserError(
+            f"--local-save-dir {checkpoint.local_save_dir}: must be an absolute path on each node's own disk"
+        )
     if (checkpoint.local_save_interval > 0) != (checkpoint.local_save_dir is not None):
         raise UserError(
             f"--local-save-interval {checkpoint.local_save_interval} and --local-save-dir {checkpoint.local_save_dir}: "

@@ -40,7 +40,8 @@ def resolve_phases(data: DataConfig, batches: BatchSchedule) -> list[int]:
     """First sample of each phase of --data-path after the first. Raises UserError: they do not ascend."""
     starts: list[int] = []
     first = 0
-    for unit, start, _ in parse_phases(data.data_path or [""])[1:]:
+    words = data.data_path or [""]
+    for unit, start, _ in parse_phases(words)[1:]:
         sample = start
         if unit == "tokens":
             sample = -(-start // data.seq_length)
@@ -48,7 +49,7 @@ def resolve_phases(data: DataConfig, batches: BatchSchedule) -> list[int]:
             sample = batches.first_sample(max(0, start - 1))
         if sample <= first:
             raise UserError(
-                f"--data-path {data.data_path[0]}: the phase from-{unit} {start} begins with sample {sample}, the one "
+                f"--data-path {words[0]}: the phase from-{unit} {start} begins with sample {sample}, the one "
                 f"before with sample {first}: phases must ascend"
             )
         starts.append(sample)

@@ -304,7 +304,7 @@ class DataConfig:
     data_path: list[str] | None = flag(
         None,
         "prefix of a .bin/.idx corpus; text, JSON lines or Parquet (.gz, .zst), or a folder of such files; several: "
-        "WEIGHT PATH WEIGHT PATH ..., or paths only, weighted by size; or a YAML file of sources, or of phases; default: "
+        "WEIGHT PATH WEIGHT PATH ..., or paths only, weighted by size; or a YAML file of sources or phases; default: "
         "Python's standard library",
         metavar="PATH",
     )

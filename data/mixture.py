@@ -47,9 +47,9 @@ def resume_samples(samples: SampleDataset, state: Mapping[str, Any]) -> SampleDa
     """
     if not state:
         return samples
-    is_blend = isinstance(samples, BlendedDataset)
-    sources, mixtures = (samples.sources, samples.mixtures) if is_blend else ([samples], [Mixture(0, [1], [0])])
-    rows = [samples.list_rows(number) for number in range(len(mixtures))]
+    whole = samples if isinstance(samples, BlendedDataset) else BlendedDataset([samples], [Mixture(0, [1], [0])])
+    sources, mixtures = whole.sources, whole.mixtures
+    rows = [whole.list_rows(number) for number in range(len(mixtures))]
     try:
         n, saved = state["sequences"], state["sources"]
         reached = [(place["epoch"], place["position"]) for place in saved]

@@ -311,8 +311,7 @@ class Verifier:
         phases = config.training.batches.phases
         if len(phases) > 1 and samples is None:  # as many empty places as in the first and in the last step of the ramp
             sizes = [phase.size if phase.size < fewest else fewest + phase.size % unit for phase in phases]
-            ends = [(phases[0].sample, sizes[0]), (phases[-1].sample, sizes[-1])]
-            self.spans = [range(first, first + size) for first, size in ends]
+            self.spans = [range(phases[n].sample, phases[n].sample + sizes[n]) for n in (0, -1)]
         self.alone = Grid(GridSizes(), 0, dict.fromkeys((*AXES, *DERIVED_AXES), dist.new_group([0])))  # collective
         self._samples: dict[tuple, tuple[GPTConfig, list[PackedSample]]] = {}
         self._outcomes: dict[tuple, Outcome] = {}

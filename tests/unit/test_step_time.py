@@ -166,4 +166,4 @@ def test_contiguous_parts_of_packed_rows_are_uneven() -> None:
 def test_the_page_holds_the_tables() -> None:
     page = (ROOT / "docs/comparison/prediction_matrix.md").read_text()
     printed = [line for line in matrix_tables().splitlines() if line]
-    assert len(printed) > 150 and [line for line in printed if line not in page] == []
+    assert len(printed) > 100 and [line for line in printed if line not in page] == []
