@@ -304,13 +304,13 @@ class Verifier:
         fewest = sum(ends) + parallel.pp_size * parallel.virtual_stages - len(ends)
         self.layers = min(max(layers, fewest), config.model.num_layers)
         unit = config.training.micro_batch_size * grid.size("batch")
-        fewest = unit * grid.size("pp")  # a microbatch a stage
+        least = unit * grid.size("pp")  # a microbatch a stage
         if samples is not None and samples % unit:
             raise UserError(f"--verify-sequences {samples} is not a multiple of micro batch * data ranks = {unit}")
-        self.spans = [range(samples or fewest)]
+        self.spans = [range(samples or least)]
         phases = config.training.batches.phases
         if len(phases) > 1 and samples is None:  # as many empty places as in the first and in the last step of the ramp
-            sizes = [phase.size if phase.size < fewest else fewest + phase.size % unit for phase in phases]
+            sizes = [phase.size if phase.size < least else least + phase.size % unit for phase in phases]
             self.spans = [range(phases[n].sample, phases[n].sample + sizes[n]) for n in (0, -1)]
         self.alone = Grid(GridSizes(), 0, dict.fromkeys((*AXES, *DERIVED_AXES), dist.new_group([0])))  # collective
         self._samples: dict[tuple, tuple[GPTConfig, list[PackedSample]]] = {}
