@@ -335,8 +335,9 @@ class Verifier:
             self._outcomes[key] = run_step(alone, *samples, self.alone, self.device, is_reference=True)
         return self._outcomes[key]
 
-    def verify(self, config: RunConfig, span: range) -> Report | None:
-        """The report of the layout of resolved flags on these samples, on rank 0. Collective."""
+    def verify(self, config: RunConfig, span: range | None = None) -> Report | None:
+        """The report of the layout of resolved flags, on rank 0. Collective. Default samples: the first of `spans`."""
+        span = span or self.spans[0]
         got = run_step(config, *self._data(config, span), self.grid, self.device)
         try:
             if dist.get_rank():

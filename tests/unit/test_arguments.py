@@ -504,6 +504,21 @@ def test_another_tokenizer_than_the_checkpoints_that_was_trained() -> None:
         check_same_run(saved, wanted, (), Path("c"))
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--keep-every", "5"], "--keep-every 5 needs --keep-checkpoints"),
+        (
+            ["--local-save-interval", "5", "--local-save-dir", "copies"],
+            "--local-save-dir copies: must be an absolute path",
+        ),
+    ],
+)
+def test_flags_that_would_do_nothing_or_depend_on_the_working_folder(words: list[str], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        resolve(parse_arguments(words), world_size=1, local_world_size=1, cuda_devices=lambda: 0)
+
+
 @pytest.mark.parametrize("words", [["--local-save-interval", "5"], ["--local-save-dir", "/dev/shm/copies"]])
 def test_local_copies_need_an_interval_and_a_folder(words: list[str]) -> None:
     with pytest.raises(UserError, match=r"--local-save-interval . and --local-save-dir .*: give both, or neither"):

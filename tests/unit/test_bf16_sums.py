@@ -158,6 +158,20 @@ def test_verify_sees_a_fault_that_one_rank_has_too(
     assert not broken.passed and broken.figures[2].name == "embedding.weight"
 
 
+def test_verify_takes_a_step_from_each_end_of_a_ramp(grid: Grid, tmp_path: Path) -> None:
+    """Rows of two samples: one place of the first step and one of the last are empty."""
+    file = tmp_path / "words.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{n} words " * n}) + "\n" for n in range(30)))
+    flags = [*SHAPE.split(), "--dtype", "fp64", "--micro-batch-size", "2", "--tokenizer-type", "byte"]
+    flags += ["--data-path", str(file), "--data-cache-path", str(tmp_path / "cache")]
+    config = resolve_config(*flags, "--global-batch-size", "5", "--rampup-batch-size", "1", "4", "6")
+    verifier = Verifier(config, grid, torch.device("cpu"), layers=1, samples=None)
+    assert verifier.spans == [range(1), range(6, 9)]
+    reports = [verifier.verify(config, span) for span in verifier.spans]
+    assert all(report is not None and report.passed for report in reports)
+    assert [report.title.split(", ")[-1] for report in reports] == ["1 samples from 0 on", "3 samples from 6 on"]
+
+
 def coarse_embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """F.embedding, whose gradient is summed in bf16 by PyTorch's CPU kernel."""
     return F.embedding(tokens, weight.bfloat16()).to(weight.dtype)

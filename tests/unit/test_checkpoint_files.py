@@ -425,3 +425,19 @@ def test_an_old_one_that_cannot_go_is_told_and_no_more(tmp_path: Path, monkeypat
     assert not (tmp_path / ".step_0000003.gone").exists()
     files.remove_partial(tmp_path)
     assert list_checkpoints(tmp_path) == [newest]
+
+
+def test_inspect_says_where_batch_and_mixture_stand() -> None:
+    rows = [["a", "1", 0.25], ["b", "2", 0.75]]
+    places = [{"name": "a", "epoch": 0, "position": 9}, {"name": "b", "epoch": 1, "position": 2}]
+    state = {"sequences": 1234, "batches": [[0, 0, 4], [3, 12, 8]], "sources": places, "mixtures": [[40, rows]]}
+    assert list(checkpoint_tool.describe_course(10, state)) == [
+        ("samples read", "1,234"),
+        ("samples a step", "4 from step 1, 8 from step 4"),
+        ("from sample 40 on", "25.0000% a, 75.0000% b"),
+        ("epoch 0, sample 9", "of a"),
+        ("epoch 1, sample 2", "of b"),
+    ]
+    for wrong in ({"sources": 5}, {"mixtures": [[1]]}, {"batches": []}):
+        with pytest.raises(UserError, match="corrupted"):
+            list(checkpoint_tool.describe_course(10, state | wrong))

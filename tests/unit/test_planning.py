@@ -325,6 +325,22 @@ def test_lengths_that_are_none(tmp_path: Path) -> None:
             parse_lengths(text, np.random.default_rng(0))
 
 
+def test_a_plan_says_how_the_batch_grows_and_where_phases_begin(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "phases.yaml"
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("words " * 50)
+    file.write_text("phases:\n- sources: [{path: a.txt}]\n- from-tokens: 5000\n  sources: [{path: b.txt}]\n")
+    flags = ["--data-path", str(file), "--global-batch-size", "8", "--rampup-batch-size", "2", "6", "10"]
+    with (
+        mock.patch("planner.estimate.max_rank_memory", return_value=Memory(2**30, {"weights": 2**30}, 0)),
+        mock.patch("tools.plan.find_legal_sizes", return_value={}),
+    ):
+        assert plan_tool.main([*WORDS, *flags, "--eval-interval", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "2 from step 1, 8 from step 6" in said and "another from sample 10 on (step 6)" in said
+    assert "a step of 2 samples at first, 5 steps to the last" in said
+
+
 def test_legal_sizes_are_those_that_train_takes() -> None:
     legal = plan_tool.find_legal_sizes(WORDS, 8, 8)
     assert legal == {"pp": [1, 2, 4], "dp_replicate": [1, 2, 4, 8], "cp": [1, 2, 4, 8], "tp": [1, 2]}

@@ -250,14 +250,17 @@ def test_a_run_that_changed_course_is_marked(tmp_path: Path) -> None:
             "changed": ["--data-path: b is new", "--global-batch-size 8 (the checkpoint: 4)"],
         },
     ]
-    folders = [write_run(tmp_path / "a", config={"flags": {}, "starts": starts})]
+    phase = json.dumps({"step": 2, "changed": "--data-path: from sample 4 on 100.0000% c"}) + "\n"
+    folders = [write_run(tmp_path / "a", config={"flags": {}, "starts": starts}, extra=phase)]
     folders += [
         write_run(tmp_path / name, config={"flags": {}, "starts": wrong}) for name, wrong in (("b", 3), ("c", [[]]))
     ]
     page = page_of(*folders, out=tmp_path / "report.html")
-    assert page.row("Changed")[0] == "; ".join(f"from step 4: {line}" for line in starts[1]["changed"])
+    changes = ["from step 2: --data-path: from sample 4 on 100.0000% c"]
+    changes += [f"from step 4: {line}" for line in starts[1]["changed"]]
+    assert page.row("Changed")[0] == "; ".join(changes)
     lines = [shape for shape in page.figure()[1]["shapes"] if shape["type"] == "line"]
-    assert {line["x0"] for line in lines} == {4} and len(lines) == len(page.charts())
+    assert {line["x0"] for line in lines} == {2, 4} and len(lines) == 2 * len(page.charts())
 
 
 def test_a_resumed_run_keeps_its_earlier_starts(tmp_path: Path) -> None:
