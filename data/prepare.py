@@ -134,6 +134,7 @@ class TrainTokenizerOptions(InputOptions):
 
     output: str = option("the model file", metavar="M.model")
     vocab_size: int = option("pieces of the model", type=int)
+    bos: bool = option("give the model a BOS piece, for documents with --bos; default: off", False, action="store_true")
     input_sentence_size: int = option(
         "parts of the text, of about 1000 characters, to hold in memory and train on; of more, N are drawn at random, "
         "the same ones each time; 0: all; default: 500000",
@@ -361,6 +362,7 @@ def _train_tokenizer_command(words: Sequence[str]) -> None:
         flag="--vocab-size",
         skip=bad.append if options.on_error == "skip" else None,
         input_sentence_size=options.input_sentence_size,
+        has_bos=options.bos,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_synced(output, model)

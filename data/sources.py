@@ -401,7 +401,7 @@ def _find_named(
 
 
 def train_model(
-    source: TextSource, *, vocab_size: int, flag: str, skip: Callable[[BadRecord], None] | None = None, **options: int
+    source: TextSource, *, vocab_size: int, flag: str, skip: Callable[[BadRecord], None] | None = None, **options: Any
 ) -> bytes:
     """A SentencePiece model of the source's texts.
 

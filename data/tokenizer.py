@@ -565,11 +565,14 @@ def _training_pieces(texts: Iterable[str], size: int = 1000) -> Iterator[str]:
             yield buffer
 
 
-def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, input_sentence_size: int = 0) -> bytes:
+def train_sentencepiece(
+    texts: Iterable[str], *, vocab_size: int, input_sentence_size: int = 0, has_bos: bool = False
+) -> bytes:
     """A BPE model with byte fallback that reproduces any text exactly (no normalisation, no added space).
 
     Args:
         input_sentence_size: number of pieces of about 1000 characters to train on, drawn with a fixed seed; 0: all.
+        has_bos: the model has the BOS piece `<s>`.
     """
     # Only set where it is given: the model's bytes, and so its fingerprint, hold these options.
     sampling = dict(input_sentence_size=input_sentence_size, shuffle_input_sentence=True) if input_sentence_size else {}
@@ -590,7 +593,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, input_sentence
         minloglevel=2,
         unk_id=0,
         eos_id=1,
-        bos_id=-1,
+        bos_id=2 if has_bos else -1,
         pad_id=-1,
         **sampling,
     )

@@ -134,6 +134,18 @@ def test_a_tokenizer_without_bos_is_refused(tmp_path: Path, capsys) -> None:
         find_tokenizer(open_sources([str(write_text(tmp_path))], "text"), [], replace(FLAGS, bos=True))
 
 
+def test_a_trained_tokenizer_has_bos_where_asked(tmp_path: Path) -> None:
+    text = str(write_text(tmp_path, ["a ring of ranks turns once. " * 20 + str(number) for number in range(20)]))
+    words = ["train-tokenizer", "--input", text, "--vocab-size", "300", "--output"]
+    models = [str(tmp_path / name) for name in ("plain.model", "bos.model")]
+    assert main([*words, models[0]]) == main([*words, models[1], "--bos"]) == 0
+    tokenizer = TokenizerSpec("auto", models[1], bos=True).load()
+    assert tokenizer.encode_prompt("a <s>")[0] == tokenizer.bos == 2 and tokenizer.eod == 1
+    assert tokenizer.decode(tokenizer.encode("a <s>")) == "a <s>"
+    with pytest.raises(UserError, match="has no BOS token"):
+        TokenizerSpec("auto", models[0], bos=True).load()
+
+
 def test_sources_with_and_without_bos_do_not_mix(tmp_path: Path) -> None:
     model = model_file(tmp_path, "sentencepiece")
     begun, plain = prepared(tmp_path, "begun", model, "--bos"), prepared(tmp_path, "plain", model)
