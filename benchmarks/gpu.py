@@ -6,7 +6,7 @@
 
 step    MFU of a model of about 1B, 8192 tokens a sequence, packed documents and one document a sequence: torch layers,
         also compiled; te layers in bf16 and in 8 bits; against bare loops over te.TransformerLayer and plain PyTorch.
-        Beside the MFU that planner/counts.py predicts for an H100.
+        Beside the MFU that benchmarks/kernel_counts.py predicts for an H100.
 kernels functions of --fused-kernels, forward and backward: time of separate operations over theirs, and the share of
         a copy's bandwidth that they reach if they read and write everything once.
 fp8     8 bits against bf16 in layers of the size of an 8B model.
@@ -64,6 +64,7 @@ from benchmarks.harness import (
     time_call,
     write_figures,
 )
+from benchmarks.kernel_counts import Case, Model, predict
 from cp.dropout_attention import AttentionOptions
 from cp.native_p2p import build_ring_blocks, merge_, ring_attention
 from cp.packed_seq import IGNORE_LABEL, build_packed_seq
@@ -74,7 +75,6 @@ from model.rope import apply_rotary, rotary_tables
 from model.torch_layers import swiglu
 from parallel.fusion import compile_kernel, kernels
 from parallel.grid import GridSizes, build_grid
-from planner.counts import Case, Model, predict
 from planner.memory import rank_memory
 from runtime.distributed import Launch, initialise_distributed
 from training.flops import known_peak_tflops, training_flops

@@ -19,7 +19,7 @@ from training.flops import training_flops
 
 GIB = 2**30
 STATE_BYTES = 28  # of a parameter that an optimizer step reads and writes: weight, gradient, two moments
-# Of a logit, beside the products, as planner/counts.py counts: by kernels on a GPU, by single operations in fp32.
+# Of a logit, beside the products (benchmarks/kernel_counts.py): by kernels on a GPU, by single operations in fp32.
 LOGIT_BYTES = {"bf16": 6, "fp8": 6, "fp32": 20}
 REDUCED_BYTES = 4  # of a gradient that FSDP reduces
 # Forward passes of a layer that a step computes beyond one, and passes of its attention.

@@ -1,9 +1,9 @@
 """Write the tables that come from the code into docs/: `python tools/docs.py [--check]`. With `--presets` write the
 figures of the plans that comments of configs/*.yaml state, which takes minutes.
 
-Flags come from config/schema.py, attention backends from cp/support.py, counts of kernels and bytes from
-planner/counts.py, predictions and their errors from prediction_matrix.py and calibration.py of benchmarks, figures of
-thousands of ranks from benchmarks/results/scale_cpu.json, the parts of a log line from metrics/log.py.
+Flags come from config/schema.py, attention backends from cp/support.py, counts of kernels and bytes, predictions and
+their errors from kernel_counts.py, prediction_matrix.py and calibration.py of benchmarks, figures of thousands of ranks
+from benchmarks/results/scale_cpu.json, the parts of a log line from metrics/log.py.
 Each table stands between two marker comments.
 With `--check` nothing is written; exit code 1: something is out of date.
 """
@@ -18,12 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.calibration import cases_table, summary_table
+from benchmarks.kernel_counts import counts_table
 from benchmarks.prediction_matrix import matrix_tables
 from benchmarks.scale_parts.table import scale_table
 from config.schema import RunConfig, fields_of_flags, option
 from cp.support import markdown_table
 from metrics.log import legend_table
-from planner.counts import counts_table
 from planner.estimate import GIB, Plan, make_plan, pack_rows, resolve_without_devices
 from tools.plan import estimate_seconds
 from utils.errors import run_tool

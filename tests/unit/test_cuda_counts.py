@@ -15,13 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cp.packed_seq import build_packed_seq
-from model.loss import chunked_cross_entropy
-from parallel import fusion
-from parallel.fusion import kernels
-from parallel.grid import GridSizes, build_grid
-from planner.counter import KernelCounter, Launch, counted_kernel
-from planner.counts import (
+from benchmarks.kernel_counts import (
     CASES,
     EIGHT_B,
     LONG_ROW,
@@ -34,6 +28,12 @@ from planner.counts import (
     run_step,
     without_data,
 )
+from cp.packed_seq import build_packed_seq
+from model.loss import chunked_cross_entropy
+from parallel import fusion
+from parallel.fusion import kernels
+from parallel.grid import GridSizes, build_grid
+from planner.counter import KernelCounter, Launch, counted_kernel
 from planner.fake import MemoryLedger, fake_world
 from planner.fused import fused_rms_norm, plan_kernels
 from planner.memory import measure_step

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
+from benchmarks.kernel_counts import EIGHT_B
 from parallel.grid import Grid, GridSizes, build_grid
-from planner.counts import EIGHT_B
 from planner.memory import rank_memory
 from tests.flags import resolved
 from tests.unit.test_bf16_sums import SAMPLES, SEQ_LENGTH, gradients
