@@ -63,14 +63,11 @@ def _argparse_options(hint: Any, default: Any, flag: Flag) -> dict[str, Any]:
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if hint is bool:
         return options | {"action": argparse.BooleanOptionalAction}  # --no-flag overrules a preset
-    if flag.choices:
-        options["choices"] = flag.choices
+    options |= {"metavar": flag.metavar, "choices": flag.choices or None}
     if flag.parse:
-        return options | {"metavar": flag.metavar, "default": flag.text(default) if default else None}
+        return options | {"default": flag.text(default) if default else None}
     if typing.get_origin(hint) is list:
-        hint, options = typing.get_args(hint)[0], options | {"nargs": "+"}
-    if metavar := flag.metavar or {int: "N", float: "X"}.get(hint):
-        options["metavar"] = metavar
+        return options | {"nargs": "+", "type": typing.get_args(hint)[0]}
     return options | {"type": hint}
 
 

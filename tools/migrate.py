@@ -460,7 +460,7 @@ def build_parser() -> OneLineParser:
     )
     add("--from", dest="source", required=True, choices=SOURCES, help="suite of FILE")
     add("--to", dest="target", required=True, choices=TARGETS, help="suite of the result")
-    add("--world-size", type=int, metavar="N", help="ranks of the run, where batch sizes depend on them")
+    add("--world-size", type=int, help="ranks of the run, where batch sizes depend on them")
     add("--model", metavar="DIR", help="folder with the model's config.json; default: the one that FILE names")
     add("--output", metavar="FILE", help="new file of the YAML; default: standard output")
     add("--report", metavar="FILE", help="new file of the report; default: standard error")

@@ -416,13 +416,8 @@ def print_row(report: Report) -> None:
 def main(argv: list[str]) -> int:
     parser = OneLineParser(description=__doc__, epilog="All flags of train.py too.")
     add = parser.add_argument
-    add("--verify-layers", type=int, metavar="N", default=2, help="layers of the model that are checked; default: 2")
-    add(
-        "--verify-sequences",
-        type=int,
-        metavar="N",
-        help="samples; default: a microbatch a rank, or a ramp's ends",
-    )
+    add("--verify-layers", type=int, default=2, help="layers of the model that are checked; default: 2")
+    add("--verify-sequences", type=int, help="samples; default: a microbatch a rank, or a ramp's ends")
     add("--all", action="store_true", help="every layout of cp/support.py for this cp size and device, in each dtype")
     add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     own, rest = parser.parse_known_args(argv)

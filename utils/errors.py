@@ -61,7 +61,13 @@ class CollectiveError(OSError):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Fits paragraphs into the terminal, keeps paragraphs with indented lines, breaks no flag at its hyphens."""
+    """Fits paragraphs into the terminal, keeps paragraphs with indented lines, breaks no flag at its hyphens.
+
+    A number without a metavar is N or X.
+    """
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type) or super()._get_default_metavar_for_optional(action)  # type: ignore
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
