@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -248,19 +249,26 @@ def _step_balance(config: RunConfig, samples: list[Documents], cost: float) -> f
     if config.data.balance_work:
         dealt = np.array(deal(work, parallel.dp_size))
         shares = np.stack([own[np.array(deal(work[own], config.num_microbatches))] for own in dealt])
-    busiest = []
+    busiest, known = [], {}  # type: ignore[var-annotated]
+
+    def row_balance(row: list[Documents]) -> float:
+        key = tuple(map(id, row))  # without document lengths all samples are one
+        if key not in known:
+            known[key] = balance(_rank_pairs(config, _join(row), cost))
+        return known[key]
+
     for rows in shares:  # [data ranks, microbatches, samples]
         loads = work[rows].sum(1)
         if parallel.cp_size > 1:
-            even = np.array([balance(_rank_pairs(config, _join([samples[n] for n in row]), cost)) for row in rows])
+            even = np.array([row_balance([samples[n] for n in row]) for row in rows])
             tokens = rows.shape[1] * seq_length
             loads = tokens + (loads - tokens) * even
         busiest.append(float(loads.sum()))
     return max(busiest) * len(busiest) / float(work.sum())
 
 
-def max_rank_memory(config: RunConfig, architecture: GPTConfig) -> Memory:
-    """Memory of the stage with the highest peak.
+def max_rank_memory(config: RunConfig, architecture: GPTConfig, limit: float = math.inf) -> Memory:
+    """Memory of the stage with the highest peak, or of the first stage found above the limit, in bytes.
 
     The first has the most microbatches in flight, the last the loss; stages of different sizes are all measured.
     """
@@ -271,7 +279,11 @@ def max_rank_memory(config: RunConfig, architecture: GPTConfig) -> Memory:
         or architecture.num_layers % (parallel.pp_size * parallel.virtual_stages)
     )
     stages = range(parallel.pp_size) if is_uneven else sorted({0, parallel.pp_size - 1})
-    return max((rank_memory(config, architecture, stage) for stage in stages), key=lambda memory: memory.peak)
+    most = rank_memory(config, architecture, 0)
+    for stage in stages[1:]:
+        if most.peak <= limit:
+            most = max(most, rank_memory(config, architecture, stage), key=lambda memory: memory.peak)
+    return most
 
 
 def stage_parameters(config: RunConfig, architecture: GPTConfig, stage: int) -> int:

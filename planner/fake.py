@@ -18,12 +18,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.distributed.tensor import DTensor
 from torch.optim import adam
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from parallel import tensor
 
@@ -55,13 +55,19 @@ class MemoryLedger(TorchDispatchMode):
         self._live: dict[str, int] = {}
         self._storages: dict[int, _Storage] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled; its wrappers of each call would cost as much as the call
+
     def __torch_dispatch__(self, func: Any, types: Any, inputs: Any = (), options: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # the operations on the shards follow
+        if func is torch.ops.prim.device.default and isinstance(inputs[0], FakeTensor):
+            return inputs[0].fake_device  # most calls by far
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1  # a fake tensor has no value; pipeline stages vote on static shapes, and 1 is yes
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # the operations on the shards follow
         options = options or {}
-        out = func(*inputs, **options)
+        out = _call(func, inputs, options)
         if self.is_paused:
             return out
         self.add(out)
@@ -74,7 +80,7 @@ class MemoryLedger(TorchDispatchMode):
 
     def add(self, tensors: Any) -> None:
         """Count the storages of these tensors from now on."""
-        for x in tree_leaves(tensors):
+        for x in (tensors,) if isinstance(tensors, Tensor) else tree_leaves(tensors):
             if isinstance(x, Tensor):
                 self._add(x)
 
@@ -113,7 +119,7 @@ class MemoryLedger(TorchDispatchMode):
     def _add(self, x: Tensor) -> None:
         storage = x.untyped_storage()
         key = storage._cdata
-        if x.device.type == self.ignored or key in self._storages:
+        if key in self._storages or getattr(x, "fake_device", storage.device).type == self.ignored:
             return
         alive = weakref.ref(storage, lambda _: self._drop(key))
         self._storages[key] = _Storage(storage.nbytes(), self.label, alive)
@@ -127,6 +133,33 @@ class MemoryLedger(TorchDispatchMode):
     def _look(self) -> None:
         if sum(self._live.values()) > sum(self.peaks.get(self._moment, {}).values()):
             self.peaks[self._moment] = {label: size for label, size in self._live.items() if size}
+
+
+def _call(func: Any, inputs: Any, options: Any) -> Any:
+    """`func(*inputs, **options)`; of fake tensors by the meta kernel alone.
+
+    FakeTensorMode would look up each call in its cache, which took most of a plan's time.
+    """
+    tensors = [
+        x for part in inputs for x in (part if isinstance(part, (list, tuple)) else (part,)) if isinstance(x, Tensor)
+    ]
+    first = tensors[0] if tensors else None
+    is_fake = isinstance(first, FakeTensor) and all(
+        getattr(x, "fake_device", None) == first.fake_device for x in tensors
+    )
+    if not is_fake or func.namespace != "aten" or "device" in options:
+        return func(*inputs, **options)
+    mode, device = first.fake_mode, first.fake_device
+    try:
+        with in_kernel_invocation_manager(mode):
+            out = func(*inputs, **options)
+    except NotImplementedError:  # no meta kernel
+        return func(*inputs, **options)
+
+    def wrap(x: Any) -> Any:
+        return FakeTensor(mode, x, device) if type(x) is Tensor else x
+
+    return wrap(out) if isinstance(out, Tensor) else tree_map(wrap, out)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def rank_memory(config: RunConfig, architecture: GPTConfig, stage: int = 0) -> M
         more, less = (measure_step(*_shorten(config, architecture, n), stage, num_microbatches) for n in (few, few - 1))
         return _extrapolate(more, less, sum(counts) / len(counts) - few)
 
-    enough = enough_microbatches(config)
+    enough = enough_microbatches(config, stage)
     peaks, added = measure(min(config.num_microbatches, enough)), config.num_microbatches - enough
     if added > 0 and parallel.pp_size > 1 and parallel.pp_schedule == "gpipe":
         peaks = _extrapolate(peaks, measure(enough - 1), added)
@@ -96,12 +96,13 @@ def rank_layers(config: RunConfig, architecture: GPTConfig, stage: int) -> list[
     return stages[stage :: parallel.pp_size]
 
 
-def enough_microbatches(config: RunConfig) -> int:
+def enough_microbatches(config: RunConfig, stage: int) -> int:
     """Microbatches of a step beyond which each adds the same: two accumulate gradients, a pipeline fills up first."""
     parallel = config.parallel
     if parallel.virtual_stages > 1:
         return 2 * parallel.pp_size
-    return parallel.pp_size + 1
+    is_full = stage > 0 and parallel.pp_schedule == "1f1b"  # fewer are in flight there than stages exist
+    return parallel.pp_size + (not is_full)
 
 
 def _microbatch_buffers(config: RunConfig, architecture: GPTConfig, stage: int) -> int:

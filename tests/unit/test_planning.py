@@ -18,7 +18,15 @@ import train as train_py
 from config.schema import RunConfig
 from cp.support import AttentionChoice
 from model.config import GPTConfig
-from planner.estimate import cp_bytes, least_memory, pack_rows, parse_lengths, stage_parameters, step_bytes
+from planner.estimate import (
+    cp_bytes,
+    least_memory,
+    max_rank_memory,
+    pack_rows,
+    parse_lengths,
+    stage_parameters,
+    step_bytes,
+)
 from planner.fake import MemoryLedger, fake_step, fake_world
 from planner.memory import Memory, measure_step, rank_memory
 from runtime.status import RunStatus
@@ -120,13 +128,31 @@ ACCUMULATED = ["--dtype", "bf16", "--reshard-after-forward", "on", "--dp-shard-s
 )
 def test_extrapolation_equals_all_layers_and_microbatches(words: list[str], tolerance: float) -> None:
     run = planned(*words, world=2)
+    for stage in {0, run[0].parallel.pp_size - 1}:
+        quick = rank_memory(*run, stage)
+        with (
+            mock.patch("planner.memory.FEW_LAYERS", 32),
+            mock.patch("planner.memory.enough_microbatches", lambda config, stage: 16),
+        ):
+            whole = rank_memory(*run, stage)
+        assert quick.peak == pytest.approx(whole.peak, rel=tolerance, abs=1024)
+
+
+@pytest.mark.parametrize("words", [["--cp-size", "2", "--recompute", "selective", "--dtype", "bf16"], PIPELINE])
+def test_meta_kernels_give_what_fake_tensor_mode_gives(words: list[str]) -> None:
+    run = planned(*words, "--num-layers", "2", "--device", "cuda", world=2)
     quick = rank_memory(*run)
-    with (
-        mock.patch("planner.memory.FEW_LAYERS", 32),
-        mock.patch("planner.memory.enough_microbatches", lambda config: 16),
-    ):
-        whole = rank_memory(*run)
-    assert quick.peak == pytest.approx(whole.peak, rel=tolerance, abs=1024)
+    with mock.patch("planner.fake._call", lambda func, inputs, options: func(*inputs, **options)):
+        assert rank_memory(*run).parts == pytest.approx(quick.parts, abs=1024)
+
+
+def test_no_stage_is_measured_after_one_above_the_limit() -> None:
+    run = planned("--pp-size", "2", "--global-batch-size", "4", world=2)
+    with mock.patch("planner.estimate.rank_memory", wraps=rank_memory) as measured:
+        most = max_rank_memory(*run)
+        assert measured.call_count == 2 and max_rank_memory(*run, most.peak).peak == most.peak
+        assert measured.call_count == 4 and max_rank_memory(*run, 1.0).stage == 0
+        assert measured.call_count == 5
 
 
 def test_a_few_chunks_of_the_loss_take_the_memory_of_all() -> None:
