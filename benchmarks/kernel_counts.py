@@ -79,13 +79,6 @@ EIGHT_B = Model(
 )
 
 
-class Before(NamedTuple):
-    """A desk-check's figures of one layer, before the counter existed: kernels, GB, forward and backward."""
-
-    kernels: tuple[int, int]
-    gigabytes: tuple[float, float]
-
-
 @dataclass(frozen=True)
 class Case:
     """A model on a row of documents. `is_te`: layers and attention of Transformer Engine, on one rank."""
@@ -320,16 +313,15 @@ def _pair(values: Sequence[float], digits: int) -> str:
 def layers_table() -> str:
     """Kernels and bytes of a layer, and the prediction of a step."""
     lines = [
-        "| model, tokens of a row, layout | kernels before | now | GB before | now | floor | step, ms | MFU, % |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model, tokens of a row, layout | kernels | GB | floor | step, ms | MFU, % |",
+        "|---|---|---|---|---|---|",
     ]
-    for case, before in CASES.items():
-        now, step = count_layer(case), predict(case)
-        kernels, moved = ("-", "-") if before is None else (_pair(before.kernels, 0), _pair(before.gigabytes, 1))
-        floor = _pair([size / 1e9 for size in floor_bytes(case)], 1)
+    for case in CASES:
+        layer, step = count_layer(case), predict(case)
+        kernels = _pair([x.kernels for x in layer], 0)
+        moved, floor = (_pair([n / 1e9 for n in sizes], 1) for sizes in ([x.bytes for x in layer], floor_bytes(case)))
         lines.append(
-            f"| {case.name} | {kernels} | {_pair([x.kernels for x in now], 0)} | {moved} | "
-            f"{_pair([x.bytes / 1e9 for x in now], 1)} | {floor} | {1000 * step.seconds:.0f} | {100 * step.mfu:.0f} |"
+            f"| {case.name} | {kernels} | {moved} | {floor} | {1000 * step.seconds:.0f} | {100 * step.mfu:.0f} |"
         )
     return "\n".join(lines)
 
@@ -341,11 +333,10 @@ def once_table() -> str:
     floor = case.row_length * (4 * shape.padded_vocab_size + 4 * shape.hidden_size)  # logits in, gradient out, in bf16
     return "\n".join(
         (
-            "| once a microbatch or step, 8B | kernels before | now | GB before | now | floor |",
-            "|---|---|---|---|---|---|",
-            f"| loss of 8192 tokens | {LOSS_BEFORE[0]} | {once.kernels} | {LOSS_BEFORE[1]} | {once.bytes / 1e9:.1f} "
-            f"| {floor / 1e9:.1f} |",
-            f"| clipping and AdamW, 1/{SHARDS} of the weights | - | {update.kernels} | - | {update.bytes / 1e9:.1f} | "
+            "| once a microbatch or step, 8B | kernels | GB | floor |",
+            "|---|---|---|---|",
+            f"| loss of 8192 tokens | {once.kernels} | {once.bytes / 1e9:.1f} | {floor / 1e9:.1f} |",
+            f"| clipping and AdamW, 1/{SHARDS} of the weights | {update.kernels} | {update.bytes / 1e9:.1f} | "
             f"{update.bytes / 1e9:.1f} |",
         )
     )
@@ -358,17 +349,15 @@ def counts_table() -> str:
 
 EIGHT_B_SHORT = Case(EIGHT_B, SHORT_ROW, 8192)
 SHARDS = 8  # ranks that share the weights, for the update
-LOSS_BEFORE = 369, 120
 _LONG = Case(EIGHT_B, LONG_ROW, 131072, "--cp-comm-type p2p", 8)
-# What the table shows, and the desk-check's figures.
-CASES: dict[Case, Before | None] = {
-    Case(ONE_B, SHORT_ROW, 8192): Before((35, 63), (1.79, 2.56)),
-    Case(ONE_B, SHORT_ROW, 8192, is_te=True): None,
-    EIGHT_B_SHORT: Before((35, 63), (4.48, 6.64)),
-    Case(EIGHT_B, SHORT_ROW, 8192, is_te=True): None,
-    _LONG: Before((114, 178), (18.0, 22.2)),
-    replace(_LONG, flags="--cp-comm-type all_gather"): Before((187, 345), (12.0, 24.6)),
-    replace(_LONG, flags="--cp-comm-type all_gather --heads-k-stride 8"): Before((47, 75), (12.0, 23.0)),
-    replace(_LONG, flags="--cp-comm-type a2a"): None,
-    replace(_LONG, flags="--cp-comm-type p2p --cp-layout hybrid"): None,
-}
+CASES = (  # of the table
+    Case(ONE_B, SHORT_ROW, 8192),
+    Case(ONE_B, SHORT_ROW, 8192, is_te=True),
+    EIGHT_B_SHORT,
+    Case(EIGHT_B, SHORT_ROW, 8192, is_te=True),
+    _LONG,
+    replace(_LONG, flags="--cp-comm-type all_gather"),
+    replace(_LONG, flags="--cp-comm-type all_gather --heads-k-stride 8"),
+    replace(_LONG, flags="--cp-comm-type a2a"),
+    replace(_LONG, flags="--cp-comm-type p2p --cp-layout hybrid"),
+)

@@ -24,8 +24,8 @@ from benchmarks.scale_parts.table import scale_table
 from config.schema import RunConfig, fields_of_flags, option
 from cp.support import markdown_table
 from metrics.log import legend_table
-from planner.estimate import GIB, Plan, make_plan, pack_rows, resolve_without_devices
-from tools.plan import estimate_seconds
+from planner.estimate import GIB, Plan, resolve_without_devices
+from tools.plan import plan_run
 from utils.errors import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,10 +67,7 @@ TABLES = (
 def plan_preset(preset: Path, world: int) -> tuple[Plan, float]:
     """The plan of a preset on nodes of 8 GPUs, each sample one document, and the estimated seconds of a step."""
     config = resolve_without_devices(["--config", str(preset)], world, 8)
-    architecture = config.model.architecture(config.data.tokenizer_vocab_size)
-    rows = pack_rows(config, architecture, None)
-    seconds = estimate_seconds(config, architecture, rows, (float(config.data.seq_length),), 8)
-    return make_plan(config, architecture, rows), seconds
+    return plan_run(config, config.data.tokenizer_vocab_size, None, 8)
 
 
 def state_plan(preset: Path) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config.cli import add_demo_preset
 from metrics.banner import describe_sequences, list_sources
-from tools.plan import resolve_without_devices
+from planner.estimate import resolve_without_devices
 from training.build import build_data
 from utils.errors import OneLineParser, UserError, run_tool
 from utils.logger import log
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
     if own.epochs < 1:
         raise UserError(f"--epochs {own.epochs}: must be at least 1")
     start = time.monotonic()
+    words, _ = add_demo_preset(words)
     config = resolve_without_devices(words, own.world_size, own.node_size or min(8, own.world_size))
     data = build_data(config)
     for source in list_sources(data.train):

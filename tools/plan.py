@@ -142,6 +142,14 @@ def estimate_seconds(
     return estimate_step(job, machine).total * rows.work_balance
 
 
+def plan_run(config: RunConfig, vocab: int, lengths: np.ndarray | None, node: int) -> tuple[Plan, float]:
+    """The plan of resolved flags, and the estimated seconds of a step."""
+    architecture = config.model.architecture(vocab)
+    rows = pack_rows(config, architecture, lengths)
+    seconds = estimate_seconds(config, architecture, rows, read_quantiles(config, lengths), node)
+    return make_plan(config, architecture, rows), seconds
+
+
 @dataclass(frozen=True)
 class Ranking:
     """Layouts in the order of their estimated time, and those that fit.
@@ -311,11 +319,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"no layout of {own.world_size} ranks {fit}: more ranks, or smaller rows")
         return 0
     config = resolve_without_devices(words, own.world_size, node)
-    architecture = config.model.architecture(vocab)
-    rows = pack_rows(config, architecture, lengths)
-    plan = make_plan(config, architecture, rows)
-    quantiles = read_quantiles(config, lengths)
-    seconds = estimate_seconds(config, architecture, rows, quantiles, node)
+    plan, seconds = plan_run(config, vocab, lengths, node)
     if own.json:
         print(json.dumps(asdict(plan) | {"estimated_seconds": seconds}, indent=1))
         return 0
