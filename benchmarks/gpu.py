@@ -64,10 +64,11 @@ from benchmarks.harness import (
     time_call,
     write_figures,
 )
-from benchmarks.kernel_counts import Case, Model, predict
+from cp.cost import length_quantiles
 from cp.dropout_attention import AttentionOptions
 from cp.native_p2p import build_ring_blocks, merge_, ring_attention
 from cp.packed_seq import IGNORE_LABEL, build_packed_seq
+from cp.support import AttentionChoice
 from data.dataset import PackedSample
 from model.config import GPTConfig
 from model.loss import chunked_cross_entropy
@@ -76,6 +77,7 @@ from model.torch_layers import swiglu
 from parallel.fusion import compile_kernel, kernels
 from parallel.grid import GridSizes, build_grid
 from planner.memory import rank_memory
+from planner.step_time import H100_PEAK, Job, build_machines, estimate_step
 from runtime.distributed import Launch, initialise_distributed
 from training.flops import known_peak_tflops, training_flops
 
@@ -90,7 +92,6 @@ EIGHT_B = """
 TINY = """
     --num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --num-query-groups 2 --seq-length 256
 """
-ONE_B_GEMM_RATE = 560e12  # FLOP/s of products of this width, for the prediction
 VOCAB_SIZE, SEED, ALIGNMENT = 32000, 1234, 16
 GOALS = {"te / bare te": 0.97, "MFU, te bf16 bshd": 0.5, "fp8 / bf16": 1.25, "ring, batch": 0.93, "ring, packed": 0.85}
 TORCH, TE = "--transformer-impl torch --cp-backend native", "--transformer-impl te --cp-backend te"
@@ -310,6 +311,25 @@ def compare_steps(
     return found
 
 
+def predict_mfu(step: OurStep, sample: PackedSample | None, kernel: str) -> float:
+    """MFU of the step on an H100, by planner/step_time.py. `kernel` as `Job.kernel`."""
+    lengths = np.array([step.seq_length]) if sample is None else sample.lengths[sample.lengths > 0]
+    architecture = step.ours.architecture
+    job = Job(
+        architecture=architecture,
+        seq_length=step.seq_length,
+        lengths=length_quantiles(lengths, step.seq_length),
+        dtype="bf16",
+        choice=AttentionChoice(backend="native", method="p2p", qkv_format="thd", layout="zigzag", cp_size=1),
+        dp=1,
+        microbatches=1,
+        kernel=kernel,
+    )
+    squares = float((lengths.astype(float) ** 2).sum())
+    flops = training_flops(architecture, tokens=float(lengths.sum()), squared_lengths=squares)
+    return flops / estimate_step(job, build_machines()["H100"]).total / H100_PEAK
+
+
 def measure_step(machine: Machine, rounds: int) -> None:
     """Part step."""
     groups: list[tuple[dict[str, str], dict[str, Callable[[GPTConfig, int], nn.Module]]]] = [
@@ -318,8 +338,7 @@ def measure_step(machine: Machine, rounds: int) -> None:
     if machine.has_te:
         groups.append(({"te bf16": TE}, {"bare te": BareTE}))
         groups += [({"te bf16": TE, f"te fp8 {recipe}": f"{TE} --fp8 {recipe}"}, {}) for recipe in FP8_RECIPES]
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))  # no process group exists there
-    predicted = {}
+    predicted: dict[str, float] = {}
     for flags, floors in groups:
         if not machine.has_time("step", ", ".join(flags)):
             continue
@@ -331,19 +350,15 @@ def measure_step(machine: Machine, rounds: int) -> None:
             machine.keep("step", compare_steps(machine, ours, bare, sample, rounds))
         for name, kind, sample in ((n, k, s) for n in ours for k, s in (("bshd", None), ("thd", packed))):
             if name in ("torch", "te bf16") and f"{name} {kind}" not in predicted and not machine.tiny:
-                lengths = (first.seq_length,) if sample is None else tuple(sample.lengths[sample.lengths > 0].tolist())
-                model = Model("1B", machine.shape, VOCAB_SIZE, ONE_B_GEMM_RATE)
-                case = Case(model, lengths, first.seq_length, is_te=name == "te bf16")
-                predicted[f"{name} {kind}"] = pool.submit(predict, case)
+                predicted[f"{name} {kind}"] = predict_mfu(ours[name], sample, "flash2" if name == "torch" else "flash3")
         del ours, bare, first
         machine.free()
     found = machine.results["step"]
-    for name, prediction in predicted.items():
-        machine.keep("step", {name: found[name] | {"MFU predicted for an H100": prediction.result().mfu}})
-    pool.shutdown()
+    for name, mfu in predicted.items():
+        machine.keep("step", {name: found[name] | {"MFU predicted for an H100": mfu}})
     if "te bf16 / bare te, bshd" in found:
-        ratio, mfu = found["te bf16 / bare te, bshd"], found["te bf16 bshd"].get("MFU")
-        machine.keep("step", {"te / bare te": ratio, "MFU, te bf16 bshd": mfu})
+        ratio, measured = found["te bf16 / bare te, bshd"], found["te bf16 bshd"].get("MFU")
+        machine.keep("step", {"te / bare te": ratio, "MFU, te bf16 bshd": measured})
 
 
 def measure_fp8(machine: Machine, rounds: int) -> None:

@@ -7,7 +7,6 @@ its layers by their shapes (planner/fused.py).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from planner.fake import MemoryLedger, fake_world, fused_on_meta
 from planner.fused import cuda_kernels, plan_kernels, te_attention, te_rotary, use_te_mlp
 from planner.memory import label_moments
 from training import build
-from training.flops import PEAK_TFLOPS, attention_cost, training_flops
+from training.flops import attention_cost
 from training.optimizer import build_optimizer
 from training.step import forward_backward
 
@@ -48,20 +47,15 @@ LONG_ROW = (
     2140, 5257, 1497, 21952, 9876, 13813, 609, 1883, 125, 265, 8605, 2170, 6584, 6159, 7088, 2342, 978, 2170, 6853,
     11926, 3379, 15241,
 )  # fmt: skip
-# The prediction's rates on an H100: bytes/s of memory, FLOP/s of flash attention 2 on short and long pieces of
-# documents, forward and backward.
-MEMORY, FLASH = 2.8e12, ((200e12, 400e12), (180e12, 320e12))
-FEW_TOKENS, MANY_TOKENS = 1024, 16384  # of a piece, for `FLASH`
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model's flags, vocabulary and the FLOP/s of products of its width."""
+    """A model's flags and vocabulary."""
 
     name: str
     flags: str
     vocab_size: int
-    gemm_rate: float
 
 
 ONE_B = Model(
@@ -69,13 +63,11 @@ ONE_B = Model(
     "--num-layers 24 --hidden-size 1792 --ffn-hidden-size 4864 --num-attention-heads 14 --num-query-groups 2 "
     "--make-vocab-size-divisible-by 1024",
     32000,
-    560e12,
 )
 EIGHT_B = Model(
     "8B",
     "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --num-query-groups 8",
     128256,
-    640e12,
 )
 
 
@@ -117,14 +109,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Moved:
-    """Totals: kernels of all kinds, bytes of everything but products and flash attention, FLOPs of products.
+    """Totals: kernels of all kinds, bytes of everything but products and flash attention.
 
     Attributes: flash_results: bytes that the calls of flash attention write.
     """
 
     kernels: int
     bytes: int
-    gemm_flops: int
     flash_calls: int
     flash_results: int
 
@@ -134,7 +125,6 @@ class Moved:
         return cls(
             kernels=sum(x.kernels for x in launches),
             bytes=sum(x.bytes for x in launches if x.kind == "other"),
-            gemm_flops=sum(x.flops for x in launches),
             flash_calls=len(flash),
             flash_results=sum(x.written for x in flash),
         )
@@ -278,51 +268,18 @@ def floor_bytes(case: Case) -> tuple[int, int]:
     return found[0], found[1]
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Of a step of one microbatch on an H100, within 15 %: seconds, and model FLOP/s over the peak."""
-
-    seconds: float
-    mfu: float
-
-
-def predict(case: Case) -> Prediction:
-    """Layers, loss and update, without waits for other ranks and FSDP's own copies."""
-    _, shape = case.resolve()
-    lengths = case.sample.lengths.astype(np.float64)
-    squares = float((lengths**2).sum())
-    piece = squares / lengths.sum() / case.cp_size  # mean length of what a token's document has on a rank
-    share = min(1.0, max(0.0, math.log2(piece / FEW_TOKENS) / math.log2(MANY_TOKENS / FEW_TOKENS)))
-    attention = 2 * shape.query_size * squares / case.cp_size  # FLOPs of a forward pass, under the causal mask
-    seconds = 0.0
-    for moved, (slow, fast), products in zip(count_layer(case), FLASH, (1.0, 2.5), strict=True):
-        seconds += moved.gemm_flops / case.model.gemm_rate + moved.bytes / MEMORY
-        seconds += attention * products / (slow + share * (fast - slow))
-    seconds *= shape.num_layers
-    once = count_loss(case)
-    seconds += once.gemm_flops / case.model.gemm_rate + once.bytes / MEMORY
-    seconds += count_update(case, SHARDS).bytes / MEMORY
-    flops = training_flops(shape, tokens=case.row_length, squared_lengths=squares) / case.cp_size
-    return Prediction(seconds, flops / seconds / (dict(PEAK_TFLOPS)["H100"] * 1e12))
-
-
 def _pair(values: Sequence[float], digits: int) -> str:
     return " / ".join(f"{value:.{digits}f}" for value in values)
 
 
 def layers_table() -> str:
-    """Kernels and bytes of a layer, and the prediction of a step."""
-    lines = [
-        "| model, tokens of a row, layout | kernels | GB | floor | step, ms | MFU, % |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Kernels and bytes of a layer."""
+    lines = ["| model, tokens of a row, layout | kernels | GB | floor |", "|---|---|---|---|"]
     for case in CASES:
-        layer, step = count_layer(case), predict(case)
+        layer = count_layer(case)
         kernels = _pair([x.kernels for x in layer], 0)
         moved, floor = (_pair([n / 1e9 for n in sizes], 1) for sizes in ([x.bytes for x in layer], floor_bytes(case)))
-        lines.append(
-            f"| {case.name} | {kernels} | {moved} | {floor} | {1000 * step.seconds:.0f} | {100 * step.mfu:.0f} |"
-        )
+        lines.append(f"| {case.name} | {kernels} | {moved} | {floor} |")
     return "\n".join(lines)
 
 
