@@ -38,7 +38,6 @@ class Launch:
         kernels: number of kernels.
         bytes: read and written.
         written: of these, written.
-        flops: of a gemm.
         place: line of the project that calls the operator.
     """
 
@@ -47,7 +46,6 @@ class Launch:
     kernels: int
     bytes: int
     written: int
-    flops: int
     place: str
 
 
@@ -103,7 +101,7 @@ class KernelCounter(TorchDispatchMode):
         sizes = {_storage(x): size_of([x]) for x in tree_leaves(inputs) if isinstance(x, Tensor)}
         read = sum(self._selected.get(key, size) for key, size in sizes.items())
         written = size_of(tree_leaves(outputs)) + sum(size for key, size in changed.items() if key in sizes)
-        self.launches.append(Launch(name, "other", kernels, passes * read + written, written, 0, _place()))
+        self.launches.append(Launch(name, "other", kernels, passes * read + written, written, _place()))
 
     def _waits(self, name: str, inputs: Any, options: Any) -> bool:
         """Whether the host waits: for a value, a boolean index, or a copy to or from memory that is not pinned."""
@@ -133,7 +131,6 @@ class KernelCounter(TorchDispatchMode):
             return
         kept = [given[a.name] for a in names if a.name in given and not (a.alias_info and a.alias_info.is_write)]
         reads = [x for x in tree_leaves(kept) if isinstance(x, Tensor)]
-        factors = reads[-2:]  # of a product
         writes = tree_leaves(changed) or [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if not size_of(writes):
             return
@@ -141,9 +138,9 @@ class KernelCounter(TorchDispatchMode):
             reads, writes = [*reads, *writes], [x for name in ("self", "exp_avgs", "exp_avg_sqs") for x in given[name]]
         elif changed and name not in OVERWRITES and func._overloadname != "out":
             reads = [*reads, *writes]
-        kind, flops, kernels = "other", 0, 1
+        kind, kernels = "other", 1
         if name in PRODUCTS:
-            kind, flops = "gemm", 2 * factors[0].numel() * factors[1].shape[-1]
+            kind = "gemm"
         elif name == "_flash_attention_forward":
             kind = "flash"
         elif name == "_flash_attention_backward":  # dot of out and dout, gradients, dq; sums over query heads
@@ -152,7 +149,7 @@ class KernelCounter(TorchDispatchMode):
             chunks = sum(-(-x.numel() // CHUNK) for x in writes)
             kernels = max(-(-chunks // MAX_CHUNKS), -(-len(writes) // MAX_TENSORS))
         moved = _moved(name, reads, writes, given)
-        self.launches.append(Launch(name, kind, kernels, moved, size_of(writes), flops, _place()))
+        self.launches.append(Launch(name, kind, kernels, moved, size_of(writes), _place()))
 
 
 def _storage(x: Tensor) -> int:

@@ -140,16 +140,11 @@ def _call(func: Any, inputs: Any, options: Any) -> Any:
 
     FakeTensorMode would look up each call in its cache, which took most of a plan's time.
     """
-    tensors = [
-        x for part in inputs for x in (part if isinstance(part, (list, tuple)) else (part,)) if isinstance(x, Tensor)
-    ]
-    first = tensors[0] if tensors else None
-    is_fake = isinstance(first, FakeTensor) and all(
-        getattr(x, "fake_device", None) == first.fake_device for x in tensors
-    )
-    if not is_fake or func.namespace != "aten" or "device" in options:
+    parts = [x for part in inputs for x in (part if isinstance(part, (list, tuple)) else (part,))]
+    devices = {getattr(x, "fake_device", None) for x in parts if isinstance(x, Tensor)}
+    if func.namespace != "aten" or "device" in options or len(devices) != 1 or None in devices:
         return func(*inputs, **options)
-    mode, device = first.fake_mode, first.fake_device
+    (device,), mode = devices, next(x.fake_mode for x in parts if isinstance(x, FakeTensor))
     try:
         with in_kernel_invocation_manager(mode):
             out = func(*inputs, **options)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import io
 import itertools
 import json
 import math
@@ -142,12 +141,14 @@ def estimate_seconds(
     return estimate_step(job, machine).total * rows.work_balance
 
 
-def plan_run(config: RunConfig, vocab: int, lengths: np.ndarray | None, node: int) -> tuple[Plan, float]:
-    """The plan of resolved flags, and the estimated seconds of a step."""
+def plan_run(
+    config: RunConfig, vocab: int, lengths: np.ndarray | None, node: int, memory: Memory | None = None
+) -> tuple[Plan, float]:
+    """The plan of resolved flags, and the estimated seconds of a step. `memory` as `make_plan`."""
     architecture = config.model.architecture(vocab)
     rows = pack_rows(config, architecture, lengths)
     seconds = estimate_seconds(config, architecture, rows, read_quantiles(config, lengths), node)
-    return make_plan(config, architecture, rows), seconds
+    return make_plan(config, architecture, rows, memory), seconds
 
 
 @dataclass(frozen=True)
@@ -323,13 +324,11 @@ def main(argv: list[str]) -> int:
     if own.json:
         print(json.dumps(asdict(plan) | {"estimated_seconds": seconds}, indent=1))
         return 0
-    with contextlib.redirect_stderr(io.StringIO()):
-        legal_sizes = find_legal_sizes(words, own.world_size, node)
-    print_plan(config, plan, seconds, own.gpu_memory, legal_sizes)
+    print_plan(config, plan, seconds, own.gpu_memory, find_legal_sizes(words, own.world_size, node))
     first, *later = config.training.batches.phases
     if later:
         config.training.global_batch_size = first.size
-        seconds = estimate_seconds(config, architecture, pack_rows(config, architecture, lengths), quantiles, node)
+        _, seconds = plan_run(config, vocab, lengths, node, plan.memory)
         print(
             f"{'ramp':<14} {seconds:.2f} s a step of {first.size} samples at first, {later[-1].step} steps to the last"
         )

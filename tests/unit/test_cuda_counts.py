@@ -169,7 +169,7 @@ def test_kernels_and_bytes_of_an_operator(work: Callable[[], object], bytes_: in
 
 def test_products_and_flash_attention_count_apart() -> None:
     found = launches(lambda: (A() @ meta(32, 16), torch.addmm(meta(64, 16), A(), meta(32, 16))))
-    assert [(x.kind, x.flops) for x in found] == [("gemm", 2 * 64 * 32 * 16)] * 2
+    assert [x.kind for x in found] == ["gemm"] * 2
     q, k = meta(8, 4, 64, dtype=torch.bfloat16), meta(8, 2, 64, dtype=torch.bfloat16)
     cu = meta(2).int()
     found = launches(lambda: torch.ops.aten._flash_attention_forward(q, k, k, cu, cu, 8, 8, 0.0, True, False))
