@@ -369,7 +369,7 @@ def test_a_plan_says_how_the_batch_grows_and_where_phases_begin(tmp_path: Path, 
 
 def test_legal_sizes_are_those_that_train_takes() -> None:
     legal = plan_tool.find_legal_sizes(WORDS, 8, 8)
-    assert legal == {"pp": [1, 2, 4], "dp_replicate": [1, 2, 4, 8], "cp": [1, 2, 4, 8], "tp": [1, 2]}
+    assert legal == {"pp": [1, 2, 4], "dp_replicate": [1, 2, 4, 8], "cp": [1, 2, 4, 8], "tp": [1, 2, 4]}
 
 
 def ranked(gib: float, most: int) -> tuple[list[plan_tool.Layout], int]:
