@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+
+
+class Fuse(torch.autograd.Function):
+    """Concatenate the rows of two weights, or return the cached result `fused`."""
+
+    @staticmethod
+    def forward(ctx, first: Tensor, second: Tensor, fused: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.rows = len(first), len(second)
+        return torch.cat((first, second)) if fused is None else fused.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return *grad.split(ctx.rows), None
 
 
 class FusedWeights(nn.Module):

@@ -19,7 +19,7 @@ from transformer_engine.common import recipe as te_recipe
 from transformer_engine.pytorch.attention import rope as te_rope
 
 from model import torch_layers
-from model.fused_weights import FusedWeights
+from model.fused_weights import Fuse, FusedWeights
 from model.precision import Precision
 from model.torch_layers import VocabParallelEmbedding
 from parallel.tensor import TensorParallel
@@ -98,19 +98,6 @@ class LayerNormLinear(te.LayerNormLinear):
         )
 
 
-class _Fuse(torch.autograd.Function):
-    """Concatenate the rows of two weights, or return the cached result `fused`."""
-
-    @staticmethod
-    def forward(ctx, first: Tensor, second: Tensor, fused: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.rows = len(first), len(second)
-        return torch.cat((first, second)) if fused is None else fused.detach()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return *grad.split(ctx.rows), None
-
-
 class LayerNormMLP(torch_layers.LayerNormMLP, FusedWeights):
     """RMSNorm, then SwiGLU by Transformer Engine's module, which takes one tensor, the gate's rows first.
 
@@ -137,7 +124,7 @@ class LayerNormMLP(torch_layers.LayerNormMLP, FusedWeights):
 
     def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         x = x + delta
-        fc1_weight = _Fuse.apply(self.gate_weight, self.up_weight, self.fused)  # [2 * ffn / tp, h]
+        fc1_weight = Fuse.apply(self.gate_weight, self.up_weight, self.fused)  # [2 * ffn / tp, h]
         if self.is_cached and self.fused is None:
             self.fused = fc1_weight.detach()
         weights = {"layer_norm_weight": self.layer_norm_weight, "fc1_weight": fc1_weight, "fc2_weight": self.fc2_weight}

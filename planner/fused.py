@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from cp.packed_seq import PackedSeq
 from model import loss
+from model.fused_weights import Fuse
 from model.gpt import GPT, Stages, get_chunks
 from model.torch_layers import LayerNormMLP
 from parallel.fusion import Function, kernels
@@ -114,18 +115,6 @@ def plan_kernels(ledger: MemoryLedger) -> Callable[[Function], Function]:
     return build
 
 
-class _Fuse(torch.autograd.Function):
-    """Two weights as one that exists already."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, fused: Tensor) -> Tensor:  # type: ignore[override]
-        return fused.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return *grad.chunk(2), None
-
-
 class TEMLP(LayerNormMLP):
     """The MLP of `model.te_layers`: gate and up are fused once a step, in a copy that stays; SwiGLU is one kernel."""
 
@@ -139,7 +128,7 @@ class TEMLP(LayerNormMLP):
             self.fused = gate.new_empty(len(gate) + len(up), gate.shape[1])
             self.ledger.relabel(self.fused, "fused weights")
         norm = fused_rms_norm(x, None, self.layer_norm_weight, self.eps)
-        hidden = functional.linear(self.tp.enter_parallel_region(norm), _Fuse.apply(gate, up, self.fused))
+        hidden = functional.linear(self.tp.enter_parallel_region(norm), Fuse.apply(gate, up, self.fused))
         activation = _Kernel.apply("swiglu", (len(hidden), len(gate)), hidden)
         return x, self.tp.exit_parallel_region(functional.linear(activation, self.fc2_weight))
 
