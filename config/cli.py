@@ -33,7 +33,7 @@ def build_parser() -> OneLineParser:
     """All flags of train.py, in the groups of `RunConfig`."""
     parser = OneLineParser(
         prog="train.py",
-        usage="torchrun --nproc-per-node N train.py [--config FILE.yaml] [FLAG ...]",
+        usage="launch/local.sh RANKS [--config FILE.yaml] [FLAG ...]",
         description="Pretrain a GPT on packed documents. Each group of flags begins with an example.",
         epilog="docs/flags.md has the same, and which values a resumed run may change.",
     )
