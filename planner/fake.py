@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.optim import adam
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -43,7 +44,6 @@ class MemoryLedger(TorchDispatchMode):
 
     Attributes:
         label: of new storages.
-        is_paused: new storages are not counted.
         ignored: type of a device whose tensors are not counted.
         peaks: moment of the step -> bytes by label at the moment's peak.
     """
@@ -51,7 +51,7 @@ class MemoryLedger(TorchDispatchMode):
     def __init__(self, *, ignored: str | None = "meta") -> None:
         super().__init__()
         self.label = self._moment = "weights"
-        self.is_paused, self.ignored = False, ignored
+        self._is_paused, self.ignored = False, ignored
         self.peaks: dict[str, dict[str, int]] = {}
         self._live: dict[str, int] = {}
         self._storages: dict[int, _Storage] = {}
@@ -69,7 +69,7 @@ class MemoryLedger(TorchDispatchMode):
             return NotImplemented  # the operations on the shards follow
         options = options or {}
         out = _call(func, inputs, options)
-        if self.is_paused:
+        if self._is_paused:
             return out
         self.add(out)
         if func.namespace == "fsdp":  # gathers copy in, split out; reductions concatenate the gradients
@@ -78,6 +78,15 @@ class MemoryLedger(TorchDispatchMode):
         elif func is torch.ops.c10d._reduce_scatter_base_.default and self._label(inputs[1]) == "gradients":
             self.relabel(inputs[0], "gradients")
         return out
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Do not count new storages."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
 
     def add(self, tensors: Any) -> None:
         """Count the storages of these tensors from now on."""
@@ -206,6 +215,7 @@ def held_messages() -> Iterator[None]:
 def fake_step(ledger: MemoryLedger) -> Iterator[None]:
     """Tensors have shapes but no data, and the ledger counts them."""
     resize, isend = torch.UntypedStorage.resize_, dist.isend
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def counted_resize(storage: torch.UntypedStorage, size: int) -> None:
         resize(storage, size)
@@ -218,7 +228,13 @@ def fake_step(ledger: MemoryLedger) -> Iterator[None]:
         assert work is not None, "this rank is in every group of the fake world"
         return SimpleNamespace(wait=work.wait, tensor=tensor)
 
+    def propagate_uncounted(*arguments: Any) -> Any:
+        """DTensor finds shapes on fake tensors of whole weights: PyTorch 2.11 for the optimizer's update too."""
+        with ledger.pause():
+            return propagate(*arguments)
+
     with (
+        mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_uncounted),
         mock.patch.object(torch.UntypedStorage, "resize_", counted_resize),
         mock.patch.object(dist, "isend", held_isend),
         mock.patch.object(dist.distributed_c10d, "isend", held_isend),

@@ -92,13 +92,9 @@ def plan_kernels(ledger: MemoryLedger) -> Callable[[Function], Function]:
         times = dict(kernels=2, passes=2) if is_softmax else {}
 
         def compute(*args: Any) -> Any:
-            ledger.is_paused = True
-            try:
-                with counted_kernel(function.__name__, *args, **times) as outputs, kernels(None):
-                    out = function(*args)
-                    outputs += [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-            finally:
-                ledger.is_paused = False
+            with ledger.pause(), counted_kernel(function.__name__, *args, **times) as outputs, kernels(None):
+                out = function(*args)
+                outputs += [x for x in tree_leaves(out) if isinstance(x, Tensor)]
             ledger.add(out)
             return out
 

@@ -34,7 +34,7 @@ from parallel import fusion
 from parallel.fusion import kernels
 from parallel.grid import GridSizes, build_grid
 from planner.counter import KernelCounter, Launch, counted_kernel
-from planner.fake import MemoryLedger, fake_world
+from planner.fake import MemoryLedger, fake_step, fake_world
 from planner.fused import fused_rms_norm, plan_kernels
 from planner.memory import measure_step
 from planner.step_time import LOGIT_BYTES
@@ -235,7 +235,9 @@ def test_a_kernel_that_fails_leaves_the_ledger_counting() -> None:
     ledger = MemoryLedger()
     with pytest.raises(ValueError):
         plan_kernels(ledger)(fail)()
-    assert not ledger.is_paused
+    ledger.enter("after")
+    with fake_step(ledger):
+        assert torch.empty(5).nbytes == ledger.peaks["after"]["after"] == 20
 
 
 def test_compiled_layers_break_at_attention_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def test_gradients_are_the_same_bits(grid: Grid, dtype: str, monkeypatch: pytest
     got = gradients(grid, dtype, micro_batch, *OFFLOADED)
     assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
     layers, microbatches = 2, SAMPLES // micro_batch
-    assert [x.shape for x in sent] == layers * microbatches * [(micro_batch * SEQ_LENGTH, 64)]
+    assert [x.shape for x in sent if x.numel()] == layers * microbatches * [(micro_batch * SEQ_LENGTH, 64)]
 
 
 def test_pytorchs_own_hooks_give_the_same_bits(grid: Grid) -> None:

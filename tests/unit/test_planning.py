@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import train as train_py
 from config.schema import RunConfig
@@ -77,6 +79,18 @@ def test_the_ledger_counts_live_bytes_by_label() -> None:
     assert ledger.peaks["activations"] == {"activations": 500, "others": 200}
     assert ledger.peaks["later"] == {"activations": 500, "others": 200, "later": 40}, "340 bytes less, 400 more"
     assert len(c) + len(d) + len(f) == 135 and len(e) == 20
+
+
+def test_shapes_that_dtensor_computes_take_no_memory() -> None:
+    """It does so on fake tensors of the whole size, all tensors of an optimizer's update at once."""
+    ledger = MemoryLedger()
+    with fake_world(rank=0, world_size=8):
+        mesh = init_device_mesh("cpu", (8,))
+        with fake_step(ledger):
+            shards = [DTensor.from_local(torch.empty(100), mesh, [Shard(0)]) for _ in range(4)]
+            ledger.enter("update")
+            sums = torch._foreach_mul(shards, 2.5)
+            assert ledger.peaks["update"] == {"weights": 1600, "update": 1600} and len(sums) == 4
 
 
 def test_a_fake_world_leaves_nothing_behind() -> None:
