@@ -131,13 +131,13 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def add_demo_preset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags of train.py with `DEMO_PRESET` where there is neither --data-path nor --config, and a note on that.
+    """The flags of train.py with `DEMO_PRESET` where no flag names data or --config, and a note on that.
 
     Raises:
         UserError: as `parse_arguments`.
     """
     config = parse_arguments(argv)
-    if config.data.data_path or any(word.split("=")[0] == "--config" for word in argv):
+    if config.data.data_path or config.data.valid_data_path or any(word.split("=")[0] == "--config" for word in argv):
         return list(argv), []
     steps = ["--train-iters", str(TrainingConfig.train_iters)]  # --train-tokens would contradict the preset's
     own = [] if config.training.train_tokens is None else steps

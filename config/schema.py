@@ -574,7 +574,7 @@ class LoggingConfig:
     peak_tflops: float | None = flag(None, "dense peak of a device, for MFU; default: known GPUs", ABOVE_ZERO)
     sample_tokens: int = flag(48, "tokens of a sample of text, before and after training; 0: no samples", NOT_NEGATIVE)
     sample_interval: int = flag(0, "steps between samples during training; 0: off", NOT_NEGATIVE)
-    sample_prompt: str = flag("", "prompt of the samples; default: none, the beginning of a document")
+    sample_prompt: str = flag("", "prompt of the samples; default: BOS if documents begin with it, else a line break")
     wandb_project: str | None = flag(
         None, "Weights & Biases project of the TensorBoard curves; needs the wandb package; none: off; default: off"
     )

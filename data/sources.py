@@ -332,7 +332,10 @@ def find_tokenizer(
         _check_ids([*sources, *others], chosen)
     else:
         chosen = _find_named(sources, others, flags, chosen)
-    begins, by = None if isinstance(chosen, TokenIds) else flags.bos, "--bos" if flags.bos else "--no-bos"
+    begins, by = (
+        None if isinstance(chosen, TokenIds) else flags.bos,
+        f"this run ({'--bos' if flags.bos else '--no-bos'})",
+    )
     for source in (*sources, *others):
         if isinstance(source.content, PreparedCorpus) and source.content.metadata:
             own = source.content.metadata.get(BOS) is not None

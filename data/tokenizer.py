@@ -92,8 +92,14 @@ class Tokenizer(ABC):
         return np.concatenate((begin, ids, end), dtype=np.int32, casting="unsafe")
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The beginning of a document, at least one id: BOS if documents begin with it, else EOD for an empty text."""
-        return self.frame(self.encode(text), append_eod=False).tolist() or [self.eod]
+        """The beginning of a document, at least one id: BOS if documents begin with it, else a line break for no text.
+
+        EOD is the last resort: where documents are packed whole, the model never reads beyond it.
+        """
+        ids = self.frame(self.encode(text), append_eod=False)
+        with suppress(UnencodableText):
+            ids = ids if ids.size else self.encode("\n")
+        return ids.tolist() or [self.eod]
 
     def encode(self, text: str) -> np.ndarray:
         """[n] int32 ids of the text, without EOD. Raises UnencodableText."""
@@ -339,14 +345,19 @@ def _read_tokenizer_json(file: Path) -> bytes:
     """
     content = _read_model(file)
     vocab = {} if re.search(rb'"model"\s*:\s*{', content) else json.loads(content)
-    if isinstance(vocab, dict) and {"config", "vocab"} <= vocab.keys():
+    if isinstance(vocab, dict) and isinstance(vocab.get("config"), dict):
         raise UserError(f"--tokenizer-model {file}: is a tekken.json; give the tokenizer.json of the same model")
     if not (isinstance(vocab, dict) and vocab and all(type(number) is int for number in vocab.values())):
         return content
-    merges, whole = file.with_name(file.name.replace("vocab.json", "merges.txt")), file.with_name("tokenizer.json")
-    if whole.exists() or merges == file or not merges.is_file():
-        wanted = f"give {whole}" if whole.exists() else "name it vocab.json, with its merges.txt beside"
-        raise UserError(f"--tokenizer-model {file}: is a vocabulary without the rules of a tokenizer; {wanted}")
+    merges = file.with_name(file.name.replace("vocab.json", "merges.txt"))
+    more = any(file.with_name(name).exists() for name in ("tokenizer.json", "added_tokens.json"))
+    is_clip = any(token.endswith("</w>") for token in vocab)
+    if more or is_clip or merges == file or not merges.is_file():
+        wanted = file.with_name("tokenizer.json") if more or is_clip else None
+        raise UserError(
+            f"--tokenizer-model {file}: is a vocabulary without the rules of a tokenizer; "
+            + (f"give {wanted}" if wanted else "name it vocab.json, with its merges.txt beside")
+        )
     lines = _read_model(merges).decode().replace("\r\n", "\n").split("\n")
     model = {"type": "BPE", "vocab": vocab, "merges": [line for line in lines if line and line[:8] != "#version"]}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -14,7 +14,7 @@ from config.schema import RunConfig
 from cp.layout import document_unit
 from cp.packed_seq import build_packed_seq
 from data.batch import Batch
-from data.tokenizer import Tokenizer, UnencodableText
+from data.tokenizer import TokenIds, Tokenizer, UnencodableText
 from metrics.tensorboard import TensorBoardWriter
 from model.gpt import GPT, Stages
 from parallel.grid import AXES, Grid, rank_of
@@ -102,7 +102,7 @@ class TextSampler:
     def run(self, when: str) -> None:
         """Sample once. Collective. Args: when: such as "before training", for the title."""
         logging, parallel = self.config.logging, self.config.parallel
-        if not logging.sample_tokens:
+        if not logging.sample_tokens or isinstance(self.tokenizer, TokenIds):
             return
         self.ranks.watchdog.heartbeat("a sample")
         tokenizer = self.tokenizer

@@ -282,7 +282,9 @@ def test_make_train_takes_any_number_of_ranks(ranks: int, preset: str, cuda: boo
     resolve(config, world_size=ranks, local_world_size=ranks, cuda_devices=lambda: ranks if cuda else 0)
 
 
-@pytest.mark.parametrize("flags", ["--data-path a", "--config {preset}", "--config={preset}"])
+@pytest.mark.parametrize(
+    "flags", ["--data-path a", "--eval-only --valid-data-path a", "--config {preset}", "--config={preset}"]
+)
 def test_other_runs_keep_the_flags_defaults(tmp_path: Path, flags: str) -> None:
     preset = tmp_path / "p.yaml"
     preset.write_text("hidden-size: 128\n")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from config.cli import parse_arguments
+from config.schema import RunConfig
 from data.build import build_dataset, build_tokens
 from data.dataset import PackedDataset
 from data.indexed_dataset import IndexedDataset, write_indexed_dataset
@@ -19,8 +21,9 @@ from data.sources import find_tokenizer, open_sources
 from data.tokenizer import ByteTokenizer, TokenIds, Tokenizer, TokenizerSpec, UnencodableText
 from tests.forked import run_script
 from tests.launch import SMALL, environment, run_train, train
-from tests.unit.test_tokenizers import byte_level, sentencepiece_bytes
+from tests.unit.test_tokenizers import byte_level, load_model, sentencepiece_bytes, unigram
 from tools.hf.tokenizer import find_written_start, write_tokenizer
+from training.sample import TextSampler
 from utils.errors import UserError
 
 TEXTS = ["a ring of ranks", "padding is silent, " * 9, "five axes make one loss. "] * 3
@@ -87,7 +90,7 @@ def test_prepared_documents_begin_with_bos(tmp_path: Path, kind: str, capsys) ->
         assert found == (wanted if one is tokenizer else [ids[1:] for ids in wanted])
     assert tokenizer.decode(wanted[0]) == plain.decode(wanted[0][1:]) == TEXTS[0]
     assert tokenizer.encode_prompt("a ring") == [1, *plain.encode("a ring").tolist()]
-    assert tokenizer.encode_prompt("") == [1] and plain.encode_prompt("") == [plain.eod]
+    assert tokenizer.encode_prompt("") == [1] and plain.encode_prompt("") == plain.encode("\n").tolist()
     sizes = tokenizer.token_bytes()
     assert sizes is not None and sizes[1] == 0 == sizes[tokenizer.eod]
 
@@ -162,9 +165,9 @@ def test_sources_with_and_without_bos_do_not_mix(tmp_path: Path) -> None:
     for one, other in (([begun, plain], None), ([plain, begun], None), ([begun], [plain])):
         with pytest.raises(UserError, match=r"with.* BOS, unlike .*; prepare it again"):
             find(one, other)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="begin with BOS, unlike --no-bos"):
+    with pytest.raises(UserError, match=r"begin with BOS, unlike this run \(--no-bos"):
         find([begun], bos=False)
-    with pytest.raises(UserError, match="begin without BOS, unlike --bos"):
+    with pytest.raises(UserError, match=r"begin without BOS, unlike this run \(--bos"):
         find([plain], bos=True)
 
 
@@ -195,6 +198,19 @@ def test_an_export_begins_texts_as_the_run_did(tmp_path: Path, kind: str, keep_t
     for text in TEXTS:
         assert there(text)["input_ids"] == tokenizer.encode_prompt(text)
     assert (there.bos_token_id, there.eos_token_id) == (1, tokenizer.eod)
+
+
+def test_an_export_names_an_end_that_no_text_has(tmp_path: Path) -> None:
+    """A Unigram model's `</s>` is renamed while texts are encoded, not in what others read."""
+    from transformers import AutoTokenizer
+
+    tokenizer = load_model(tmp_path, unigram().to_str().encode(), "t.json")
+    assert tokenizer.processor.id_to_token(tokenizer.eod) != "</s>"
+    for name, content in write_tokenizer(tokenizer, max_positions=64, keep_template=False).items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    there = AutoTokenizer.from_pretrained(tmp_path)
+    assert (there.eos_token, there.eos_token_id, len(there)) == ("</s>", tokenizer.eod, tokenizer.vocab_size)
 
 
 def test_a_run_knows_how_its_documents_begin(tmp_path: Path) -> None:
@@ -235,6 +251,13 @@ def test_a_run_knows_how_its_documents_begin(tmp_path: Path) -> None:
 
 def ids_only(vocab_size: int | None = 20, eod_id: int = 0, **changes) -> TokenizerSpec:
     return replace(FLAGS, eod_id=eod_id, vocab_size=vocab_size, **changes)
+
+
+def test_no_text_is_sampled_without_a_tokenizer() -> None:
+    config = RunConfig()
+    config.logging.sample_prompt = "def "  # of a preset
+    sampler = TextSampler(None, ids_only().load(), config, mock.Mock(), [])  # type: ignore[arg-type]
+    sampler.run("after training")
 
 
 def test_ids_stand_for_texts() -> None:

@@ -217,7 +217,7 @@ def test_a_sample_keeps_the_space_after_its_prompt(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sample_module, "generate", lambda *arguments, **options: new)
     ranks = SimpleNamespace(watchdog=mock.Mock(), grid=None, device=None, is_writer=True)
     flags = ["--sample-tokens", "3", "--document-alignment", "2", "--cp-size", "1", "--tp-size", "1"]
-    for prompt, text in (("a ring", wanted), ("", tokenizer.decode(new))):
+    for prompt, text in (("a ring", wanted), ("", tokenizer.decode([*tokenizer.encode("\n"), *new]))):
         config = parse_arguments([*flags, "--sample-prompt", prompt])
         sample_module.TextSampler(None, tokenizer, config, ranks, []).run("now")  # type: ignore[arg-type]
         assert f"sample now -----\n{text}\n-----" in capsys.readouterr().out
@@ -499,7 +499,17 @@ def test_a_vocabulary_without_its_rules_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")  # Qwen's vocab.json splits words in another way
     with pytest.raises(UserError, match=r"without the rules of a tokenizer; give .*tokenizer\.json"):
         TokenizerSpec("auto", str(model)).load()
-    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").rename(tmp_path / "added_tokens.json")  # CodeGen's: runs of spaces
+    with pytest.raises(UserError, match=r"without the rules of a tokenizer; give .*tokenizer\.json"):
+        TokenizerSpec("auto", str(model)).load()
+    (tmp_path / "added_tokens.json").unlink()
+    content = model.read_text()
+    model.write_text(json.dumps(json.loads(content) | {"ring</w>": 100_000}))  # CLIP's
+    with pytest.raises(UserError, match=r"without the rules of a tokenizer; give .*tokenizer\.json"):
+        TokenizerSpec("auto", str(model)).load()
+    model.write_text(json.dumps(json.loads(content) | {"config": 100_000, "vocab": 100_001}))  # words, no tekken.json
+    assert TokenizerSpec("auto", str(model)).load().vocab_size == 100_002
+    model.write_text(content)
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(UserError, match=r"name it vocab\.json, with its merges\.txt beside"):
         TokenizerSpec("auto", str(model)).load()

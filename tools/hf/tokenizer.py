@@ -47,7 +47,7 @@ def write_tokenizer(tokenizer: Tokenizer, *, max_positions: int, keep_template: 
         said, eod = _describe_pieces(tokenizer.content)
     else:
         assert isinstance(tokenizer, HuggingFaceTokenizer)
-        said, eod = parse_json(tokenizer.content), tokenizer.processor.id_to_token(tokenizer.eod)
+        said, eod = parse_json(tokenizer.content), _written_name(tokenizer, tokenizer.eod)
         said |= {"truncation": None, "padding": None}
         if not keep_template or tokenizer.bos is not None:
             said["post_processor"] = _without_template(said.get("post_processor"))
@@ -77,7 +77,12 @@ def find_written_start(tokenizer: Tokenizer, keep_template: bool) -> tuple[int, 
     if isinstance(tokenizer, SentencePieceTokenizer):
         return tokenizer.bos, tokenizer.processor.id_to_piece(tokenizer.bos)
     assert isinstance(tokenizer, HuggingFaceTokenizer)
-    return tokenizer.bos, str(tokenizer.processor.id_to_token(tokenizer.bos))
+    return tokenizer.bos, _written_name(tokenizer, tokenizer.bos)
+
+
+def _written_name(tokenizer: HuggingFaceTokenizer, number: int) -> str:
+    """The token in the tokenizer's file, which `HuggingFaceTokenizer` may have renamed so that no text has its id."""
+    return str(tokenizer.processor.id_to_token(number)).strip("\0")
 
 
 def _begin_with(number: int, token: str, others: dict[str, Any] | None) -> dict[str, Any]:
