@@ -152,9 +152,16 @@ def test_extrapolation_equals_all_layers_and_microbatches(words: list[str], tole
         assert quick.peak == pytest.approx(whole.peak, rel=tolerance, abs=1024)
 
 
-@pytest.mark.parametrize("words", [["--cp-size", "2", "--recompute", "selective", "--dtype", "bf16"], PIPELINE])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--cp-size", "2", "--recompute", "selective", "--dtype", "bf16", "--device", "cuda"],
+        ["--tp-size", "2", "--recompute", "full", "--optimizer", "muon"],
+        [*PIPELINE, "--offload-activations", "--recompute", "full"],
+    ],
+)
 def test_meta_kernels_give_what_fake_tensor_mode_gives(words: list[str]) -> None:
-    run = planned(*words, "--num-layers", "2", "--device", "cuda", world=2)
+    run = planned(*words, "--num-layers", "2", world=2)
     quick = rank_memory(*run)
     with mock.patch("planner.fake._call", lambda func, inputs, options: func(*inputs, **options)):
         assert rank_memory(*run).parts == pytest.approx(quick.parts, abs=1024)
