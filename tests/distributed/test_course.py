@@ -145,7 +145,7 @@ def by_hand(base, corpora, tmp_path_factory) -> tuple[list[str], str, list[dict]
     at = base.index("--data-path")
     flags = [*base[:at], *base[at + 2 :], "--lr-decay-iters", "10"]
     flags = [flag for flag in flags if flag not in ("--tokenizer-type", "byte")]
-    mixtures = [["0.7", a, "0.3", b], ["0.2", b, "0.8", c], ["0.5", c, "0.5", a]]
+    mixtures = [["0.7", a, "0.3", b], ["0.2", b, "0.8", c], ["1", c, "1", b, "1", a]]
     more: list[str] = []
     for mixture, steps in zip(mixtures, ("5", "8", "10"), strict=True):
         whole = train(0, folder / "run", *flags, "--data-path", *mixture, "--train-iters", steps, "--save-final", *more)
