@@ -30,7 +30,7 @@ from config.schema import (
     option,
 )
 from cp.cost import Lengths
-from data.sources import document_lengths, find_tokenizer, open_sources
+from data.sources import document_lengths, find_tokenizer, list_opened, open_sources
 from data.tokenizer import load_sentencepiece
 from model.config import count_parameters
 from parallel.stages import check_schedule, split_layers
@@ -70,7 +70,9 @@ def resolve(
 
     @functools.cache
     def read_lengths() -> Lengths:
-        return document_lengths(open_sources(given.data.data_path, given.data.json_key)) if lengths is None else lengths
+        if lengths is not None:
+            return lengths
+        return document_lengths(list_opened(open_sources(given.data.data_path, given.data.json_key)))
 
     def attempt(change: Change) -> UserError | None:
         trial = copy.deepcopy(given)

@@ -82,7 +82,10 @@ def resume_samples(samples: SampleDataset, state: Mapping[str, Any]) -> SampleDa
     else:
         current, first = _check_phases(mixtures, rows, described, n, since_first)
     past = [one for one in history if one[0] < first]
-    return BlendedDataset(sources, mixtures, Past(current, before if first < n else counts, counts, n, past, left))
+    # What the mixture does not name has read nothing since it began, also a source that a later phase brings back.
+    reads = mixtures[current].members if first < n else ()
+    begun_counts = [before[m] if m in reads else count for m, count in enumerate(counts)]
+    return BlendedDataset(sources, mixtures, Past(current, begun_counts, counts, n, past, left))
 
 
 def _facts(rows: Sequence[Sequence[Any]]) -> list[tuple]:
@@ -103,8 +106,7 @@ def _check_phases(
         UserError: a phase before sample n was another.
     """
     wanted = [(m.first, _facts(row)) for m, row in zip(mixtures, rows, strict=True) if history[0][0] <= m.first < n]
-    read = [one for one in history if one[0] < n]
-    if wanted != read or read[-1][0] != last:
+    if wanted != [one for one in history if one[0] < n] or history[-1][0] != last:
         raise UserError(
             f"--data-path: its phases before sample {n} are not those that the checkpoint's {n} samples were read by, "
             f"which begin with samples {', '.join(str(first) for first, _ in history)}: only a phase that begins with "

@@ -41,7 +41,8 @@ echo "kubernetes.sh: node $node ended with $code at step $(fact step): $status $
 if [ "$(fact attempt)" = "$attempt_before" ]; then
     [ "$code" -ne 0 ] || exit 0 # --eval-only
     # Evicted before training began; or a pod was lost while the ranks started, after a start that trained with these flags.
-    if [ "$code" -gt 128 ] || [ "${JOBSET_RESTART_ATTEMPT:-0}" -gt 0 ]; then exit 1; fi
+    if [ "$code" -gt 128 ]; then exit 1; fi
+    if [ "${JOBSET_RESTART_ATTEMPT:-0}" -gt 0 ] && [ -n "$attempt_before" ]; then exit 1; fi
     exit 2
 fi
 case $status in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +43,17 @@ def describe_sequences(sequences: SampleDataset) -> list[str]:
     return [f"{_describe_source(sequences)}; {_describe_ends(sequences)}"]
 
 
-def describe_phases(sequences: SampleDataset, batches: BatchSchedule) -> dict[int, str]:
-    """The step that reads the first sample of each later phase -> the phase's mixture in words."""
+def describe_phases(sequences: SampleDataset, batches: BatchSchedule, skip_steps: Sequence[range]) -> dict[int, str]:
+    """The first step that reads a sample of each later phase -> the phase's mixture in words."""
     later = list(enumerate(sequences.mixtures))[1:] if isinstance(sequences, BlendedDataset) else []
-    found = {}
+    found: dict[int, str] = {}
     for number, mixture in later:
         shares = ", ".join(f"{share:.4%} {name}" for name, _, share in sequences.list_rows(number))
-        found[batches.steps_for(mixture.first + 1)] = f"--data-path: from sample {mixture.first:,} on {shares}"
+        step = batches.steps_for(mixture.first + 1)
+        while any(step in steps for steps in skip_steps):
+            step += 1
+        text = f"--data-path: from sample {mixture.first:,} on {shares}"
+        found[step] = f"{found[step]}; {text}" if step in found else text
     return found
 
 

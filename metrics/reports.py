@@ -93,7 +93,7 @@ def open_reports(
         metrics_file=paths.metrics,
         keep_before=keep_before,
         writers=writers,
-        mixtures=describe_phases(data.train, config.training.batches),
+        mixtures=describe_phases(data.train, config.training.batches, config.data.skip_steps),
     )
 
 

@@ -41,6 +41,8 @@ def read_tensor_index(reader: SafeReader) -> dict[str, TensorStorageMetadata]:
 
 def describe_course(step: int, data: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield name and text of what the run has read, of its batch and of its mixtures. Raises UserError: corrupted."""
+    if not data:
+        return  # imported weights
     try:
         yield "samples read", f"{data['sequences']:,}"
         if "batches" in data:

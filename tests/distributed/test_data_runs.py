@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.indexed_dataset import index_file, token_file
+from data.indexed_dataset import IndexedDataset, index_file, token_file
 from data.prepare import main as prepare
 from tests.forked import run_script
 from tests.launch import ROOT, SMALL, environment, read_metrics, run_train, train, write_corpus
@@ -157,8 +157,10 @@ def damaged(corpora, tmp_path: Path):
 def test_tokens_outside_the_vocabulary_end_the_run_with_their_file(
     base, damaged: Path, tmp_path: Path, workers: int
 ) -> None:
-    tokens = np.fromfile(token_file(damaged), np.uint16)
-    tokens[: len(tokens)] = 5000
+    """Those that the start does not see: it reads the first 64 tokens of documents."""
+    lengths, tokens = IndexedDataset(damaged).lengths, np.fromfile(token_file(damaged), np.uint16)
+    for first, length in zip(np.cumsum([0, *lengths]), lengths, strict=False):
+        tokens[first + 64 : first + length] = 5000
     tokens.tofile(token_file(damaged))
     started = time.monotonic()
     result = run_train(

@@ -22,7 +22,7 @@ from tests.flags import resolve_config
 from utils.errors import SizeError, UserError
 
 VOCAB = 257
-SAMPLES = SimpleNamespace(fingerprint=lambda: "same", name="corpus")
+SAMPLES = SimpleNamespace(fingerprint=lambda: "same", list_rows=lambda _: [["corpus", "same", 1.0]])
 FAST = shlex.split("--data-path README.md --tokenizer-type byte")
 
 

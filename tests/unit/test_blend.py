@@ -20,6 +20,7 @@ from data.batch_schedule import BatchSchedule, RampUp
 from data.blend import BLOCK, Blend, BlendPart, parse_blend, parse_phases, whole_weights
 from data.dataset import BlendedDataset, Mixture, SampleDataset
 from data.mixture import add_rows, match_sources, resume_samples
+from metrics.banner import describe_phases
 from tests.unit.test_packed_rows import dataset
 from utils.errors import UserError
 
@@ -323,6 +324,59 @@ def test_phases_that_were_read_may_not_change() -> None:
         assert sum(resumed.counts(20)) == 20 and resumed.counts(12) == BlendedDataset([a, b], phases).counts(12)
     with pytest.raises(UserError, match="corrupted"):
         resume_samples(BlendedDataset([a, b], phases), state | {"mixtures": [["0", []]]})
+
+
+HISTORIES = st.lists(st.tuples(st.sampled_from(["alone", "phases"]), st.integers(1, 30)), min_size=1, max_size=5)
+
+
+@given(HISTORIES)
+@settings(max_examples=60, deadline=None)
+def test_a_later_phase_brings_a_source_back_where_it_stood(history: list[tuple[str, int]]) -> None:
+    """Runs with and without phases follow each other; a mixture that goes on may lack a source of the next phase."""
+    rng = np.random.default_rng(0)
+    a, b = (dataset(rng.integers(1, 40, 20).tolist(), seq_length=32, alignment=4) for _ in range(2))
+    both = Mixture(0, [1, 1], [0, 1])
+    samples, read, n = BlendedDataset([a, b], [both]), [0, 0], 0
+    for kind, length in [("phases", 25), *history]:
+        if n and kind == "alone":  # the second source only
+            samples, sources = resume_samples(b, samples.state_dict(n)), [1]
+        elif n:  # what was read, then both again
+            done = samples.state_dict(n)
+            firsts = [first for first, _ in done["mixtures"]]
+            members = [[0, 1] if len(rows) == 2 else [1] for _, rows in done["mixtures"]]
+            phases = [Mixture(first, [1] * len(m), m) for first, m in zip(firsts, members, strict=True)]
+            phases.append(Mixture(n + length // 2, [1, 1], [0, 1]))
+            samples, sources = resume_samples(BlendedDataset([a, b], phases), done), [0, 1]
+        else:
+            sources = [0, 1]
+        for at in range(n, n + length):
+            source, position = samples.at(at) if isinstance(samples, BlendedDataset) else (0, at)
+            assert position == read[sources[source]]
+            read[sources[source]] += 1
+        n += length
+
+
+def test_a_phase_is_told_by_the_step_that_reads_it() -> None:
+    """A skipped step has no record; two phases may begin in one step."""
+    rng = np.random.default_rng(0)
+    a, b = (dataset(rng.integers(1, 40, 20).tolist(), seq_length=32, alignment=4) for _ in range(2))
+    whole = BlendedDataset([a, b], [Mixture(0, [1], [0]), Mixture(8, [1], [1]), Mixture(9, [1], [0])])
+    batches = BatchSchedule.build(4)
+    (told,) = describe_phases(whole, batches, [range(3, 5)]).items()
+    assert told[0] == 5 and "from sample 8 on" in told[1] and "; --data-path: from sample 9 on" in told[1]
+    assert list(describe_phases(whole, batches, [])) == [3]
+
+
+@pytest.mark.parametrize("n", [0, 8])
+def test_the_state_of_a_start_leads_to_its_samples(n: int) -> None:
+    """As tools/replay.py reads it: of a fresh run, and of one that is resumed where a phase begins."""
+    rng = np.random.default_rng(0)
+    a, b = (dataset(rng.integers(1, 40, 20).tolist(), seq_length=32, alignment=4) for _ in range(2))
+    phases = [Mixture(0, [1], [0]), Mixture(8, [1, 2], [0, 1])]
+    whole = BlendedDataset([a, b], phases)
+    started = resume_samples(BlendedDataset([a, b], phases), whole.state_dict(n)) if n else whole
+    again = resume_samples(BlendedDataset([a, b], phases), started.state_dict(n))
+    assert [again.at(m) for m in range(n, 30)] == [whole.at(m) for m in range(n, 30)]
 
 
 def test_a_checkpoint_without_fingerprints_goes_on() -> None:

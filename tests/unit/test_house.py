@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TESTS = ("tests", ".venv")
 CODE = sorted(p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0] not in TESTS)
 MAX_FUNCTION, MAX_MAIN = 80, 120
-MAX_LINES, MAX_CORE_LINES = 28_700, 7_050  # the aim is 13,000 in all
+MAX_LINES, MAX_CORE_LINES = 28_400, 7_030  # the aim is 13,000 in all
 CORE = ("train.py", "parallel", "cp", "model", "training")
 
 

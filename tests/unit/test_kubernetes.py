@@ -191,9 +191,11 @@ def test_exit_codes_follow_the_status(status: dict | None, end: str, code: int, 
 
 
 def test_a_pod_lost_while_the_ranks_start_again_ends_no_run(play: Path) -> None:
-    job = start(play, None, end="exit 1", restart=1)
-    job.communicate(timeout=30)
-    assert job.returncode == 1
+    for trained_before in (False, True):
+        job = start(play, None, end="exit 1", restart=1)
+        job.communicate(timeout=30)
+        assert job.returncode == (1 if trained_before else 2)
+        (play / "run" / "status.json").write_text('{"status": "requeue", "attempt": "a"}')
 
 
 def test_sigterm_reaches_the_run_which_saves(play: Path) -> None:

@@ -335,11 +335,15 @@ def test_an_earlier_starts_status_counts_for_nothing(play: Path) -> None:
 
 def test_a_restart_that_does_not_come_to_train_is_queued_again(play: Path) -> None:
     """A node may be lost while the ranks start; the flags were those of a start that trained."""
-    code, out = run(play, "exit 1", "--run-dir", "r", SLURM_RESTART_COUNT="1", PENTAGRID_MAX_RESTARTS="1")
+    code, out = run(play, "exit 1", "--run-dir", "r", SLURM_RESTART_COUNT="1")
+    assert (code, requeued(play)) == (1, []) and "it says why above" in out, out  # no start has trained
+    assert run(play, "say running 1 '' a; exit 9", "--run-dir", "r")[0] == 0
+    (play / "requeued").unlink()
+    code, out = run(play, "exit 1", "--run-dir", "r", SLURM_RESTART_COUNT="1", PENTAGRID_MAX_RESTARTS="2")
     assert (code, requeued(play)) == (0, ["70012"]), out
     assert "ended before it began to train (exit code 1); queued again" in out
-    code, out = run(play, "exit 1", "--run-dir", "r", SLURM_RESTART_COUNT="2", PENTAGRID_MAX_RESTARTS="1")
-    assert (code, requeued(play)) == (1, ["70012"]) and "2 starts in a row without a new checkpoint" in out, out
+    code, out = run(play, "exit 1", "--run-dir", "r", SLURM_RESTART_COUNT="2", PENTAGRID_MAX_RESTARTS="2")
+    assert (code, requeued(play)) == (1, ["70012"]) and "3 starts in a row without a new checkpoint" in out, out
 
 
 def test_what_trains_nothing_may_succeed(play: Path) -> None:
